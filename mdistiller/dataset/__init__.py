@@ -1,0 +1,20 @@
+"""The data sets, one a file: dataset_dict[NAME](root) -> ImageSet, and the batches that training draws from one."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+from mdistiller.dataset._images import Batch, Batches, ImageSet
+from mdistiller.registry import datasets as dataset_dict
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def load_dataset(name: str, root: str | Path) -> ImageSet:
+    """The data set `name`, read from `root`. Raises UserError with one line where the files are missing or bad."""
+    return dataset_dict[name](Path(root).expanduser())
+
+
+__all__ = ["Batch", "Batches", "ImageSet", "dataset_dict", "load_dataset"]

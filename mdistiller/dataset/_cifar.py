@@ -1,0 +1,66 @@
+"""CIFAR's files: the official binary version where it lies at hand, else torchvision's download."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller.dataset._images import ImageSet
+from mdistiller.errors import UserError
+
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class BinaryLayout:
+    """The official binary version: records of label bytes and 3,072 pixels, planes red, green, blue."""
+
+    folder: str
+    train_files: tuple[str, ...]
+    test_file: str
+    label_bytes: int  # the last of them is the label
+
+
+def load(name: str, root: Path, layout: BinaryLayout, num_classes: int, mean: tuple, std: tuple) -> ImageSet:
+    """`root` holds the binary version's folder (or is it), or torchvision's; otherwise torchvision downloads there."""
+    for folder in (root, root / layout.folder):
+        if (folder / layout.test_file).is_file():
+            train = [_records(folder / file, layout.label_bytes, num_classes) for file in layout.train_files]
+            train_images, train_labels = (torch.cat(parts) for parts in zip(*train, strict=True))
+            test_images, test_labels = _records(folder / layout.test_file, layout.label_bytes, num_classes)
+            break
+    else:
+        train_images, train_labels = _torchvision(name, root, layout, train=True)
+        test_images, test_labels = _torchvision(name, root, layout, train=False)
+    return ImageSet(train_images, train_labels, test_images, test_labels, num_classes, mean, std)
+
+
+def _records(path: Path, label_bytes: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    record = label_bytes + PIXELS
+    try:
+        size = path.stat().st_size
+        if size == 0 or size % record:
+            raise UserError(f"{path}: {size:,} bytes is not a whole number of {record}-byte records; fetch it again")
+        data = np.fromfile(path, np.uint8).reshape(-1, record)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); point DATASET.ROOT to the binary version") from None
+    labels = data[:, label_bytes - 1].astype(np.int64)
+    if labels.max() >= num_classes:
+        raise UserError(f"{path}: holds label {labels.max()}, expected labels below {num_classes}; wrong file?")
+    images = data[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
+
+
+def _torchvision(name: str, root: Path, layout: BinaryLayout, train: bool) -> tuple[Tensor, Tensor]:
+    from torchvision import datasets  # slow to import, and not needed for any other data
+
+    try:
+        data = getattr(datasets, name)(root, train=train, download=True)  # checks its checksums before unpickling
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{name} is not in {root} and cannot be downloaded ({error}); put the official binary version's folder "
+            f"{layout.folder} there, or point DATASET.ROOT to the folder that holds it"
+        ) from None
+    return torch.from_numpy(np.asarray(data.data)), torch.tensor(data.targets)

@@ -1,0 +1,120 @@
+"""Images in memory and the batches made of them, on the training device, in whole-batch tensor operations."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AUGMENTATIONS = ("crop_flip", "crop", "none")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set as plain tensors. Images are uint8 (N, H, W, 3), labels int64 (N,)."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+    mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
+    std: tuple[float, float, float]
+    augment: str = "crop_flip"  # what suits the images: one of AUGMENTATIONS
+
+
+class Batch(NamedTuple):
+    image: Tensor  # (B, 3, H, W) float32, normalised, channels-last in memory
+    target: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64: the samples' places in the set
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images (N, H, W, C), in units of [0, 1]."""
+    flat = images.numpy().reshape(-1, images.shape[-1])
+    mean = flat.mean(0, dtype=np.float64) / 255
+    # exact integer second moments: a float64 copy of the whole set would cost eight times its memory
+    square = np.stack([np.bincount(channel, minlength=256) for channel in flat.T]) @ (np.arange(256.0) ** 2)
+    std = np.sqrt(np.maximum(square / len(flat) / 255**2 - mean**2, 0)).clip(min=1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+class Batches:
+    """Batches of a set that lies on `device`.
+
+    Training (`augment` given): each epoch shuffles the samples and gives each its own crop and flip, drawn from the
+    distribution of torchvision's RandomCrop(H, padding=H // 8) and RandomHorizontalFlip. All of an epoch's decisions
+    are a function of (seed, epoch) alone, whatever ran before, on whatever device. The last, smaller batch is kept.
+    Evaluation (`augment` None): the samples in their order.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        batch_size: int,
+        device: torch.device,
+        augment: str | None = None,
+        seed: int = 0,
+    ):
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+        self.batch_size, self.augment, self.seed = batch_size, augment, seed
+        self.padding = images.shape[1] // 8  # 4 for 32 x 32
+        self.scale = 1 / (255 * torch.tensor(std, device=device))
+        self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+        self.rows = torch.arange(images.shape[1], device=device)
+        self.columns = torch.arange(images.shape[2], device=device)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.images)
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The epoch's decisions on the CPU: order, crop row, crop column (0 .. 2 * padding), flip; each (N,) int64,
+        the last three by place in the order.
+        """
+        n = self.num_samples
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(n, generator=generator)
+        top, left = torch.randint(0, 2 * self.padding + 1, (2, n), generator=generator)
+        flip = torch.randint(0, 2, (n,), generator=generator)
+        if self.augment == "none":
+            top, left = torch.full_like(top, self.padding), torch.full_like(left, self.padding)
+        if self.augment != "crop_flip":
+            flip = torch.zeros_like(flip)
+        return order, top, left, flip
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The training batches of `epoch`."""
+        plan = torch.stack(self.plan(epoch)).to(self.images.device)  # one transfer an epoch
+        for start in range(0, self.num_samples, self.batch_size):
+            index, top, left, flip = plan[:, start : start + self.batch_size]
+            yield Batch(self.normalise(self.crop(self.images[index], top, left, flip)), self.labels[index], index)
+
+    def crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) padded with black, cut at (top, left) (B,), mirrored where flip (B,) is 1."""
+        padded = F.pad(images, (0, 0, self.padding, self.padding, self.padding, self.padding))
+        columns = torch.where(flip[:, None] == 1, self.columns.flip(0), self.columns)  # (B, W)
+        rows = top[:, None] + self.rows  # (B, H)
+        sample = torch.arange(len(images), device=images.device)
+        return padded[sample[:, None, None], rows[:, :, None], (left[:, None] + columns)[:, None, :]]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), which the permutation leaves channels-last in memory."""
+        return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The samples in their order, as they are."""
+        for start in range(0, self.num_samples, self.batch_size):
+            index = torch.arange(start, min(start + self.batch_size, self.num_samples), device=self.images.device)
+            rows = slice(start, start + self.batch_size)
+            yield Batch(self.normalise(self.images[rows]), self.labels[rows], index)

@@ -1,0 +1,17 @@
+"""How a data set enters the house."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mdistiller.dataset._images import ImageSet
+from mdistiller.registry import datasets
+
+
+def register_dataset(name: str) -> Callable:
+    """Decorator: enters `load(root: Path) -> ImageSet` into dataset_dict. `load` raises UserError for bad files."""
+
+    def register(load: Callable[[Path], ImageSet]) -> Callable[[Path], ImageSet]:
+        datasets[name] = load
+        return load
+
+    return register

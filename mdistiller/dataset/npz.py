@@ -1,0 +1,65 @@
+"""A .npz file of images, as MedMNIST's are: train_images, train_labels, test_images, test_labels."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mdistiller.dataset._images import ImageSet, channel_statistics
+from mdistiller.dataset._registry import register_dataset
+from mdistiller.errors import UserError
+
+
+@register_dataset("npz")
+def npz(root: Path) -> ImageSet:
+    """`root` is the file. Images uint8 (N, H, W) or (N, H, W, 1 or 3), labels integers (N,) or (N, 1) from 0 up.
+
+    Grey images are repeated to three channels; mean and standard deviation are the training set's. Pickled arrays are
+    refused.
+    """
+    try:
+        with np.load(root, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{root}: is a single array; expected a .npz file with train_images, train_labels, ...")
+            sets = {split: _split(root, file, split) for split in ("train", "test")}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(
+            f"{root}: is not a readable .npz file of plain arrays ({error}); point DATASET.ROOT to the file itself"
+        ) from None
+    train_images, train_labels = sets["train"]
+    test_images, test_labels = sets["test"]
+    if train_images.shape[1:] != test_images.shape[1:]:
+        sizes = f"{tuple(train_images.shape[1:])} and {tuple(test_images.shape[1:])}"
+        raise UserError(f"{root}: train_images and test_images differ in size: {sizes}")
+    mean, std = channel_statistics(train_images)
+    classes = 1 + int(max(train_labels.max(), test_labels.max()))
+    return ImageSet(
+        train_images, train_labels, test_images, test_labels, max(classes, 2), mean, std, augment="crop"
+    )  # whether a mirror image is still of its class, only the user knows
+
+
+def _split(path: Path, file: np.lib.npyio.NpzFile, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    missing = [name for name in (f"{split}_images", f"{split}_labels") if name not in file.files]
+    if missing:
+        raise UserError(f"{path}: lacks {' and '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
+    images, labels = file[f"{split}_images"], file[f"{split}_labels"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        raise UserError(
+            f"{path}: {split}_images is {images.dtype} {images.shape}; expected uint8 (N, H, W) or (N, H, W, 1 or 3)"
+        )
+    if min(images.shape[1:3]) < 8:
+        raise UserError(f"{path}: {split}_images are {images.shape[1]} x {images.shape[2]}; at least 8 x 8 is needed")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
+        raise UserError(
+            f"{path}: {split}_labels is {labels.dtype} {labels.shape}; expected {len(images)} integers, one an image"
+        )
+    labels = labels.astype(np.int64)
+    if labels.min() < 0:
+        raise UserError(f"{path}: {split}_labels holds {labels.min()}; labels count from 0")
+    images = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    return torch.from_numpy(images), torch.from_numpy(labels)

@@ -1,0 +1,32 @@
+"""KD, Hinton et al. (NeurIPS workshop 2014). https://arxiv.org/abs/1503.02531"""
+
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import LogitDistiller
+from mdistiller.distillers._common import ce_loss, kl_divergence
+from mdistiller.distillers._registry import register_distiller
+
+
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """tau^2 KL(softmax(u / tau) || softmax(v / tau)), mean over the batch: a scalar (section 2 of the paper).
+
+    Student logits v and teacher logits u are (B, K), temperature tau > 0. Zero where v and u differ by a constant.
+    """
+    return kl_divergence(logits_student, logits_teacher, temperature, temperature).mean() * temperature**2
+
+
+@register_distiller("KD", defaults={"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
+class KD(LogitDistiller):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * kd_loss at TEMPERATURE."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        super().__init__(student, teacher)
+        self.temperature = cfg.KD.TEMPERATURE
+        self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
+        self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
+
+    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        return {
+            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_kd": self.kd_weight * kd_loss(logits_student, logits_teacher, self.temperature),
+        }

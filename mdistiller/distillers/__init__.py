@@ -1,0 +1,14 @@
+"""The methods, one paper a file. Every module here without a leading underscore is imported and registers itself."""
+
+import importlib
+import pkgutil
+
+from mdistiller.distillers._base import Distiller, LogitDistiller, Vanilla
+from mdistiller.distillers._registry import load_plugin, register_distiller
+from mdistiller.registry import distillers as distiller_dict
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Distiller", "LogitDistiller", "Vanilla", "distiller_dict", "load_plugin", "register_distiller"]

@@ -1,0 +1,86 @@
+"""The contract of a method, the student alone, and the base of every method that needs logits only."""
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.distillers._common import ce_loss
+from mdistiller.distillers._registry import register_distiller
+
+
+class Distiller(nn.Module):
+    """A student, a teacher and the loss between them.
+
+    A method overrides `forward_train(image, target, **kwargs)`, which returns (student logits (B, K), {name: scalar
+    loss}); kwargs hold at least `epoch` (from 1) and `index` (B,), the samples' places in the training set. The sum of
+    the losses is minimised.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module):
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """The teacher stays in eval mode: its BatchNorm statistics are part of what it knows."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer gets: the student's parameters, and a method's own where it has some."""
+        return list(self.student.parameters())
+
+    def get_extra_parameters(self) -> int:
+        """Number of parameters that the method adds to the student's."""
+        return 0
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        return self.student(image)[0]
+
+    def forward(self, **kwargs):
+        if self.training:
+            return self.forward_train(**kwargs)
+        return self.forward_test(kwargs["image"])
+
+
+@register_distiller("NONE")
+class Vanilla(nn.Module):
+    """The student alone, by cross entropy."""
+
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        self.student = student
+
+    get_learnable_parameters = Distiller.get_learnable_parameters
+    get_extra_parameters = Distiller.get_extra_parameters
+    forward_test = Distiller.forward_test
+    forward = Distiller.forward
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, _ = self.student(image)
+        return logits_student, {"ce": ce_loss(logits_student, target)}
+
+
+class LogitDistiller(Distiller):
+    """A method that sees logits only: a temperature rule times a divergence.
+
+    A rule maps student logits (B, K), teacher logits (B, K) and tau to `_common.Temperatures`; a divergence compares
+    the softened outputs; the loss is the batch's mean of factor * divergence. A method
+    overrides `losses`, which never sees a model: so it can be tested, reused and fed with stored teacher logits.
+    """
+
+    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def forward_train(
+        self, image: Tensor, target: Tensor, logits_teacher: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`logits_teacher` (B, K), where it is given, stands for the teacher's forward pass on `image`."""
+        logits_student, _ = self.student(image)
+        if logits_teacher is None:
+            with torch.no_grad():
+                logits_teacher, _ = self.teacher(image)
+        return logits_student, self.losses(logits_student, logits_teacher, target, **kwargs)

@@ -1,0 +1,34 @@
+"""What a user did that cannot work, said in lines that name the thing to type instead."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in the input. The command line prints its lines and exits with `status`, no traceback."""
+
+    status = 2
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, one line each."""
+
+
+class TrainingDiverged(UserError):
+    """The loss is no longer a finite number: the input was legal, the run failed."""
+
+    status = 1
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command-line tool: a UserError becomes its lines on stderr and its exit status."""
+    try:
+        main()
+    except UserError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(error.status) from None

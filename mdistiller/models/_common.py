@@ -1,0 +1,68 @@
+"""What every family shares: registration, the feature contract, weight initialisation.
+
+The feature contract. A model maps images (B, 3, H, W) to `(logits, feats)`: logits (B, K) and a dict of
+- `feats`: stage outputs, the stem first, each (B, C_i, H_i, W_i);
+- `preact_feats`: as long as `feats`; from the first stage on, what enters the ReLU that follows the stage
+  (the stem's entry is the stem's output);
+- `pooled_feat`: (B, C), what enters the classifier.
+It also has `get_stage_channels()` -> [C_i] along `feats`, and `get_bn_before_relu()` -> the last BatchNorm2d before
+that ReLU, one for each stage after the stem.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.registry import cifar_models
+
+
+def default_checkpoint(name: str, dataset: str = "cifar100", epochs: int = 240) -> str:
+    """Where the teacher `name` for `dataset` lies, relative to the working directory; mdistiller's layout."""
+    folder = "cifar" if dataset == "cifar100" else dataset
+    return f"download_ckpts/{folder}_teachers/{name}_vanilla/ckpt_epoch_{epochs}.pth"
+
+
+def register_model(constructor: Callable) -> Callable:
+    """Enter `constructor(num_classes=...)` into cifar_model_dict under its own name."""
+    cifar_models[constructor.__name__] = (constructor, default_checkpoint(constructor.__name__))
+    return constructor
+
+
+def features(feats: list[Tensor], preact_feats: list[Tensor], pooled_feat: Tensor) -> dict:
+    return {"feats": feats, "preact_feats": preact_feats, "pooled_feat": pooled_feat}
+
+
+def run_stage(blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run blocks that leave their last ReLU to the caller; returns the stage's output and what entered its ReLU."""
+    for block in blocks:
+        preact = block(x)
+        x = F.relu(preact)
+    return x, preact
+
+
+def global_average(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C), for any H and W."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def init_kaiming(model: nn.Module) -> None:
+    """He et al., arXiv 1502.01852, for every convolution: fan-out, normal."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def init_fan_normal(model: nn.Module, linear_std: float | None = None) -> None:
+    """Convolutions N(0, 2 / (k * k * C_out)), their biases and the classifier's 0; the classifier's weights
+    N(0, linear_std^2), or PyTorch's own where linear_std is None. Unlike init_kaiming, C_out is not divided by groups.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
+        elif isinstance(module, nn.Linear) and linear_std is not None:
+            nn.init.normal_(module.weight, 0.0, linear_std)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,96 @@
+"""ShuffleNetV2, width 1, for 32 x 32 images (Ma et al., ECCV 2018, arXiv 1807.11164)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.models._common import features, global_average, register_model
+from mdistiller.models._shuffle import channel_shuffle
+
+
+class BasicBlock(nn.Module):
+    """Half the channels pass, half go through three convolutions. Returns the output and what enters the last ReLU:
+    (B, C, H, W) in the order before the shuffle, its first half the channels that pass.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.conv1 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = nn.Conv2d(half, half, 3, 1, 1, groups=half, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        passing, out = x.chunk(2, dim=1)
+        out = F.relu(self.bn1(self.conv1(out)))
+        out = self.bn2(self.conv2(out))
+        out = self.bn3(self.conv3(out))
+        # the passing half has been through a ReLU in an earlier block, so one ReLU over both halves changes nothing
+        preact = torch.cat([passing, out], 1)
+        return channel_shuffle(F.relu(preact), 2), preact
+
+
+class DownBlock(nn.Module):
+    """Both branches see every channel, at stride 2."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, 2, 1, groups=in_channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv2 = nn.Conv2d(in_channels, half, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(in_channels, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.conv4 = nn.Conv2d(half, half, 3, 2, 1, groups=half, bias=False)
+        self.bn4 = nn.BatchNorm2d(half)
+        self.conv5 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn5 = nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x)))))
+        preact = torch.cat([left, self.bn5(self.conv5(right))], 1)
+        return channel_shuffle(F.relu(preact), 2), preact
+
+
+class ShuffleNetV2(nn.Module):
+    COUNTS = (3, 7, 3)
+
+    def __init__(self, num_classes: int = 100):
+        super().__init__()
+        self.channels = [24, 116, 232, 464]
+        self.conv1 = nn.Conv2d(3, 24, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(24)
+        for i, count in enumerate(self.COUNTS):
+            channels = self.channels[i + 1]
+            stage = [DownBlock(self.channels[i], channels), *(BasicBlock(channels) for _ in range(count))]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.conv2 = nn.Conv2d(self.channels[-1], 1024, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(1024)
+        self.linear = nn.Linear(1024, num_classes)
+
+    def get_stage_channels(self) -> list[int]:
+        return list(self.channels)
+
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        return [stage[-1].bn3 for stage in (self.layer1, self.layer2, self.layer3)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
+        x = F.relu(self.bn1(self.conv1(x)))
+        feats, preacts = [x], [x]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for block in stage:
+                x, preact = block(x)
+            feats.append(x)
+            preacts.append(preact)
+        pooled = global_average(F.relu(self.bn2(self.conv2(x))))
+        return self.linear(pooled), features(feats, preacts, pooled)
+
+
+@register_model
+def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:
+    return ShuffleNetV2(num_classes)

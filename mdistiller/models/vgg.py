@@ -1,0 +1,76 @@
+"""VGG with batch normalisation for 32 x 32 images (Simonyan and Zisserman, ICLR 2015, arXiv 1409.1556)."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.models._common import features, global_average, init_fan_normal, register_model
+
+CHANNELS = (64, 128, 256, 512, 512)
+
+
+def _block(in_channels: int, channels: int, count: int) -> nn.Sequential:
+    """`count` convolutions, each with BatchNorm; the last ReLU is the caller's."""
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+        in_channels = channels
+    return nn.Sequential(*layers[:-1])
+
+
+class VGG(nn.Module):
+    """Five blocks of `counts` convolutions. The image is halved after each of the first three blocks, and after the
+    fourth as well where it is 64 pixels high.
+    """
+
+    def __init__(self, counts: tuple[int, int, int, int, int], num_classes: int = 100):
+        super().__init__()
+        in_channels = 3
+        for i, (channels, count) in enumerate(zip(CHANNELS, counts, strict=True)):
+            self.add_module(f"block{i}", _block(in_channels, channels, count))
+            in_channels = channels
+        self.classifier = nn.Linear(CHANNELS[-1], num_classes)
+        init_fan_normal(self, linear_std=0.01)
+
+    def get_stage_channels(self) -> list[int]:
+        return list(CHANNELS)
+
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        return [block[-1] for block in (self.block1, self.block2, self.block3, self.block4)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
+        pools = (0, 1, 2, 3) if x.shape[2] == 64 else (0, 1, 2)
+        feats, preacts = [], []
+        for i, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
+            preact = block(x)
+            x = F.relu(preact)
+            feats.append(x)
+            preacts.append(preact if i else x)
+            if i in pools:
+                x = F.max_pool2d(x, 2)
+        pooled = global_average(x)
+        return self.classifier(pooled), features(feats, preacts, pooled)
+
+
+@register_model
+def vgg8(num_classes: int = 100) -> VGG:
+    return VGG((1, 1, 1, 1, 1), num_classes)
+
+
+@register_model
+def vgg11(num_classes: int = 100) -> VGG:
+    return VGG((1, 1, 2, 2, 2), num_classes)
+
+
+@register_model
+def vgg13(num_classes: int = 100) -> VGG:
+    return VGG((2, 2, 2, 2, 2), num_classes)
+
+
+@register_model
+def vgg16(num_classes: int = 100) -> VGG:
+    return VGG((2, 2, 3, 3, 3), num_classes)
+
+
+@register_model
+def vgg19(num_classes: int = 100) -> VGG:
+    return VGG((2, 2, 4, 4, 4), num_classes)
