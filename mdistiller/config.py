@@ -102,10 +102,11 @@ def load(path: str | Path | None = None, opts: Sequence = ()) -> CfgNode:
     problems: list[str] = []
     tree = _read_yaml(Path(path), problems) if path else {}
     sources = [(tree, str(path))]
-    overrides, command_line = _parse_opts(opts, problems), "command line"
-    sources.append((overrides, command_line))
-    plugins = overrides.get("EXPERIMENT", {}).get("PLUGINS", _section_of(tree, "EXPERIMENT").get("PLUGINS", []))
-    plugin_text = _load_plugins(plugins, Path(path).parent if path else Path(), problems)
+    sources += [(override, "command line") for override in _parse_opts(opts, problems)]
+    plugins = []
+    for source, _ in sources:
+        plugins = _section_of(source, "EXPERIMENT").get("PLUGINS", plugins)
+    plugin_text = _load_plugins(_decode(plugins), Path(path).parent if path else Path(), problems)
 
     cfg = CFG.clone()
     for source, name in sources:
@@ -172,21 +173,19 @@ def _overlay(base: Mapping, top: Mapping) -> dict:
     return merged
 
 
-def _parse_opts(opts: Sequence, problems: list[str]) -> dict:
+def _parse_opts(opts: Sequence, problems: list[str]) -> list[dict]:
+    """One tree for each KEY VALUE pair, in order."""
     if len(opts) % 2:
         problems.append(f"command line: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
-    tree: dict = {}
+    trees = []
     for key, value in zip(opts[::2], opts[1::2], strict=False):
         if not isinstance(key, str) or key.startswith("-"):
             problems.append(f"command line: '{key}' is not a key; overrides are KEY VALUE pairs such as SOLVER.LR 0.1")
             continue
         for part in reversed(key.split(".")):
             value = {part: value}
-        tree = _overlay(tree, value)
-    plugins = _section_of(tree, "EXPERIMENT").get("PLUGINS")
-    if isinstance(plugins, str):
-        tree["EXPERIMENT"]["PLUGINS"] = _decode(plugins)
-    return tree
+        trees.append(value)
+    return trees
 
 
 def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> str:

@@ -1,0 +1,1 @@
+"""Devices, steps and files: from a configuration to a trained student."""

@@ -1,0 +1,125 @@
+"""Checkpoints: written atomically, read without running anything that lies in them."""
+
+import argparse
+import io
+import os
+import pickle
+import uuid
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict
+
+# Teachers trained with mdistiller and RepDistiller carry their accuracy as a numpy scalar and may carry their
+# command-line arguments. These types hold data only; everything else in a pickle stays forbidden.
+_scalar = np.float64(0).__reduce__()[0]
+_SAFE = [_scalar, np.dtype, argparse.Namespace]
+_SAFE += [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+torch.serialization.add_safe_globals(_SAFE)
+try:  # numpy 1 and 2 name the module of the scalar's constructor differently; torch 2.4 takes no names
+    torch.serialization.add_safe_globals(
+        [(_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar")]
+    )
+    _KNOWS_NAMES = True
+except (TypeError, AttributeError):
+    _KNOWS_NAMES = False
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of `data` under `path`, or what was there before: temporary name, flush, sync, rename, sync of the folder."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(state: dict, *paths: Path) -> None:
+    """torch.save of `state` under each of `paths`, each written atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    for path in paths:
+        write_atomic(path, buffer.getvalue())
+
+
+def load(path: str | Path) -> dict:
+    """What a checkpoint holds, on the CPU. Raises UserError where it is missing or is not plain data."""
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError, KeyError,
+            IndexError, AttributeError, AssertionError, MemoryError, ImportError, UnicodeDecodeError) as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: is no checkpoint of plain tensors, or is damaged ({reason})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}; expected a checkpoint: {{'model': state_dict}}")
+    return state
+
+
+def model_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
+    """The network's state_dict in any checkpoint of this field: {"model": ...}, {"state_dict": ...} or bare, with or
+    without "module."; of a distiller's state, the student's.
+    """
+    state = next((checkpoint[key] for key in ("model", "state_dict") if key in checkpoint), checkpoint)
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no weights; expected {{'model': state_dict}}")
+    state = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    student = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
+    return {key.removeprefix("module."): value for key, value in (student or state).items()}
+
+
+def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path) -> dict:
+    """Load the weights in `path` into `model`, the architecture `name` for `num_classes`; returns the checkpoint.
+
+    Raises UserError that names both sides where the checkpoint is of another architecture or number of classes, or
+    holds a weight that is not finite.
+    """
+    checkpoint = load(path)
+    state = model_state(checkpoint, path)
+    own = model.state_dict()
+    for key in own.keys() - state.keys():  # checkpoints older than PyTorch 0.4.1 lack the counters, which nothing reads
+        if key.endswith("num_batches_tracked"):
+            state[key] = own[key]
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        found = identify(state)
+        holds = f"holds {found[0]} with {found[1]} classes" if found else "holds no architecture of the zoo"
+        raise UserError(f"{path}: {holds}, but {name} with {num_classes} classes is wanted; pass the file that fits")
+    bad = next((key for key, value in state.items() if not value.isfinite().all()), None)
+    if bad:
+        raise UserError(f"{path}: weight '{bad}' holds NaN or infinity; the file is damaged or its training diverged")
+    model.load_state_dict(state)
+    return checkpoint
+
+
+def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
+    """(name, number of classes) of the model in the zoo whose keys and shapes these are."""
+    shapes = {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    matrices = [value for value in state.values() if value.ndim == 2]
+    if not matrices:
+        return None
+    num_classes = len(matrices[-1])
+    for name, (constructor, _) in cifar_model_dict.items():
+        with torch.device("meta"):
+            model = constructor(num_classes=num_classes)
+        own = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+        if own == shapes:
+            return name, num_classes
+    return None

@@ -1,0 +1,71 @@
+"""Which device, in which precision, from which seed."""
+
+import random
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import nn
+
+from mdistiller.errors import UserError
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto: cuda, else mps, else cpu. Raises UserError if the machine lacks the device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= present[device.type]:
+        raise UserError(f"DEVICE: this machine has no {name}; set DEVICE auto")
+    return device
+
+
+def check_amp(amp: str, device: torch.device) -> None:
+    """Raises UserError for fp16 off CUDA."""
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(f"SOLVER.AMP: fp16 needs CUDA, and the device is {device.type}; set SOLVER.AMP bf16 or none")
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+    dtype = AMP_DTYPES[amp]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def prepare(model: nn.Module, device: torch.device) -> nn.Module:
+    """To the device, convolutions channels-last; under autocast the model's logits come out in float32, so that every
+    method's loss on them is computed in float32.
+    """
+    model.to(device=device, memory_format=torch.channels_last)
+    model.register_forward_hook(lambda _module, _inputs, output: (output[0].float(), *output[1:]))
+    return model
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """Every generator's state, in types that a weights-only load accepts."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

@@ -1,0 +1,141 @@
+"""A run's folder: its name, its lock, and what happens to an earlier run that lies there."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from mdistiller import __version__, config
+from mdistiller.engine.checkpoint import write_atomic
+from mdistiller.errors import UserError
+
+# Settings that say where a run happens and what it writes, not what it computes: they are not part of its name, and
+# may differ when it is resumed.
+PLACE = (
+    "EXPERIMENT.", "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
+    "DISTILLER.TRAIN_TEACHER",
+)  # fmt: skip
+
+
+def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
+    """LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides]; a NAME given on the command line stands alone."""
+    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
+    pairs = list(zip(opts[::2], opts[1::2], strict=False))
+    if "EXPERIMENT.NAME" not in opts[::2]:
+        changed = [f"{key}:{value}" for key, value in pairs if not key.startswith(PLACE)]
+        name += "+" * bool(changed) + ",".join(changed)
+    name = "".join("_" if c in "/\\\0" else c for c in name.replace(" ", ""))
+    if len(name) > 200:
+        raise UserError("the run's name would exceed 200 characters; give it one with EXPERIMENT.NAME")
+    return Path(cfg.LOG.PREFIX).expanduser() / cfg.EXPERIMENT.PROJECT / name
+
+
+class RunFolder:
+    """Holds the folder's lock for as long as the object lives.
+
+    Without `resume`, an earlier run that lies there is kept under a new name, never written over. Raises UserError
+    where another process trains there, or where the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, resume: bool = False):
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            if not resume and any((path / name).exists() for name in ("latest", "metrics.jsonl")):
+                self._set_aside()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); set LOG.PREFIX to a folder of yours") from None
+
+    def _take_lock(self):
+        lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open: closing it gives the lock back)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise UserError(f"{self.path}: {holder} trains there; wait for it, or set EXPERIMENT.NAME") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        return lock
+
+    def _set_aside(self) -> None:
+        number = next(n for n in range(1, 10**6) if not self._aside(n).exists())
+        self.path.rename(self._aside(number))
+        self._lock.close()
+        self.path.mkdir()
+        self._lock = self._take_lock()
+        tqdm.write(f"the earlier run in {self.path} is kept as {self._aside(number).name} (--resume would go on with it)")
+
+    def _aside(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}~{number}")
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def write_config(self, cfg: CfgNode, resume: bool) -> None:
+        """config.yaml; on resume, raises UserError where `cfg` would compute something else than the file says."""
+        file = self.path / "config.yaml"
+        if resume and file.exists():
+            then = config.leaves(CfgNode.load_cfg(file.read_text()))
+            now = config.leaves(cfg)
+            ignored = (*PLACE, "SOLVER.EPOCHS")
+            differ = [k for k in now if k in then and then[k] != now[k] and not k.startswith(ignored)]
+            if differ:
+                raise UserError(
+                    *(f"--resume: {k} is {now[k]!r}, but this run was started with {then[k]!r}" for k in differ),
+                    f"pass the values it was started with ({file}), or start a new run without --resume",
+                )
+        write_atomic(file, cfg.dump().encode())
+
+    def write_environment(self, device: torch.device, seed: int, resume: bool) -> None:
+        """environment.json: what has to be known to run this again. A resumed run adds to `sessions`."""
+        file = self.path / "environment.json"
+        sessions = json.loads(file.read_text())["sessions"] if resume and file.exists() else []
+        sessions.append(environment(device))
+        body = {**sessions[0], "seed": seed, "sessions": sessions}
+        write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device, git commit and command of this process."""
+    cuda = device.type == "cuda"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": _git(),
+        "mdistiller": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def _git() -> dict | None:
+    """Commit of the package's own checkout and whether its tree was clean; None outside one."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "clean": not ask("status", "--porcelain", "--untracked-files=no")}
+    except (OSError, subprocess.SubprocessError):
+        return None

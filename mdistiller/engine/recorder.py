@@ -1,0 +1,123 @@
+"""Where figures go: the terminal, worklog.txt, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
+
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from mdistiller.engine.checkpoint import write_atomic
+from mdistiller.errors import UserError
+
+
+def line_of(row: dict, epochs: int, seconds_left: float) -> str:
+    """One epoch on one line; columns align from epoch to epoch."""
+    width = len(str(epochs))
+    return (
+        f"epoch {row['epoch']:>{width}}/{epochs}  lr {row['lr']:<7.5g} loss {row['train_loss']:8.4f}  "
+        f"train {row['train_acc']:6.2f}  test {row['test_acc']:6.2f}  top-5 {row['test_acc_top5']:6.2f}  "
+        f"best {row['best_acc']:6.2f} @ {row['best_epoch']:<{width}}  {row['images_per_second']:>8,.0f} img/s  "
+        f"{row['epoch_seconds']:6.1f} s  left {timedelta(seconds=round(seconds_left))}"
+    )
+
+
+class Recorder:
+    """Writes a run's figures into its folder. `done`: epochs that are finished already; what a crash left behind them
+    is removed, so that no epoch stands twice.
+    """
+
+    def __init__(self, folder: Path, epochs: int, done: int = 0, wandb_run=None):
+        self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
+        self.rows = [row for row in read_metrics(folder) if row["epoch"] <= done]
+        write_atomic(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self._cut_worklog(done)
+        self.events = SummaryWriter(str(folder / "train.events"), purge_step=done + 1 if done else None)
+        self.bar: tqdm | None = None
+        self._bar_time = 0.0
+
+    def _cut_worklog(self, done: int) -> None:
+        file = self.folder / "worklog.txt"
+        kept = []
+        for line in file.read_text().splitlines() if done and file.exists() else []:
+            words = line.replace("/", " ").split()
+            if line.startswith(("result", "  ")) or (words[:1] == ["epoch"] and int(words[1]) > done):
+                continue
+            kept.append(line + "\n")
+        write_atomic(file, "".join(kept).encode())
+
+    def say(self, text: str) -> None:
+        """To the terminal and the worklog."""
+        tqdm.write(text, file=sys.stdout)
+        with open(self.folder / "worklog.txt", "a") as file:
+            file.write(text + "\n")
+
+    def start_epoch(self, epoch: int, samples: int) -> None:
+        if sys.stdout.isatty():
+            title = f"epoch {epoch}/{self.epochs}"
+            self.bar = tqdm(total=samples, desc=title, unit="img", unit_scale=True, leave=False, file=sys.stdout)
+
+    def step(self, samples: int, read_means) -> None:
+        """Advance the bar; `read_means()`, which waits for the device, is called at most twice a second."""
+        if self.bar is None:
+            return
+        self.bar.update(samples)
+        if time.monotonic() - self._bar_time > 0.5:
+            means = read_means()
+            self.bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 {100 * means['correct']:.1f}", refresh=False)
+            self._bar_time = time.monotonic()
+
+    def point(self, step: int, means: dict[str, float]) -> None:
+        """A point inside an epoch, for TensorBoard alone."""
+        self.events.add_scalar("step/train_loss", means["loss"], step)
+
+    def end_epoch(self, row: dict, seconds_left: float) -> None:
+        """`row`: the figures of one epoch; it becomes a line of metrics.jsonl."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self.rows.append(row)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.say(line_of(row, self.epochs, seconds_left))
+        scalars = {k: v for k, v in row.items() if isinstance(v, float)} | row["train_losses"]
+        for name, value in scalars.items():
+            self.events.add_scalar(name, value, row["epoch"])
+        self.events.flush()
+        if self.wandb:
+            self.wandb.log(scalars, step=row["epoch"])
+
+    def finish(self, result: dict, best_file: Path) -> None:
+        last, best = result["last_acc"], result["best_acc"]
+        self.say(f"result: test top-1 {last:.2f} last (epoch {result['epochs']}), {best:.2f} best (epoch "
+                 f"{result['best_epoch']}), in {self.folder}")  # fmt: skip
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.events.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl; a last line that a crash cut short is left out."""
+    file = folder / "metrics.jsonl"
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def start_wandb(project: str, name: str, config: dict):
+    """A Weights & Biases run. Raises UserError if the package is missing."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("LOG.WANDB is True, but wandb is not installed: pip install wandb, or set LOG.WANDB False") from None
+    return wandb.init(project=project, name=name, config=config)
