@@ -97,7 +97,7 @@ def load(path: str | Path | None = None, opts: Sequence = ()) -> CfgNode:
 
     Raises ConfigError with one line for each mistake found, all at once.
     """
-    for package in ("models", "distillers", "dataset"):  # by name: they import this module, and they fill the registries
+    for package in ("models", "distillers", "dataset"):  # by name: they fill the registries, and import this module
         importlib.import_module(f"mdistiller.{package}")
     problems: list[str] = []
     tree = _read_yaml(Path(path), problems) if path else {}

@@ -25,10 +25,13 @@ class TrainingDiverged(UserError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line tool: a UserError becomes its lines on stderr and its exit status."""
+    """Run a command-line tool: a UserError becomes its lines on stderr and its exit status; so does Ctrl-C."""
     try:
         main()
     except UserError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(error.status) from None
+    except KeyboardInterrupt:
+        print("interrupted; a training run goes on from its last finished epoch with --resume", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,6 +1,6 @@
 """Train a student, by the method and with the teacher that a YAML file names.
 
-    python3 tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml [--resume] [KEY VALUE ...]
+python3 tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml [--resume] [KEY VALUE ...]
 """
 
 import argparse

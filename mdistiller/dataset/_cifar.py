@@ -45,7 +45,7 @@ def _records(path: Path, label_bytes: int, num_classes: int) -> tuple[Tensor, Te
             raise UserError(f"{path}: {size:,} bytes is not a whole number of {record}-byte records; fetch it again")
         data = np.fromfile(path, np.uint8).reshape(-1, record)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); point DATASET.ROOT to the binary version") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check DATASET.ROOT") from None
     labels = data[:, label_bytes - 1].astype(np.int64)
     if labels.max() >= num_classes:
         raise UserError(f"{path}: holds label {labels.max()}, expected labels below {num_classes}; wrong file?")

@@ -19,8 +19,7 @@ from mdistiller.engine.solver import MultiStep, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict
-from mdistiller.models._common import default_checkpoint
+from mdistiller.models import cifar_model_dict, default_checkpoint
 
 
 def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dict:
@@ -97,9 +96,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     return cifar_model_dict[name][0](num_classes=num_classes)
 
 
-def build_trainer(
-    cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: torch.device, folder: Path
-) -> Trainer:
+def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: torch.device, folder: Path) -> Trainer:
     solver = cfg.SOLVER
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
     statistics = data.mean, data.std

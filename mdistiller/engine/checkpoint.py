@@ -65,8 +65,21 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError, KeyError,
-            IndexError, AttributeError, AssertionError, MemoryError, ImportError, UnicodeDecodeError) as error:
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+        MemoryError,
+        ImportError,
+        UnicodeDecodeError,
+    ) as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path}: is no checkpoint of plain tensors, or is damaged ({reason})") from None
     if not isinstance(state, dict):

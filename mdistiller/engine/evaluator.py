@@ -1,5 +1,6 @@
 """Accuracy and loss over a data set."""
 
+import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -7,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller.dataset import Batch
+from mdistiller.dataset import Batch, Batches, dataset_dict, load_dataset
+from mdistiller.engine.checkpoint import load_weights
+from mdistiller.engine.device import autocast, prepare
+from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict, default_checkpoint
+from mdistiller.registry import unknown
 
 
 class Scores(NamedTuple):
@@ -30,3 +36,36 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) ->
         samples += len(target)
     top1, top5, loss = (counts / samples).tolist()
     return Scores(100 * top1, 100 * top5, loss)
+
+
+class Report(NamedTuple):
+    """What tools/eval.py shows."""
+
+    scores: Scores
+    parameters: int
+    images_per_second: float
+
+
+def evaluate_checkpoint(
+    model: str, file: str, dataset: str, root: str, batch_size: int, device: torch.device, amp: str = "none"
+) -> Report:
+    """Scores of the weights in `file`, a path or "pretrain" (the model's default teacher checkpoint).
+
+    Raises UserError where the model, the checkpoint or the data set is missing or does not fit.
+    """
+    for registry, name in ((cifar_model_dict, model), (dataset_dict, dataset)):
+        if name not in registry:
+            raise UserError(unknown(registry.kind, name, registry))
+    if batch_size < 1:
+        raise UserError(f"-bs: must be at least 1; got {batch_size}")
+    path = default_checkpoint(model, dataset) if file == "pretrain" else file
+    data = load_dataset(dataset, root)
+    network = cifar_model_dict[model][0](num_classes=data.num_classes)
+    load_weights(network, model, data.num_classes, path)
+    prepare(network, device).eval()
+    batches = Batches(data.test_images, data.test_labels, data.mean, data.std, batch_size, device)
+    begin = time.monotonic()
+    with autocast(device, amp):
+        scores = evaluate(lambda image: network(image)[0], batches)
+    rate = batches.num_samples / (time.monotonic() - begin)
+    return Report(scores, sum(p.numel() for p in network.parameters()), rate)

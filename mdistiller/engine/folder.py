@@ -54,7 +54,9 @@ class RunFolder:
             if not resume and any((path / name).exists() for name in ("latest", "metrics.jsonl")):
                 self._set_aside()
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); set LOG.PREFIX to a folder of yours") from None
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); set LOG.PREFIX to a folder of yours"
+            ) from None
 
     def _take_lock(self):
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open: closing it gives the lock back)
@@ -76,7 +78,9 @@ class RunFolder:
         self._lock.close()
         self.path.mkdir()
         self._lock = self._take_lock()
-        tqdm.write(f"the earlier run in {self.path} is kept as {self._aside(number).name} (--resume would go on with it)")
+        tqdm.write(
+            f"the earlier run in {self.path} is kept as {self._aside(number).name} (--resume would go on with it)"
+        )
 
     def _aside(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}~{number}")

@@ -89,10 +89,11 @@ class Recorder:
         if self.wandb:
             self.wandb.log(scalars, step=row["epoch"])
 
-    def finish(self, result: dict, best_file: Path) -> None:
-        last, best = result["last_acc"], result["best_acc"]
-        self.say(f"result: test top-1 {last:.2f} last (epoch {result['epochs']}), {best:.2f} best (epoch "
-                 f"{result['best_epoch']}), in {self.folder}")  # fmt: skip
+    def finish(self, result: dict) -> None:
+        self.say(
+            f"result: test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), {result['best_acc']:.2f} "
+            f"best (epoch {result['best_epoch']}), in {self.folder}"
+        )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -119,5 +120,7 @@ def start_wandb(project: str, name: str, config: dict):
     try:
         import wandb
     except ImportError:
-        raise UserError("LOG.WANDB is True, but wandb is not installed: pip install wandb, or set LOG.WANDB False") from None
+        raise UserError(
+            "LOG.WANDB is True, but wandb is not installed: pip install wandb, or set LOG.WANDB False"
+        ) from None
     return wandb.init(project=project, name=name, config=config)

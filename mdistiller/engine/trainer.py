@@ -51,7 +51,7 @@ class Trainer:
             seconds.append(time.monotonic() - begin)
             recorder.end_epoch(row, (self.epochs - self.epoch) * sum(seconds) / len(seconds))
         result = self.result()
-        recorder.finish(result, self.folder / "student_best")
+        recorder.finish(result)
         return result
 
     def train_epoch(self, epoch: int, recorder: Recorder) -> dict:

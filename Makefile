@@ -1,0 +1,35 @@
+# make quickstart | test | lint | docs
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DIGITS := output/digits
+TEACHER := $(DIGITS)/none,resnet20,digits,10-epochs,seed0
+
+.PHONY: install quickstart test lint docs
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+# The main job on real images that scikit-learn carries: a teacher, a student alone, a distilled student.
+quickstart: install
+	$(BIN)/python tools/train_ours.py --cfg configs/digits/none/res8.yaml
+	$(BIN)/python tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml
+	@echo
+	@$(BIN)/python tools/compare.py "$(TEACHER)" $(DIGITS)/none,res8 $(DIGITS)/dtkd,res20,res8
+	@echo "Results, figures of every epoch and checkpoints: $(DIGITS)/"
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: install
+	$(BIN)/python tools/document.py docs/config.md

@@ -1,0 +1,166 @@
+import pytest
+from helpers import ROOT
+
+from mdistiller.config import leaves
+from mdistiller.engine.cfg import CFG, describe, load
+from mdistiller.errors import ConfigError
+from mdistiller.registry import Registry
+
+SEED_DEFAULTS = {
+    "EXPERIMENT.PROJECT": "distill", "EXPERIMENT.NAME": "", "EXPERIMENT.TAG": "default", "DATASET.TYPE": "cifar100",
+    "DATASET.NUM_WORKERS": 2, "DATASET.TEST.BATCH_SIZE": 64, "DISTILLER.TYPE": "NONE",
+    "DISTILLER.TEACHER": "ResNet50", "DISTILLER.STUDENT": "resnet32", "SOLVER.TRAINER": "base",
+    "SOLVER.BATCH_SIZE": 64, "SOLVER.EPOCHS": 240, "SOLVER.LR": 0.05, "SOLVER.LR_DECAY_STAGES": [150, 180, 210],
+    "SOLVER.LR_DECAY_RATE": 0.1, "SOLVER.WEIGHT_DECAY": 0.0001, "SOLVER.MOMENTUM": 0.9, "SOLVER.TYPE": "SGD",
+    "LOG.TENSORBOARD_FREQ": 500, "LOG.SAVE_CHECKPOINT_FREQ": 40, "LOG.PREFIX": "./output", "LOG.WANDB": False,
+    "KD.TEMPERATURE": 4.0, "KD.LOSS.CE_WEIGHT": 0.1, "KD.LOSS.KD_WEIGHT": 0.9, "DTKD.ALPHA": 3.0, "DTKD.BETA": 1.0,
+    "DTKD.CE_WEIGHT": 1.0, "DTKD.T": 4.0, "DTKD.WARMUP": 20,
+}  # fmt: skip
+
+
+def problems(path=None, opts=()):
+    with pytest.raises(ConfigError) as caught:
+        load(path, opts)
+    return list(caught.value.lines)
+
+
+def write(folder, text, name="x.yaml"):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_defaults_are_the_seeds():
+    flat = leaves(CFG)
+    assert {key: flat[key] for key in SEED_DEFAULTS} == SEED_DEFAULTS
+
+
+def test_yaml_then_overrides(tmp_path):
+    path = write(tmp_path, "SOLVER:\n  LR: 1\n  WEIGHT_DECAY: 5e-4\nDTKD:\n  T: 4\nKD: {TEMPERATURE: 3}\n")
+    cfg = load(path, ["SOLVER.EPOCHS", "3", "SOLVER.LR_DECAY_STAGES", "[1,2]", "EXPERIMENT.TAG", "7"])
+    assert (cfg.SOLVER.LR, cfg.SOLVER.WEIGHT_DECAY, cfg.DTKD.T, cfg.KD.TEMPERATURE) == (1.0, 5e-4, 4.0, 3.0)
+    assert type(cfg.SOLVER.LR) is float
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.LR_DECAY_STAGES, cfg.EXPERIMENT.TAG) == (3, [1, 2], "7")
+    assert CFG.SOLVER.EPOCHS == 240
+    with pytest.raises(AttributeError):
+        cfg.SOLVER.LR = 3.0  # frozen
+
+
+def test_base_files_inherit_and_cycles_are_named(tmp_path):
+    write(tmp_path, "SOLVER: {LR: 0.2, EPOCHS: 7}", "a.yaml")
+    write(tmp_path, "_BASE_: a.yaml\nSOLVER: {EPOCHS: 9}", "b.yaml")
+    cfg = load(write(tmp_path, "_BASE_: [a.yaml, b.yaml]\nSEED: 4", "c.yaml"))
+    assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS, cfg.SEED) == (0.2, 9, 4)
+    assert "_BASE_ leads back" in problems(write(tmp_path, "_BASE_: d.yaml", "d.yaml"))[0]
+    assert "cannot be read" in problems(write(tmp_path, "_BASE_: gone.yaml", "e.yaml"))[0]
+
+
+@pytest.mark.parametrize(
+    ("opts", "key", "says"),
+    [
+        (["SOLVER.LRR", "0.1"], "SOLVER.LRR", "did you mean SOLVER.LR?"),
+        (["solver.epochs", "3"], "solver", "did you mean SOLVER?"),
+        (["LR", "0.1"], "LR", "did you mean SOLVER.LR?"),
+        (["SOLVER", "3"], "SOLVER", "is a section"),
+        (["SOLVER.LR.X", "3"], "SOLVER.LR", "single value"),
+        (["SOLVER.EPOCHS", "many"], "SOLVER.EPOCHS", "a whole number"),
+        (["SOLVER.EPOCHS", "2.5"], "SOLVER.EPOCHS", "a whole number"),
+        (["SOLVER.EPOCHS", "True"], "SOLVER.EPOCHS", "a whole number"),
+        (["LOG.WANDB", "1"], "LOG.WANDB", "True or False"),
+        (["SOLVER.LR_DECAY_STAGES", "150"], "SOLVER.LR_DECAY_STAGES", "a list"),
+        (["SOLVER.LR_DECAY_STAGES", "[1.5]"], "SOLVER.LR_DECAY_STAGES", "a list"),
+        (["SOLVER.LR_DECAY_STAGES", "[180,150]"], "SOLVER.LR_DECAY_STAGES", "rising order"),
+        (["SOLVER.LR", "-0.1"], "SOLVER.LR", "greater than 0"),
+        (["SOLVER.LR", "0"], "SOLVER.LR", "greater than 0"),
+        (["SOLVER.LR", "1e999"], "SOLVER.LR", "finite"),
+        (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS", "at least 1"),
+        (["SOLVER.BATCH_SIZE", "0"], "SOLVER.BATCH_SIZE", "at least 1"),
+        (["DATASET.TEST.BATCH_SIZE", "-1"], "DATASET.TEST.BATCH_SIZE", "at least 1"),
+        (["SOLVER.MOMENTUM", "1"], "SOLVER.MOMENTUM", "[0, 1)"),
+        (["SOLVER.AMP", "bf61"], "SOLVER.AMP", "did you mean bf16?"),
+        (["SOLVER.TYPE", "Adam"], "SOLVER.TYPE", "known: SGD"),
+        (["DEVICE", "gpu"], "DEVICE", "cuda"),
+        (["SEED", "-1"], "SEED", "[0, 2**32)"),
+        (["DISTILLER.TYPE", "dtkd"], "DISTILLER.TYPE", "did you mean DTKD?"),
+        (["DISTILLER.TEACHER", "resnet57"], "DISTILLER.TEACHER", "did you mean resnet56?"),
+        (["DISTILLER.STUDENT", "mobilenetv2"], "DISTILLER.STUDENT", "did you mean MobileNetV2?"),
+        (["DATASET.TYPE", "cifar"], "DATASET.TYPE", "did you mean cifar"),
+        (["KD.TEMPERATURE", "0"], "KD.TEMPERATURE", "greater than 0"),
+        (["DTKD.T", "-4"], "DTKD.T", "greater than 0"),
+        (["DTKD.WARMUP", "-1"], "DTKD.WARMUP", "0 or more"),
+        (["EXPERIMENT.NAME", "../../x"], "EXPERIMENT.NAME", "below LOG.PREFIX"),
+        (["EXPERIMENT.PLUGINS", "gone.py"], "EXPERIMENT.PLUGINS", "not an existing .py file"),
+        (["SOLVER.LR"], "command line", "has no value"),
+        (["--lr", "3"], "command line", "KEY VALUE"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_type(opts, key, says):
+    (line,) = problems(opts=opts)
+    assert line.startswith(key), line
+    assert says in line
+    assert "\n" not in line
+
+
+def test_all_mistakes_come_together():
+    lines = problems(opts=["SOLVER.LRR", "1", "SOLVER.EPOCHS", "0", "DISTILLER.TYPE", "KDD", "SEED", "x"])
+    assert [line.split(":")[0] for line in lines] == ["SOLVER.LRR", "SEED", "SOLVER.EPOCHS", "DISTILLER.TYPE"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "SOLVER: [",
+        "a: b: c",
+        "SOLVER: {LR: 1, LR: 2}",
+        "!!python/object/apply:os.system ['true']",
+        "\x00",
+        "5",
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, text):
+    (line,) = problems(write(tmp_path, text))
+    assert str(tmp_path / "x.yaml") in line
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"EXPERIMENT: {TAG: \xe9}")
+    assert "UTF-8" in problems(tmp_path / "latin.yaml")[0]
+    assert "cannot be read" in problems(tmp_path)[0]
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    assert load(write(tmp_path, "")) == load()
+
+
+def test_show_leaves_other_methods_out():
+    text = describe(load(None, ["DISTILLER.TYPE", "KD"]))
+    assert "TEMPERATURE" in text
+    assert "WARMUP" not in text
+
+
+def test_registry():
+    registry = Registry("thing")
+    registry["alpha"] = 1
+    registry["alpha"] = 1
+    with pytest.raises(ValueError, match="registered already"):
+        registry["alpha"] = 2
+    with pytest.raises(KeyError, match="unknown thing 'alhpa'; did you mean alpha"):
+        registry["alhpa"]
+    assert "alpha" in registry
+    assert dict(registry) == {"alpha": 1}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("[!_]*.yaml")), ids=lambda p: p.stem)
+def test_every_config_loads_and_begins_with_its_command(path):
+    relative = path.relative_to(ROOT)
+    cfg = load(path)
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"# python3 tools/train_ours.py --cfg {relative}"
+    assert cfg.DISTILLER.TYPE.lower() == relative.parts[2]
+    assert cfg.DATASET.TYPE == relative.parts[1]
+    if relative.parts[1] == "cifar100":
+        assert lines[1].startswith("# Published top-1: ")
+        small = cfg.DISTILLER.STUDENT in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+        assert cfg.SOLVER.LR == (0.01 if small else 0.05)
+        assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.LR_DECAY_STAGES) == (240, [150, 180, 210])
+        assert cfg.SOLVER.WEIGHT_DECAY == 0.0005

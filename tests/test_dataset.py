@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from mdistiller.dataset import Batches, load_dataset
+from mdistiller.dataset._images import channel_statistics
+from mdistiller.errors import UserError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+
+
+def random_images(n=20, size=32, seed=0):
+    return torch.from_numpy(np.random.RandomState(seed).randint(0, 256, (n, size, size, 3)).astype(np.uint8))
+
+
+def batches(n=20, batch_size=8, augment="crop_flip", seed=0, size=32):
+    return Batches(random_images(n, size), torch.arange(n), MEAN, STD, batch_size, torch.device("cpu"), augment, seed)
+
+
+def test_augmentation_equals_torchvisions_pixel_for_pixel():
+    data = batches()
+    order, top, left, flip = data.plan(3)
+    image = torch.cat([batch.image for batch in data.epoch(3)])
+    for i in range(20):
+        picture = Image.fromarray(data.images[order[i]].numpy())
+        picture = TF.crop(TF.pad(picture, 4), int(top[i]), int(left[i]), 32, 32)
+        picture = TF.hflip(picture) if flip[i] else picture
+        expected = TF.normalize(TF.to_tensor(picture), MEAN, STD)
+        torch.testing.assert_close(image[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decisions_follow_the_published_distribution():
+    _, top, left, flip = batches(n=81 * 200, size=8 * 4).plan(1)
+    for offset in (top, left):
+        counts = torch.bincount(offset, minlength=9)
+        assert len(counts) == 9
+        chi2 = ((counts - 1800.0) ** 2 / 1800).sum()
+        assert chi2 < 30  # 8 degrees of freedom
+    assert 0.48 < flip.double().mean() < 0.52
+    pairs = torch.bincount(9 * top + left, minlength=81)
+    assert ((pairs - 200.0) ** 2 / 200).sum() < 140  # 80 degrees of freedom: rows and columns are independent
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
+    first = [batch.image for batch in batches(seed=5).epoch(2)]
+    data = batches(seed=5)
+    list(data.epoch(7))
+    torch.rand(10)
+    assert all(torch.equal(a, b.image) for a, b in zip(first, data.epoch(2), strict=True))
+    assert not torch.equal(batches(seed=6).plan(2)[0], data.plan(2)[0])
+    assert not torch.equal(data.plan(3)[0], data.plan(2)[0])
+
+
+def test_every_sample_once_and_the_last_batch_is_kept():
+    data = batches(n=21, batch_size=8)
+    seen = list(data.epoch(1))
+    assert len(data) == len(seen) == 3
+    assert [len(batch.target) for batch in seen] == [8, 8, 5]
+    index = torch.cat([batch.index for batch in seen])
+    assert torch.equal(index.sort().values, torch.arange(21))
+    assert torch.equal(torch.cat([batch.target for batch in seen]), index)
+    assert seen[0].image.is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].image.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("augment", "crops", "flips"), [("crop", True, False), ("none", False, False)])
+def test_weaker_augmentations(augment, crops, flips):
+    _, top, left, flip = batches(n=200, augment=augment).plan(1)
+    assert bool((top != 4).any() and (left != 4).any()) is crops
+    assert bool(flip.any()) is flips
+
+
+def test_evaluation_batches_are_the_images_in_order():
+    data = batches(augment=None)
+    image = torch.cat([batch.image for batch in data])
+    expected = TF.normalize(data.images.permute(0, 3, 1, 2) / 255, MEAN, STD)
+    torch.testing.assert_close(image, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_digits():
+    data = load_dataset("digits", "nowhere")
+    assert data.train_images.shape == (1442, 32, 32, 3)
+    assert len(data.test_images) == 355
+    assert data.augment == "crop"  # a mirrored digit is another sign
+    for labels in (data.train_labels, data.test_labels):
+        share = torch.bincount(labels, minlength=10) / len(labels)
+        assert (share - 0.1).abs().max() < 0.01
+    again = load_dataset("digits", "nowhere")
+    assert torch.equal(data.test_images, again.test_images)
+
+
+def write_cifar100(folder, n=4, size=None, label=99):
+    folder.mkdir(parents=True, exist_ok=True)
+    records = np.random.RandomState(0).randint(0, 256, (n, 3074)).astype(np.uint8)
+    records[:, 0], records[:, 1] = 3, label
+    for name in ("train.bin", "test.bin"):
+        (folder / name).write_bytes(records.tobytes()[:size])
+    return records
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cifar100_binary(tmp_path, inside):
+    folder = tmp_path / "cifar-100-binary"
+    records = write_cifar100(folder)
+    data = load_dataset("cifar100", folder if inside else tmp_path)
+    assert data.num_classes == 100
+    assert data.train_labels.tolist() == [99] * 4
+    red = torch.from_numpy(records[1, 2 : 2 + 1024].reshape(32, 32))
+    assert torch.equal(data.train_images[1, :, :, 0], red)
+
+
+def test_cifar10_binary(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for i, name in enumerate([*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]):
+        (folder / name).write_bytes(bytes([i]) + bytes(range(256)) * 12)
+    data = load_dataset("cifar10", tmp_path)
+    assert data.train_labels.tolist() == [0, 1, 2, 3, 4]
+    assert data.test_labels.tolist() == [5]
+    assert data.train_images[0, 0, 5].tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"), [({"size": 3000}, "3,000 bytes"), ({"label": 100}, "label 100"), ({"n": 0}, "0 bytes")]
+)
+def test_broken_cifar_files_are_named(tmp_path, kwargs, says):
+    write_cifar100(tmp_path, **kwargs)
+    with pytest.raises(UserError, match=says):
+        load_dataset("cifar100", tmp_path)
+
+
+def arrays(**changes):
+    images = random_images(12, 28).numpy()
+    data = {"train_images": images[:8], "train_labels": np.arange(8).reshape(8, 1) % 3}
+    data |= {"test_images": images[8:], "test_labels": np.arange(4) % 3} | changes
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def test_npz(tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays(val_images=np.zeros(3)))
+    data = load_dataset("npz", tmp_path / "x.npz")
+    assert (data.num_classes, data.train_images.shape) == (3, (8, 28, 28, 3))
+    expected = data.train_images.double().div(255).reshape(-1, 3)
+    np.testing.assert_allclose(data.mean, expected.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(data.std, expected.std(0, unbiased=False), rtol=1e-9)
+    (batch,) = Batches(data.train_images, data.train_labels, data.mean, data.std, 8, torch.device("cpu"), "crop").epoch(
+        1
+    )
+    assert batch.image.shape == (8, 3, 28, 28)
+
+
+def test_grey_npz(tmp_path):
+    grey = {
+        f"{split}_images": random_images(8 if split == "train" else 4, 28).numpy()[..., 0]
+        for split in ("train", "test")
+    }
+    np.savez_compressed(tmp_path / "x.npz", **arrays(**grey))
+    images = load_dataset("npz", tmp_path / "x.npz").train_images
+    assert torch.equal(images[..., 0], images[..., 2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"test_labels": None}, "lacks test_labels"),
+        ({"train_images": np.zeros((8, 28, 28, 3), np.float32)}, "float32"),
+        ({"train_images": np.zeros((8, 28, 28, 4), np.uint8)}, "expected uint8"),
+        ({"train_images": np.zeros((8, 32, 32, 3), np.uint8)}, "differ in size"),
+        ({"train_images": np.zeros((8, 2, 2), np.uint8)}, "at least 8 x 8"),
+        ({"train_labels": np.zeros(7, int)}, "expected 8 integers"),
+        ({"train_labels": np.zeros((8, 14), int)}, "expected 8 integers"),
+        ({"train_labels": np.full(8, -1)}, "count from 0"),
+        ({"train_labels": np.array([None] * 8)}, "allow_pickle"),
+    ],
+)
+def test_bad_npz_is_refused_in_one_line(tmp_path, changes, says):
+    np.savez(tmp_path / "x.npz", **arrays(**changes))
+    with pytest.raises(UserError, match=says) as caught:
+        load_dataset("npz", tmp_path / "x.npz")
+    assert len(caught.value.lines) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04junk", b"not a zip"])
+def test_files_that_are_no_npz(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match="x.npz"):
+        load_dataset("npz", tmp_path / "x.npz")
+    with pytest.raises(UserError, match="gone.npz"):
+        load_dataset("npz", tmp_path / "gone.npz")
+
+
+def test_constant_channels_have_a_usable_deviation():
+    mean, std = channel_statistics(torch.full((3, 8, 8, 3), 255, dtype=torch.uint8))
+    assert mean == (1, 1, 1)
+    assert min(std) > 0

@@ -1,0 +1,20 @@
+"""Last and best test accuracy of runs, side by side.
+
+python3 tools/compare.py output/digits/*
+"""
+
+import argparse
+from pathlib import Path
+
+from mdistiller.analysis.compare import table
+from mdistiller.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    print(table(parser.parse_args().runs))
+
+
+if __name__ == "__main__":
+    run_command(main)

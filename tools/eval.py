@@ -1,0 +1,40 @@
+"""Accuracy of a checkpoint on a test set.
+
+python3 tools/eval.py -m resnet8x4 -c output/DTKD_Final/dtkd,res32x4,res8x4/student_best
+python3 tools/eval.py -m resnet32x4 -c pretrain -d cifar100 -bs 256
+"""
+
+import argparse
+
+from mdistiller.engine.device import AMP_DTYPES, check_amp, resolve_device
+from mdistiller.engine.evaluator import evaluate_checkpoint
+from mdistiller.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", required=True, help="a name of cifar_model_dict")
+    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint, or pretrain: the default teacher file")
+    parser.add_argument("-d", "--dataset", default="cifar100")
+    parser.add_argument("-r", "--root", default="./data", help="folder of the data set; for npz, the file")
+    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="none", choices=AMP_DTYPES)
+    a = parser.parse_args()
+    device = resolve_device(a.device)
+    check_amp(a.amp, device)
+    report = evaluate_checkpoint(a.model, a.ckpt, a.dataset, a.root, a.batch_size, device, a.amp)
+    rows = (
+        ("top-1", f"{report.scores.top1:.2f} %"),
+        ("top-5", f"{report.scores.top5:.2f} %"),
+        ("loss", f"{report.scores.loss:.4f}"),
+        ("parameters", f"{report.parameters:,}"),
+        ("images/s", f"{report.images_per_second:,.0f}"),
+    )
+    print(f"{a.model} from {a.ckpt} on {a.dataset}, {device}, {a.amp} autocast")
+    for name, value in rows:
+        print(f"  {name:<12}{value:>14}")
+
+
+if __name__ == "__main__":
+    run_command(main)
