@@ -41,6 +41,17 @@ def test_every_form_of_checkpoint_loads(tmp_path, form, legacy):
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_scalars_of_either_numpy_load(tmp_path, module):
+    torch.save(
+        {"model": model().state_dict(), "acc": np.float64(1)}, tmp_path / "x", _use_new_zipfile_serialization=False
+    )
+    data = (tmp_path / "x").read_bytes()
+    found = next(name for name in (b"numpy.core.multiarray", b"numpy._core.multiarray") if name + b"\n" in data)
+    (tmp_path / "x").write_bytes(data.replace(found + b"\n", module + b"\n"))
+    assert checkpoint.load(tmp_path / "x")["acc"] == 1
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb",)

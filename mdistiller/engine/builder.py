@@ -34,15 +34,13 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
     resume = (path / "latest").exists() if resume == "auto" else bool(resume)
     if resume and not (path / "latest").exists():
         raise UserError(f"--resume: there is no run in {path}; start it without --resume")
-    wandb_run = None
-    if cfg.LOG.WANDB:
-        wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, path.name, cfg)
     data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
     teacher_file = find_teacher(cfg) if cfg.DISTILLER.TYPE != "NONE" else None
 
     seed_everything(cfg.SEED)
     distiller = build_distiller(cfg, data, teacher_file, device)
     trainer = build_trainer(cfg, distiller, data, device, path)
+    wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, path.name, cfg) if cfg.LOG.WANDB else None
     folder = RunFolder(path, resume)
     try:
         if resume:

@@ -20,14 +20,10 @@ from mdistiller.models import cifar_model_dict
 _scalar = np.float64(0).__reduce__()[0]
 _SAFE = [_scalar, np.dtype, argparse.Namespace]
 _SAFE += [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older releases take no names
+    # numpy 1 and 2 name the module of the scalar's constructor differently, and a file may come from either
+    _SAFE += [(_scalar, f"{name}.scalar") for name in ("numpy.core.multiarray", "numpy._core.multiarray")]
 torch.serialization.add_safe_globals(_SAFE)
-try:  # numpy 1 and 2 name the module of the scalar's constructor differently; torch 2.4 takes no names
-    torch.serialization.add_safe_globals(
-        [(_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar")]
-    )
-    _KNOWS_NAMES = True
-except (TypeError, AttributeError):
-    _KNOWS_NAMES = False
 
 
 def write_atomic(path: Path, data: bytes) -> None:

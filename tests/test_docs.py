@@ -1,0 +1,65 @@
+"""The pages keep their promises: code blocks run as they stand, commands and files exist."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, tool
+
+from mdistiller.engine.recorder import read_metrics
+
+
+def blocks(page):
+    """{file name: text} of every code block that a line `name.py`: announces."""
+    text = (ROOT / page).read_text()
+    return dict(re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)```", text, re.M | re.S))
+
+
+@pytest.mark.parametrize("method", ["CONFIDENCE_KD", "HINT"])
+def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method, teacher_file):
+    files = blocks("docs/new_method.md")
+    assert set(files) == {"confidence_kd.py", "confidence_kd.yaml", "hint.py"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    words = ["SOLVER.EPOCHS", 1, "DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", teacher_file]
+    if method == "HINT":
+        words += ["EXPERIMENT.PLUGINS", "['confidence_kd.py', 'hint.py']", "DISTILLER.TYPE", "HINT"]
+    done = tool("train_ours", "--cfg", "confidence_kd.yaml", *words, "EXPERIMENT.NAME", "x", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_metrics(tmp_path / "output" / "distill" / "x")
+    assert row["train_losses"]["loss/loss_kd"] > 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/new_method.md", "docs/deviations.md"])
+def test_what_a_page_names_exists(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    for config in re.findall(r"--cfg (configs/\S+\.yaml)", text):
+        assert (ROOT / config).is_file(), config
+    for name in re.findall(r"tools/(\w+\.py)", text):
+        assert (ROOT / "tools" / name).is_file(), name
+
+
+def test_readme_method_loads(tmp_path):
+    from mdistiller.distillers import distiller_dict
+    from mdistiller.engine.cfg import load
+
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "my_kd.py").write_text(text)
+    cfg = load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "my_kd.py"), "DISTILLER.TYPE", "MYKD", "MYKD.FACTOR", "2"])
+    assert distiller_dict["MYKD"](torch.nn.Identity(), torch.nn.Identity(), cfg).kd_weight == 1.8
+
+
+def test_readme_yaml_is_a_valid_configuration(tmp_path):
+    from mdistiller.engine.cfg import load
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    folder = tmp_path / "configs" / "cifar100" / "dtkd"
+    folder.mkdir(parents=True)
+    (folder / "x.yaml").write_text(text)
+    (folder.parent / "_base.yaml").write_text((ROOT / "configs" / "cifar100" / "_base.yaml").read_text())
+    cfg = load(folder / "x.yaml")
+    assert yaml.safe_load(text)["DISTILLER"]["STUDENT"] == cfg.DISTILLER.STUDENT
+    assert cfg.SOLVER.EPOCHS == 240
