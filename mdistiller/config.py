@@ -17,7 +17,34 @@ from yacs.config import CfgNode
 from mdistiller import registry
 from mdistiller.errors import ConfigError
 
-CFG = CfgNode()
+
+class Config(CfgNode):
+    """yacs's tree. Its merge methods read files and pairs by the same rules as `load`: int for float, _BASE_, and
+    ConfigError with every mistake at once.
+    """
+
+    def merge_from_file(self, cfg_filename: str | Path) -> None:
+        problems: list[str] = []
+        tree = _read_yaml(Path(cfg_filename), problems)
+        self._merge_all([(tree, str(cfg_filename))], problems)
+
+    def merge_from_list(self, cfg_list: Sequence) -> None:
+        problems: list[str] = []
+        self._merge_all([(tree, "command line") for tree in _parse_opts(cfg_list, problems)], problems)
+
+    def merge_from_other_cfg(self, cfg_other: Mapping) -> None:
+        self._merge_all([(cfg_other, "other configuration")], [])
+
+    def _merge_all(self, sources: Iterable[tuple[Mapping, str]], problems: list[str]) -> None:
+        if self.is_frozen():
+            raise AttributeError("this configuration is frozen; clone() it, then defrost() the clone")
+        for tree, source in sources:
+            _merge(self, tree, source, "", "", problems)
+        if problems:
+            raise ConfigError(*dict.fromkeys(problems))
+
+
+CFG = Config()
 DOCS: dict[str, str] = {}  # full key or section name -> one line of documentation
 
 KEYS = (

@@ -45,6 +45,19 @@ def test_yaml_then_overrides(tmp_path):
         cfg.SOLVER.LR = 3.0  # frozen
 
 
+def test_the_trees_own_merge_methods_follow_the_same_rules(tmp_path):
+    cfg = CFG.clone()
+    cfg.merge_from_file(write(tmp_path, "KD: {TEMPERATURE: 3}"))
+    cfg.merge_from_list(["SOLVER.LR", 1])
+    cfg.merge_from_other_cfg(load(None, ["SEED", "9"]))
+    assert (cfg.KD.TEMPERATURE, cfg.SOLVER.LR, cfg.SEED) == (4.0, 0.05, 9)  # the last one holds every key
+    with pytest.raises(ConfigError, match=r"did you mean SOLVER\.LR\?"):
+        cfg.merge_from_list(["SOLVER.LRR", 1])
+    cfg.freeze()
+    with pytest.raises(AttributeError):
+        cfg.merge_from_list(["SOLVER.LR", 1])
+
+
 def test_base_files_inherit_and_cycles_are_named(tmp_path):
     write(tmp_path, "SOLVER: {LR: 0.2, EPOCHS: 7}", "a.yaml")
     write(tmp_path, "_BASE_: a.yaml\nSOLVER: {EPOCHS: 9}", "b.yaml")
