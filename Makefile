@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DIGITS := output/digits
-TEACHER := $(DIGITS)/none,resnet20,digits,10-epochs,seed0
+TEACHER := $(DIGITS)/none,resnet20,digits,6-epochs,seed0
 
 .PHONY: install quickstart test lint docs
 
