@@ -33,7 +33,7 @@ def curriculum(epoch: int, length: float, end: float) -> float:
 
 
 def learned_temperature(theta: Tensor, start: float, span: float) -> Tensor:
-    """T = start + span sigmoid(theta), of theta's shape, in [start, start + span] for every theta (Eq. 12)."""
+    """T = start + span sigmoid(theta), of theta's shape, in [start, start + span] for every theta."""
     return start + span * theta.sigmoid()
 
 
@@ -59,7 +59,7 @@ class LearnedTemperature(nn.Module):
 
     def forward(self, logits_student: Tensor, logits_teacher: Tensor, strength: float) -> Temperatures:
         """Logits (B, K); the gradient that reaches theta is multiplied by -strength."""
-        if isinstance(self.theta, nn.Parameter):
+        if isinstance(self.theta, Tensor):
             theta = self.theta.expand(len(logits_student), 1)
         else:
             outputs = [F.softmax(bounded(logits.detach()), dim=1) for logits in (logits_student, logits_teacher)]

@@ -38,9 +38,9 @@ def dist_loss(
     """tau^2 (beta (1 - mean_i rho(p_i, q_i)) + gamma (1 - mean_k rho(p_k, q_k))): a scalar.
 
     q = softmax(v / tau) and p = softmax(u / tau) of student logits v and teacher logits u, (B, K); rho is Pearson's
-    correlation, over the classes of sample i (inter-class, Eq. 9) and over the samples for class k (intra-class, Eq.
-    10). The paper has no factor tau^2 (they agree at tau = 1, the ImageNet setting), the code behind its CIFAR
-    figures has. Zero for identical logits. A batch of one has no intra-class relation: that term is then 0.
+    correlation, over the classes of sample i (inter-class) and over the samples for class k (intra-class). The factor
+    tau^2 is the released code's; the paper's equations and its appendix A.1 have none (divide the weight by tau^2 to
+    have it their way). Zero for identical logits. A batch of one has no intra-class relation: that term is then 0.
     """
     student = F.softmax(bounded(logits_student) / temperature, dim=1)
     teacher = F.softmax(bounded(logits_teacher) / temperature, dim=1)
