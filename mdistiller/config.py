@@ -52,6 +52,7 @@ KEYS = (
     ("EXPERIMENT.NAME", "", "Name of the run's folder; empty: EXPERIMENT.TAG."),
     ("EXPERIMENT.TAG", "default", "Comma-separated labels of the run."),
     ("EXPERIMENT.PLUGINS", [], "Python files to import before the YAML is read: methods of your own. They are code."),
+    ("EXPERIMENT.LOGIT_STAND", False, "Distil z-scores of the logits (LSKD, arXiv 2403.01427): KD, DKD, MLKD or CTKD."),
     ("DATASET.TYPE", "cifar100", "cifar100, cifar10, digits or npz."),
     ("DATASET.ROOT", "./data", "Folder that holds the data set (cifar*), or the .npz file itself (npz)."),
     ("DATASET.AUGMENT", "auto", "auto (as the data set declares), crop_flip, crop or none."),

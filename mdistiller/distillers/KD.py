@@ -24,9 +24,10 @@ class KD(LogitDistiller):
         self.temperature = cfg.KD.TEMPERATURE
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
+        self.logit_stand = cfg.EXPERIMENT.LOGIT_STAND
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
         return {
             "loss_ce": self.ce_weight * ce_loss(logits_student, target),
-            "loss_kd": self.kd_weight * kd_loss(logits_student, logits_teacher, self.temperature),
+            "loss_kd": self.kd_weight * kd_loss(*self.distilled(logits_student, logits_teacher), self.temperature),
         }

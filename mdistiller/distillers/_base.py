@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers._common import ce_loss
+from mdistiller.distillers._common import ce_loss, standardise
 from mdistiller.distillers._registry import register_distiller
 
 
@@ -70,7 +70,19 @@ class LogitDistiller(Distiller):
     A rule maps student logits (B, K), teacher logits (B, K) and tau to `_common.Temperatures`; a divergence compares
     the softened outputs; the loss is the batch's mean of factor * divergence. A method
     overrides `losses`, which never sees a model: so it can be tested, reused and fed with stored teacher logits.
+
+    A method takes EXPERIMENT.LOGIT_STAND by copying it to `logit_stand` and passing its logits through `distilled`.
     """
+
+    logit_stand = False
+
+    def distilled(self, logits_student: Tensor, logits_teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """What the distillation loss compares: the logits (B, K), or under `logit_stand` their z-scores. The cross
+        entropy always sees the logits themselves.
+        """
+        if not self.logit_stand:
+            return logits_student, logits_teacher
+        return standardise(logits_student), standardise(logits_teacher)
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
         raise NotImplementedError

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 # Softmax needs no logit beyond this; with it, no product in a loss or in its gradient leaves float32's range.
 LOGIT_LIMIT = 1e15
+# A row of logits that spreads less is taken for a constant one: what is divided by its spread would leave float32.
+MIN_DEVIATION = 1e-5
 
 
 def bounded(logits: Tensor) -> Tensor:
@@ -39,6 +41,31 @@ def kl_divergence(
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device: what multiplies matrices in a loss does so in float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation (over K, not K - 1) of each row of logits (B, K), and where it is above MIN_DEVIATION: (B, 1)
+    each. Elsewhere the deviation given is 1, so that it may stand in a denominator.
+    """
+    variance = bounded(logits).var(1, correction=0, keepdim=True)
+    sound = variance > MIN_DEVIATION**2
+    # chosen before the root: its gradient at 0 is infinite even where it is not used
+    return torch.where(sound, variance, 1.0).sqrt(), sound
+
+
+def standardise(logits: Tensor) -> Tensor:
+    """(x - mean(x)) / std(x) of each row of logits (B, K): the z-score of LSKD (Sun et al., CVPR 2024,
+    https://arxiv.org/abs/2403.01427, Algorithm 1), to be divided by a base temperature.
+
+    Each row has mean 0, deviation 1 and lies in [-sqrt(K - 1), sqrt(K - 1)]; a constant row becomes 0.
+    """
+    logits = bounded(logits)
+    return (logits - logits.mean(1, keepdim=True)) / deviation(logits)[0]
+
+
 class Temperatures(NamedTuple):
     """What a temperature rule makes of student logits (B, K), teacher logits (B, K) and the reference tau."""
 
@@ -46,6 +73,17 @@ class Temperatures(NamedTuple):
     teacher: Tensor  # (B, 1), positive
     factor: Tensor  # (B, 1): scales the divergence, so that its gradient does not shrink with the temperatures
     sound: Tensor  # (B, 1), bool: False where the rule is undefined and fell back to tau
+
+
+def standard_deviation(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
+    """LSKD as a temperature rule (https://arxiv.org/abs/2403.01427, section 4.3): T = tau std(logits) on each side and
+    the factor tau^2. With KL it equals tau^2 KL of the standardised logits at tau, as softmax is blind to the mean.
+
+    A side whose row is constant falls back to tau. Gradients flow through the student's deviation.
+    """
+    (std_student, sound_student), (std_teacher, sound_teacher) = map(deviation, (logits_student, logits_teacher))
+    factor = torch.full_like(std_student, tau**2)
+    return Temperatures(tau * std_student, tau * std_teacher, factor, sound_student & sound_teacher)
 
 
 def softened_kl(logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures) -> Tensor:

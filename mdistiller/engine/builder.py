@@ -9,7 +9,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from mdistiller.dataset import Batches, ImageSet, load_dataset
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything
@@ -80,7 +80,13 @@ def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, dev
     checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
     cls = distiller_dict[cfg.DISTILLER.TYPE]
     arguments = {"num_data": len(data.train_labels)} if "num_data" in inspect.signature(cls).parameters else {}
-    return prepare_parts(cls(student, teacher, cfg, **arguments), device)
+    distiller = cls(student, teacher, cfg, **arguments)
+    if cfg.EXPERIMENT.LOGIT_STAND and isinstance(distiller, LogitDistiller) and not distiller.logit_stand:
+        raise UserError(
+            f"EXPERIMENT.LOGIT_STAND: {cfg.DISTILLER.TYPE} has no standardised form; set it to False, or set "
+            "DISTILLER.TYPE to KD, DKD, MLKD or CTKD"
+        )
+    return prepare_parts(distiller, device)
 
 
 def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:

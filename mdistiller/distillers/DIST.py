@@ -1,0 +1,68 @@
+"""DIST, Huang et al. (NeurIPS 2022). https://arxiv.org/abs/2205.10536"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.distillers._base import LogitDistiller
+from mdistiller.distillers._common import bounded, ce_loss
+from mdistiller.distillers._registry import register_distiller
+
+MIN_NORM = 1e-12  # of a centred vector: below it, what is divided by the norm leaves float32
+
+
+def centred_unit(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x minus its mean along `dim`, at norm 1, and where that is defined; 0 where x is constant but for rounding."""
+    centred = x - x.mean(dim, keepdim=True)
+    square = centred.square().sum(dim, keepdim=True)
+    rounding = 16 * torch.finfo(x.dtype).eps * x.detach().norm(dim=dim, keepdim=True)
+    sound = square > rounding.clamp(min=MIN_NORM).square()
+    # chosen before the root: its gradient at 0 is infinite even where it is not used
+    norm = torch.where(sound, square, 1.0).sqrt()
+    return torch.where(sound, centred / norm, 0.0), sound
+
+
+def pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """Pearson's correlation of x and y (B, K) along `dim`: (B,) for dim 1, (K,) for dim 0.
+
+    Where one side is constant it is 0, where both are it is 1: neither then gives a gradient, and equal inputs
+    correlate fully.
+    """
+    (unit_x, sound_x), (unit_y, sound_y) = centred_unit(x, dim), centred_unit(y, dim)
+    return torch.where(sound_x | sound_y, (unit_x * unit_y).sum(dim, keepdim=True), 1.0).squeeze(dim)
+
+
+def dist_loss(
+    logits_student: Tensor, logits_teacher: Tensor, temperature: float, beta: float = 1.0, gamma: float = 1.0
+) -> Tensor:
+    """tau^2 (beta (1 - mean_i rho(p_i, q_i)) + gamma (1 - mean_k rho(p_k, q_k))): a scalar.
+
+    q = softmax(v / tau) and p = softmax(u / tau) of student logits v and teacher logits u, (B, K); rho is Pearson's
+    correlation, over the classes of sample i (inter-class) and over the samples for class k (intra-class). The factor
+    tau^2 is the released code's; the paper's equations and its appendix A.1 have none (divide the weight by tau^2 to
+    have it their way). Zero for identical logits. A batch of one has no intra-class relation: that term is then 0.
+    """
+    student = F.softmax(bounded(logits_student) / temperature, dim=1)
+    teacher = F.softmax(bounded(logits_teacher) / temperature, dim=1)
+    inter = 1 - pearson(student, teacher, dim=1).mean()
+    intra = 1 - pearson(student, teacher, dim=0).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+@register_distiller(
+    "DIST", defaults={"BETA": 1.0, "GAMMA": 1.0, "TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0}}
+)
+class DIST(LogitDistiller):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * dist_loss at TEMPERATURE, BETA and GAMMA."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        super().__init__(student, teacher)
+        self.temperature = cfg.DIST.TEMPERATURE
+        self.beta = cfg.DIST.BETA
+        self.gamma = cfg.DIST.GAMMA
+        self.ce_weight = cfg.DIST.LOSS.CE_WEIGHT
+        self.kd_weight = cfg.DIST.LOSS.KD_WEIGHT
+
+    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        dist = dist_loss(logits_student, logits_teacher, self.temperature, self.beta, self.gamma)
+        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * dist}

@@ -1,0 +1,105 @@
+"""MLKD, Multi-level Logit Distillation, Jin et al. (CVPR 2023).
+https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.distillers._base import LogitDistiller
+from mdistiller.distillers._common import bounded, ce_loss, full_precision
+from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.KD import kd_loss
+
+
+def correlation_losses(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Batch level, |p p^T - q q^T|^2 / B, and class level, |p^T p - q^T q|^2 / K: two scalars (Frobenius norms).
+
+    q = softmax(v / tau) and p = softmax(u / tau) of student logits v and teacher logits u, (B, K). p p^T (B, B) holds
+    how alike two samples are, p^T p (K, K) how often two classes are confused. Zero where p = q.
+    """
+    student = F.softmax(bounded(logits_student) / temperature, dim=1)
+    teacher = F.softmax(bounded(logits_teacher) / temperature, dim=1)
+    with full_precision(student):
+        batch = teacher @ teacher.T - student @ student.T
+        classes = teacher.T @ teacher - student.T @ student
+    return batch.square().sum() / len(batch), classes.square().sum() / len(classes)
+
+
+def mlkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Sum over the temperatures of the instance, batch and class level losses: a scalar.
+
+    Student and teacher logits are (B, K). The instance level is Hinton's, `kd_loss`, tau^2 included. Zero where they
+    differ by a constant in each row.
+    """
+    return sum(
+        kd_loss(logits_student, logits_teacher, temperature)
+        + sum(correlation_losses(logits_student, logits_teacher, temperature))
+        for temperature in temperatures
+    )
+
+
+@torch.no_grad()
+def strong_view(image: Tensor) -> Tensor:
+    """A second, harder view of normalised images (B, 3, H, W), each by its own draw: rotated by up to 30 degrees,
+    sheared by up to 0.3 and shifted by up to a quarter of the side, contrast changed by up to a half, each channel
+    shifted by up to a half of its deviation, a square of half the side set to 0, the data set's mean pixel.
+    """
+    batch, height, width = len(image), *image.shape[-2:]
+
+    def uniform(limit: float, *shape: int) -> Tensor:
+        return limit * (2 * torch.rand(batch, *shape, device=image.device) - 1)
+
+    angle, shear, shift = uniform(math.pi / 6), uniform(0.3), uniform(0.5, 2)  # the grid spans [-1, 1]
+    cos, sin = angle.cos(), angle.sin()
+    rows = [cos, shear * cos - sin, shift[:, 0], sin, shear * sin + cos, shift[:, 1]]
+    grid = F.affine_grid(torch.stack(rows, 1).view(batch, 2, 3), list(image.shape), align_corners=False)
+    view = F.grid_sample(image.float(), grid, align_corners=False)
+    mean = view.mean((1, 2, 3), keepdim=True)
+    view = mean + (view - mean) * (1 + uniform(0.5, 1, 1, 1)) + uniform(0.5, 3, 1, 1)
+    top, left = ((uniform(1) + 1) / 2 * side for side in (height, width))  # the square's centre; it may overhang
+    rows, columns = torch.arange(height, device=image.device), torch.arange(width, device=image.device)
+    outside_rows = (rows - top[:, None]).abs() > height / 4  # (B, H)
+    outside_columns = (columns - left[:, None]).abs() > width / 4  # (B, W)
+    view = view * (outside_rows[:, None, :, None] | outside_columns[:, None, None, :])
+    return view.contiguous(memory_format=torch.channels_last)
+
+
+@register_distiller(
+    "MLKD", defaults={"TEMPERATURES": [2.0, 3.0, 4.0, 5.0, 6.0], "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+)
+class MLKD(LogitDistiller):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * mlkd_loss over TEMPERATURES, all of it on a weak and on a strong view.
+
+    The weak view is the loader's image. The strong one is `image_strong` (B, 3, H, W) where the loader gives it, else
+    `strong_view` of the weak one.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        super().__init__(student, teacher)
+        self.temperatures = cfg.MLKD.TEMPERATURES
+        self.ce_weight = cfg.MLKD.LOSS.CE_WEIGHT
+        self.kd_weight = cfg.MLKD.LOSS.KD_WEIGHT
+        self.logit_stand = cfg.EXPERIMENT.LOGIT_STAND
+
+    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        """Of one view."""
+        mlkd = mlkd_loss(*self.distilled(logits_student, logits_teacher), self.temperatures)
+        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * mlkd}
+
+    def forward_train(
+        self,
+        image: Tensor,
+        target: Tensor,
+        image_strong: Tensor | None = None,
+        logits_teacher: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`logits_teacher` (B, K), where it is given, stands for the teacher's forward pass on the weak view."""
+        strong = strong_view(image) if image_strong is None else image_strong
+        logits_student, weak_losses = super().forward_train(image, target, logits_teacher, **kwargs)
+        _, strong_losses = super().forward_train(strong, target, **kwargs)
+        return logits_student, {name: weak_losses[name] + strong_losses[name] for name in weak_losses}

@@ -1,0 +1,44 @@
+"""NormKD, Chi et al. (2023). https://arxiv.org/abs/2308.00520"""
+
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import LogitDistiller
+from mdistiller.distillers._common import Temperatures, ce_loss, softened_kl, standard_deviation
+from mdistiller.distillers._registry import register_distiller
+
+
+def normalised(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
+    """The temperature rule of NormKD. Student logits v and teacher logits u, both (B, K), T_norm = tau:
+
+        T_student = tau std(v),   T_teacher = tau std(u),   factor T_teacher^2
+
+    A side whose row is constant falls back to tau. It is LSKD's rule with another factor.
+    """
+    temperatures = standard_deviation(logits_student, logits_teacher, tau)
+    return temperatures._replace(factor=temperatures.teacher**2)
+
+
+def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over the batch of T_teacher^2 KL(softmax(u / T_teacher) || softmax(v / T_student)): a scalar.
+
+    Student logits v and teacher logits u are (B, K); `temperature` is the paper's T_norm > 0. Zero where v and u are
+    positive affine images of each other.
+    """
+    return softened_kl(logits_student, logits_teacher, normalised(logits_student, logits_teacher, temperature))
+
+
+@register_distiller("NORMKD", defaults={"TEMPERATURE": 2.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
+class NormKD(LogitDistiller):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * normkd_loss at TEMPERATURE, the paper's T_norm."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        super().__init__(student, teacher)
+        self.temperature = cfg.NORMKD.TEMPERATURE
+        self.ce_weight = cfg.NORMKD.LOSS.CE_WEIGHT
+        self.kd_weight = cfg.NORMKD.LOSS.KD_WEIGHT
+
+    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        return {
+            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_kd": self.kd_weight * normkd_loss(logits_student, logits_teacher, self.temperature),
+        }

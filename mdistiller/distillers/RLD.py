@@ -1,0 +1,77 @@
+"""RLD, Refined Logit Distillation, Sun et al. (ICCV 2025). https://arxiv.org/abs/2408.07703"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.distillers._base import LogitDistiller
+from mdistiller.distillers._common import bounded, ce_loss
+from mdistiller.distillers._registry import register_distiller
+
+
+def binary_log_probabilities(logits: Tensor, index: Tensor) -> Tensor:
+    """log of (p_index, 1 - p_index), p = softmax(logits (B, K)), index (B,): (B, 2)."""
+    log_p = F.log_softmax(logits, dim=1)
+    chosen = F.one_hot(index, logits.shape[1]).bool()
+    rest = log_p.masked_fill(chosen, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([log_p.gather(1, index[:, None]), rest], dim=1)
+
+
+def scd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Sample confidence: tau^2 KL((p_max, 1 - p_max) || (q_target, 1 - q_target)), mean over the batch: a scalar.
+
+    q = softmax(v / tau) and p = softmax(u / tau) of student logits v and teacher logits u, (B, K); target (B,). Zero
+    for identical logits where the teacher is right: where it errs, the student learns its confidence, not its class.
+    """
+    student, teacher = (bounded(logits) / temperature for logits in (logits_student, logits_teacher))
+    log_student = binary_log_probabilities(student, target)
+    log_teacher = binary_log_probabilities(teacher, teacher.argmax(1))
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    return divergence.mean() * temperature**2
+
+
+def mcd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Masked correlation: tau^2 KL(softmax(u / tau) || softmax(v / tau)) over the classes that the teacher ranks below
+    the target, {k: u_k < u_target}, mean over the batch: a scalar.
+
+    Student logits v and teacher logits u are (B, K), target (B,). Zero for identical logits, and for a sample of which
+    fewer than two classes remain.
+    """
+    student, teacher = bounded(logits_student), bounded(logits_teacher)
+    keep = teacher < teacher.gather(1, target[:, None])
+    some = keep.any(1, keepdim=True)  # (B, 1)
+    keep = keep | ~some  # a softmax over no class is NaN; such a row is weighted with 0 below
+    logs = []
+    for logits in (student, teacher):
+        log_p = F.log_softmax((logits / temperature).masked_fill(~keep, -torch.inf), dim=1)
+        logs.append(torch.where(keep, log_p, 0.0))  # equal on both sides: adds nothing
+    divergence = F.kl_div(*logs, reduction="none", log_target=True).sum(1)
+    return (divergence * some.squeeze(1)).mean() * temperature**2
+
+
+def rld_loss(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """alpha * scd_loss + beta * mcd_loss: a scalar. Logits (B, K), target (B,). The target itself is never among the
+    correlated classes, so that the two parts do not pull at it both.
+    """
+    scd = scd_loss(logits_student, logits_teacher, target, temperature)
+    return alpha * scd + beta * mcd_loss(logits_student, logits_teacher, target, temperature)
+
+
+@register_distiller("RLD", defaults={"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0})
+class RLD(LogitDistiller):
+    """CE_WEIGHT * cross entropy + rld_loss at ALPHA, BETA and T."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        super().__init__(student, teacher)
+        self.ce_weight = cfg.RLD.CE_WEIGHT
+        self.alpha = cfg.RLD.ALPHA
+        self.beta = cfg.RLD.BETA
+        self.temperature = cfg.RLD.T
+
+    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        return {
+            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_kd": rld_loss(logits_student, logits_teacher, target, self.alpha, self.beta, self.temperature),
+        }
