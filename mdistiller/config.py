@@ -352,11 +352,10 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
             yield f"{key}: must be a finite number; got {value!r}"
-        elif "." in key and isinstance(value, (int, float)):
-            if last in ("T", "TEMPERATURE") and value <= 0:
-                yield f"{key}: {_POSITIVE}; got {value!r}"
-            if last.startswith("WARMUP") and value < 0:
-                yield f"{key}: must be 0 or more; got {value!r}"
+        elif last in ("T", "TEMPERATURE", "TEMPERATURES") and (not numbers or min(numbers) <= 0):
+            yield f"{key}: {_POSITIVE}; got {value!r}"
+        elif last.startswith("WARMUP") and value < 0:
+            yield f"{key}: must be 0 or more; got {value!r}"
     for key, test, wanted in _RULES:
         if not test(flat[key]):
             yield f"{key}: {wanted}; got {flat[key]!r}"
