@@ -52,7 +52,7 @@ KEYS = (
     ("EXPERIMENT.NAME", "", "Name of the run's folder; empty: EXPERIMENT.TAG."),
     ("EXPERIMENT.TAG", "default", "Comma-separated labels of the run."),
     ("EXPERIMENT.PLUGINS", [], "Python files to import before the YAML is read: methods of your own. They are code."),
-    ("EXPERIMENT.LOGIT_STAND", False, "Distil z-scores of the logits (LSKD, arXiv 2403.01427): KD, DKD, MLKD or CTKD."),
+    ("EXPERIMENT.LOGIT_STAND", False, "Distil z-scores of the logits (LSKD): another name for TEMPERATURE.RULE std."),
     ("DATASET.TYPE", "cifar100", "cifar100, cifar10, digits or npz."),
     ("DATASET.ROOT", "./data", "Folder that holds the data set (cifar*), or the .npz file itself (npz)."),
     ("DATASET.AUGMENT", "auto", "auto (as the data set declares), crop_flip, crop or none."),
@@ -73,6 +73,10 @@ KEYS = (
     ("SOLVER.MOMENTUM", 0.9, "SGD momentum."),
     ("SOLVER.TYPE", "SGD", "Optimizer: SGD."),
     ("SOLVER.AMP", "none", "Autocast of the forward pass: none, bf16 or fp16 (CUDA only). Losses stay in float32."),
+    ("TEMPERATURE.RULE", "", "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own."),
+    ("TEMPERATURE.DETACH", False, "Stop the gradient through the rule's temperatures; published DTKD lets it flow."),
+    ("TEMPERATURE.PART", "all", "Part of the divergence of KD, DTKD and DKD: all, target (TCKD) or non_target (NCKD)."),
+    ("LOG.TEMPERATURE", "summary", "Record the rule's temperatures: off, summary (an epoch) or samples (each sample too)."),
     ("LOG.TENSORBOARD_FREQ", 500, "Steps between TensorBoard points inside an epoch."),
     ("LOG.SAVE_CHECKPOINT_FREQ", 40, "Epochs between the checkpoints epoch_N and student_N."),
     ("LOG.PREFIX", "./output", "Root of all run folders."),
@@ -83,13 +87,16 @@ KEYS = (
 
 
 def add_section(name: str, defaults: Mapping, doc: str = "") -> None:
-    """Declare the section CFG.<name>: its keys, their defaults (nested dicts are sub-sections) and its title.
+    """Declare the section CFG.<name>: its keys, their defaults (nested dicts are sub-sections) and its title. `name` may
+    be dotted: TEMPERATURE.ERRATUM.
 
     Raises ValueError if the section exists already.
     """
-    if name in CFG:
+    *parents, last = name.split(".")
+    parent = get(CFG, ".".join(parents)) if parents else CFG
+    if last in parent:
         raise ValueError(f"config section '{name}' exists already; pick another name")
-    CFG[name] = _node(defaults)
+    parent[last] = _node(defaults)
     DOCS[name] = doc
 
 
@@ -335,6 +342,8 @@ _CHOICES = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "SOLVER.TYPE": ("SGD",),
     "SOLVER.TRAINER": ("base", "crd"),
+    "TEMPERATURE.PART": ("all", "target", "non_target"),
+    "LOG.TEMPERATURE": ("off", "summary", "samples"),
     "DATASET.AUGMENT": ("auto", "crop_flip", "crop", "none"),
 }
 _NAMES = {
@@ -342,6 +351,7 @@ _NAMES = {
     "DISTILLER.TEACHER": registry.cifar_models,
     "DISTILLER.STUDENT": registry.cifar_models,
     "DATASET.TYPE": registry.datasets,
+    "TEMPERATURE.RULE": registry.temperature_rules,
 }
 
 
@@ -360,7 +370,7 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
         if not test(flat[key]):
             yield f"{key}: {wanted}; got {flat[key]!r}"
     for key, known in (_CHOICES | _NAMES).items():
-        if flat[key] not in known:
+        if flat[key] not in known and not (key == "TEMPERATURE.RULE" and not flat[key]):
             yield f"{key}: {registry.unknown(getattr(known, 'kind', 'value'), flat[key], known)}"
     for key in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
         if ".." in Path(flat[key]).parts or Path(flat[key]).is_absolute():

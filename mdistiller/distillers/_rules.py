@@ -1,0 +1,214 @@
+"""Temperature rules: how the two temperatures of each sample follow from its logits.
+
+A rule maps student logits v (B, K), teacher logits u (B, K) and the reference temperature tau > 0 to
+`_common.Temperatures`: T_student (B, 1), T_teacher (B, 1), both positive, the factor (B, 1) that scales the divergence,
+and where the rule was defined. TEMPERATURE.RULE puts any of them under any method that takes one.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller import config
+from mdistiller.distillers._common import Temperatures, bounded, deviation
+from mdistiller.errors import UserError
+from mdistiller.registry import temperature_rules
+
+# Below these the quotients of a rule leave float32. Both lie far under what training meets: a freshly initialised
+# MobileNetV2 beside a strong teacher has max(v) near 0.02 and T_student near 1e-3 tau.
+MIN_MAXIMUM = 1e-12
+MIN_TEMPERATURE = 1e-5  # times tau
+
+
+def register_rule(name: str, defaults: Mapping | None = None) -> Callable:
+    """Decorator: enters `rule(logits_student, logits_teacher, tau, **options) -> Temperatures` under `name`.
+
+    `defaults` become the section CFG.TEMPERATURE.<NAME in capitals>; its keys reach the rule in lower case. A class is
+    built once as rule(teacher, **options), an nn.Module whose parameters are trained, and called with `epoch` besides.
+    """
+
+    def register(rule: Callable) -> Callable:
+        temperature_rules[name] = rule
+        if defaults:
+            config.add_section(f"TEMPERATURE.{name.upper()}", defaults, (rule.__doc__ or "").strip().split("\n")[0])
+        return rule
+
+    return register
+
+
+class Rule(nn.Module):
+    """A rule with its options; under `detach` no gradient flows through its temperatures and factor."""
+
+    def __init__(self, function: Callable, options: dict, detach: bool):
+        super().__init__()
+        self.function, self.options, self.detach = function, options, detach
+
+    def forward(self, logits_student: Tensor, logits_teacher: Tensor, tau: float, **kwargs) -> Temperatures:
+        if self.detach:
+            logits_student, logits_teacher = logits_student.detach(), logits_teacher.detach()
+        return self.function(logits_student, logits_teacher, tau, **self.options)
+
+
+def build_rule(cfg, own: str, teacher: nn.Module) -> nn.Module:
+    """The rule that `cfg` asks for, or the method's `own`. EXPERIMENT.LOGIT_STAND is another name for rule "std".
+
+    Raises UserError where the two disagree, or where a rule is to learn and to be detached.
+    """
+    name = cfg.TEMPERATURE.RULE or ("std" if cfg.EXPERIMENT.LOGIT_STAND else own)
+    if cfg.EXPERIMENT.LOGIT_STAND and name != "std":
+        raise UserError(f"EXPERIMENT.LOGIT_STAND is the rule std, but TEMPERATURE.RULE is {name}; leave one of them out")
+    rule = temperature_rules[name]
+    options = {key.lower(): value for key, value in cfg.TEMPERATURE.get(name.upper(), {}).items()}
+    if not isinstance(rule, type):
+        return Rule(rule, options, cfg.TEMPERATURE.DETACH)
+    if cfg.TEMPERATURE.DETACH:
+        raise UserError(f"TEMPERATURE.DETACH: the rule {name} learns from its gradient; set it to False")
+    return rule(teacher, **options)
+
+
+def _both(tau: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    column = torch.full_like(like[:, :1], tau)
+    return column, torch.ones_like(column, dtype=torch.bool)
+
+
+@register_rule("fixed")
+def fixed(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
+    """Both temperatures are tau and the factor is tau^2, for every sample (Hinton et al., arXiv 1503.02531)."""
+    column, sound = _both(tau, bounded(logits_student))
+    return Temperatures(column, column, column * column, sound)
+
+
+def _shares(max_student: Tensor, max_teacher: Tensor, tau: float) -> Temperatures:
+    """2 tau, shared out in proportion to two maxima (B, 1); tau each where one of them is not positive."""
+    sound = (max_student > MIN_MAXIMUM) & (max_teacher > MIN_MAXIMUM)
+    # chosen before the division, not after: the gradient of an unused quotient by zero is NaN all the same
+    max_student = torch.where(sound, max_student, 1.0)
+    max_teacher = torch.where(sound, max_teacher, 1.0)
+    total = max_student + max_teacher
+    t_student = (2 * tau * max_student / total).clamp(min=MIN_TEMPERATURE * tau)
+    t_teacher = (2 * tau * max_teacher / total).clamp(min=MIN_TEMPERATURE * tau)
+    return Temperatures(t_student, t_teacher, t_student * t_teacher, sound)
+
+
+@register_rule("max_logit")
+def max_logit(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
+    """The rule of DTKD as published (arXiv 2404.12711, section 3):
+
+        T_student = 2 tau max(v) / (max(u) + max(v)),   T_teacher = 2 tau max(u) / (max(u) + max(v))
+
+    and the factor T_student T_teacher. The temperatures add up to 2 tau; both are tau where the maxima agree. Blind to
+    a common scale of v and u, not to a constant added to either, though softmax is. Defined where both maxima are
+    positive; elsewhere both temperatures are tau.
+    """
+    maxima = (bounded(logits).max(1, keepdim=True).values for logits in (logits_student, logits_teacher))
+    return _shares(*maxima, tau)
+
+
+@register_rule("centred")
+def centred(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
+    """`max_logit` on logits minus their mean: blind, as softmax is, to a constant added to either side.
+
+    The maximum above the mean is positive for every row that is not constant, so the rule is defined for all others;
+    beside a constant row both temperatures are tau.
+    """
+    maxima = []
+    for logits in map(bounded, (logits_student, logits_teacher)):
+        above = logits.max(1, keepdim=True).values - logits.mean(1, keepdim=True)
+        # what rounding leaves of a constant row is no maximum
+        noise = 16 * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(1, keepdim=True)
+        maxima.append(torch.where(above > noise, above, 0.0))
+    return _shares(*maxima, tau)
+
+
+@register_rule("erratum", defaults={"MARGIN": 0.05})
+def erratum(logits_student: Tensor, logits_teacher: Tensor, tau: float, margin: float = 0.05) -> Temperatures:
+    """The correction that DTKD's authors published beside their code:
+
+        delta = tau max_i (u_i - v_i) / (u_i + v_i),   T_teacher = tau + delta,   T_student = tau - delta
+
+    with delta kept in [-(1 - margin) tau, (1 - margin) tau] and the factor T_student T_teacher.
+
+    What it establishes: at that delta the scaled logits of the class that attains the maximum agree, u_i / T_teacher =
+    v_i / T_student. What it does not: that the softened outputs, or their sharpness, agree; one class is matched, the
+    others are not. Nor does delta stay in (-tau, tau) by itself: wherever u_i and v_i differ in sign, as for most
+    samples of some class, the quotient lies outside [-1, 1], and the margin decides. Classes with u_i + v_i = 0 do not
+    count; a row without others is undefined, and both temperatures are tau.
+    """
+    student, teacher = bounded(logits_student), bounded(logits_teacher)
+    total = student + teacher
+    size = student.detach().abs() + teacher.detach().abs()
+    usable = (total != 0) & (size > MIN_MAXIMUM)
+    # a sum that all but cancels gives a quotient far beyond the margin; held at 1e6, its gradient stays finite as well
+    total = torch.where(total.abs() < 1e-6 * size, (1e-6 * size).copysign(total.detach()), total)
+    quotient = (teacher - student) / torch.where(usable, total, 1.0)
+    delta = torch.where(usable, quotient, -torch.inf).max(1, keepdim=True).values
+    sound = usable.any(1, keepdim=True)
+    delta = tau * torch.where(sound, delta, 0.0).clamp(margin - 1, 1 - margin)
+    t_student, t_teacher = tau - delta, tau + delta
+    return Temperatures(t_student, t_teacher, t_student * t_teacher, sound)
+
+
+@register_rule("sharpness", defaults={"ITERATIONS": 24, "MARGIN": 0.01})
+def sharpness(
+    logits_student: Tensor, logits_teacher: Tensor, tau: float, iterations: int = 24, margin: float = 0.01
+) -> Temperatures:
+    """The pair with T_student + T_teacher = 2 tau at which the softened sharpness agrees, which is what the derivation
+    of DTKD is after (arXiv 2404.12711, section 3, sharpness = log-sum-exp of the scaled logits):
+
+        f(T_teacher) = logsumexp(u / T_teacher) - logsumexp(v / (2 tau - T_teacher)) = 0
+
+    and the factor T_student T_teacher. Where max(u) and max(v) are both positive, f falls from +inf at T_teacher = 0 to
+    -inf at 2 tau, so a root exists; otherwise there may be none. It is looked for in [2 tau margin, 2 tau (1 - margin)]
+    by `iterations` bisections of the whole batch at once, and is accepted where f is positive at the lower end and
+    negative at the upper one; elsewhere both temperatures are tau. One Newton step on the bisected root carries the
+    gradient: by the implicit function theorem it is that of the root itself.
+    """
+    student, teacher = bounded(logits_student), bounded(logits_teacher)
+
+    def f(t_teacher: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        return torch.logsumexp(u / t_teacher, 1, keepdim=True) - torch.logsumexp(v / (2 * tau - t_teacher), 1, keepdim=True)
+
+    with torch.no_grad():
+        v, u = student.detach(), teacher.detach()
+        low = torch.full_like(v[:, :1], 2 * tau * margin)
+        high = 2 * tau - low
+        sound = (f(low, v, u) > 0) & (f(high, v, u) < 0)
+        for _ in range(iterations):
+            middle = (low + high) / 2
+            positive = f(middle, v, u) > 0
+            low, high = torch.where(positive, middle, low), torch.where(positive, high, middle)
+        root = torch.where(sound, (low + high) / 2, tau)
+        p, q = (u / root).softmax(1), (v / (2 * tau - root)).softmax(1)
+        # df / dT_teacher; each mean logit is divided by its own squared temperature
+        slope = -(p * u).sum(1, keepdim=True) / root**2 - (q * v).sum(1, keepdim=True) / (2 * tau - root) ** 2
+        sound = sound & (slope < -MIN_MAXIMUM)  # elsewhere the root is not a simple one, and has no gradient
+        root, slope = torch.where(sound, root, tau), torch.where(sound, slope, 1.0)
+    newton = f(root, student, teacher) / slope
+    t_teacher = torch.where(sound, (root - newton).clamp(2 * tau * margin, 2 * tau * (1 - margin)), tau)
+    t_student = 2 * tau - t_teacher
+    return Temperatures(t_student, t_teacher, t_student * t_teacher, sound)
+
+
+@register_rule("std")
+def std(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
+    """LSKD (Sun et al., CVPR 2024, arXiv 2403.01427, section 4.3): T = tau std(logits) on each side, the factor tau^2.
+
+    The same as comparing z-scores (x - mean) / std at tau, as softmax is blind to the mean. The deviation is over K, not
+    K - 1. A side whose row is constant falls back to tau.
+    """
+    return _deviations(logits_student, logits_teacher, tau, lambda t_teacher: torch.full_like(t_teacher, tau**2))
+
+
+@register_rule("norm")
+def norm(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
+    """NormKD (arXiv 2308.00520): T = tau std(logits) on each side, and the factor is T_teacher^2, which gives each
+    sample's gradient back the size that its own temperature took from it.
+    """
+    return _deviations(logits_student, logits_teacher, tau, lambda t_teacher: t_teacher**2)
+
+
+def _deviations(logits_student: Tensor, logits_teacher: Tensor, tau: float, factor: Callable) -> Temperatures:
+    sides = [deviation(logits) for logits in (logits_student, logits_teacher)]
+    t_student, t_teacher = (tau * value for value, _ in sides)
+    return Temperatures(t_student, t_teacher, factor(t_teacher), sides[0][1] & sides[1][1])
