@@ -1,4 +1,4 @@
-"""The contract of a method, the student alone, and the base of every method that needs logits only."""
+"""The contract of a method, the student alone, and the bases of the methods that need logits and features."""
 
 import torch
 from torch import Tensor, nn
@@ -84,3 +84,39 @@ class LogitDistiller(Distiller):
             with torch.no_grad():
                 logits_teacher, _ = self.teacher(image)
         return logits_student, self.losses(logits_student, logits_teacher, target, **kwargs)
+
+
+class FeatureDistiller(Distiller):
+    """A method that compares features: ce_weight * cross entropy + feat_weight * feature_loss.
+
+    A method overrides `feature_loss`. Its own modules and parameters (regressors, embeddings) are trained along with
+    the student, and counted as extra.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, ce_weight: float, feat_weight: float):
+        super().__init__(student, teacher)
+        self.ce_weight, self.feat_weight = ce_weight, feat_weight
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        sides = ("student.", "teacher.")
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith(sides)]
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        return super().get_learnable_parameters() + self.own_parameters()
+
+    def get_extra_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.own_parameters())
+
+    def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:
+        """A scalar from both models' features (feats, preact_feats, pooled_feat); kwargs: target (B,), epoch, index."""
+        raise NotImplementedError
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, feats_student = self.student(image)
+        with torch.no_grad():
+            _, feats_teacher = self.teacher(image)
+        loss = self.feature_loss(feats_student, feats_teacher, target=target, **kwargs)
+        return logits_student, {
+            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_kd": self.feat_weight * loss,
+        }

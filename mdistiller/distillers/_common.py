@@ -1,10 +1,16 @@
-"""What several methods use: finite logits, cross entropy, the KL divergence, feature shapes and the regressor."""
+"""What several methods use: finite logits, cross entropy, the KL divergence; for features losses in float32, unit
+vectors, maps of one size, shapes and the regressor.
+"""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mdistiller.errors import UserError
 
 # Softmax needs no logit beyond this; with it, no product in a loss or in its gradient leaves float32's range.
 LOGIT_LIMIT = 1e15
@@ -59,23 +65,85 @@ def warmup(epoch: int, length: float) -> float:
     return min(epoch / length, 1.0) if length > 0 else 1.0
 
 
+def in_float32(loss: Callable) -> Callable:
+    """Decorator of a loss of tensors and lists of tensors: computed in float32 (float64 stays) whatever the autocast.
+
+    Casting the arguments alone would not do: inside autocast a matrix product takes float32 back to half precision.
+    """
+
+    @functools.wraps(loss)
+    def run(*args, **kwargs):
+        device = next(tensor.device for tensor in _tensors((*args, *kwargs.values())))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*map(_to_float32, args), **{key: _to_float32(value) for key, value in kwargs.items()})
+
+    return run
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _to_float32(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return [_to_float32(item) for item in value]
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """x divided by its L2 norm along `dim`. A vector shorter than 1e-12 stays as it is, so that no gradient is scaled
+    by the inverse of nothing.
+    """
+    square = x.square().sum(dim, keepdim=True)
+    return x * torch.where(square > 1e-24, square, 1.0).rsqrt()
+
+
+def match_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps (B, C, H, W) at the smaller of their two sizes: the larger one is average-pooled."""
+    size = [min(s, t) for s, t in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
+    f_s, f_t = (f if list(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+    return f_s, f_t
+
+
+def sum_over_stages(loss: Callable, feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) -> Tensor:
+    """Sum of loss(f_s, f_t) over the stages that both lists have, counted from the first."""
+    return sum(loss(f_s, f_t) for f_s, f_t in zip(feats_student, feats_teacher, strict=False))
+
+
 @torch.no_grad()
+def probe(model: nn.Module, input_size: tuple[int, int] = (32, 32)) -> dict:
+    """The features of one black image (3, *input_size). Leaves no trace: the probe runs in eval mode, so that it does
+    not shift BatchNorm statistics, and draws no random numbers.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    _, feats = model(next(model.parameters()).new_zeros(1, 3, *input_size))
+    for module, mode in modes:
+        module.training = mode
+    return feats
+
+
 def get_feat_shapes(
     student: nn.Module, teacher: nn.Module, input_size: tuple[int, int]
 ) -> tuple[list[torch.Size], list[torch.Size]]:
-    """Shapes of feats["feats"] of student and teacher for one image (3, *input_size). Leaves no trace: the probe
-    runs in eval mode, so that it does not shift BatchNorm statistics, and draws no random numbers.
-    """
-    shapes = []
-    for model in (student, teacher):
-        parameter = next(model.parameters())
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        _, feats = model(parameter.new_zeros(1, 3, *input_size))
-        for module, mode in modes:
-            module.training = mode
-        shapes.append([f.shape for f in feats["feats"]])
-    return shapes[0], shapes[1]
+    """Shapes of feats["feats"] of student and teacher for one image (3, *input_size); leaves no trace in either."""
+    student_shapes, teacher_shapes = ([f.shape for f in probe(m, input_size)["feats"]] for m in (student, teacher))
+    return student_shapes, teacher_shapes
+
+
+def pooled_width(model: nn.Module) -> int:
+    """Channels of the model's pooled_feat, which some models widen after their last stage."""
+    return probe(model)["pooled_feat"].shape[1]
+
+
+def refuse(method: str, student: nn.Module, teacher: nn.Module, reason: str) -> NoReturn:
+    """Raise the UserError of a pair, or of a setting, on which the method is not defined."""
+    raise UserError(f"{method}: {type(teacher).__name__} -> {type(student).__name__}: {reason}")
 
 
 class ConvReg(nn.Module):
