@@ -35,7 +35,8 @@ KEYS = (
     ("DISTILLER.STUDENT", "resnet32", "Student: a name of cifar_model_dict."),
     ("DISTILLER.TEACHER_CKPT", "", "Teacher checkpoint; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/."),
     ("DISTILLER.TRAIN_TEACHER", False, "Train a missing teacher first, by method NONE with this SOLVER, and store it."),
-    ("SOLVER.TRAINER", "base", "base or crd: names of mdistiller's loops, all served by the one loop."),
+    ("SOLVER.TRAINER", "base", "base; dot: task and distillation gradients keep separate momenta; crd: same as base."),
+    ("SOLVER.DOT.DELTA", 0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."),
     ("SOLVER.BATCH_SIZE", 64, "Images in a training batch; the last, smaller batch is kept."),
     ("SOLVER.EPOCHS", 240, "Training epochs."),
     ("SOLVER.LR", 0.05, "Learning rate of the first epoch."),
@@ -272,8 +273,9 @@ def _coerce(value: object, default: object) -> object:
             value = [value]
         if not isinstance(value, (list, tuple)):
             raise TypeError
-        element = default[0] if default else ""
-        return type(default)(_coerce(item, element) for item in value)
+        if not default:  # an empty default says nothing about what the list holds
+            return type(default)(value)
+        return type(default)(_coerce(item, default[0]) for item in value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
@@ -306,7 +308,7 @@ _RULES = (
 _CHOICES = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "SOLVER.TYPE": ("SGD",),
-    "SOLVER.TRAINER": ("base", "crd"),
+    "SOLVER.TRAINER": ("base", "crd", "dot"),
     "DATASET.AUGMENT": ("auto", "crop_flip", "crop", "none"),
 }
 _NAMES = {
@@ -332,6 +334,9 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     for key, test, wanted in _RULES:
         if not test(flat[key]):
             yield f"{key}: {wanted}; got {flat[key]!r}"
+    momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
+    if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
+        yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM {momentum} - and + DELTA must lie in [0, 1); got {delta!r}"
     for key, known in (_CHOICES | _NAMES).items():
         if flat[key] not in known:
             yield f"{key}: {registry.unknown(getattr(known, 'kind', 'value'), flat[key], known)}"

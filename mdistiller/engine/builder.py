@@ -15,7 +15,7 @@ from mdistiller.engine.cfg import describe
 from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything
 from mdistiller.engine.folder import RunFolder, run_folder
 from mdistiller.engine.recorder import Recorder, start_wandb
-from mdistiller.engine.solver import MultiStep, sgd
+from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import UserError
@@ -82,7 +82,9 @@ def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, dev
     teacher = build_model(cfg.DISTILLER.TEACHER, data.num_classes)
     checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
     cls = distiller_dict[cfg.DISTILLER.TYPE]
-    arguments = {"num_data": len(data.train_labels)} if "num_data" in inspect.signature(cls).parameters else {}
+    offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
+    wanted = inspect.signature(cls).parameters
+    arguments = {name: value for name, value in offered.items() if name in wanted}
     return prepare_parts(cls(student, teacher, cfg, **arguments), device)
 
 
@@ -107,7 +109,11 @@ def build_trainer(
         data.train_images, data.train_labels, *statistics, solver.BATCH_SIZE, device, augment, cfg.SEED
     )
     test_batches = Batches(data.test_images, data.test_labels, *statistics, cfg.DATASET.TEST.BATCH_SIZE, device)
-    optimizer = sgd(distiller.get_learnable_parameters(), solver.MOMENTUM, solver.WEIGHT_DECAY)
+    parameters = distiller.get_learnable_parameters()
+    if solver.TRAINER == "dot":
+        optimizer = DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
+    else:
+        optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
     return Trainer(
         distiller,
         Step(distiller, optimizer, device, solver.AMP),
@@ -151,6 +157,7 @@ def train_teacher(cfg: CfgNode, target: Path) -> Path:
     alone = cfg.clone()
     alone.defrost()
     alone.DISTILLER.TYPE, alone.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
+    alone.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED}"
     alone.EXPERIMENT.NAME = alone.EXPERIMENT.TAG = tag
     alone.freeze()
