@@ -336,7 +336,7 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
             yield f"{key}: {wanted}; got {flat[key]!r}"
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
     if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
-        yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM {momentum} - and + DELTA must lie in [0, 1); got {delta!r}"
+        yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
     for key, known in (_CHOICES | _NAMES).items():
         if flat[key] not in known:
             yield f"{key}: {registry.unknown(getattr(known, 'kind', 'value'), flat[key], known)}"

@@ -2,6 +2,7 @@
 vectors, maps of one size, shapes and the regressor.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
@@ -73,8 +74,9 @@ def in_float32(loss: Callable) -> Callable:
 
     @functools.wraps(loss)
     def run(*args, **kwargs):
-        device = next(tensor.device for tensor in _tensors((*args, *kwargs.values())))
-        with torch.autocast(device.type, enabled=False):
+        device = next(tensor.device.type for tensor in _tensors((*args, *kwargs.values())))
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
             return loss(*map(_to_float32, args), **{key: _to_float32(value) for key, value in kwargs.items()})
 
     return run
