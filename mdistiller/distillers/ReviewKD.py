@@ -89,10 +89,12 @@ class ReviewKD(FeatureDistiller):
         for name, typed, own in zip(("IN_CHANNELS", "OUT_CHANNELS"), given, read, strict=True):
             if typed and typed != own:
                 refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} {typed} must be {own}, or [] to read it")
-        self.sizes = [[torch.Size((n, n)) for n in sizes] for sizes in (cfg.SHAPES, cfg.OUT_SHAPES)]
-        for name, sizes in zip(("SHAPES", "OUT_SHAPES"), self.sizes, strict=True):
-            if sizes and len(sizes) != self.stages:
+        self.sizes = []
+        for name, sizes in (("SHAPES", cfg.SHAPES), ("OUT_SHAPES", cfg.OUT_SHAPES)):
+            whole = all(type(n) is int and n > 0 for n in sizes)
+            if sizes and not (whole and len(sizes) == self.stages):
                 refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} needs {self.stages} sizes, or [] to read them")
+            self.sizes.append([torch.Size((n, n)) for n in sizes])
         in_channels, out_channels = read
         mid_channels = min(cfg.MAX_MID_CHANNEL, in_channels[-1])
         abfs = [
