@@ -63,7 +63,8 @@ KEYS = (
     ("DISTILLER.STUDENT", "resnet32", "Student: a name of cifar_model_dict."),
     ("DISTILLER.TEACHER_CKPT", "", "Teacher checkpoint; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/."),
     ("DISTILLER.TRAIN_TEACHER", False, "Train a missing teacher first, by method NONE with this SOLVER, and store it."),
-    ("SOLVER.TRAINER", "base", "base or crd: names of mdistiller's loops, all served by the one loop."),
+    ("SOLVER.TRAINER", "base", "base; dot: task and distillation gradients keep separate momenta; crd: same as base."),
+    ("SOLVER.DOT.DELTA", 0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."),
     ("SOLVER.BATCH_SIZE", 64, "Images in a training batch; the last, smaller batch is kept."),
     ("SOLVER.EPOCHS", 240, "Training epochs."),
     ("SOLVER.LR", 0.05, "Learning rate of the first epoch."),
@@ -76,7 +77,11 @@ KEYS = (
     ("TEMPERATURE.RULE", "", "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own."),
     ("TEMPERATURE.DETACH", False, "Stop the gradient through the rule's temperatures; published DTKD lets it flow."),
     ("TEMPERATURE.PART", "all", "Part of the divergence of KD, DTKD and DKD: all, target (TCKD) or non_target (NCKD)."),
-    ("LOG.TEMPERATURE", "summary", "Record the rule's temperatures: off, summary (an epoch) or samples (each sample too)."),
+    (
+        "LOG.TEMPERATURE",
+        "summary",
+        "Record the rule's temperatures: off, summary (an epoch) or samples (each sample too).",
+    ),
     ("LOG.TENSORBOARD_FREQ", 500, "Steps between TensorBoard points inside an epoch."),
     ("LOG.SAVE_CHECKPOINT_FREQ", 40, "Epochs between the checkpoints epoch_N and student_N."),
     ("LOG.PREFIX", "./output", "Root of all run folders."),
@@ -87,8 +92,8 @@ KEYS = (
 
 
 def add_section(name: str, defaults: Mapping, doc: str = "") -> None:
-    """Declare the section CFG.<name>: its keys, their defaults (nested dicts are sub-sections) and its title. `name` may
-    be dotted: TEMPERATURE.ERRATUM.
+    """Declare the section CFG.<name>: its keys, their defaults (nested dicts are sub-sections) and its title. `name`
+    may be dotted: TEMPERATURE.ERRATUM.
 
     Raises ValueError if the section exists already.
     """
@@ -307,8 +312,9 @@ def _coerce(value: object, default: object) -> object:
             value = [value]
         if not isinstance(value, (list, tuple)):
             raise TypeError
-        element = default[0] if default else ""
-        return type(default)(_coerce(item, element) for item in value)
+        if not default:  # an empty default says nothing about what the list holds
+            return type(default)(value)
+        return type(default)(_coerce(item, default[0]) for item in value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
@@ -332,6 +338,9 @@ _RULES = (
         lambda v: all(a < b for a, b in zip([0, *v], v, strict=False)),
         "must be epochs in rising order, each 1 or more, such as [150, 180, 210]",
     ),
+    ("TEMPERATURE.ERRATUM.MARGIN", lambda v: 0 < v <= 1, "must be in (0, 1]"),
+    ("TEMPERATURE.SHARPNESS.MARGIN", lambda v: 0 < v < 0.5, "must be in (0, 0.5)"),
+    ("TEMPERATURE.SHARPNESS.ITERATIONS", lambda v: v >= 1, "must be at least 1"),
     ("LOG.TENSORBOARD_FREQ", lambda v: v >= 1, "must be at least 1"),
     ("LOG.SAVE_CHECKPOINT_FREQ", lambda v: v >= 1, "must be at least 1"),
     ("LOG.PREFIX", bool, "must name a folder"),
@@ -341,7 +350,7 @@ _RULES = (
 _CHOICES = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "SOLVER.TYPE": ("SGD",),
-    "SOLVER.TRAINER": ("base", "crd"),
+    "SOLVER.TRAINER": ("base", "crd", "dot"),
     "TEMPERATURE.PART": ("all", "target", "non_target"),
     "LOG.TEMPERATURE": ("off", "summary", "samples"),
     "DATASET.AUGMENT": ("auto", "crop_flip", "crop", "none"),
@@ -362,13 +371,18 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
             yield f"{key}: must be a finite number; got {value!r}"
+        elif isinstance(value, str):
+            continue
         elif last in ("T", "TEMPERATURE", "TEMPERATURES") and (not numbers or min(numbers) <= 0):
             yield f"{key}: {_POSITIVE}; got {value!r}"
         elif last.startswith("WARMUP") and value < 0:
             yield f"{key}: must be 0 or more; got {value!r}"
     for key, test, wanted in _RULES:
-        if not test(flat[key]):
+        if key in flat and not test(flat[key]):
             yield f"{key}: {wanted}; got {flat[key]!r}"
+    momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
+    if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
+        yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
     for key, known in (_CHOICES | _NAMES).items():
         if flat[key] not in known and not (key == "TEMPERATURE.RULE" and not flat[key]):
             yield f"{key}: {registry.unknown(getattr(known, 'kind', 'value'), flat[key], known)}"

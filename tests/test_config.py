@@ -170,7 +170,9 @@ def test_every_config_loads_and_begins_with_its_command(path):
     cfg = load(path)
     lines = path.read_text().splitlines()
     assert lines[0] == f"# python3 tools/train_ours.py --cfg {relative}"
-    method = "lskd" if cfg.EXPERIMENT.LOGIT_STAND else cfg.DISTILLER.TYPE.lower()
+    method = (
+        "lskd" if cfg.EXPERIMENT.LOGIT_STAND else "dot" if cfg.SOLVER.TRAINER == "dot" else cfg.DISTILLER.TYPE.lower()
+    )
     assert method == relative.parts[2]
     assert cfg.DATASET.TYPE == relative.parts[1]
     if relative.parts[1] == "cifar100":

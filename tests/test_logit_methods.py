@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from mdistiller import config
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.distillers._common import deviation, softened_kl, standard_deviation, standardise
+from mdistiller.distillers._common import deviation, softened_kl
+from mdistiller.distillers._rules import norm, std
 from mdistiller.distillers.CTKD import LearnedTemperature, curriculum, learned_temperature
 from mdistiller.distillers.DIST import dist_loss, pearson
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.MLKD import correlation_losses, mlkd_loss, strong_view
-from mdistiller.distillers.NORMKD import normalised, normkd_loss
+from mdistiller.distillers.NORMKD import normkd_loss
 from mdistiller.distillers.RLD import mcd_loss, rld_loss, scd_loss
 from mdistiller.distillers.TTM import power_sum, ttm_loss, wttm_loss
 from mdistiller.engine.builder import build_distiller
@@ -26,7 +27,7 @@ from mdistiller.models import cifar_model_dict
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = torch.tensor([0, 3, 1, 4, 2, 0])
 LOSSES = {
-    "LSKD": lambda v, u: kd_loss(standardise(v), standardise(u), 2.0),
+    "LSKD": lambda v, u: softened_kl(v, u, std(v, u, 2.0)),
     "NORMKD": lambda v, u: normkd_loss(v, u, 2.0),
     "DIST": lambda v, u: dist_loss(v, u, 4.0),
     "TTM": lambda v, u: ttm_loss(v, u, 10.0),
@@ -38,7 +39,7 @@ LOSSES = {
 METHODS = {
     "LSKD": ("KD", ["EXPERIMENT.LOGIT_STAND", "True"]),
     "CTKD": ("CTKD", []),
-    "CTKD instance": ("CTKD", ["CTKD.MODE", "instance"]),
+    "CTKD instance": ("CTKD", ["TEMPERATURE.LEARNED.MODE", "instance"]),
     "CTKD standardised": ("CTKD", ["EXPERIMENT.LOGIT_STAND", "True"]),
     "MLKD": ("MLKD", []),
     "MLKD standardised": ("MLKD", ["EXPERIMENT.LOGIT_STAND", "True"]),
@@ -189,32 +190,24 @@ def test_where_identical_logits_do_cost():
         assert loss(U, U, 1.0).abs() < 1e-12
 
 
-def test_standardised_rows():
-    z = standardise(V)
-    torch.testing.assert_close(z.mean(1), torch.zeros(6, dtype=z.dtype))
-    torch.testing.assert_close(z.std(1, correction=0), torch.ones(6, dtype=z.dtype))
-    torch.testing.assert_close(standardise(3 * V - 7), z)
-    for constant in (0.0, 3.0, -1e30):
-        row = torch.full((2, 5), constant, requires_grad=True)
-        z = standardise(row)
-        assert (z.max(1).values == z.min(1).values).all()
-        z.square().sum().backward()
-        assert row.grad.isfinite().all()
+def standardise(x):
+    """The z-score of LSKD's Algorithm 1."""
+    return (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)
 
 
 def test_lskd_is_a_temperature_rule_over_kl():
-    rule = standard_deviation(V, U, 2.0)
+    rule = std(V, U, 2.0)
     torch.testing.assert_close(rule.student, 2 * V.std(1, correction=0, keepdim=True))
-    torch.testing.assert_close(softened_kl(V, U, rule), LOSSES["LSKD"](V, U))
-    norm = normalised(V, U, 2.0)
-    assert torch.equal(norm.student, rule.student)
-    torch.testing.assert_close(norm.factor, rule.teacher**2)
+    torch.testing.assert_close(softened_kl(V, U, rule), kd_loss(standardise(V), standardise(U), 2.0))
+    normalised = norm(V, U, 2.0)
+    assert torch.equal(normalised.student, rule.student)
+    torch.testing.assert_close(normalised.factor, rule.teacher**2)
 
 
 def test_a_constant_row_falls_back_to_tau():
     v = V.clone()
     v[2] = 7.0
-    rule = standard_deviation(v, U, 2.0)
+    rule = std(v, U, 2.0)
     assert rule.student[2] == 2.0
     assert (~rule.sound).nonzero().tolist() == [[2, 0]]
     assert deviation(v)[0][2] == 1.0
@@ -275,12 +268,16 @@ def test_the_temperature_stays_in_its_range():
 
 @pytest.mark.parametrize("classes", [None, 5])
 def test_the_student_descends_and_the_temperature_climbs(classes):
-    rule = LearnedTemperature(1.0, 20.0, classes).double()
+    rule = LearnedTemperature(Net(5, 1), "instance" if classes else "global", lambda_epochs=0).double()
     parameters = list(rule.parameters())
+
+    def loss(v, strength):
+        rule.lambda_max = strength
+        return softened_kl(v, U, rule(v, U, 4.0, epoch=1))
 
     def gradients(strength):
         v = V.clone().requires_grad_()
-        return torch.autograd.grad(softened_kl(v, U, rule(v, U, strength)), [v, *parameters])
+        return torch.autograd.grad(loss(v, strength), [v, *parameters])
 
     student, *plain = gradients(-1.0)  # the reversal undone
     for strength in (0.0, 0.3, 1.0):
@@ -288,17 +285,17 @@ def test_the_student_descends_and_the_temperature_climbs(classes):
         torch.testing.assert_close(student_again, student)  # the student never sees the reversal
         for a, b in zip(reversed_, plain, strict=True):
             torch.testing.assert_close(a, -strength * b)
-    before = softened_kl(V, U, rule(V, U, 1.0)).item()
+    before = loss(V, 1.0).item()
     for parameter, gradient in zip(parameters, reversed_, strict=True):
         parameter.data -= 1e-3 * gradient
-    assert softened_kl(V, U, rule(V, U, 1.0)).item() > before
+    assert loss(V, 1.0).item() > before
 
 
 def test_the_learned_temperature_passes_a_gradient_check():
-    rule = LearnedTemperature(1.0, 20.0).double()
+    rule = LearnedTemperature(Net(5, 1), lambda_max=-1.0, lambda_epochs=0).double()  # the reversal undone
 
     def loss(v, theta):
-        temperatures = torch.func.functional_call(rule, {"theta": theta}, (v, U, -1.0))
+        temperatures = torch.func.functional_call(rule, {"theta": theta}, (v, U, 4.0), {"epoch": 1})
         return softened_kl(v, U, temperatures)
 
     theta = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
@@ -310,23 +307,23 @@ def test_ctkd_hands_its_parameters_to_the_optimizer():
         method = build(name)
         assert method.get_extra_parameters() == extra
         given = {id(p) for p in method.get_learnable_parameters()}
-        assert given == {id(p) for p in (*method.student.parameters(), *method.temperature.parameters())}
-    with pytest.raises(UserError, match=r"CTKD\.MODE: must be global or instance"):
-        distiller_dict["CTKD"](Net(5, 1), Net(5, 2), config.load(opts=["CTKD.MODE", "sample"]))
+        assert given == {id(p) for p in (*method.student.parameters(), *method.rule.parameters())}
+    with pytest.raises(UserError, match=r"TEMPERATURE\.LEARNED\.MODE: must be global or instance"):
+        distiller_dict["CTKD"](Net(5, 1), Net(5, 2), config.load(opts=["TEMPERATURE.LEARNED.MODE", "sample"]))
 
 
 @pytest.mark.parametrize("theta", [-1e4, 1e4])
 def test_ctkd_at_the_ends_of_its_range(theta):
     method = build("CTKD")
     with torch.no_grad():
-        method.temperature.theta.fill_(theta)
+        method.rule.theta.fill_(theta)
     v, u = (1e30 * logits(seed, dtype=torch.float32) for seed in (0, 1))
     v.requires_grad_()
     losses = method.losses(v, u, TARGET, epoch=10)
     sum(losses.values()).backward()
     assert losses["loss_kd"].isfinite()
     assert v.grad.isfinite().all()
-    assert method.temperature.theta.grad.isfinite().all()
+    assert method.rule.theta.grad.isfinite().all()
 
 
 def corners():
@@ -395,8 +392,8 @@ def test_a_step_reaches_every_learnable_parameter_and_nothing_of_the_teacher(nam
 def test_autocast_does_not_reach_the_correlations():
     v, u = V.float(), U.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = correlation_losses(v, u, 4.0)
-    assert inside == correlation_losses(v, u, 4.0)
+        inside = correlation_losses(v, u, 4.0, 4.0)
+    assert inside == correlation_losses(v, u, 4.0, 4.0)
 
 
 @pytest.mark.parametrize("standardised", ["False", "True"])
@@ -412,7 +409,7 @@ def test_mlkd_counts_every_level_of_both_views(standardised):
         expected_ce = expected_ce + 0.1 * F.cross_entropy(v, TARGET)
         v, u = scale(v), scale(u)
         for t in (2.0, 3.0, 4.0, 5.0, 6.0):
-            expected_kd = expected_kd + 0.9 * (kd_loss(v, u, t) + sum(correlation_losses(v, u, t)))
+            expected_kd = expected_kd + 0.9 * (kd_loss(v, u, t) + sum(correlation_losses(v, u, t, t)))
     torch.testing.assert_close(losses["loss_ce"], expected_ce)
     torch.testing.assert_close(losses["loss_kd"], expected_kd)
 
@@ -453,7 +450,6 @@ def test_the_switch_leaves_the_cross_entropy_alone():
     assert torch.equal(a["loss_ce"], b["loss_ce"])
     torch.testing.assert_close(b["loss_kd"], 0.9 * kd_loss(standardise(V), standardise(U), 4.0))
     assert isinstance(plain, LogitDistiller)
-    assert not plain.logit_stand
 
 
 @pytest.mark.parametrize("name", ["lskd", "ctkd", "mlkd", "dist", "normkd", "ttm", "wttm", "rld"])
@@ -466,8 +462,8 @@ def test_the_shipped_configurations_load(name):
 
 
 def test_a_method_without_a_standardised_form_refuses_the_switch(tmp_path):
-    cfg = config.load(opts=["DISTILLER.TYPE", "DIST", "EXPERIMENT.LOGIT_STAND", "True", "DISTILLER.TEACHER", "resnet8"])
+    cfg = config.load(opts=["DISTILLER.TYPE", "TTM", "EXPERIMENT.LOGIT_STAND", "True", "DISTILLER.TEACHER", "resnet8"])
     data = types.SimpleNamespace(num_classes=10, train_labels=range(4))
     torch.save({"model": cifar_model_dict["resnet8"][0](num_classes=10).state_dict()}, tmp_path / "teacher.pth")
-    with pytest.raises(UserError, match=r"LOGIT_STAND: DIST has no standardised form"):
+    with pytest.raises(UserError, match=r"LOGIT_STAND: TTM takes no temperature rule"):
         build_distiller(cfg, data, tmp_path / "teacher.pth", torch.device("cpu"))

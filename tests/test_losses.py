@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._common import LOGIT_LIMIT, bounded, ce_loss, kl_divergence, warmup
-from mdistiller.distillers.DTKD import MIN_TEMPERATURE, dtkd_loss, max_logit
+from mdistiller.distillers._rules import MIN_TEMPERATURE, max_logit
+from mdistiller.distillers.DTKD import dtkd_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.engine.cfg import CFG
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.distillers._base import LogitDistiller
+from mdistiller.distillers._base import RuleDistiller
 from mdistiller.distillers._common import Temperatures, bounded, ce_loss, full_precision, softened_kl
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers._rules import register_rule
 from mdistiller.errors import ConfigError
 
 
@@ -41,76 +42,68 @@ def num_classes(model: nn.Module) -> int:
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1].out_features
 
 
-class LearnedTemperature(nn.Module):
-    """The temperature rule of CTKD: one T for student and teacher, learned against the student, and the factor T^2.
+LEARNED = {"MODE": "global", "T_START": 1.0, "T_SPAN": 20.0, "LAMBDA_MAX": 1.0, "LAMBDA_EPOCHS": 10}
 
-    Without `classes`, theta is one parameter for all samples (Global-T). With `classes`, K, a two-layer perceptron
-    reads it off the two softmax outputs of each sample (Instance-T). It is fed detached probabilities: bounded for
-    every logit, and only the temperature, never the student, sees the reversed gradient.
+
+@register_rule("learned", defaults=LEARNED)
+class LearnedTemperature(nn.Module):
+    """CTKD's rule (arXiv 2211.16231): one T for student and teacher, learned against the student, and the factor T^2.
+
+    `mode` "global": theta is one parameter for all samples. "instance": a two-layer perceptron reads it off the two
+    softmax outputs of each sample, K of the teacher's last layer each. It is fed detached probabilities: bounded for
+    every logit, and only the temperature, never the student, sees the reversed gradient. The reference temperature has
+    no part in it: T = t_start + t_span sigmoid(theta). Theta climbs the loss at a pace that rises to `lambda_max` over
+    `lambda_epochs` epochs. Raises ConfigError for another mode.
     """
 
-    def __init__(self, start: float, span: float, classes: int | None = None):
+    def __init__(
+        self,
+        teacher: nn.Module,
+        mode: str = "global",
+        t_start: float = 1.0,
+        t_span: float = 20.0,
+        lambda_max: float = 1.0,
+        lambda_epochs: float = 10,
+    ):
         super().__init__()
-        self.start, self.span = start, span
-        if classes is None:
+        if mode not in ("global", "instance"):
+            raise ConfigError(f"TEMPERATURE.LEARNED.MODE: must be global or instance; got {mode!r}")
+        self.start, self.span = t_start, t_span
+        self.lambda_max, self.lambda_epochs = lambda_max, lambda_epochs
+        if mode == "global":
             self.theta = nn.Parameter(torch.ones(1))
         else:
+            classes = num_classes(teacher)
             self.theta = nn.Sequential(nn.Linear(2 * classes, classes), nn.ReLU(), nn.Linear(classes, 1))
 
-    def forward(self, logits_student: Tensor, logits_teacher: Tensor, strength: float) -> Temperatures:
-        """Logits (B, K); the gradient that reaches theta is multiplied by -strength."""
+    def forward(
+        self, logits_student: Tensor, logits_teacher: Tensor, tau: float, *, epoch: int, **kwargs
+    ) -> Temperatures:
+        """Logits (B, K); the gradient that reaches theta is multiplied by -lambda of the epoch."""
         if isinstance(self.theta, Tensor):
             theta = self.theta.expand(len(logits_student), 1)
         else:
             outputs = [F.softmax(bounded(logits.detach()), dim=1) for logits in (logits_student, logits_teacher)]
             with full_precision(logits_student):
                 theta = self.theta(torch.cat(outputs, dim=1).to(self.theta[0].weight.dtype))
+        strength = curriculum(epoch, self.lambda_epochs, self.lambda_max)
         temperature = Reverse.apply(learned_temperature(theta, self.start, self.span), strength)  # (B, 1)
         return Temperatures(temperature, temperature, temperature**2, torch.ones_like(temperature, dtype=torch.bool))
 
 
-@register_distiller(
-    "CTKD",
-    defaults={
-        "MODE": "global",
-        "T_START": 1.0,
-        "T_SPAN": 20.0,
-        "LAMBDA_MAX": 1.0,
-        "LAMBDA_EPOCHS": 10,
-        "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
-    },
-)
-class CTKD(LogitDistiller):
-    """CE_WEIGHT * cross entropy + KD_WEIGHT * T^2 KL at one learned temperature T_START + T_SPAN sigmoid(theta).
+@register_distiller("CTKD", defaults={"LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
+class CTKD(RuleDistiller):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * T^2 KL at one learned temperature, the rule of TEMPERATURE.LEARNED."""
 
-    The student descends the loss and theta climbs it, at a pace that rises to LAMBDA_MAX over LAMBDA_EPOCHS epochs.
-    MODE: "global", one theta, or "instance", one a sample.
-    """
+    own_rule = "learned"
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher)
-        if cfg.CTKD.MODE not in ("global", "instance"):
-            raise ConfigError(f"CTKD.MODE: must be global or instance; got {cfg.CTKD.MODE!r}")
-        classes = num_classes(teacher) if cfg.CTKD.MODE == "instance" else None
-        self.temperature = LearnedTemperature(cfg.CTKD.T_START, cfg.CTKD.T_SPAN, classes)
-        self.lambda_max = cfg.CTKD.LAMBDA_MAX
-        self.lambda_epochs = cfg.CTKD.LAMBDA_EPOCHS
+        super().__init__(student, teacher, cfg)
         self.ce_weight = cfg.CTKD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.CTKD.LOSS.KD_WEIGHT
-        self.logit_stand = cfg.EXPERIMENT.LOGIT_STAND
+        self.temperature = cfg.KD.TEMPERATURE  # the reference of another rule in its place
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
-        return super().get_learnable_parameters() + list(self.temperature.parameters())
-
-    def get_extra_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.temperature.parameters())
-
-    def losses(
-        self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, *, epoch: int, **kwargs
-    ) -> dict[str, Tensor]:
-        student, teacher = self.distilled(logits_student, logits_teacher)
-        temperatures = self.temperature(student, teacher, curriculum(epoch, self.lambda_epochs, self.lambda_max))
-        return {
-            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
-            "loss_kd": self.kd_weight * softened_kl(student, teacher, temperatures),
-        }
+    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        temperatures = self.soften(logits_student, logits_teacher, self.temperature, **kwargs)
+        kd = softened_kl(logits_student, logits_teacher, temperatures)
+        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * kd}

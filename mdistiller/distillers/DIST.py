@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.distillers._base import LogitDistiller
-from mdistiller.distillers._common import bounded, ce_loss
+from mdistiller.distillers._base import RuleDistiller
+from mdistiller.distillers._common import Temperatures, bounded, ce_loss
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers._rules import fixed
 
 MIN_NORM = 1e-12  # of a centred vector: below it, what is divided by the norm leaves float32
 
@@ -42,21 +43,31 @@ def dist_loss(
     tau^2 is the released code's; the paper's equations and its appendix A.1 have none (divide the weight by tau^2 to
     have it their way). Zero for identical logits. A batch of one has no intra-class relation: that term is then 0.
     """
-    student = F.softmax(bounded(logits_student) / temperature, dim=1)
-    teacher = F.softmax(bounded(logits_teacher) / temperature, dim=1)
-    inter = 1 - pearson(student, teacher, dim=1).mean()
-    intra = 1 - pearson(student, teacher, dim=0).mean()
-    return temperature**2 * (beta * inter + gamma * intra)
+    rule = fixed(logits_student, logits_teacher, temperature)
+    return softened_dist(logits_student, logits_teacher, rule, beta, gamma)
+
+
+def softened_dist(
+    logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures, beta: float, gamma: float
+) -> Tensor:
+    """`dist_loss` at the temperatures of any rule; each sample's factor weights its inter-class term, their mean the
+    intra-class term, which belongs to no one sample.
+    """
+    student = F.softmax(bounded(logits_student) / temperatures.student, dim=1)
+    teacher = F.softmax(bounded(logits_teacher) / temperatures.teacher, dim=1)
+    inter = (temperatures.factor.squeeze(1) * (1 - pearson(student, teacher, dim=1))).mean()
+    intra = temperatures.factor.mean() * (1 - pearson(student, teacher, dim=0)).mean()
+    return beta * inter + gamma * intra
 
 
 @register_distiller(
     "DIST", defaults={"BETA": 1.0, "GAMMA": 1.0, "TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0}}
 )
-class DIST(LogitDistiller):
-    """CE_WEIGHT * cross entropy + KD_WEIGHT * dist_loss at TEMPERATURE, BETA and GAMMA."""
+class DIST(RuleDistiller):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * dist_loss at TEMPERATURE, BETA and GAMMA, or under any rule."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.temperature = cfg.DIST.TEMPERATURE
         self.beta = cfg.DIST.BETA
         self.gamma = cfg.DIST.GAMMA
@@ -64,5 +75,6 @@ class DIST(LogitDistiller):
         self.kd_weight = cfg.DIST.LOSS.KD_WEIGHT
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
-        dist = dist_loss(logits_student, logits_teacher, self.temperature, self.beta, self.gamma)
+        temperatures = self.soften(logits_student, logits_teacher, self.temperature, **kwargs)
+        dist = softened_dist(logits_student, logits_teacher, temperatures, self.beta, self.gamma)
         return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * dist}

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from mdistiller.distillers._base import LogitDistiller
-from mdistiller.distillers._common import ce_loss, kl_divergence
+from mdistiller.distillers._base import RuleDistiller
+from mdistiller.distillers._common import ce_loss, kl_divergence, softened_kl
 from mdistiller.distillers._registry import register_distiller
 
 
@@ -16,18 +16,18 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 
 
 @register_distiller("KD", defaults={"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
-class KD(LogitDistiller):
-    """CE_WEIGHT * cross entropy + KD_WEIGHT * kd_loss at TEMPERATURE."""
+class KD(RuleDistiller):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * kd_loss at TEMPERATURE, or at the temperatures of any rule."""
+
+    has_parts = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.temperature = cfg.KD.TEMPERATURE
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
-        self.logit_stand = cfg.EXPERIMENT.LOGIT_STAND
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
-        return {
-            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
-            "loss_kd": self.kd_weight * kd_loss(*self.distilled(logits_student, logits_teacher), self.temperature),
-        }
+        temperatures = self.soften(logits_student, logits_teacher, self.temperature, **kwargs)
+        kd = softened_kl(logits_student, logits_teacher, temperatures, target, self.part)
+        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * kd}

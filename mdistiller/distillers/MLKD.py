@@ -9,36 +9,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.distillers._base import LogitDistiller
-from mdistiller.distillers._common import bounded, ce_loss, full_precision
+from mdistiller.distillers._base import RuleDistiller
+from mdistiller.distillers._common import Temperatures, bounded, ce_loss, full_precision, softened_kl
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers._rules import fixed
 
 
-def correlation_losses(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def correlation_losses(
+    logits_student: Tensor, logits_teacher: Tensor, t_student: Tensor | float, t_teacher: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Batch level, |p p^T - q q^T|^2 / B, and class level, |p^T p - q^T q|^2 / K: two scalars (Frobenius norms).
 
-    q = softmax(v / tau) and p = softmax(u / tau) of student logits v and teacher logits u, (B, K). p p^T (B, B) holds
-    how alike two samples are, p^T p (K, K) how often two classes are confused. Zero where p = q.
+    q = softmax(v / T_student) and p = softmax(u / T_teacher) of student logits v and teacher logits u, (B, K),
+    temperatures numbers or (B, 1). p p^T (B, B) holds how alike two samples are, p^T p (K, K) how often two classes are
+    confused. Zero where p = q.
     """
-    student = F.softmax(bounded(logits_student) / temperature, dim=1)
-    teacher = F.softmax(bounded(logits_teacher) / temperature, dim=1)
+    student = F.softmax(bounded(logits_student) / t_student, dim=1)
+    teacher = F.softmax(bounded(logits_teacher) / t_teacher, dim=1)
     with full_precision(student):
         batch = teacher @ teacher.T - student @ student.T
         classes = teacher.T @ teacher - student.T @ student
     return batch.square().sum() / len(batch), classes.square().sum() / len(classes)
 
 
-def mlkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Sum over the temperatures of the instance, batch and class level losses: a scalar.
+def level_losses(logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures) -> Tensor:
+    """The instance, batch and class level losses at one temperature, added up: a scalar. Logits (B, K).
 
-    Student and teacher logits are (B, K). The instance level is Hinton's, `kd_loss`, tau^2 included. Zero where they
-    differ by a constant in each row.
+    The instance level is Hinton's, the factor tau^2 included. Zero where the logits differ by a constant in each row.
     """
+    correlation = correlation_losses(logits_student, logits_teacher, temperatures.student, temperatures.teacher)
+    return softened_kl(logits_student, logits_teacher, temperatures) + sum(correlation)
+
+
+def mlkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Sum of `level_losses` over the temperatures: a scalar. Student and teacher logits are (B, K)."""
     return sum(
-        kd_loss(logits_student, logits_teacher, temperature)
-        + sum(correlation_losses(logits_student, logits_teacher, temperature))
-        for temperature in temperatures
+        level_losses(logits_student, logits_teacher, fixed(logits_student, logits_teacher, tau)) for tau in temperatures
     )
 
 
@@ -71,23 +77,29 @@ def strong_view(image: Tensor) -> Tensor:
 @register_distiller(
     "MLKD", defaults={"TEMPERATURES": [2.0, 3.0, 4.0, 5.0, 6.0], "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
 )
-class MLKD(LogitDistiller):
+class MLKD(RuleDistiller):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * mlkd_loss over TEMPERATURES, all of it on a weak and on a strong view.
 
     The weak view is the loader's image. The strong one is `image_strong` (B, 3, H, W) where the loader gives it, else
-    `strong_view` of the weak one.
+    `strong_view` of the weak one. Under a rule each of TEMPERATURES is its reference in turn; the record holds the
+    first of them, on the weak view.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.temperatures = cfg.MLKD.TEMPERATURES
         self.ce_weight = cfg.MLKD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.MLKD.LOSS.KD_WEIGHT
-        self.logit_stand = cfg.EXPERIMENT.LOGIT_STAND
 
-    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+    def losses(
+        self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, observe: bool = True, **kwargs
+    ) -> dict[str, Tensor]:
         """Of one view."""
-        mlkd = mlkd_loss(*self.distilled(logits_student, logits_teacher), self.temperatures)
+        mlkd = 0.0
+        for tau in self.temperatures:
+            softened = self.soften(logits_student, logits_teacher, tau, observe=observe, **kwargs)
+            mlkd = mlkd + level_losses(logits_student, logits_teacher, softened)
+            observe = False
         return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * mlkd}
 
     def forward_train(
@@ -101,5 +113,5 @@ class MLKD(LogitDistiller):
         """`logits_teacher` (B, K), where it is given, stands for the teacher's forward pass on the weak view."""
         strong = strong_view(image) if image_strong is None else image_strong
         logits_student, weak_losses = super().forward_train(image, target, logits_teacher, **kwargs)
-        _, strong_losses = super().forward_train(strong, target, **kwargs)
+        _, strong_losses = super().forward_train(strong, target, observe=False, **kwargs)
         return logits_student, {name: weak_losses[name] + strong_losses[name] for name in weak_losses}

@@ -3,12 +3,23 @@
 import importlib
 import pkgutil
 
-from mdistiller.distillers._base import Distiller, LogitDistiller, Vanilla
+from mdistiller.distillers._base import Distiller, FeatureDistiller, LogitDistiller, RuleDistiller, Vanilla
 from mdistiller.distillers._registry import load_plugin, register_distiller
+from mdistiller.distillers._rules import register_rule
 from mdistiller.registry import distillers as distiller_dict
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Distiller", "LogitDistiller", "Vanilla", "distiller_dict", "load_plugin", "register_distiller"]
+__all__ = [
+    "Distiller",
+    "FeatureDistiller",
+    "LogitDistiller",
+    "RuleDistiller",
+    "Vanilla",
+    "distiller_dict",
+    "load_plugin",
+    "register_distiller",
+    "register_rule",
+]

@@ -1,10 +1,17 @@
-"""What several methods use: finite logits, cross entropy, the KL divergence, feature shapes and the regressor."""
+"""What several methods use: finite logits, cross entropy, the KL divergence; for features losses in float32, unit
+vectors, maps of one size, shapes and the regressor.
+"""
 
-from typing import NamedTuple
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mdistiller.errors import UserError
 
 # Softmax needs no logit beyond this; with it, no product in a loss or in its gradient leaves float32's range.
 LOGIT_LIMIT = 1e15
@@ -56,16 +63,6 @@ def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(sound, variance, 1.0).sqrt(), sound
 
 
-def standardise(logits: Tensor) -> Tensor:
-    """(x - mean(x)) / std(x) of each row of logits (B, K): the z-score of LSKD (Sun et al., CVPR 2024,
-    https://arxiv.org/abs/2403.01427, Algorithm 1), to be divided by a base temperature.
-
-    Each row has mean 0, deviation 1 and lies in [-sqrt(K - 1), sqrt(K - 1)]; a constant row becomes 0.
-    """
-    logits = bounded(logits)
-    return (logits - logits.mean(1, keepdim=True)) / deviation(logits)[0]
-
-
 class Temperatures(NamedTuple):
     """What a temperature rule makes of student logits (B, K), teacher logits (B, K) and the reference tau."""
 
@@ -75,20 +72,48 @@ class Temperatures(NamedTuple):
     sound: Tensor  # (B, 1), bool: False where the rule is undefined and fell back to tau
 
 
-def standard_deviation(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
-    """LSKD as a temperature rule (https://arxiv.org/abs/2403.01427, section 4.3): T = tau std(logits) on each side and
-    the factor tau^2. With KL it equals tau^2 KL of the standardised logits at tau, as softmax is blind to the mean.
+def split(logits: Tensor, target: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Logits (B, K), K >= 2, and labels (B,) -> the two halves of the problem, both logits again (DKD, 2203.08679).
 
-    A side whose row is constant falls back to tau. Gradients flow through the student's deviation.
+    (B, 2): the target's, and the one that stands for all others together, T logsumexp(z / T) over them; (B, K - 1): the
+    others alone. Temperature T a number or (B, 1). Gathered rather than masked: no probability is formed, so none
+    underflows.
     """
-    (std_student, sound_student), (std_teacher, sound_teacher) = map(deviation, (logits_student, logits_teacher))
-    factor = torch.full_like(std_student, tau**2)
-    return Temperatures(tau * std_student, tau * std_teacher, factor, sound_student & sound_teacher)
+    others = torch.arange(logits.shape[1] - 1, device=logits.device)
+    others = others + (others >= target[:, None])  # (B, K - 1): every class but the target
+    others = logits.gather(1, others)
+    rest = temperature * torch.logsumexp(others / temperature, 1, keepdim=True)
+    return torch.cat([logits.gather(1, target[:, None]), rest], 1), others
 
 
-def softened_kl(logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures) -> Tensor:
-    """Mean over the batch of factor * KL at the temperatures: a scalar."""
-    divergence = kl_divergence(logits_student, logits_teacher, temperatures.student, temperatures.teacher)  # (B,)
+def part_divergences(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, t_student: Tensor | float, t_teacher: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD of each sample, (B,) each (DKD, arXiv 2203.08679, Eq. 5 to 7): the KL divergence between the
+    probabilities (target, not target), and the one among the other classes. KL = TCKD + (1 - p_target) NCKD.
+    """
+    binary_student, others_student = split(bounded(logits_student), target, t_student)
+    binary_teacher, others_teacher = split(bounded(logits_teacher), target, t_teacher)
+    tckd = kl_divergence(binary_student, binary_teacher, t_student, t_teacher)
+    return tckd, kl_divergence(others_student, others_teacher, t_student, t_teacher)
+
+
+def softened_kl(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    temperatures: Temperatures,
+    target: Tensor | None = None,
+    part: str = "all",
+) -> Tensor:
+    """Mean over the batch of factor * KL at the temperatures: a scalar. `part`: all of it, or its "target" (TCKD) or
+    "non_target" (NCKD) half alone, which need the labels `target` (B,).
+    """
+    t_student, t_teacher = temperatures.student, temperatures.teacher
+    if part == "all":
+        divergence = kl_divergence(logits_student, logits_teacher, t_student, t_teacher)  # (B,)
+    else:
+        halves = part_divergences(logits_student, logits_teacher, target, t_student, t_teacher)
+        divergence = halves[("target", "non_target").index(part)]
     return (temperatures.factor.squeeze(1) * divergence).mean()
 
 
@@ -97,23 +122,86 @@ def warmup(epoch: int, length: float) -> float:
     return min(epoch / length, 1.0) if length > 0 else 1.0
 
 
+def in_float32(loss: Callable) -> Callable:
+    """Decorator of a loss of tensors and lists of tensors: computed in float32 (float64 stays) whatever the autocast.
+
+    Casting the arguments alone would not do: inside autocast a matrix product takes float32 back to half precision.
+    """
+
+    @functools.wraps(loss)
+    def run(*args, **kwargs):
+        device = next(tensor.device.type for tensor in _tensors((*args, *kwargs.values())))
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
+            return loss(*map(_to_float32, args), **{key: _to_float32(value) for key, value in kwargs.items()})
+
+    return run
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _to_float32(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return [_to_float32(item) for item in value]
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """x divided by its L2 norm along `dim`. A vector shorter than 1e-12 stays as it is, so that no gradient is scaled
+    by the inverse of nothing.
+    """
+    square = x.square().sum(dim, keepdim=True)
+    return x * torch.where(square > 1e-24, square, 1.0).rsqrt()
+
+
+def match_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps (B, C, H, W) at the smaller of their two sizes: the larger one is average-pooled."""
+    size = [min(s, t) for s, t in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
+    f_s, f_t = (f if list(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+    return f_s, f_t
+
+
+def sum_over_stages(loss: Callable, feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) -> Tensor:
+    """Sum of loss(f_s, f_t) over the stages that both lists have, counted from the first."""
+    return sum(loss(f_s, f_t) for f_s, f_t in zip(feats_student, feats_teacher, strict=False))
+
+
 @torch.no_grad()
+def probe(model: nn.Module, input_size: tuple[int, int] = (32, 32)) -> dict:
+    """The features of one black image (3, *input_size). Leaves no trace: the probe runs in eval mode, so that it does
+    not shift BatchNorm statistics, and draws no random numbers.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    _, feats = model(next(model.parameters()).new_zeros(1, 3, *input_size))
+    for module, mode in modes:
+        module.training = mode
+    return feats
+
+
 def get_feat_shapes(
     student: nn.Module, teacher: nn.Module, input_size: tuple[int, int]
 ) -> tuple[list[torch.Size], list[torch.Size]]:
-    """Shapes of feats["feats"] of student and teacher for one image (3, *input_size). Leaves no trace: the probe
-    runs in eval mode, so that it does not shift BatchNorm statistics, and draws no random numbers.
-    """
-    shapes = []
-    for model in (student, teacher):
-        parameter = next(model.parameters())
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        _, feats = model(parameter.new_zeros(1, 3, *input_size))
-        for module, mode in modes:
-            module.training = mode
-        shapes.append([f.shape for f in feats["feats"]])
-    return shapes[0], shapes[1]
+    """Shapes of feats["feats"] of student and teacher for one image (3, *input_size); leaves no trace in either."""
+    student_shapes, teacher_shapes = ([f.shape for f in probe(m, input_size)["feats"]] for m in (student, teacher))
+    return student_shapes, teacher_shapes
+
+
+def pooled_width(model: nn.Module) -> int:
+    """Channels of the model's pooled_feat, which some models widen after their last stage."""
+    return probe(model)["pooled_feat"].shape[1]
+
+
+def refuse(method: str, student: nn.Module, teacher: nn.Module, reason: str) -> NoReturn:
+    """Raise the UserError of a pair, or of a setting, on which the method is not defined."""
+    raise UserError(f"{method}: {type(teacher).__name__} -> {type(student).__name__}: {reason}")
 
 
 class ConvReg(nn.Module):

@@ -57,7 +57,9 @@ def build_rule(cfg, own: str, teacher: nn.Module) -> nn.Module:
     """
     name = cfg.TEMPERATURE.RULE or ("std" if cfg.EXPERIMENT.LOGIT_STAND else own)
     if cfg.EXPERIMENT.LOGIT_STAND and name != "std":
-        raise UserError(f"EXPERIMENT.LOGIT_STAND is the rule std, but TEMPERATURE.RULE is {name}; leave one of them out")
+        raise UserError(
+            f"EXPERIMENT.LOGIT_STAND is the rule std, but TEMPERATURE.RULE is {name}; leave one of them out"
+        )
     rule = temperature_rules[name]
     options = {key.lower(): value for key, value in cfg.TEMPERATURE.get(name.upper(), {}).items()}
     if not isinstance(rule, type):
@@ -167,7 +169,9 @@ def sharpness(
     student, teacher = bounded(logits_student), bounded(logits_teacher)
 
     def f(t_teacher: Tensor, v: Tensor, u: Tensor) -> Tensor:
-        return torch.logsumexp(u / t_teacher, 1, keepdim=True) - torch.logsumexp(v / (2 * tau - t_teacher), 1, keepdim=True)
+        return torch.logsumexp(u / t_teacher, 1, keepdim=True) - torch.logsumexp(
+            v / (2 * tau - t_teacher), 1, keepdim=True
+        )
 
     with torch.no_grad():
         v, u = student.detach(), teacher.detach()
@@ -194,8 +198,8 @@ def sharpness(
 def std(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
     """LSKD (Sun et al., CVPR 2024, arXiv 2403.01427, section 4.3): T = tau std(logits) on each side, the factor tau^2.
 
-    The same as comparing z-scores (x - mean) / std at tau, as softmax is blind to the mean. The deviation is over K, not
-    K - 1. A side whose row is constant falls back to tau.
+    The same as comparing z-scores (x - mean) / std at tau, as softmax is blind to the mean. The deviation is over K,
+    not K - 1. A side whose row is constant falls back to tau.
     """
     return _deviations(logits_student, logits_teacher, tau, lambda t_teacher: torch.full_like(t_teacher, tau**2))
 

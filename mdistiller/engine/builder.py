@@ -9,13 +9,13 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from mdistiller.dataset import Batches, ImageSet, load_dataset
-from mdistiller.distillers import LogitDistiller, distiller_dict
+from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything
 from mdistiller.engine.folder import RunFolder, run_folder
 from mdistiller.engine.recorder import Recorder, start_wandb
-from mdistiller.engine.solver import MultiStep, sgd
+from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import UserError
@@ -79,14 +79,23 @@ def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, dev
     teacher = build_model(cfg.DISTILLER.TEACHER, data.num_classes)
     checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
     cls = distiller_dict[cfg.DISTILLER.TYPE]
-    arguments = {"num_data": len(data.train_labels)} if "num_data" in inspect.signature(cls).parameters else {}
+    offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
+    wanted = inspect.signature(cls).parameters
+    arguments = {name: value for name, value in offered.items() if name in wanted}
     distiller = cls(student, teacher, cfg, **arguments)
-    if cfg.EXPERIMENT.LOGIT_STAND and isinstance(distiller, LogitDistiller) and not distiller.logit_stand:
-        raise UserError(
-            f"EXPERIMENT.LOGIT_STAND: {cfg.DISTILLER.TYPE} has no standardised form; set it to False, or set "
-            "DISTILLER.TYPE to KD, DKD, MLKD or CTKD"
-        )
+    refuse_unused(cfg, distiller)
     return prepare_parts(distiller, device)
+
+
+def refuse_unused(cfg: CfgNode, distiller: nn.Module) -> None:
+    """Raises UserError where the configuration asks of the method what it does not do."""
+    method = cfg.DISTILLER.TYPE
+    rule = "EXPERIMENT.LOGIT_STAND" if cfg.EXPERIMENT.LOGIT_STAND else "TEMPERATURE.RULE"
+    if (cfg.TEMPERATURE.RULE or cfg.EXPERIMENT.LOGIT_STAND) and not isinstance(distiller, RuleDistiller):
+        takers = [name for name, cls in distiller_dict.items() if issubclass(cls, RuleDistiller)]
+        raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
+    if cfg.TEMPERATURE.PART != "all" and not getattr(distiller, "has_parts", False):
+        raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
 
 
 def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
@@ -108,7 +117,11 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: to
         data.train_images, data.train_labels, *statistics, solver.BATCH_SIZE, device, augment, cfg.SEED
     )
     test_batches = Batches(data.test_images, data.test_labels, *statistics, cfg.DATASET.TEST.BATCH_SIZE, device)
-    optimizer = sgd(distiller.get_learnable_parameters(), solver.MOMENTUM, solver.WEIGHT_DECAY)
+    parameters = distiller.get_learnable_parameters()
+    if solver.TRAINER == "dot":
+        optimizer = DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
+    else:
+        optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
     return Trainer(
         distiller,
         Step(distiller, optimizer, device, solver.AMP),
@@ -119,6 +132,7 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: to
         folder,
         cfg.LOG.SAVE_CHECKPOINT_FREQ,
         cfg.LOG.TENSORBOARD_FREQ,
+        cfg.LOG.TEMPERATURE,
     )
 
 
@@ -152,6 +166,7 @@ def train_teacher(cfg: CfgNode, target: Path) -> Path:
     alone = cfg.clone()
     alone.defrost()
     alone.DISTILLER.TYPE, alone.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
+    alone.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED}"
     alone.EXPERIMENT.NAME = alone.EXPERIMENT.TAG = tag
     alone.freeze()

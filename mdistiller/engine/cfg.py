@@ -6,7 +6,7 @@ from yacs.config import CfgNode
 from mdistiller import dataset, distillers, models  # noqa: F401  (they fill the registries and the sections)
 from mdistiller.config import CFG, DOCS, leaves, load
 
-ALWAYS = ("EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG")
+ALWAYS = ("EXPERIMENT", "DATASET", "DISTILLER", "TEMPERATURE", "SOLVER", "LOG")
 
 
 def describe(cfg: CfgNode) -> str:
@@ -34,7 +34,8 @@ def page() -> str:
     methods = {name: DOCS[name] for name in CFG if name in DOCS and isinstance(CFG[name], CfgNode)}
     for key, default in leaves(CFG).items():
         if key.split(".")[0] not in methods:
-            lines.append(f"| `{key}` | `{default!r}` | {DOCS[key]} |")
+            doc = DOCS.get(key) or DOCS[key.rsplit(".", 1)[0]]  # a rule's section is documented as a whole
+            lines.append(f"| `{key}` | `{default!r}` | {doc} |")
     for name, title in sorted(methods.items()):
         lines += ["", f"## {name}", "", title, "", "| key | default |", "|---|---|"]
         lines += [f"| `{name}.{key}` | `{default!r}` |" for key, default in leaves(CFG[name]).items()]

@@ -9,7 +9,9 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from mdistiller import config
 from mdistiller.engine.checkpoint import write_atomic
+from mdistiller.engine.temperature import EpochBuffer
 from mdistiller.errors import UserError
 
 
@@ -22,6 +24,13 @@ def line_of(row: dict, epochs: int, seconds_left: float) -> str:
         f"best {row['best_acc']:6.2f} @ {row['best_epoch']:<{width}}  {row['images_per_second']:>8,.0f} img/s  "
         f"{row['epoch_seconds']:6.1f} s  left {timedelta(seconds=round(seconds_left))}"
     )
+
+
+def temperature_line(row: dict) -> str:
+    """An epoch's temperatures on one line of the worklog."""
+    t = row["temperature"]
+    sides = (f"{side} {t[f't_{side}']['mean']:.3f} +- {t[f't_{side}']['std']:.3f}" for side in ("student", "teacher"))
+    return f"epoch {row['epoch']} temperature  {'  '.join(sides)}  fell back {100 * t['fell_back']:.2f} %"
 
 
 class Recorder:
@@ -51,6 +60,9 @@ class Recorder:
     def say(self, text: str) -> None:
         """To the terminal and the worklog."""
         tqdm.write(text, file=sys.stdout)
+        self._log(text)
+
+    def _log(self, text: str) -> None:
         with open(self.folder / "worklog.txt", "a") as file:
             file.write(text + "\n")
 
@@ -73,6 +85,11 @@ class Recorder:
         """A point inside an epoch, for TensorBoard alone."""
         self.events.add_scalar("step/train_loss", means["loss"], step)
 
+    def histograms(self, epoch: int, temperatures: EpochBuffer) -> None:
+        """Both temperatures of every sample, into TensorBoard."""
+        for name, values in temperatures.columns("t_student", "t_teacher").items():
+            self.events.add_histogram(f"temperature/{name}", values, epoch)
+
     def end_epoch(self, row: dict, seconds_left: float) -> None:
         """`row`: the figures of one epoch; it becomes a line of metrics.jsonl."""
         if self.bar is not None:
@@ -83,6 +100,9 @@ class Recorder:
             file.write(json.dumps(row) + "\n")
         self.say(line_of(row, self.epochs, seconds_left))
         scalars = {k: v for k, v in row.items() if isinstance(v, float)} | row["train_losses"]
+        if row.get("temperature"):
+            self._log(temperature_line(row))
+            scalars |= {f"temperature/{k}": v for k, v in config.leaves(row["temperature"], "").items()}
         for name, value in scalars.items():
             self.events.add_scalar(name, value, row["epoch"])
         self.events.flush()

@@ -1,10 +1,10 @@
 """Optimizer and learning-rate schedule of the published protocol."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,47 @@ class MultiStep:
 def sgd(parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float) -> torch.optim.SGD:
     """SGD with weight decay on every parameter, BatchNorm's too, as published. The trainer sets the rate."""
     return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+
+
+class DOT(torch.optim.Optimizer):
+    """Distillation-oriented trainer (Zhao et al., ICCV 2023, arXiv 2307.08436, section 4): SGD with two momenta,
+
+        v_task <- (momentum - delta) v_task + g_task + weight_decay p
+        v_kd   <- (momentum + delta) v_kd + g_kd
+        p      <- p - lr (v_task + v_kd)
+
+    so that the distillation loss, the slower to converge, leads. The penalty goes with the task, whose objective it is
+    part of. At delta = 0 this is plain SGD. The trainer sets the rate.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float, delta: float):
+        super().__init__(parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "delta": delta})
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, distillation: Sequence[Tensor | None]) -> None:
+        """`distillation` holds g_kd of each of `parameters()`, None for zero; p.grad is the whole loss's gradient,
+        g_task + g_kd. Parameters without a gradient stay as they are.
+        """
+        rest = iter(distillation)
+        for group in self.param_groups:
+            for p in group["params"]:
+                g_kd = next(rest)
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                for name in ("task", "distillation"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(p)
+                v_task, v_kd = state["task"], state["distillation"]
+                v_task.mul_(group["momentum"] - group["delta"]).add_(p.grad).add_(p, alpha=group["weight_decay"])
+                v_kd.mul_(group["momentum"] + group["delta"])
+                if g_kd is not None:
+                    v_task.sub_(g_kd)
+                    v_kd.add_(g_kd)
+                p.sub_(v_task + v_kd, alpha=group["lr"])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -46,14 +46,18 @@ class EpochBuffer:
             )
             self.values[:, index] = torch.cat([column.float() for column in columns], 1).T
 
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """The named FIELDS of the samples that were seen, in float64; reads the device."""
+        seen = self.values[:, ~self.values[0].isnan()]
+        return {name: seen[FIELDS.index(name)].cpu().double().numpy() for name in names}
+
     def summary(self) -> dict:
         """The epoch's figures, for one line of metrics.jsonl: of student and teacher temperature and sharpness mean,
         std, min, max and quantiles; the share of samples that fell back; the correlation of the temperatures with the
         teacher's confidence (0 where either does not vary). Samples that were not seen do not count.
         """
-        seen = self.values[:, ~self.values[0].isnan()].double().cpu().numpy()
-        data = dict(zip(FIELDS, seen, strict=True))
-        if not seen.shape[1]:
+        data = self.columns(*FIELDS)
+        if not data["sound"].size:
             return {}
         result = {name: spread(data[name]) for name in (*SAVED[:2], "sharpness_student", "sharpness_teacher")}
         result["fell_back"] = float(1 - data["sound"].mean())

@@ -7,12 +7,14 @@ from pathlib import Path
 from torch import nn
 
 from mdistiller.dataset import Batches
+from mdistiller.distillers import RuleDistiller
 from mdistiller.engine import checkpoint
 from mdistiller.engine.device import autocast, rng_state, set_rng_state
 from mdistiller.engine.evaluator import Scores, evaluate
 from mdistiller.engine.recorder import Recorder
 from mdistiller.engine.solver import MultiStep, set_lr
 from mdistiller.engine.step import Meter, Step
+from mdistiller.engine.temperature import EpochBuffer, RecordFile
 from mdistiller.errors import TrainingDiverged, UserError
 
 
@@ -30,11 +32,14 @@ class Trainer:
         folder: Path,
         save_every: int = 40,
         point_every: int = 500,
+        temperature: str = "off",
     ):
         self.distiller, self.step, self.schedule = distiller, step, schedule
         self.train_batches, self.test_batches = train, test
         self.epochs, self.folder = epochs, folder
         self.save_every, self.point_every = save_every, point_every
+        self.temperature = temperature if isinstance(distiller, RuleDistiller) else "off"
+        self.record: RecordFile | None = None
         self.epoch = 0  # epochs that are finished
         self.last_acc = self.best_acc = -1.0
         self.best_epoch = 0
@@ -42,6 +47,8 @@ class Trainer:
     def fit(self, recorder: Recorder) -> dict:
         """Train until `epochs`; returns the result: last_acc, best_acc, best_epoch, epochs."""
         seconds = []
+        if self.temperature == "samples":
+            self.record = RecordFile(self.folder / "temperatures.bin", self.train_batches.num_samples, self.epoch)
         while self.epoch < self.epochs:
             begin = time.monotonic()
             row = self.train_epoch(self.epoch + 1, recorder)
@@ -61,6 +68,8 @@ class Trainer:
         set_lr(self.step.optimizer, lr)
         recorder.start_epoch(epoch, self.train_batches.num_samples)
         meter, begin = Meter(), time.monotonic()
+        if self.temperature != "off":
+            self.step.temperatures = EpochBuffer(self.train_batches.num_samples, self.step.device)
         for number, batch in enumerate(self.train_batches.epoch(epoch), (epoch - 1) * len(self.train_batches) + 1):
             self.step(batch, epoch, meter)
             recorder.step(len(batch.target), meter.read)
@@ -75,7 +84,7 @@ class Trainer:
                 f"epoch {epoch}: {' and '.join(bad)} is no longer a finite number; lower SOLVER.LR (now {lr:g}). The "
                 f"checkpoint before it, if any, is {self.folder / 'latest'}"
             )
-        return {
+        row = {
             "epoch": epoch,
             "lr": lr,
             "train_loss": means["loss"],
@@ -83,6 +92,12 @@ class Trainer:
             "train_losses": losses,
             "images_per_second": meter.samples / seconds,
         }
+        if self.step.temperatures is not None:
+            row["temperature"] = self.step.temperatures.summary()
+            recorder.histograms(epoch, self.step.temperatures)
+            if self.record:
+                self.record.append(self.step.temperatures)
+        return row
 
     def evaluate(self) -> Scores:
         self.distiller.eval()

@@ -1,0 +1,88 @@
+"""OFD, Heo et al. (ICCV 2019). https://arxiv.org/abs/1904.01866"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.distillers._base import Distiller, FeatureDistiller
+from mdistiller.distillers._common import in_float32, refuse
+from mdistiller.distillers._registry import register_distiller
+
+
+@torch.no_grad()
+def negative_mean(bn: nn.BatchNorm2d) -> Tensor:
+    """E[x | x < 0] of each channel, x ~ N(bias, weight^2) as the BatchNorm leaves it: (1, C, 1, 1) (section 3).
+
+    -3 |weight| where less than one value in a thousand is negative: there the expectation rests on nothing.
+    """
+    mean, std = bn.bias.double(), bn.weight.double().abs().clamp(min=1e-12)
+    ratio = mean / std
+    share = torch.special.ndtr(-ratio)  # of negative values
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    margin = torch.where(share > 1e-3, mean - std * density / share.clamp(min=1e-3), -3 * std)
+    return margin.float().view(1, -1, 1, 1)
+
+
+@in_float32
+def ofd_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
+    """Partial L2 distance to the margin-ReLU'd target, summed over (C, H, W), mean over the batch (section 3).
+
+    The connected student map and the teacher's pre-ReLU map are (B, C, H, W), the margin (1, C, 1, 1), negative. Where
+    the target is negative, only a source above it costs. Zero for equal maps.
+    """
+    goal = torch.maximum(target, margin)
+    counts = (target > 0) | (source > goal)
+    return ((source - goal).square() * counts).mean(0).sum()
+
+
+def connector(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
+    """The student's transform: a convolution without bias and BatchNorm (section 3)."""
+    conv = nn.Conv2d(in_channels, channels, kernel_size, padding=(kernel_size - 1) // 2, bias=False)
+    nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel_size**2 * channels)))
+    return nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+
+@register_distiller("OFD", defaults={"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001}, "CONNECTOR": {"KERNEL_SIZE": 1}})
+class OFD(FeatureDistiller):
+    """CE_WEIGHT * cross entropy + FEAT_WEIGHT * sum_i ofd_loss_i / 2^(n - i), i = 1 .. n the stages that both have.
+
+    Stages are counted from the last. The teacher's map is pooled to the student's size. The margins are read from the
+    teacher's BatchNorms as it is built, so the teacher comes with its weights. A teacher whose last BatchNorm before
+    the ReLU covers only some of the stage's channels has no margins for the others and is refused.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        super().__init__(student, teacher, cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT)
+        kernel_size = cfg.OFD.CONNECTOR.KERNEL_SIZE
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            refuse("OFD", student, teacher, f"OFD.CONNECTOR.KERNEL_SIZE must be odd; got {kernel_size}")
+        channels = list(zip(student.get_stage_channels()[:0:-1], teacher.get_stage_channels()[:0:-1], strict=False))
+        channels.reverse()
+        self.stages = len(channels)
+        bns = teacher.get_bn_before_relu()[-self.stages :]
+        for bn, (_, width) in zip(bns, channels, strict=True):
+            if bn.num_features != width:
+                reason = f"the teacher's BatchNorm before the ReLU covers {bn.num_features} of {width} channels"
+                refuse("OFD", student, teacher, reason)
+        self.connectors = nn.ModuleList(connector(s, t, kernel_size) for s, t in channels)
+        for i, bn in enumerate(bns):
+            self.register_buffer(f"margin{i}", negative_mean(bn))
+
+    def train(self, mode: bool = True) -> "OFD":
+        """The teacher trains along, unlike in every other method: its authors normalise it by the batch's statistics,
+        and its running statistics move. Its weights do not.
+        """
+        super(Distiller, self).train(mode)
+        return self
+
+    def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:
+        preacts_student = feats_student["preact_feats"][-self.stages :]
+        preacts_teacher = feats_teacher["preact_feats"][-self.stages :]
+        loss = 0.0
+        for i, (connect, f_s, f_t) in enumerate(zip(self.connectors, preacts_student, preacts_teacher, strict=True)):
+            f_s = connect(f_s)
+            f_t = F.adaptive_avg_pool2d(f_t, f_s.shape[2:])
+            loss = loss + ofd_loss(f_s, f_t, getattr(self, f"margin{i}")) / 2 ** (self.stages - i - 1)
+        return loss

@@ -1,0 +1,121 @@
+"""ReviewKD, Chen et al. (CVPR 2021). https://arxiv.org/abs/2104.09044"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.distillers._base import FeatureDistiller
+from mdistiller.distillers._common import in_float32, pooled_width, refuse, warmup
+from mdistiller.distillers._registry import register_distiller
+
+
+@in_float32
+def hcl_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+    """Hierarchical context loss, summed over the stages: a scalar (section 3).
+
+    Lists of maps of equal shapes (B, C, H, W). A stage's loss is the weighted mean of the squared differences at full
+    size (weight 1) and pooled to 4, 2 and 1 pixels (1/2, 1/4, 1/8, less where the map is small). Zero for equal maps.
+    """
+    loss = 0.0
+    for f_s, f_t in zip(feats_student, feats_teacher, strict=True):
+        stage, weight, total = F.mse_loss(f_s, f_t), 1.0, 1.0
+        for size in (4, 2, 1):
+            if size < f_s.shape[2]:
+                weight /= 2
+                pooled = (F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+                stage, total = stage + weight * F.mse_loss(*pooled), total + weight
+        loss = loss + stage / total
+    return loss
+
+
+class ABF(nn.Module):
+    """Attention based fusion (section 3): a student's stage x (B, C, h, w) with what the deeper stages passed on."""
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels))
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
+        for conv in (self.conv1[0], self.conv2[0]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(
+        self, x: Tensor, deeper: Tensor | None, size: torch.Size, out_size: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """(what is compared with the teacher, what is passed on); fused at `size`, both returned at `out_size`."""
+        x = self.conv1(x)
+        if self.att_conv is not None:
+            deeper = F.interpolate(deeper, size, mode="nearest")
+            own, passed = self.att_conv(torch.cat([x, deeper], 1)).split(1, dim=1)  # (B, 1, h, w) each
+            x = x * own + deeper * passed
+        if x.shape[2:] != out_size:
+            x = F.interpolate(x, out_size, mode="nearest")
+        return self.conv2(x), x
+
+
+@register_distiller(
+    "REVIEWKD",
+    defaults={
+        "CE_WEIGHT": 1.0,
+        "REVIEWKD_WEIGHT": 1.0,
+        "WARMUP_EPOCHS": 20,
+        "SHAPES": [],
+        "OUT_SHAPES": [],
+        "IN_CHANNELS": [],
+        "OUT_CHANNELS": [],
+        "MAX_MID_CHANNEL": 512,
+        "STU_PREACT": False,
+    },
+)
+class ReviewKD(FeatureDistiller):
+    """CE_WEIGHT * cross entropy + REVIEWKD_WEIGHT * min(epoch / WARMUP_EPOCHS, 1) * hcl_loss.
+
+    The pooled feature counts as a last stage of 1 x 1; of two models with different numbers of stages the last ones are
+    compared, or as many as IN_CHANNELS lists. SHAPES (student) and OUT_SHAPES (teacher) are the stages' sizes, the
+    deepest first; IN_CHANNELS (student) and OUT_CHANNELS (teacher) their widths, the deepest last. Empty lists are read
+    from the models, the sizes from each batch.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        cfg = cfg.REVIEWKD
+        super().__init__(student, teacher, cfg.CE_WEIGHT, cfg.REVIEWKD_WEIGHT)
+        self.warmup, self.stu_preact = cfg.WARMUP_EPOCHS, cfg.STU_PREACT
+        widths = [[*model.get_stage_channels()[1:], pooled_width(model)] for model in (student, teacher)]
+        given = [list(cfg.IN_CHANNELS), list(cfg.OUT_CHANNELS)]
+        self.stages = min(len(channels) for channels in (*widths, *filter(None, given)))
+        read = [channels[-self.stages :] for channels in widths]
+        for name, typed, own in zip(("IN_CHANNELS", "OUT_CHANNELS"), given, read, strict=True):
+            if typed and typed != own:
+                refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} {typed} must be {own}, or [] to read it")
+        self.sizes = []
+        for name, sizes in (("SHAPES", cfg.SHAPES), ("OUT_SHAPES", cfg.OUT_SHAPES)):
+            whole = all(type(n) is int and n > 0 for n in sizes)
+            if sizes and not (whole and len(sizes) == self.stages):
+                refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} needs {self.stages} sizes, or [] to read them")
+            self.sizes.append([torch.Size((n, n)) for n in sizes])
+        in_channels, out_channels = read
+        mid_channels = min(cfg.MAX_MID_CHANNEL, in_channels[-1])
+        abfs = [
+            ABF(s, mid_channels, t, fuse=i < self.stages - 1)
+            for i, (s, t) in enumerate(zip(in_channels, out_channels, strict=True))
+        ]
+        self.abfs = nn.ModuleList(abfs[::-1])
+
+    def feature_loss(self, feats_student: dict, feats_teacher: dict, *, epoch: int, **kwargs) -> Tensor:
+        kind = "preact_feats" if self.stu_preact else "feats"
+        own = self.last_stages(feats_student[kind], feats_student["pooled_feat"])
+        goal = self.last_stages(feats_teacher["preact_feats"], feats_teacher["pooled_feat"])
+        sizes, out_sizes = self.sizes
+        sizes = sizes or [f.shape[2:] for f in own]
+        out_sizes = out_sizes or [f.shape[2:] for f in goal]
+        reviewed, passed = [], None
+        for abf, f, size, out_size in zip(self.abfs, own, sizes, out_sizes, strict=True):
+            result, passed = abf(f, passed, size, out_size)
+            reviewed.append(result)
+        return warmup(epoch, self.warmup) * hcl_loss(reviewed, goal)
+
+    def last_stages(self, feats: list[Tensor], pooled: Tensor) -> list[Tensor]:
+        """The pooled feature as (B, C, 1, 1) and the stages before it, the deepest first."""
+        return [*feats[1:], pooled[:, :, None, None]][: -self.stages - 1 : -1]

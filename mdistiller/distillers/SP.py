@@ -1,0 +1,33 @@
+"""SP, Tung and Mori (ICCV 2019). https://arxiv.org/abs/1907.09682"""
+
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import FeatureDistiller
+from mdistiller.distillers._common import in_float32, unit
+from mdistiller.distillers._registry import register_distiller
+
+
+def _similarity(f: Tensor) -> Tensor:
+    """(B, ...) -> (B, B): inner products of the flattened samples, each row of unit length (section 3)."""
+    f = f.flatten(1)
+    return unit(f @ f.mT, 1)
+
+
+@in_float32
+def sp_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """Mean squared difference of the two similarity matrices over all B^2 pairs: a scalar (section 3).
+
+    Features (B, ...) of any two shapes. A zero feature has zero similarity to all. Zero for equal features.
+    """
+    return (_similarity(f_s) - _similarity(f_t)).square().mean()
+
+
+@register_distiller("SP", defaults={"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}})
+class SP(FeatureDistiller):
+    """CE_WEIGHT * cross entropy + FEAT_WEIGHT * sp_loss at the last stage."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
+        super().__init__(student, teacher, cfg.SP.LOSS.CE_WEIGHT, cfg.SP.LOSS.FEAT_WEIGHT)
+
+    def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:
+        return sp_loss(feats_student["feats"][-1], feats_teacher["feats"][-1])

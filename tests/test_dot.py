@@ -1,0 +1,133 @@
+"""SOLVER.TRAINER dot: two momenta in one step, SGD at DELTA 0, resumable, refused where it does not apply."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mdistiller import config
+from mdistiller.dataset import Batch
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.solver import DOT, set_lr, sgd
+from mdistiller.engine.step import Meter, Step
+from mdistiller.errors import ConfigError, UserError
+from mdistiller.models import cifar_model_dict
+
+CPU = torch.device("cpu")
+
+
+class TwoLosses(nn.Module):
+    """A linear student with a task and a distillation loss; `own` is reached by the second alone."""
+
+    def __init__(self, names=("loss_ce", "loss_kd")):
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+        self.own = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.names = names
+
+    def forward(self, image, target, **kwargs):
+        logits = self.linear(image)
+        losses = nn.functional.cross_entropy(logits, target), (logits * self.own).square().mean()
+        return logits, dict(zip(self.names, losses, strict=False))
+
+
+def batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(count)]
+    return [Batch(image, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)) for image in images]
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: list[Batch]) -> nn.Module:
+    step = Step(model, optimizer, CPU)
+    set_lr(optimizer, 0.1)
+    for batch in steps:
+        step(batch, 1, Meter())
+    return model
+
+
+def test_delta_zero_is_sgd():
+    ours = TwoLosses()
+    plain = copy.deepcopy(ours)
+    run(ours, DOT(ours.parameters(), 0.9, 5e-4, 0.0), batches(6))
+    run(plain, sgd(plain.parameters(), 0.9, 5e-4), batches(6))
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # a step takes its losses to float32
+
+
+def test_each_gradient_keeps_its_momentum():
+    model = TwoLosses()
+    want = copy.deepcopy(model)
+    run(model, DOT(model.parameters(), 0.9, 0.01, 0.075), batches(5))
+    parameters = [want.linear.weight, want.linear.bias, want.own]
+    v_task = [torch.zeros_like(p) for p in parameters]
+    v_kd = [torch.zeros_like(p) for p in parameters]
+    for batch in batches(5):
+        _, losses = want(batch.image, batch.target)
+        g_task = torch.autograd.grad(losses["loss_ce"], parameters, retain_graph=True, materialize_grads=True)
+        g_kd = torch.autograd.grad(losses["loss_kd"], parameters, materialize_grads=True)
+        with torch.no_grad():
+            for i, p in enumerate(parameters):
+                v_task[i] = 0.825 * v_task[i] + g_task[i] + 0.01 * p
+                v_kd[i] = 0.975 * v_kd[i] + g_kd[i]
+                p -= 0.1 * (v_task[i] + v_kd[i])
+    for a, b in zip(model.parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_without_gradient_stays():
+    model = TwoLosses()
+    run(model, DOT(model.parameters(), 0.9, 0.1, 0.075), batches(3))
+    assert torch.equal(model.unused, torch.ones(3))
+
+
+def test_resumes_exactly():
+    whole = TwoLosses()
+    half = copy.deepcopy(whole)
+    run(whole, DOT(whole.parameters(), 0.9, 5e-4, 0.075), batches(6))
+    first = DOT(half.parameters(), 0.9, 5e-4, 0.075)
+    run(half, first, batches(6)[:3])
+    state = copy.deepcopy(first.state_dict())
+    second = DOT(half.parameters(), 0.9, 5e-4, 0.075)
+    second.load_state_dict(state)
+    run(half, second, batches(6)[3:])
+    for a, b in zip(whole.parameters(), half.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("names", [("ce",), ("loss_kd",), ("loss_a", "loss_b"), ("loss_ce", "ce")])
+def test_losses_of_one_kind_are_refused_by_name(names):
+    model = TwoLosses(names)
+    with pytest.raises(UserError, match=f"TwoLosses gives {', '.join(names)}; set SOLVER.TRAINER base"):
+        run(model, DOT(model.parameters(), 0.9, 0.0, 0.075), batches(1))
+
+
+def test_none_is_refused_by_its_registered_name():
+    model = distiller_dict["NONE"](cifar_model_dict["resnet8"][0](num_classes=10)).train()
+    batch = Batch(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
+    with pytest.raises(UserError, match="NONE gives ce"):
+        run(model, DOT(model.get_learnable_parameters(), 0.9, 0.0, 0.075), [batch])
+
+
+def test_a_method_with_parameters_of_its_own():
+    student, teacher = (cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "resnet14"))
+    distiller = distiller_dict["VID"](student, teacher, config.load()).train()
+    before = distiller.log_scales[0].detach().clone()
+    batch = Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4))
+    run(distiller, DOT(distiller.get_learnable_parameters(), 0.9, 5e-4, 0.075), [batch, batch])
+    assert not torch.equal(before, distiller.log_scales[0])
+    assert all(p.isfinite().all() for p in distiller.get_learnable_parameters())
+
+
+@pytest.mark.parametrize(
+    ("momentum", "delta", "legal"), [(0.9, 0.075, 1), (0.9, 0.1, 0), (0.05, 0.075, 0), (0.9, -1.0, 0)]
+)
+def test_momenta_stay_in_range(momentum, delta, legal):
+    opts = ["SOLVER.TRAINER", "dot", "SOLVER.MOMENTUM", str(momentum), "SOLVER.DOT.DELTA", str(delta)]
+    if legal:
+        assert config.load(None, opts).SOLVER.DOT.DELTA
+    else:
+        with pytest.raises(ConfigError, match="SOLVER.DOT.DELTA"):
+            config.load(None, opts)
+    config.load(None, opts[2:])  # without dot, DELTA means nothing
