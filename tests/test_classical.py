@@ -2,12 +2,11 @@
 
 import functools
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from reference import fill, golden, images, labels, needs_reference
+from reference import golden, needs_reference
 from torch import nn
 
 from mdistiller import config
@@ -82,31 +81,6 @@ LOSSES = {  # of two lists of maps (B, C, H, W)
 }
 VIDS = {"VID": lambda f_s, f_t: vid_loss(f_s[0], f_t[0], torch.full((3,), 0.5, dtype=f_t[0].dtype), 1e-5)}
 ANY_WIDTH = ("AT", "NST", "PKT", "KDSVD", "RKD", "SP")
-
-
-def golden_figures(key: str) -> tuple[list[float], np.ndarray]:
-    """Ours and the reference's [total loss, norm of the student's gradients, extra parameters]."""
-    _, teacher, student, method, epoch = key.split("/")
-    student, teacher = (fill(model(name, 100)) for name in (student, teacher))
-    extra, kwargs = (), {}
-    if method == "CRD":
-        negatives = torch.from_numpy(np.random.RandomState(2).randint(0, 50000, (8, 64)))
-        extra, kwargs = (50000,), {"contrastive_index": torch.cat([torch.arange(8)[:, None], negatives], 1)}
-    distiller = fill(distiller_dict[method](student, teacher, config.load(), *extra)).train()
-    _, losses = distiller(image=images(), target=labels(), epoch=int(epoch), index=torch.arange(8), **kwargs)
-    total = sum(loss.mean() for loss in losses.values())
-    total.backward()
-    norm = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).norm()
-    return [total.item(), norm.item(), distiller.get_extra_parameters()], golden()[key]
-
-
-@needs_reference
-@pytest.mark.parametrize(
-    "key", [key for key in golden() if key.startswith("distiller/") and key.split("/")[3] in METHODS]
-)
-def test_golden(key):
-    ours, reference = golden_figures(key)
-    np.testing.assert_allclose(ours, reference, rtol=1e-3)
 
 
 @needs_reference
@@ -280,67 +254,12 @@ def test_vid_log_scales_are_trained_saved_and_counted_apart():
     assert distiller.get_extra_parameters() == 3 * (16**2 + 32**2 + 64**2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_building_leaves_both_models_as_they_were(method):
-    student, teacher = model("MobileNetV2").train(), model("resnet8").train()
-    before = [{key: value.clone() for key, value in m.state_dict().items()} for m in (student, teacher)]
-    small(method, student, teacher).eval()
-    for m, state in zip((student, teacher), before, strict=True):
-        assert all(torch.equal(value, state[key]) for key, value in m.state_dict().items())
-
-
 def test_probing_restores_each_modules_mode():
     student, teacher = model("resnet8").train(), model("resnet14").train()
     teacher.layer1.eval()
     get_feat_shapes(student, teacher, (32, 32))
     assert student.training and teacher.layer2[0].bn1.training and not teacher.layer1[0].bn1.training
     assert pooled_width(model("MobileNetV2")) == 1280
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_teacher_trains_in_ofd_alone(method):
-    distiller = small(method)
-    assert distiller.teacher.training == (method == "OFD")
-    assert not distiller.eval().teacher.training
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_state_dict_round_trip(method):
-    first, second = small(method), small(method)
-    first(**batch())
-    second.load_state_dict(first.state_dict())
-    for key, value in second.state_dict().items():
-        assert torch.equal(value, first.state_dict()[key])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_reach_every_own_parameter_and_no_teacher(method):
-    distiller = small(method)
-    _, losses = distiller(**batch())
-    assert set(losses) == {"loss_ce", "loss_kd"}
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.get_learnable_parameters())
-    assert all(p.grad is None for p in distiller.teacher.parameters())
-    own = [p for name, p in distiller.named_parameters() if not name.startswith(("student.", "teacher."))]
-    assert len(distiller.get_learnable_parameters()) == len(list(distiller.student.parameters())) + len(own)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_autocast(method):
-    distiller = small(method)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, losses = distiller(**batch())
-    assert losses["loss_kd"].dtype == torch.float32
-    sum(losses.values()).backward()
-    assert all(p.grad.isfinite().all() for p in distiller.get_learnable_parameters())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_no_loss_reads_a_value_from_the_device(method):
-    """A meta tensor has no values: whatever would wait for the device to learn one raises here."""
-    distiller = small(method).to("meta")
-    _, losses = distiller(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch().items()})
-    sum(losses.values()).backward()
 
 
 def crd_draws(mode: str, draws: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -504,10 +423,3 @@ def test_bad_settings_are_refused():
             small(method, None, None, key, value)
     with pytest.raises(UserError, match="nothing to contrast"):
         CRD(model("resnet8"), model("resnet8"), config.load(), 5, torch.zeros(5, dtype=torch.int64))
-
-
-def test_no_warnings_in_a_step():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for method in METHODS:
-            small(method)(**batch())

@@ -48,9 +48,12 @@ def kl_divergence(
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
     """A context without autocast on the tensor's device: what multiplies matrices in a loss does so in float32."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +133,7 @@ def in_float32(loss: Callable) -> Callable:
 
     @functools.wraps(loss)
     def run(*args, **kwargs):
-        device = next(tensor.device.type for tensor in _tensors((*args, *kwargs.values())))
-        known = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
+        with full_precision(next(_tensors((*args, *kwargs.values())))):
             return loss(*map(_to_float32, args), **{key: _to_float32(value) for key, value in kwargs.items()})
 
     return run
