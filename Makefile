@@ -32,4 +32,4 @@ lint: install
 	$(BIN)/ruff format --check .
 
 docs: install
-	$(BIN)/python tools/document.py docs/config.md
+	$(BIN)/python tools/document.py docs

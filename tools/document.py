@@ -1,18 +1,21 @@
-"""Write the page of all configuration keys, from the code.
+"""Write the pages that come from the code: docs/config.md and docs/methods.md.
 
-python3 tools/document.py docs/config.md
+python3 tools/document.py docs
 """
 
 import argparse
 from pathlib import Path
 
-from mdistiller.engine.cfg import page
+from mdistiller.analysis import methods
+from mdistiller.engine import cfg
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.parse_args().file.write_text(page(), encoding="utf-8")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    (folder / "config.md").write_text(cfg.page(), encoding="utf-8")
+    (folder / "methods.md").write_text(methods.page(Path(__file__).resolve().parents[1]), encoding="utf-8")
 
 
 if __name__ == "__main__":
