@@ -32,7 +32,7 @@ class Analysis:
 
     def add(self, chart: Chart) -> None:
         if not chart.empty:
-            draw(chart, self.folder)
+            draw(chart, self.folder, [group.figures for group in self.groups])
             write_numbers(chart, self.folder / f"{chart.name}.csv")
             self.charts.append(chart)
 
@@ -93,7 +93,7 @@ def analyse(
             (stage / "results.tex").write_text(results.latex(table), encoding="utf-8")
         if markdown:
             (stage / "results.md").write_text(results.markdown(table), encoding="utf-8")
-        text = page(groups, analysis.tables, analysis.charts, notes, analysis.folder, time.strftime("%Y-%m-%d"))
+        text = page(groups, analysis.tables, analysis.charts, notes, time.strftime("%Y-%m-%d"))
         (stage / "report.html").write_text(text, encoding="utf-8")
         deliver(stage, out)
     return analysis
@@ -201,7 +201,7 @@ def add_samples(analysis: Analysis, number: int, samples: temperatures.Samples) 
     draw_images(analysis.folder, name, title, blocks)
     write_table(analysis.folder / f"{name}.csv", ["block", "index", "class", "t_student", "t_teacher"], listed)
     caption = f"Training images with class and temperatures, student / teacher. {group.figures}."
-    analysis.charts.append(Chart(name, temperatures.SECTION, title, caption, [], group=number, image=f"{name}.png"))
+    analysis.charts.append(Chart(name, temperatures.SECTION, title, caption, [], group=number, pictures=blocks))
 
 
 def add_comparison(analysis: Analysis, seen: dict[int, comparison.Seen]) -> None:
@@ -225,4 +225,5 @@ def add_comparison(analysis: Analysis, seen: dict[int, comparison.Seen]) -> None
     for number, one in seen.items():
         if one.teacher is not None:
             analysis.add(comparison.correlation_chart(one, number, analysis.slug(number)))
+    for number, one in seen.items():
         analysis.add(comparison.tsne_chart(one, number, analysis.slug(number)))

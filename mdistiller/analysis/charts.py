@@ -13,19 +13,23 @@ COLOURS = (
 )  # fmt: skip
 
 
-def colour(group: int) -> str:
-    return COLOURS[group % len(COLOURS)]
+GREY = "#8a9099"
+
+
+def colour(group: int | None) -> str:
+    """Of a group; grey for what belongs to none."""
+    return GREY if group is None else COLOURS[group % len(COLOURS)]
 
 
 @dataclass
 class Series:
-    """One line, set of points or set of bars of the group number `group`.
+    """One line, set of points or set of bars of the group number `group`; None: always shown, in grey.
 
     `x` holds numbers or names; `bands` maps the names of two columns to two arrays beside `y`, the widest band first.
     """
 
     name: str
-    group: int
+    group: int | None
     x: Sequence
     y: Sequence
     kind: str = "line"  # line, points or bars
@@ -49,6 +53,11 @@ class Panel:
     bare: bool = False  # axes without meaning, as t-SNE's
     y_range: tuple[float, float] | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether x counts something, so that no tick may stand between two whole numbers."""
+        return bool(self.series) and all(np.asarray(s.x).dtype.kind in "iu" for s in self.series)
+
 
 @dataclass
 class Chart:
@@ -60,7 +69,9 @@ class Chart:
     caption: str
     panels: list[Panel]
     group: int | None = None
-    image: str = ""  # file name of a picture that stands in place of panels
+    wide: int = 3  # panels in a row, at most
+    # of a chart of pictures, in place of panels: a heading, uint8 images (M, H, W, 3) and a text for each
+    pictures: list[tuple[str, np.ndarray, list[str]]] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:

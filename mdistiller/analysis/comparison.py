@@ -14,6 +14,7 @@ from mdistiller.analysis.superclasses import CIFAR100, class_names, coarse_label
 CURVES, SECTION = "Training curves", "Student and teacher"
 CLASSES_SHOWN = 10  # t-SNE: more hues than these cannot be told apart
 POINTS_SHOWN = 1000
+LEAST = 5  # samples in a bin of the reliability diagram: the accuracy of fewer is chance
 
 
 def curves_chart(groups: list[Group]) -> Chart:
@@ -33,10 +34,9 @@ def curves_chart(groups: list[Group]) -> Chart:
                 std = values.std(0, ddof=1)
                 bands = {("minus_std", "plus_std"): (mean - std, mean + std)}
             epochs = [row["epoch"] for row in group.first.rows]
-            name = f"{group.label}: {group.figures}"
-            panel.series.append(Series(name, number, epochs, mean, bands=bands))
+            panel.series.append(Series(group.label, number, epochs, mean, bands=bands))
         panels.append(panel)
-    caption = "Mean over seeds; the band is one standard deviation to each side. Captions give last and best accuracy."
+    caption = "Mean over seeds; the band is one standard deviation to each side."
     return Chart("curves", CURVES, "Training curves", caption, panels)
 
 
@@ -72,31 +72,26 @@ def look_at(group: Group, networks: Networks) -> Seen:
 
 
 def calibration_chart(found: dict[int, Seen], bins: int = 15) -> Chart:
-    curve = Panel("reliability", "confidence", "accuracy", diagonal=True, y_range=(0, 1))
+    curve = Panel("reliability", "confidence", "accuracy", diagonal=True, y_range=(-0.02, 1.03))
     share = Panel("how often a confidence is given", "confidence", "samples (%)")
     centres = (np.arange(bins) + 0.5) / bins
-    teachers = set()
-    for number, seen in found.items():
-        sights = [("", seen.student)]
-        teacher = seen.group.cfg.DISTILLER.TEACHER
-        if seen.teacher is not None and id(seen.teacher) not in teachers:
-            teachers.add(id(seen.teacher))
-            sights.append((f"teacher {teacher} of ", seen.teacher))
-        for prefix, sight in sights:
-            c = st.calibration(sight.logits, seen.labels, bins)
-            name, filled = f"{prefix}{seen.group.label}: ECE {100 * c.ece:.1f}%", c.share > 0
-            text = [f"{n:.1%} of the samples" for n in c.share[filled]]
-            dashed = bool(prefix)
-            curve.series.append(
-                Series(name, number, c.confidence[filled], c.accuracy[filled], dashed=dashed, text=text)
-            )
-            share.series.append(Series(name, number, centres, 100 * c.share, dashed=dashed))
+    sights = [(f"{seen.group.label}", number, seen.student, seen.labels) for number, seen in found.items()]
+    teachers = {id(seen.teacher): seen for seen in found.values() if seen.teacher is not None}
+    sights += [(f"teacher {s.group.cfg.DISTILLER.TEACHER}", None, s.teacher, s.labels) for s in teachers.values()]
+    for name, number, sight, labels in sights:
+        c = st.calibration(sight.logits, labels, bins)
+        name, filled = f"{name}: ECE {100 * c.ece:.1f}%", c.share * len(labels) >= LEAST
+        text = [f"{n:.1%} of the samples" for n in c.share[filled]]
+        dashed = number is None
+        curve.series.append(Series(name, number, c.confidence[filled], c.accuracy[filled], dashed=dashed, text=text))
+        share.series.append(Series(name, number, centres, 100 * c.share, dashed=dashed))
     return Chart(
         "calibration",
         SECTION,
         "Calibration",
         f"Test set, {bins} bins of the top-1 probability at temperature 1; on the dotted line confidence is right. "
-        "ECE: expected calibration error (Guo et al., 1706.04599). Dashed: teachers, drawn once each.",
+        "ECE: expected calibration error (Guo et al., 1706.04599). Dashed: teachers. Bins of fewer than "
+        f"{LEAST} samples are not drawn, but count in the ECE.",
         [curve, share],
     )
 

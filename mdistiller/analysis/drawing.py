@@ -1,5 +1,6 @@
 """Charts on paper: PNG and SVG by matplotlib, without a display."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from mdistiller.analysis.charts import Chart, Panel, Series, colour
 
@@ -36,32 +38,34 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 
-def draw(chart: Chart, folder: Path) -> None:
-    """FOLDER/NAME.png and .svg."""
+def draw(chart: Chart, folder: Path, figures: Sequence[str]) -> None:
+    """FOLDER/NAME.png and .svg. `figures`: of each group the accuracy that stands beside its name."""
     square = any(panel.matrix is not None or panel.bare for panel in chart.panels)
-    columns = min(len(chart.panels), 3)
+    columns = min(len(chart.panels), chart.wide)
     rows = -(-len(chart.panels) // columns)
     width, height = (4.6, 4.4) if square else (4.4, 3.1)
-    names = legend_of(chart)
-    extra = 0.7 + 0.19 * -(-len(names) // (1 if max((len(n) for n, _ in names), default=0) > 45 else 2))
+    names = legend_of(chart, figures)
+    across = max(width * columns, 6.4)
+    side_by_side = max(int(across / (0.5 + 0.062 * max((len(n) for n, _ in names), default=1))), 1)
+    title = [chart.title] if chart.group is None else [chart.title, figures[chart.group]]
+    lines = [plain(line) for part in title for line in textwrap.wrap(part, int(10.5 * across))]
     with rc_context(STYLE):
-        size = (max(width * columns, 6.4), height * rows + extra)
+        size = (across, height * rows + 0.3 + 0.2 * len(lines) + 0.19 * -(-len(names) // side_by_side))
         figure = Figure(size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, chart.panels, strict=False):
             draw_panel(axes, panel)
         for axes in list(grid.flat)[len(chart.panels) :]:
             axes.set_axis_off()
-        figure.suptitle(plain(chart.title, int(13 * size[0])), fontsize=11, x=0.01, ha="left", fontweight="bold")
+        figure.suptitle("\n".join(lines), fontsize=11, x=0.01, ha="left", fontweight="bold")
         if names:
             handles = [handle for _, handle in names]
-            texts = [plain(name, int(12 * size[0])) for name, _ in names]
-            wide = max(map(len, texts)) > 45 and size[0] < 12
-            figure.legend(handles, texts, loc="outside lower left", ncols=1 if wide else 2, fontsize=8)
+            texts = [plain(name, int(15 * across)) for name, _ in names]
+            figure.legend(handles, texts, loc="outside lower left", ncols=side_by_side, fontsize=8)
         save(figure, folder, chart.name)
 
 
-def legend_of(chart: Chart) -> list[tuple[str, Line2D]]:
+def legend_of(chart: Chart, figures: Sequence[str]) -> list[tuple[str, Line2D]]:
     """One entry for each name and look; panels that share a name share its entry."""
     entries: dict[tuple, Line2D] = {}
     for panel in chart.panels:
@@ -69,7 +73,8 @@ def legend_of(chart: Chart) -> list[tuple[str, Line2D]]:
             look = {"line": "-", "points": "", "bars": ""}[s.kind] if not s.dashed else "--"
             marker = "" if s.kind == "line" else "o" if s.kind == "points" else "s"
             shade = s.colour or colour(s.group)
-            entries[s.name, shade, look] = Line2D([], [], color=shade, linestyle=look or "none", marker=marker)
+            name = s.name if s.group is None or chart.group is not None else f"{s.name}: {figures[s.group]}"
+            entries[name, shade, look] = Line2D([], [], color=shade, linestyle=look or "none", marker=marker)
     return [(name, handle) for (name, *_), handle in entries.items()] if len(entries) > 1 else []
 
 
@@ -91,12 +96,14 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     named = bool(panel.series) and len(panel.series[0].x) and isinstance(panel.series[0].x[0], str)
-    if named and max(map(len, panel.series[0].x)) * len(panel.series[0].x) > 40:
+    if named and max(map(len, panel.series[0].x)) * len(panel.series[0].x) > 90:
         axes.set_xticks(range(len(panel.series[0].x)), [plain(x) for x in panel.series[0].x])
         axes.tick_params(axis="x", rotation=40, labelsize=8)
         for tick in axes.get_xticklabels():
             tick.set_ha("right")
             tick.set_rotation_mode("anchor")
+    if panel.whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.bare:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -150,7 +157,7 @@ def draw_images(
     with rc_context(STYLE):
         figure = Figure((9.2, 1.55 * sum(heights) + 0.4 * len(rows) + 0.4), layout="constrained")
         parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=[h + 0.3 for h in heights]))
-        figure.suptitle(plain(title, 105), fontsize=11, x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(plain(title, 95), fontsize=11, x=0.01, ha="left", fontweight="bold")
         for part, (heading, images, texts), height in zip(parts, rows, heights, strict=True):
             part.suptitle(plain(heading, 120), fontsize=9, x=0.01, ha="left")
             grid = part.subplots(height, columns, squeeze=False)

@@ -1,6 +1,7 @@
 """Charts on the screen: the same panels as plotly figures."""
 
 import html
+from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,9 +16,9 @@ def shown(text: object) -> str:
     return html.escape("".join(c if c.isprintable() else " " for c in str(text)), quote=False)
 
 
-def figure_of(panel: Panel) -> str:
+def figure_of(panel: Panel, figures: Sequence[str]) -> str:
     """The panel as plotly's JSON. Each trace carries its group's number as `meta`; colours of text and grid are left to
-    the page, which knows whether it is dark.
+    the page, which knows whether it is dark. `figures`: of each group the accuracy that hovering shows with its name.
     """
     figure = go.Figure()
     if panel.matrix is not None:
@@ -35,9 +36,11 @@ def figure_of(panel: Panel) -> str:
         )
         figure.update_xaxes(constrain="domain")
     for series in panel.series:
-        figure.add_traces(traces(series, panel))
+        figure.add_traces(traces(series, panel, figures))
     if panel.diagonal:
         figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line={"color": "#999", "dash": "dot", "width": 1})
+    if panel.whole and max(max(s.x) for s in panel.series) <= 10:
+        figure.update_xaxes(dtick=1)
     square = panel.matrix is not None or panel.bare
     figure.update_layout(
         template="none", height=SQUARE if square else HEIGHT, margin={"l": 8, "r": 8, "t": 8, "b": 8}, autosize=True,
@@ -45,20 +48,21 @@ def figure_of(panel: Panel) -> str:
         plot_bgcolor="rgba(0,0,0,0)", legend={"orientation": "h", "y": -0.04, "font": {"size": 11}},
         font={"family": "system-ui, sans-serif", "size": 12}, hoverlabel={"align": "left", "namelength": -1},
     )  # fmt: skip
-    bare = {"showticklabels": False, "ticks": "", "zeroline": False}
+    bare = {"showticklabels": False, "ticks": "", "showgrid": False, "showline": False}
     axis = {"automargin": True, "zeroline": False, "title_standoff": 8} | (bare if panel.bare else {})
     figure.update_xaxes(title_text=shown(panel.x_label), **axis)
     figure.update_yaxes(title_text=shown(panel.y_label), range=panel.y_range, **axis)
     return figure.to_json()
 
 
-def traces(s: Series, panel: Panel) -> list[go.Scatter | go.Bar]:
+def traces(s: Series, panel: Panel, figures: Sequence[str]) -> list[go.Scatter | go.Bar]:
     """The series and, behind it, its bands: one closed outline each."""
     shade = s.colour or colour(s.group)
     named = isinstance(s.x[0], str) if len(s.x) else False
     x = [shown(v) for v in s.x] if named else np.asarray(s.x, np.float64)
     y = np.asarray(s.y, np.float64)
-    shared = {"name": shown(s.name), "meta": s.group, "legendgroup": shown(s.name)}
+    name = shown(s.name) if s.group is None or panel.bare else f"{shown(s.name)}<br>{shown(figures[s.group])}"
+    shared = {"name": name, "meta": s.group, "legendgroup": shown(s.name)}
     if s.kind == "bars":
         return [go.Bar(x=x, y=y, marker_color=shade, hovertemplate="%{x}: %{y:.2f}", **shared)]
     drawn = []

@@ -11,7 +11,7 @@ function reveal(plot) {
   if (plot.data) return;
   const { data, layout } = figures[plot.dataset.figure];
   if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;  // a finger scrolls the page
-  Plotly.newPlot(plot, data, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+  Plotly.newPlot(plot, data, layout, { responsive: true, displayModeBar: false });
   Plotly.relayout(plot, look());
   choose(plot);
 }

@@ -2,9 +2,12 @@
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from mdistiller import __version__
@@ -28,19 +31,23 @@ def page(
     tables: Sequence[Table],
     charts: Sequence[Chart],
     notes: Sequence[str],
-    folder: Path,
     date: str,
 ) -> str:
-    """`folder`: where the pictures of charts without panels lie; `notes`: what is not shown, and why."""
+    """`notes`: what is not shown, and why."""
     figures: list[str] = []
+    accuracy = [group.figures for group in groups]
     body = [table_of(table) for table in tables if table.name == "results"]
     for section in dict.fromkeys(chart.section for chart in charts):
         body.append(f"<section><h2>{escape(section)}</h2>")
         body += [table_of(table) for table in tables if table.name == section]
         whole = [chart for chart in charts if chart.section == section and chart.group is None]
         single = [chart for chart in charts if chart.section == section and chart.group is not None]
-        body += [figure(chart, folder, figures) for chart in whole]
-        body += ['<div class="pairs">', *(figure(chart, folder, figures) for chart in single), "</div></section>"]
+        body += [figure(chart, figures, accuracy) for chart in whole]
+        body += [
+            '<div class="pairs">',
+            *(figure(chart, figures, accuracy) for chart in single),
+            "</div></section>",
+        ]
     if notes:
         lines = "".join(f"<li>{escape(note)}</li>" for note in notes)
         body.append(f'<section><h2>Not shown</h2><ul class="soft">{lines}</ul></section>')
@@ -83,8 +90,9 @@ on and off in the bar; hover a chart for its values.</p></div><button id="theme"
 """
 
 
-def figure(chart: Chart, folder: Path, figures: list[str]) -> str:
+def figure(chart: Chart, figures: list[str], accuracy: Sequence[str]) -> str:
     """The chart as HTML; its panels' JSON goes to the end of `figures`."""
+    wide = ' class="wide"' * (len(chart.panels) != 1)
     group = "" if chart.group is None else f' data-group="{chart.group}"'
     parts = []
     for panel in chart.panels:
@@ -94,19 +102,32 @@ def figure(chart: Chart, folder: Path, figures: list[str]) -> str:
             f'<div><h4>{escape(panel.title)}</h4><div class="plot{square}" role="img" aria-label="{label}" '
             f'data-figure="{len(figures)}"></div></div>'
         )
-        figures.append(figure_of(panel))
-    if chart.image:
-        data = base64.b64encode((folder / chart.image).read_bytes()).decode()
-        parts.append(f'<img src="data:image/png;base64,{data}" alt="{escape(chart.title)}">')
-    body = f'<div class="panels">{"".join(parts)}</div>'
+        figures.append(figure_of(panel, accuracy))
+    blocks = "".join(pictures(*block) for block in chart.pictures)
+    body = f'<div class="panels" style="--least:{1100 // chart.wide - 40}px">{"".join(parts)}</div>'
     return (
-        f'<figure id="{escape(chart.name)}"{group}><h3>{escape(chart.title)}</h3>{body}'
+        f'<figure id="{escape(chart.name)}"{group}{wide}><h3>{escape(chart.title)}</h3>{body}{blocks}'
         f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
     )
 
 
+def pictures(heading: str, images: np.ndarray, texts: Sequence[str]) -> str:
+    """uint8 images (M, H, W, 3), each above its text, whose first line is its name."""
+    cells = []
+    for image, text in zip(images, texts, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG", optimize=True)
+        data = base64.b64encode(file.getvalue()).decode()
+        name, *rest = map(escape, text.split("\n"))
+        cells.append(
+            f'<div><img src="data:image/png;base64,{data}" alt="{name}"><b>{name}</b>{"<br>".join(rest)}</div>'
+        )
+    return f'<h4>{escape(heading)}</h4><div class="pictures">{"".join(cells)}</div>'
+
+
 def table_of(table: Table) -> str:
-    numeric = [any(results.number(row[i]) is not None for row in table.rows) for i in range(len(table.head))]
+    columns = list(zip(*table.rows, strict=True))
+    numeric = [any(results.number(c) is not None for c in column) or not any(column) for column in columns]
     kind = [' class="number"' if is_number else "" for is_number in numeric]
     head = "".join(
         f'<th scope="col"{k}><button>{escape(name)}</button></th>' for k, name in zip(kind, table.head, strict=True)

@@ -9,10 +9,8 @@ from mdistiller.analysis.runs import Group
 from mdistiller.analysis.statistics import Mean
 from mdistiller.errors import UserError
 
-HEAD = (
-    "pair", "method", "rule", "data", "schedule", "seeds", "last (%)", "best (%)", "published (%)",
-    "last − published", "best − published",
-)  # fmt: skip
+BESIDE = ("published (%)", "last − published", "best − published")
+HEAD = ("pair", "method", "rule", "data", "schedule", "seeds", "last (%)", "best (%)", *BESIDE)
 PUBLISHED_EPOCHS, PUBLISHED_DATA = 240, "cifar100"
 
 
@@ -55,7 +53,9 @@ def published_figure(group: Group, published: Mapping) -> float | None:
 
 
 def results_table(groups: list[Group], published: Mapping) -> Table:
-    """A row for each group. Differences are given only where the group ran the published number of epochs."""
+    """A row for each group. Differences are given only where the group ran the published number of epochs;
+    without `published` the columns BESIDE are left out.
+    """
     epochs = published_epochs(published)
     rows = []
     for group in groups:
@@ -68,11 +68,13 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
         rows.append(
             [group.pair, method, group.rule, data, group.schedule, group.seeds, group.last, group.best, beside, *off]
         )
+    head = HEAD if published else HEAD[: -len(BESIDE)]
+    rows = [row[: len(head)] for row in rows]
     caption = (
         "Top-1 accuracy on the test set: mean ± standard deviation over the seeds (n − 1), of the last epoch and of "
         "each run's best one, which is chosen on the test set and therefore flatters."
     )
-    return Table("results", "Results", caption, HEAD, rows, list(range(len(groups))))
+    return Table("results", "Results", caption, head, rows, list(range(len(groups))))
 
 
 def text(cell: object, signed: bool = False) -> str:
@@ -80,7 +82,8 @@ def text(cell: object, signed: bool = False) -> str:
     if cell is None:
         return "–"
     if isinstance(cell, float):
-        return f"{cell:+.2f}".replace("-", "−") if signed else f"{cell:.2f}"
+        rounded = round(cell, 2) + 0.0  # no minus before a zero
+        return (f"{rounded:+.2f}" if signed else f"{rounded:.2f}").replace("-", "−")
     return str(cell)
 
 

@@ -5,6 +5,7 @@ epoch shows the sample under another crop and flip, so that one epoch alone woul
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy.stats import binom
@@ -107,6 +108,7 @@ def epochs_chart(found: dict[int, tuple[Group, OverEpochs]]) -> Chart:
         "Median over the training samples; bands hold 50% and 90% of them. Means over seeds. A sample falls back where "
         "the rule is undefined for its logits.",
         panels,
+        wide=2,
     )
 
 
@@ -181,65 +183,72 @@ MEASURES = (
 
 def difficulty_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
     panels = []
-    for name, title, sign in MEASURES:
-        panel = Panel(f"against the {title}", "samples, easiest to hardest (%)", "temperature")
+    for (name, title, sign), side in product(MEASURES, SIDES.values()):
+        panel = Panel(f"T of the {side} against the {title}", "samples, easiest to hardest (%)", "temperature")
         for number, (group, samples) in found.items():
             measure = getattr(samples, name)
-            if measure is None:
-                continue
-            for side in SIDES.values():
+            if measure is not None:
                 bins = st.binned(sign * measure, getattr(samples, side))
                 upto = np.cumsum(bins.count)
                 rank = 100 * (upto - bins.count / 2) / upto[-1]
                 text = [f"mean {title} {sign * x:.3g}" for x in bins.x]
-                series = Series(f"{side}: {group.label}", number, rank, bins.mean, text=text, dashed=side == "teacher")
-                series.bands = {("q25", "q75"): (bins.low, bins.high)}
-                panel.series.append(series)
+                bands = {("q25", "q75"): (bins.low, bins.high)}
+                panel.series.append(Series(group.label, number, rank, bins.mean, bands=bands, text=text))
         panels += [panel] if panel.series else []
-    forgetting = Panel("against forgetting events", "events between checkpoints", "temperature")
-    for number, (group, samples) in found.items():
-        if samples.forgetting is None:
-            continue
-        for side in SIDES.values():
-            learnt = samples.forgetting.learnt
-            events, temperature = samples.forgetting.events[learnt], getattr(samples, side)[learnt]
-            counts = np.unique(events)
-            parts = [temperature[events == n] for n in counts]
-            low, mean, high = np.array([(np.quantile(p, 0.25), p.mean(), np.quantile(p, 0.75)) for p in parts]).T
-            text = [f"{len(p):,} samples" for p in parts]
-            series = Series(f"{side}: {group.label}", number, counts, mean, text=text, dashed=side == "teacher")
-            series.bands = {("q25", "q75"): (low, high)}
-            forgetting.series.append(series)
-    panels += [forgetting] if forgetting.series else []
+    for side in SIDES.values():
+        panel = Panel(f"T of the {side} against forgetting", "forgetting events between checkpoints", "temperature")
+        for number, (group, samples) in found.items():
+            if samples.forgetting is not None:
+                panel.series.append(forgetting_series(group, number, samples, side))
+        panels += [panel] if panel.series else []
     return Chart(
         "temperature-difficulty",
         SECTION,
         "Are hot samples hard ones?",
         "Mean temperature in tenths of the training set, sorted by difficulty; the band holds the middle half of the "
-        "samples. Solid: student, dashed: teacher. Loss and margin are those of the last checkpoint on the images as "
+        "samples. Loss and margin are those of the last checkpoint on the images as "
         "they are. Forgetting is counted between the saved checkpoints, over samples that were right at least once.",
         panels,
+        wide=2,
+    )
+
+
+def forgetting_series(group: Group, number: int, samples: Samples, side: str) -> Series:
+    """Mean temperature and its middle half by number of events, over the samples that were learnt."""
+    learnt = samples.forgetting.learnt
+    events, temperature = samples.forgetting.events[learnt], getattr(samples, side)[learnt]
+    counts = np.unique(events)
+    parts = [temperature[events == n] for n in counts]
+    low, high = np.array([np.quantile(p, (0.25, 0.75)) for p in parts]).T
+    text = [f"{len(p):,} samples" for p in parts]
+    return Series(
+        group.label, number, counts, [p.mean() for p in parts], bands={("q25", "q75"): (low, high)}, text=text
     )
 
 
 def persistence_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
-    stay = Panel("how long samples stay hot", "share of the epochs among the hottest tenth (%)", "samples (%)")
+    stay = Panel(
+        "how long samples stay hot", "share of the epochs among the hottest tenth (%)", "samples, at least so long (%)"
+    )
     stable = Panel("how early the order is settled", "epoch", "rank correlation with the last epoch")
-    edges = np.linspace(0, 1, 11)
+    lengths = {samples.epochs for _, samples in found.values()}
+    for epochs in sorted(lengths):
+        counts = np.arange(1, epochs + 1)
+        chance = 100 * binom.sf(counts - 1, epochs, 0.1)
+        stay.series.append(Series(f"by chance, {epochs} epochs", None, 100 * counts / epochs, chance, dashed=True))
     for number, (group, samples) in found.items():
-        share = 100 * np.histogram(samples.hot_student, edges)[0] / len(samples.hot_student)
-        stay.series.append(Series(group.label, number, 100 * (edges[:-1] + edges[1:]) / 2, share))
-        chance = binom.pmf(np.arange(samples.epochs + 1), samples.epochs, 0.1)
-        expected = 100 * np.histogram(np.arange(samples.epochs + 1) / samples.epochs, edges, weights=chance)[0]
-        name = f"by chance: {group.label}"
-        stay.series.append(Series(name, number, stay.series[-1].x, expected, dashed=True))
-        stable.series.append(Series(group.label, number, np.arange(1, samples.epochs + 1), samples.stability))
+        counts = np.arange(1, samples.epochs + 1)
+        hot = np.round(samples.hot_student * samples.epochs)
+        share = [100 * float((hot >= count).mean()) for count in counts]
+        stay.series.append(Series(group.label, number, 100 * counts / samples.epochs, share))
+        stable.series.append(Series(group.label, number, counts, samples.stability))
     return Chart(
         "temperature-persistence",
         SECTION,
         "Which samples stay hot",
-        "Left: in how many epochs a sample is among the hottest tenth (temperature of the student), and what chance "
-        "would give. Right: whether an epoch ranks the samples as the last one does. The samples themselves are in "
+        "How many samples are among the hottest tenth (temperature of the student) in at least so many of the epochs; "
+        "dashed: if chance chose them anew each epoch. Then: whether an epoch ranks the samples as the last one does. "
+        "The samples themselves are in "
         "samples-*.csv. One run for each group, its lowest seed.",
         [stay, stable],
     )
@@ -262,6 +271,7 @@ def class_chart(found: dict[int, tuple[Group, Samples]], accuracy: dict[int, np.
         "Temperature by class",
         "One point for each class: its training samples' mean temperature against the student's last test accuracy.",
         panels,
+        wide=2,
     )
 
 
@@ -278,7 +288,7 @@ def findings_row(group: Group, over: OverEpochs, samples: Samples | None) -> lis
     row = [group.label, group.rule, *(float(over.figures["t_student q50"][i]) for i in (0, -1))]
     row += [float(over.figures["t_teacher q50"][-1])]
     row += [None, None] if fell is None else [100 * float(fell[0]), 100 * float(fell[-1])]
-    if samples is None:
+    if samples is None or samples.constant:
         return row + [None] * 5
     ranks = [None if m is None else st.spearman(samples.student, m) for m in (samples.loss, samples.margin)]
     known = samples.forgetting
