@@ -227,10 +227,8 @@ def forgetting_series(group: Group, number: int, samples: Samples, side: str) ->
 
 
 def persistence_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
-    stay = Panel(
-        "how long samples stay hot", "share of the epochs among the hottest tenth (%)", "samples, at least so long (%)"
-    )
-    stable = Panel("how early the order is settled", "epoch", "rank correlation with the last epoch")
+    stay = Panel("how long samples stay hot", "epochs among the hottest tenth (%)", "samples, at least so long (%)")
+    stable = Panel("how early the order is settled", "epoch", "rank correlation with the last")
     lengths = {samples.epochs for _, samples in found.values()}
     for epochs in sorted(lengths):
         counts = np.arange(1, epochs + 1)
