@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import struct
 import uuid
 import zipfile
 from pathlib import Path
@@ -63,6 +64,7 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (
         pickle.UnpicklingError,
+        struct.error,
         zipfile.BadZipFile,
         RuntimeError,
         EOFError,
