@@ -2,9 +2,10 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and what they start inherits this
 
+import numpy as np
 import pytest
 import torch
-from helpers import save_teacher
+from helpers import digits_opts, save_teacher
 
 torch.set_num_threads(1)
 
@@ -13,3 +14,32 @@ torch.set_num_threads(1)
 def teacher_file(tmp_path):
     """A resnet8 for the ten digits, freshly initialised."""
     return save_teacher(tmp_path / "teacher.pth")
+
+
+@pytest.fixture(scope="session")
+def recorded_runs(tmp_path_factory):
+    """Runs on 320 + 120 digits: DTKD, three epochs in two seeds, with every sample's temperature; KD, one epoch, with
+    summaries; resnet8 alone, one epoch.
+    """
+    from mdistiller.dataset import load_dataset
+    from mdistiller.engine.builder import train
+    from mdistiller.engine.cfg import load
+
+    root, data = tmp_path_factory.mktemp("recorded"), load_dataset("digits", ".")
+    few = {"train_images": data.train_images, "train_labels": data.train_labels}
+    few = {name: values[:320].numpy() for name, values in few.items()}
+    few |= {"test_images": data.test_images[:120].numpy(), "test_labels": data.test_labels[:120].numpy()}
+    np.savez(root / "digits.npz", **few)
+    few = {"DATASET__TYPE": "npz", "DATASET__ROOT": root / "digits.npz"}
+    distil = {"DISTILLER__TEACHER": "resnet8", "DISTILLER__TEACHER_CKPT": save_teacher(root / "teacher.pth")}
+    samples = {"DISTILLER__TYPE": "DTKD", "LOG__TEMPERATURE": "samples", "LOG__SAVE_CHECKPOINT_FREQ": 1}
+    wanted = {
+        "dtkd-0": distil | samples | {"SEED": 0, "SOLVER__EPOCHS": 3},
+        "dtkd-1": distil | samples | {"SEED": 1, "SOLVER__EPOCHS": 3},
+        "kd": distil | {"DISTILLER__TYPE": "KD", "LOG__TEMPERATURE": "summary"},
+        "alone": {"DISTILLER__TYPE": "NONE"},
+    }
+    for name, keys in wanted.items():
+        opts = digits_opts(EXPERIMENT__NAME=name, EXPERIMENT__PROJECT="runs", **few | keys)
+        train(load(None, [*opts, "LOG.PREFIX", str(root)]))
+    return root / "runs"

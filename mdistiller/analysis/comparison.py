@@ -137,14 +137,17 @@ def superclass_chart(found: dict[int, Seen]) -> Chart:
 
 def correlation_chart(seen: Seen, number: int, slug: str) -> Chart:
     difference = st.correlation_difference(seen.student.logits, seen.teacher.logits)
+    home = coarse_labels(seen.group.cfg.DATASET.TYPE)
+    order = np.arange(len(difference)) if home is None else np.argsort(home, kind="stable")
+    sorting = "" if home is None else " The classes of a superclass stand together."
     off = np.abs(difference[~np.eye(len(difference), dtype=bool)])
     return Chart(
         f"correlation-{slug}",
         SECTION,
         f"Logit correlations, student minus teacher: {seen.group.label}",
         f"Pearson correlation between the logits of two classes over the test set. Mean absolute difference "
-        f"{off.mean():.3f}, largest {off.max():.3f}. {seen.group.figures}.",
-        [Panel("student minus teacher", matrix=difference, ticks=seen.names)],
+        f"{off.mean():.3f}, largest {off.max():.3f}.{sorting} {seen.group.figures}.",
+        [Panel("student minus teacher", matrix=difference[np.ix_(order, order)], ticks=[seen.names[i] for i in order])],
         group=number,
     )
 
