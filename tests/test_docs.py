@@ -31,7 +31,7 @@ def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method, teacher_fil
     assert row["train_losses"]["loss/loss_kd"] > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/new_method.md", "docs/deviations.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/new_method.md", "docs/deviations.md", "docs/analysis.md"])
 def test_what_a_page_names_exists(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):

@@ -37,7 +37,7 @@ def curves_chart(groups: list[Group]) -> Chart:
             panel.series.append(Series(group.label, number, epochs, mean, bands=bands))
         panels.append(panel)
     caption = "Mean over seeds; the band is one standard deviation to each side."
-    return Chart("curves", CURVES, "Training curves", caption, panels)
+    return Chart("curves", CURVES, "Accuracy and loss by epoch", caption, panels)
 
 
 @dataclass

@@ -35,8 +35,8 @@ def figure_of(panel: Panel, figures: Sequence[str]) -> str:
             type="category", showticklabels=few, autorange="reversed", scaleanchor="x", constrain="domain"
         )
         figure.update_xaxes(constrain="domain")
-    for series in panel.series:
-        figure.add_traces(traces(series, panel, figures))
+    drawn = [trace for series in panel.series for trace in traces(series, panel, figures)]
+    figure.add_traces(sorted(drawn, key=lambda trace: trace.hoverinfo != "skip"))  # no band may veil a line
     if panel.diagonal:
         figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line={"color": "#999", "dash": "dot", "width": 1})
     if panel.whole and max(max(s.x) for s in panel.series) <= 10:
