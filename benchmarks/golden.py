@@ -14,8 +14,8 @@ from test_contract import GOLDEN, golden_figures
 
 
 def main() -> None:
-    print(f"{'teacher -> student':<26}{'method':<10}{'epoch':>5}{'loss':>12}{'reference':>12}{'gradient':>12}{'reference':>12}"
-          f"{'extra':>12}{'worst':>9}")  # fmt: skip
+    names = ("loss", "reference", "gradient", "reference", "extra")
+    print(f"{'teacher -> student':<26}{'method':<10}{'epoch':>5}{''.join(f'{name:>12}' for name in names)}{'worst':>9}")
     for key in sorted(GOLDEN):
         if key.startswith("distiller/"):
             _, teacher, student, method, epoch = key.split("/")
