@@ -89,7 +89,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if resume and file.exists():
             then = config.leaves(CfgNode.load_cfg(file.read_text()))
-            now = config.leaves(cfg)
+            now = config.leaves(CfgNode.load_cfg(cfg.dump()))  # as a file would say it: tuples become lists
             ignored = (*PLACE, "SOLVER.EPOCHS")
             differ = [k for k in now if k in then and then[k] != now[k] and not k.startswith(ignored)]
             if differ:
