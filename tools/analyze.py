@@ -1,0 +1,36 @@
+"""Figures, tables and a report of recorded runs: OUT/report.html, and OUT/figures/ as PNG, SVG and CSV.
+
+python3 tools/analyze.py output/digits/* -o output/report
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mdistiller.analysis.analyse import analyse
+from mdistiller.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders; runs that differ in SEED alone are averaged")
+    parser.add_argument("-o", "--out", required=True, type=Path, help="folder for the report")
+    parser.add_argument(
+        "--published", type=Path, help='JSON of published figures: {"METHOD": {"teacher/student": 73.3}}'
+    )
+    parser.add_argument("--latex", action="store_true", help="also write results.tex")
+    parser.add_argument("--markdown", action="store_true", help="also write results.md")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE",
+        help="where files lie now: DATASET.ROOT, DISTILLER.TEACHER_CKPT, DEVICE",
+    )  # fmt: skip
+    words = parser.parse_args()
+    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    done = analyse(words.runs, words.out, words.published, words.opts, words.latex, words.markdown, say)
+    for note in done.notes:
+        print(f"skipped: {note}")
+    print(f"{words.out / 'report.html'}: {len(done.groups)} groups, {len(done.charts)} charts")
+
+
+if __name__ == "__main__":
+    run_command(main)
