@@ -126,7 +126,16 @@ def test_a_method_with_parameters_of_its_own():
     ("momentum", "delta", "legal"), [(0.9, 0.075, 1), (0.9, 0.1, 0), (0.05, 0.075, 0), (0.9, -1.0, 0)]
 )
 def test_momenta_stay_in_range(momentum, delta, legal):
-    opts = ["SOLVER.TRAINER", "dot", "SOLVER.MOMENTUM", str(momentum), "SOLVER.DOT.DELTA", str(delta)]
+    opts = [
+        "SOLVER.TRAINER",
+        "dot",
+        "DISTILLER.TYPE",
+        "KD",
+        "SOLVER.MOMENTUM",
+        str(momentum),
+        "SOLVER.DOT.DELTA",
+        str(delta),
+    ]
     if legal:
         assert config.load(None, opts).SOLVER.DOT.DELTA
     else:
