@@ -253,6 +253,8 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
         if key not in node:
             if not prefix and isinstance(value, Mapping) and re.search(rf"\.{re.escape(str(key))}\b", plugin_text):
                 node[key] = _node({k: _decode_tree(v) for k, v in value.items()})  # a plug-in reads cfg.<key>
+            elif prefix and prefix.split(".")[0] not in CFG:  # inside such a section
+                node[key] = _decode_tree(value)
             else:
                 problems.append(f"{full}: {_unknown_key(full, isinstance(value, Mapping))} ({source})")
         elif isinstance(node[key], CfgNode):
@@ -338,6 +340,11 @@ _RULES = (
         lambda v: all(a < b for a, b in zip([0, *v], v, strict=False)),
         "must be epochs in rising order, each 1 or more, such as [150, 180, 210]",
     ),
+    ("AT.P", lambda v: v > 0, _POSITIVE),
+    ("CRD.NCE.K", lambda v: v >= 1, "must be at least 1"),
+    ("CRD.FEAT.DIM", lambda v: v >= 1, "must be at least 1"),
+    ("FITNET.INPUT_SIZE", lambda v: len(v) == 2 and min(v) >= 8, "must be two sizes of 8 or more, such as (32, 32)"),
+    ("VID.INPUT_SIZE", lambda v: len(v) == 2 and min(v) >= 8, "must be two sizes of 8 or more, such as (32, 32)"),
     ("TEMPERATURE.ERRATUM.MARGIN", lambda v: 0 < v <= 1, "must be in (0, 1]"),
     ("TEMPERATURE.SHARPNESS.MARGIN", lambda v: 0 < v < 0.5, "must be in (0, 0.5)"),
     ("TEMPERATURE.SHARPNESS.ITERATIONS", lambda v: v >= 1, "must be at least 1"),
@@ -383,6 +390,8 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
     if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
         yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
+    if (flat["SOLVER.TRAINER"], flat["DISTILLER.TYPE"]) == ("dot", "NONE"):
+        yield "SOLVER.TRAINER: dot separates task from distillation, and NONE does not distil; set SOLVER.TRAINER base"
     for key, known in (_CHOICES | _NAMES).items():
         if flat[key] not in known and not (key == "TEMPERATURE.RULE" and not flat[key]):
             yield f"{key}: {registry.unknown(getattr(known, 'kind', 'value'), flat[key], known)}"

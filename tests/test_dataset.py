@@ -172,6 +172,7 @@ def test_grey_npz(tmp_path):
         ({"train_labels": np.zeros(7, int)}, "expected 8 integers"),
         ({"train_labels": np.zeros((8, 14), int)}, "expected 8 integers"),
         ({"train_labels": np.full(8, -1)}, "count from 0"),
+        ({"train_labels": np.full(8, 2**40)}, "count classes from 0"),
         ({"train_labels": np.array([None] * 8)}, "allow_pickle"),
     ],
 )

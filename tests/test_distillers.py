@@ -121,6 +121,13 @@ def test_a_foreign_file_runs_unchanged(tmp_path):
     assert all(p.grad.isfinite().all() for p in distiller.get_learnable_parameters())
 
 
+def test_pairs_reach_a_section_that_a_foreign_file_reads(tmp_path):
+    (tmp_path / "reader.py").write_text("def build(cfg):\n    return cfg.READER.LOSS.WEIGHT, cfg.READER.SIZE\n")
+    pairs = ["READER.LOSS.WEIGHT", "2.5", "READER.SIZE", "(32,32)", "READER.LOSS.MORE", "1"]
+    cfg = load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "reader.py"), *pairs])
+    assert (cfg.READER.LOSS.WEIGHT, cfg.READER.SIZE, cfg.READER.LOSS.MORE) == (2.5, (32, 32), 1)
+
+
 def test_a_plugin_declares_its_own_section(tmp_path):
     plugin = tmp_path / "mine.py"
     plugin.write_text(

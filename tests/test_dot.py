@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from mdistiller import config
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
+from mdistiller.engine import builder
 from mdistiller.engine.solver import DOT, set_lr, sgd
 from mdistiller.engine.step import Meter, Step
 from mdistiller.errors import ConfigError, UserError
@@ -124,10 +126,57 @@ def test_a_method_with_parameters_of_its_own():
     ("momentum", "delta", "legal"), [(0.9, 0.075, 1), (0.9, 0.1, 0), (0.05, 0.075, 0), (0.9, -1.0, 0)]
 )
 def test_momenta_stay_in_range(momentum, delta, legal):
-    opts = ["SOLVER.TRAINER", "dot", "SOLVER.MOMENTUM", str(momentum), "SOLVER.DOT.DELTA", str(delta)]
+    opts = [
+        "SOLVER.TRAINER",
+        "dot",
+        "DISTILLER.TYPE",
+        "KD",
+        "SOLVER.MOMENTUM",
+        str(momentum),
+        "SOLVER.DOT.DELTA",
+        str(delta),
+    ]
     if legal:
         assert config.load(None, opts).SOLVER.DOT.DELTA
     else:
         with pytest.raises(ConfigError, match="SOLVER.DOT.DELTA"):
             config.load(None, opts)
     config.load(None, opts[2:])  # without dot, DELTA means nothing
+
+
+@pytest.mark.parametrize("method", ["CRD", "VID"])
+def test_a_run_resumes_with_all_that_it_keeps(method, tmp_path):
+    """Two epochs at once and one after the other end in the same state: buffers, own parameters, both momenta."""
+    torch.manual_seed(0)
+    torch.save({"model": cifar_model_dict["resnet8"][0](num_classes=10).state_dict()}, tmp_path / "teacher")
+    data = np.random.RandomState(0)
+    np.savez(
+        tmp_path / "data.npz",
+        **{f"{part}_images": data.randint(0, 256, (24, 16, 16, 3)).astype(np.uint8) for part in ("train", "test")},
+        **{f"{part}_labels": np.arange(24) % 10 for part in ("train", "test")},
+    )
+    opts = {
+        "DISTILLER.TYPE": method,
+        "DISTILLER.TEACHER": "resnet8",
+        "DISTILLER.STUDENT": "resnet8",
+        "DISTILLER.TEACHER_CKPT": str(tmp_path / "teacher"),
+        "DATASET.TYPE": "npz",
+        "DATASET.ROOT": str(tmp_path / "data.npz"),
+        "SOLVER.TRAINER": "dot",
+        "SOLVER.BATCH_SIZE": "12",
+        "CRD.NCE.K": "8",
+        "DEVICE": "cpu",
+        "LOG.PREFIX": str(tmp_path),
+    }
+
+    def train(name: str, epochs: int, resume: bool = False) -> dict:
+        chosen = opts | {"EXPERIMENT.NAME": name, "SOLVER.EPOCHS": str(epochs)}
+        folder = builder.train(config.load(None, [part for item in chosen.items() for part in item]), resume=resume)
+        return torch.load(f"{folder['folder']}/latest", weights_only=True)
+
+    whole = train("whole", 2)
+    train("halves", 1)
+    halves = train("halves", 2, resume=True)
+    assert all(torch.equal(value, halves["model"][key]) for key, value in whole["model"].items())
+    for key, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, halves["optimizer"]["state"][key][name]) for name, value in state.items())

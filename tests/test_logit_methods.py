@@ -198,6 +198,7 @@ def standardise(x):
 def test_lskd_is_a_temperature_rule_over_kl():
     rule = std(V, U, 2.0)
     torch.testing.assert_close(rule.student, 2 * V.std(1, correction=0, keepdim=True))
+    torch.testing.assert_close(kd_loss(V, U, 2.0, True), softened_kl(V, U, rule))
     torch.testing.assert_close(softened_kl(V, U, rule), kd_loss(standardise(V), standardise(U), 2.0))
     normalised = norm(V, U, 2.0)
     assert torch.equal(normalised.student, rule.student)

@@ -61,5 +61,9 @@ def _split(path: Path, file: np.lib.npyio.NpzFile, split: str) -> tuple[torch.Te
     labels = labels.astype(np.int64)
     if labels.min() < 0:
         raise UserError(f"{path}: {split}_labels holds {labels.min()}; labels count from 0")
+    if labels.max() >= max(1000, len(images)):
+        raise UserError(
+            f"{path}: {split}_labels holds {labels.max()} for {len(images)} images; labels count classes from 0"
+        )
     images = np.broadcast_to(images, (*images.shape[:3], 3)).copy()
     return torch.from_numpy(images), torch.from_numpy(labels)

@@ -108,7 +108,9 @@ class CRD(FeatureDistiller):
         bound = math.sqrt(3 / cfg.FEAT.DIM)  # unit length on average
         for name in ("memory_v1", "memory_v2"):  # of the student's and the teacher's embeddings
             self.register_buffer(name, torch.empty(num_data, cfg.FEAT.DIM).uniform_(-bound, bound))
-        self.register_buffer("params", torch.tensor([-1.0, -1.0]))  # Z of the student's and the teacher's side
+        # as published: K, temperature, Z of the student's and of the teacher's side, momentum
+        constants = [float(self.k), self.temperature, -1.0, -1.0, self.momentum]
+        self.register_buffer("params", torch.tensor(constants))
 
     def get_extra_parameters(self) -> int:
         """The embeddings' parameters and, as published, the memory banks and constants."""
@@ -132,7 +134,7 @@ class CRD(FeatureDistiller):
         of_v1 = similarities(v1, self.memory_v2, contrastive_index, self.temperature)
         of_v2 = similarities(v2, self.memory_v1, contrastive_index, self.temperature)
         self.update(index, v1.detach(), v2.detach(), of_v1.detach(), of_v2.detach())
-        z1, z2 = self.params.clone()
+        z1, z2 = self.params[2:4].clone()
         return nce_loss(of_v1, z1, self.num_data) + nce_loss(of_v2, z2, self.num_data)
 
     def draw(self, index: Tensor, target: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ class CRD(FeatureDistiller):
     def update(self, index: Tensor, v1: Tensor, v2: Tensor, of_v1: Tensor, of_v2: Tensor) -> None:
         """Set the constants where they are unset, and move the batch's memories towards their embeddings (B, D)."""
         z = torch.stack([similarity.exp().mean() for similarity in (of_v1, of_v2)]) * self.num_data
-        self.params.copy_(torch.where(self.params < 0, z, self.params))
+        self.params[2:4] = torch.where(self.params[2:4] < 0, z, self.params[2:4])
         for memory, v in ((self.memory_v1, v1), (self.memory_v2, v2)):
             moved = self.momentum * memory[index] + (1 - self.momentum) * v
             memory.index_copy_(0, index, unit(moved, 1))

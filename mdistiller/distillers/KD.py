@@ -5,13 +5,17 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import RuleDistiller
 from mdistiller.distillers._common import ce_loss, kl_divergence, softened_kl
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers._rules import std
 
 
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, logit_stand: bool = False) -> Tensor:
     """tau^2 KL(softmax(u / tau) || softmax(v / tau)), mean over the batch: a scalar (section 2 of the paper).
 
     Student logits v and teacher logits u are (B, K), temperature tau > 0. Zero where v and u differ by a constant.
+    `logit_stand`: of z-scores, as method files written for LSKD's code ask for it.
     """
+    if logit_stand:
+        return softened_kl(logits_student, logits_teacher, std(logits_student, logits_teacher, temperature))
     return kl_divergence(logits_student, logits_teacher, temperature, temperature).mean() * temperature**2
 
 

@@ -142,6 +142,8 @@ def find_teacher(cfg: CfgNode) -> Path:
     published = Path(default_checkpoint(name, dataset))
     trained = Path(default_checkpoint(name, dataset, epochs))
     chosen = Path(cfg.DISTILLER.TEACHER_CKPT).expanduser() if cfg.DISTILLER.TEACHER_CKPT else None
+    if chosen and chosen.is_dir():
+        raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
     train_it = cfg.DISTILLER.TRAIN_TEACHER
     for file in [chosen] if chosen else [published, *([trained] if train_it else [])]:
         if file.is_file():

@@ -16,7 +16,10 @@ def resolve_device(name: str) -> torch.device:
     """auto: cuda, else mps, else cpu. Raises UserError if the machine lacks the device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"DEVICE: must be auto, cpu, cuda, cuda:N or mps; got '{name}'") from None
     present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if (device.index or 0) >= present[device.type]:
         raise UserError(f"DEVICE: this machine has no {name}; set DEVICE auto")

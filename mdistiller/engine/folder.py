@@ -21,7 +21,8 @@ from mdistiller.errors import UserError
 # Settings that say where a run happens and what it writes, not what it computes: they are not part of its name, and
 # may differ when it is resumed.
 PLACE = (
-    "EXPERIMENT.", "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
+    "EXPERIMENT.NAME", "EXPERIMENT.TAG", "EXPERIMENT.PROJECT", "EXPERIMENT.PLUGINS",
+    "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
     "DISTILLER.TRAIN_TEACHER",
 )  # fmt: skip
 

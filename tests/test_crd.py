@@ -1,0 +1,115 @@
+"""CRD: where negatives come from, what the memory keeps, the estimate itself."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mdistiller import config
+from mdistiller.distillers.CRD import CRD, Negatives, nce_loss, similarities
+from mdistiller.engine import builder
+from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict
+
+
+def model(name: str, num_classes: int = 10) -> nn.Module:
+    return cifar_model_dict[name][0](num_classes=num_classes)
+
+
+def small() -> CRD:
+    """resnet14 -> resnet8 over 20 samples of 10 classes."""
+    cfg = config.load(None, ["CRD.NCE.K", "6", "CRD.FEAT.DIM", "8"])
+    return CRD(model("resnet8"), model("resnet14"), cfg, 20, torch.arange(20) % 10).train()
+
+
+def batch(size: int = 4) -> dict:
+    torch.manual_seed(0)
+    index = torch.arange(size)
+    return {"image": torch.randn(size, 3, 32, 32), "target": index % 10, "index": index, "epoch": 3}
+
+
+def crd_draws(mode: str, draws: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.tensor([2, 0, 1, 0, 2, 2, 0, 1, 0, 0])
+    torch.manual_seed(0)
+    index = torch.arange(10)
+    return labels, Negatives(10, labels if mode == "exact" else None)(index, labels[index], draws)
+
+
+def test_exact_negatives_are_uniform_over_the_other_classes():
+    labels, drawn = crd_draws("exact")
+    for i in range(10):
+        count = torch.bincount(drawn[i], minlength=10).double()
+        allowed = labels != labels[i]
+        assert (count[~allowed] == 0).all()
+        want = drawn.shape[1] / allowed.sum()
+        assert ((count[allowed] - want).abs() < 5 * math.sqrt(want)).all()
+
+
+def test_relaxed_negatives_are_uniform_over_the_other_samples():
+    _, drawn = crd_draws("relax")
+    for i in range(10):
+        count = torch.bincount(drawn[i], minlength=10).double()
+        want = drawn.shape[1] / 9
+        assert count[i] == 0
+        assert ((count[torch.arange(10) != i] - want).abs() < 5 * math.sqrt(want)).all()
+
+
+def test_crd_without_labels_says_so_and_draws():
+    distiller = CRD(model("resnet8"), model("resnet14"), config.load(None, ["CRD.NCE.K", "6"]), 20).train()
+    with pytest.warns(UserWarning, match="relax"):
+        distiller(**batch())
+
+
+def test_crd_honours_a_passed_index():
+    distiller = small()
+    places = torch.tensor([[0, 5, 6], [1, 7, 8], [2, 9, 3], [3, 1, 2]])
+    distiller.negatives = None  # would raise if it were asked
+    torch.manual_seed(0)
+    a = distiller(**batch(), contrastive_index=places)[1]["loss_kd"]
+    assert a.isfinite()
+
+
+def test_crd_memory_and_constants_move_once_and_only_where_seen():
+    distiller = small()
+    assert (distiller.params[2:4] == -1).all()
+    before = distiller.memory_v1.clone()
+    distiller(**batch())
+    constants = distiller.params.clone()
+    assert (constants > 0).all()
+    assert torch.equal(before[4:], distiller.memory_v1[4:])
+    torch.testing.assert_close(distiller.memory_v1[:4].norm(dim=1), torch.ones(4))
+    distiller(**batch())
+    assert torch.equal(distiller.params, constants)
+    assert {"memory_v1", "memory_v2", "params"} <= set(distiller.state_dict())
+
+
+def test_crd_scores_are_those_of_the_gathered_rows():
+    torch.manual_seed(0)
+    anchor, memory, index = torch.randn(3, 8), torch.randn(20, 8), torch.randint(20, (3, 5))
+    want = torch.einsum("bkd,bd->bk", memory[index], anchor) / 0.07
+    torch.testing.assert_close(similarities(anchor, memory, index, 0.07), want)
+
+
+def test_nce_against_its_definition():
+    torch.manual_seed(0)
+    scores = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    z, n = torch.tensor(40.0, dtype=torch.float64), 20
+    p, noise = scores.exp() / z, 5 / n
+    want = -(p[:, 0] / (p[:, 0] + noise)).log() - (noise / (p[:, 1:] + noise)).log().sum(1)
+    torch.testing.assert_close(nce_loss(scores, z, n), want.mean(), rtol=1e-5, atol=0)
+    assert torch.autograd.gradcheck(lambda s: nce_loss(s, z, n), scores)
+
+
+def test_the_builder_gives_crd_the_labels(tmp_path):
+    data = builder.load_dataset("digits", str(tmp_path))
+    torch.save({"model": model("resnet8", data.num_classes).state_dict()}, tmp_path / "teacher")
+    cfg = config.load(None, ["DISTILLER.TYPE", "CRD", "DISTILLER.TEACHER", "resnet8", "DISTILLER.STUDENT", "resnet8"])
+    distiller = builder.build_distiller(cfg, data, tmp_path / "teacher", torch.device("cpu"))
+    assert distiller.negatives.by_class
+    assert len(distiller.memory_v1) == len(data.train_labels)
+
+
+def test_one_class_leaves_nothing_to_contrast():
+    with pytest.raises(UserError, match="nothing to contrast"):
+        CRD(model("resnet8"), model("resnet8"), config.load(), 5, torch.zeros(5, dtype=torch.int64))
