@@ -47,7 +47,9 @@ def show(chromium, report):
         chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = [{"name": "prefers-color-scheme", "value": theme}]
         chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        chromium.get("about:blank")  # the page before must not answer for this one
         chromium.get(report.as_uri())
+        wait(chromium, "return document.readyState === 'complete' && typeof widths === 'function'")  # get returns early
         return chromium
 
     return open_page
@@ -153,6 +155,16 @@ def test_nothing_overflows(show, width):
         ".filter((p) => p.querySelector('.main-svg').clientWidth > p.clientWidth + 1).length"
     )
     assert driver.execute_script(wide) == 0
+
+
+def test_paper_gets_every_chart_at_its_width_and_the_screen_gets_it_back(show):
+    driver = show(theme="dark")
+    driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert driver.execute_script("return plots.every((plot) => plot.data && plot.layout.width === 320)")
+    assert driver.execute_script("return document.documentElement.dataset.theme") == "light"
+    driver.execute_script("dispatchEvent(new Event('afterprint'))")
+    wait(driver, "return plots.some((plot) => plot.querySelector('.main-svg').clientWidth > 330)")
+    assert driver.execute_script("return document.documentElement.dataset.theme") == "dark"
 
 
 def test_dark_and_light(show):

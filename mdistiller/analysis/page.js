@@ -61,5 +61,6 @@ all("[data-all]").forEach((button) => button.addEventListener("click", () => {
 const watch = new IntersectionObserver((seen) => seen.filter((s) => s.isIntersecting).forEach((s) => reveal(s.target)), { rootMargin: "600px" });
 plots.forEach((plot) => watch.observe(plot));
 let before;
-addEventListener("beforeprint", () => { before = root.dataset.theme; plots.forEach(reveal); paint("light"); });
-addEventListener("afterprint", () => paint(before));
+function widths(width) { plots.forEach((plot) => Plotly.relayout(plot, { width, autosize: !width })); }  // paper is narrow
+addEventListener("beforeprint", () => { before = root.dataset.theme; plots.forEach(reveal); paint("light"); widths(320); });
+addEventListener("afterprint", () => { paint(before); widths(null); });
