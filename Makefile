@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIGITS := output/digits
 TEACHER := $(DIGITS)/none,resnet20,digits,6-epochs,seed0
 
-.PHONY: install quickstart test lint docs
+.PHONY: install quickstart test browser lint docs
 
 install: $(VENV)/.installed
 
@@ -25,7 +25,11 @@ quickstart: install
 	@echo "Results, figures of every epoch and checkpoints: $(DIGITS)/"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not browser'
+
+# The report in a real browser: needs chromium and chromedriver.
+browser: install
+	$(BIN)/python -m pytest -m browser
 
 lint: install
 	$(BIN)/ruff check .
