@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.distillers._base import RuleDistiller
-from mdistiller.distillers._common import Temperatures, bounded, ce_loss, full_precision, softened_kl
+from mdistiller.distillers._common import Temperatures, bounded, full_precision
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers._rules import register_rule
+from mdistiller.distillers.KD import KD
 from mdistiller.errors import ConfigError
 
 
@@ -92,18 +92,12 @@ class LearnedTemperature(nn.Module):
 
 
 @register_distiller("CTKD", defaults={"LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
-class CTKD(RuleDistiller):
-    """CE_WEIGHT * cross entropy + KD_WEIGHT * T^2 KL at one learned temperature, the rule of TEMPERATURE.LEARNED."""
+class CTKD(KD):
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * T^2 KL at one learned temperature, the rule of TEMPERATURE.LEARNED.
 
+    Another rule in its place takes KD.TEMPERATURE for its reference.
+    """
+
+    section = "CTKD"
     own_rule = "learned"
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher, cfg)
-        self.ce_weight = cfg.CTKD.LOSS.CE_WEIGHT
-        self.kd_weight = cfg.CTKD.LOSS.KD_WEIGHT
-        self.temperature = cfg.KD.TEMPERATURE  # the reference of another rule in its place
-
-    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
-        temperatures = self.soften(logits_student, logits_teacher, self.temperature, **kwargs)
-        kd = softened_kl(logits_student, logits_teacher, temperatures)
-        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * kd}
+    has_parts = False

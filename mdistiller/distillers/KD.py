@@ -23,13 +23,14 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
 class KD(RuleDistiller):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * kd_loss at TEMPERATURE, or at the temperatures of any rule."""
 
+    section = "KD"  # methods that are KD under another rule have one of their own
     has_parts = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
-        self.temperature = cfg.KD.TEMPERATURE
-        self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
-        self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
+        weights = cfg[self.section].LOSS
+        self.temperature = cfg[self.section].get("TEMPERATURE", cfg.KD.TEMPERATURE)
+        self.ce_weight, self.kd_weight = weights.CE_WEIGHT, weights.KD_WEIGHT
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
         temperatures = self.soften(logits_student, logits_teacher, self.temperature, **kwargs)
