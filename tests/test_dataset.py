@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,17 @@ def test_files_that_are_no_npz(tmp_path, content):
         load_dataset("npz", tmp_path / "x.npz")
     with pytest.raises(UserError, match="gone.npz"):
         load_dataset("npz", tmp_path / "gone.npz")
+
+
+def test_an_array_and_members_that_are_none_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(UserError, match="single array"):
+        load_dataset("npz", tmp_path / "x.npy")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        for name in arrays():
+            file.writestr(name, "text")
+    with pytest.raises(UserError, match="must be arrays"):
+        load_dataset("npz", tmp_path / "x.npz")
 
 
 def test_constant_channels_have_a_usable_deviation():

@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, teacher_file):
     victim = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "parts" / "distill" / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
+    while not metrics.with_name("latest").exists():
         assert victim.poll() is None, victim.stdout.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -166,6 +166,18 @@ def test_eval_names_what_is_wrong(tmp_path, words, says):
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "opts", [["EXPERIMENT.NAME", "."], ["EXPERIMENT.NAME", " "], ["EXPERIMENT.TAG", ".."], ["EXPERIMENT.NAME", "a\nb"]]
+)
+def test_a_name_that_is_no_folder_is_refused(opts):
+    from mdistiller.engine.cfg import load
+    from mdistiller.engine.folder import run_folder
+    from mdistiller.errors import ConfigError, UserError
+
+    with pytest.raises((UserError, ConfigError), match=r"EXPERIMENT\.NAME"):
+        run_folder(load(None, opts), opts)
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

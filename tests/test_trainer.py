@@ -1,7 +1,9 @@
 """The loop against a plain PyTorch loop, the schedule, evaluation, interruptions inside a process."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from mdistiller.config import CFG
 from mdistiller.dataset import Batches
 from mdistiller.distillers import distiller_dict
+from mdistiller.engine import checkpoint
 from mdistiller.engine.evaluator import evaluate
 from mdistiller.engine.recorder import Recorder, line_of, read_metrics
 from mdistiller.engine.solver import MultiStep, sgd
@@ -133,6 +136,44 @@ def test_what_a_crash_left_behind_is_removed(tmp_path):
     Recorder(tmp_path, 3, done=1).close()
     assert read_metrics(tmp_path) == rows[:1]
     assert (tmp_path / "worklog.txt").read_text() == "head\nepoch 1/3  a\n"
+
+
+def test_a_kill_before_the_checkpoint_costs_no_row(tmp_path, monkeypatch):
+    run = trainer("NONE", tmp_path / "a", epochs=2)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    run.fit(Recorder(tmp_path / "a", 2))
+    for moment in ("before", "after"):
+        run = trainer("NONE", tmp_path / "b", epochs=2)
+        save = run.save
+
+        def killed(save=save, run=run, moment=moment):
+            if run.epoch == 1 or moment == "after":
+                save()
+            if run.epoch == 2 or moment == "after":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(run, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.fit(Recorder(tmp_path / "b", 2))
+        again = trainer("NONE", tmp_path / "b", epochs=2)
+        again.load_state(torch.load(tmp_path / "b" / "latest", weights_only=True), tmp_path / "b" / "latest")
+        again.fit(Recorder(tmp_path / "b", 2, again.epoch))
+        rows = [read_metrics(tmp_path / name) for name in ("a", "b")]
+        assert [row["epoch"] for row in rows[1]] == [1, 2], moment
+        assert [row["train_loss"] for row in rows[0]] == [row["train_loss"] for row in rows[1]]
+
+
+def test_a_checkpoint_restores_every_generator(tmp_path):
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+    run = trainer("NONE", tmp_path)
+    checkpoint.save(run.state(), tmp_path / "latest")
+    first = draw()
+    assert draw() != first
+    run.load_state(checkpoint.load(tmp_path / "latest"), tmp_path / "latest")
+    assert draw() == first
 
 
 class Exploding(nn.Module):

@@ -1,6 +1,7 @@
 """A .npz file of images, as MedMNIST's are: train_images, train_labels, test_images, test_labels."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ def npz(root: Path) -> ImageSet:
     refused.
     """
     try:
-        with np.load(root, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{root}: is a single array; expected a .npz file with train_images, train_labels, ...")
+        file = np.load(root, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise UserError(f"{root}: is a single array; expected a .npz file with train_images, train_labels, ...")
+        with file:
             sets = {split: _split(root, file, split) for split in ("train", "test")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UserError(
             f"{root}: is not a readable .npz file of plain arrays ({error}); point DATASET.ROOT to the file itself"
         ) from None
@@ -44,6 +46,8 @@ def _split(path: Path, file: np.lib.npyio.NpzFile, split: str) -> tuple[torch.Te
     if missing:
         raise UserError(f"{path}: lacks {' and '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
     images, labels = file[f"{split}_images"], file[f"{split}_labels"]
+    if not (isinstance(images, np.ndarray) and isinstance(labels, np.ndarray)):
+        raise UserError(f"{path}: {split}_images and {split}_labels must be arrays; fetch the file again")
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:

@@ -44,8 +44,11 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
     folder = RunFolder(path, resume)
     try:
         if resume:
+            folder.check_config(cfg)
             trainer.load_state(checkpoint.load(path / "latest"), path / "latest")
-        folder.write_config(cfg, resume)
+            if trainer.epoch > trainer.epochs:
+                raise UserError(f"--resume: {trainer.epoch} epochs are done, more than SOLVER.EPOCHS {trainer.epochs}")
+        folder.write_config(cfg)
         folder.write_environment(device, cfg.SEED, resume)
         recorder = Recorder(path, cfg.SOLVER.EPOCHS, trainer.epoch, wandb_run)
         try:

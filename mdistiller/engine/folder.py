@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from yacs.config import CfgNode
+from yaml import YAMLError
 
 from mdistiller import __version__, config
 from mdistiller.engine.checkpoint import write_atomic
@@ -35,6 +36,8 @@ def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
         changed = [f"{key}:{value}" for key, value in pairs if not key.startswith(PLACE)]
         name += "+" * bool(changed) + ",".join(changed)
     name = "".join("_" if c in "/\\\0" else c for c in name.replace(" ", ""))
+    if name.strip(".") == "" or not name.isprintable():
+        raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
     if len(name) > 200:
         raise UserError("the run's name would exceed 200 characters; give it one with EXPERIMENT.NAME")
     return Path(cfg.LOG.PREFIX).expanduser() / cfg.EXPERIMENT.PROJECT / name
@@ -89,20 +92,25 @@ class RunFolder:
     def close(self) -> None:
         self._lock.close()
 
-    def write_config(self, cfg: CfgNode, resume: bool) -> None:
-        """config.yaml; on resume, raises UserError where `cfg` would compute something else than the file says."""
+    def check_config(self, cfg: CfgNode) -> None:
+        """Raises UserError where `cfg` would compute something else than the run's config.yaml says."""
         file = self.path / "config.yaml"
-        if resume and file.exists():
+        try:
             then = config.leaves(CfgNode.load_cfg(file.read_text()))
-            now = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
-            ignored = (*PLACE, "SOLVER.EPOCHS")
-            differ = [k for k in now if k in then and then[k] != now[k] and not k.startswith(ignored)]
-            if differ:
-                raise UserError(
-                    *(f"--resume: {k} is {now[k]!r}, but this run was started with {then[k]!r}" for k in differ),
-                    f"pass the values it was started with ({file}), or start a new run without --resume",
-                )
-        write_atomic(file, cfg.dump().encode())
+        except (OSError, ValueError, AttributeError, AssertionError, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--resume: {file} cannot be read ({reason}); start a new run without --resume") from None
+        now = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
+        ignored = (*PLACE, "SOLVER.EPOCHS")
+        differ = [k for k in now if k in then and then[k] != now[k] and not k.startswith(ignored)]
+        if differ:
+            raise UserError(
+                *(f"--resume: {k} is {now[k]!r}, but this run was started with {then[k]!r}" for k in differ),
+                f"pass the values it was started with ({file}), or start a new run without --resume",
+            )
+
+    def write_config(self, cfg: CfgNode) -> None:
+        write_atomic(self.path / "config.yaml", cfg.dump().encode())
 
     def write_environment(self, device: torch.device, seed: int, resume: bool) -> None:
         """environment.json: what has to be known to run this again. A resumed run adds to `sessions`."""

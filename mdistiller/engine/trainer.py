@@ -54,9 +54,11 @@ class Trainer:
             row = self.train_epoch(self.epoch + 1, recorder)
             row |= self.score(self.evaluate())
             row["epoch_seconds"] = time.monotonic() - begin
+            left = (self.epochs - self.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
+            # the row first: a kill in between leaves one that a resumed run cuts, not an epoch that has none
+            recorder.end_epoch(row, left)
             self.save()
             seconds.append(time.monotonic() - begin)
-            recorder.end_epoch(row, (self.epochs - self.epoch) * sum(seconds) / len(seconds))
         result = self.result()
         recorder.finish(result)
         return result
