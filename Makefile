@@ -3,7 +3,6 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DIGITS := output/digits
-TEACHER := $(DIGITS)/none,resnet20,digits,6-epochs,seed0
 
 .PHONY: install quickstart test browser lint docs
 
@@ -18,10 +17,12 @@ $(VENV)/.installed: requirements.txt setup.py
 
 # The main job on real images that scikit-learn carries: a teacher, a student alone, a distilled student.
 quickstart: install
+	$(BIN)/python tools/train_ours.py --cfg configs/digits/none/res20.yaml
 	$(BIN)/python tools/train_ours.py --cfg configs/digits/none/res8.yaml
-	$(BIN)/python tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml
+	$(BIN)/python tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml \
+		DISTILLER.TEACHER_CKPT "$(DIGITS)/none,res20/student_latest"
 	@echo
-	@$(BIN)/python tools/compare.py "$(TEACHER)" $(DIGITS)/none,res8 $(DIGITS)/dtkd,res20,res8
+	@$(BIN)/python tools/compare.py $(DIGITS)/none,res20 $(DIGITS)/none,res8 $(DIGITS)/dtkd,res20,res8
 	@echo "Results, figures of every epoch and checkpoints: $(DIGITS)/"
 
 test: install
