@@ -15,7 +15,7 @@ import yaml
 from yacs.config import CfgNode
 
 from mdistiller import registry
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, UserError
 
 
 class Config(CfgNode):
@@ -74,6 +74,7 @@ KEYS = (
     ("SOLVER.MOMENTUM", 0.9, "SGD momentum."),
     ("SOLVER.TYPE", "SGD", "Optimizer: SGD."),
     ("SOLVER.AMP", "none", "Autocast of the forward pass: none, bf16 or fp16 (CUDA only). Losses stay in float32."),
+    ("SOLVER.NAN_POLICY", "stop", "Where a loss or gradient is not finite: stop and name it, or skip the step."),
     ("TEMPERATURE.RULE", "", "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own."),
     ("TEMPERATURE.DETACH", False, "Stop the gradient through the rule's temperatures; published DTKD lets it flow."),
     ("TEMPERATURE.PART", "all", "Part of the divergence of KD, DTKD and DKD: all, target (TCKD) or non_target (NCKD)."),
@@ -87,6 +88,7 @@ KEYS = (
     ("LOG.PREFIX", "./output", "Root of all run folders."),
     ("LOG.WANDB", False, "Send figures to Weights & Biases as well (pip install wandb)."),
     ("SEED", 0, "Seeds initialisation, data order and augmentation."),
+    ("DETERMINISTIC", False, "The same bits on the same machine on CUDA too, at some cost in speed."),
     ("DEVICE", "auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."),
 )
 
@@ -130,6 +132,14 @@ def get(cfg: Mapping, key: str) -> object:
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
+
+
+def expand(text: str, key: str) -> Path:
+    """The path that the value `text` of `key` names, with ~ as the home folder. Raises UserError for ~nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}: {text!r} names the home folder of a user that is not here; give the path") from None
 
 
 def load(path: str | Path | None = None, opts: Sequence = ()) -> CfgNode:
@@ -357,6 +367,7 @@ _RULES = (
 _CHOICES = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "SOLVER.TYPE": ("SGD",),
+    "SOLVER.NAN_POLICY": ("stop", "skip"),
     "SOLVER.TRAINER": ("base", "crd", "dot"),
     "TEMPERATURE.PART": ("all", "target", "non_target"),
     "LOG.TEMPERATURE": ("off", "summary", "samples"),

@@ -100,7 +100,7 @@ def test_files_and_rows(tmp_path):
     run.save_every = 2
     result = run.fit(Recorder(tmp_path, 3))
     names = {path.name for path in tmp_path.iterdir()}
-    files = {"latest", "best", "student_latest", "student_best", "epoch_2", "student_2"}
+    files = {"latest", "previous", "best", "student_latest", "student_best", "epoch_2", "student_2"}
     assert names == files | {"metrics.jsonl", "worklog.txt", "train.events"}
     rows = read_metrics(tmp_path)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -132,10 +132,10 @@ def test_what_a_crash_left_behind_is_removed(tmp_path):
     rows = [{"epoch": 1, "x": 1}, {"epoch": 2, "x": 2}]
     text = "".join(f"{row}\n".replace("'", '"') for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"epoch": 3, "x"')
-    (tmp_path / "worklog.txt").write_text("head\nepoch 1/3  a\nepoch 2/3  b\nepoch 3")
-    Recorder(tmp_path, 3, done=1).close()
+    (tmp_path / "worklog.txt").write_text("head\n  indented\nepoch 1/3  a\nepoch 2/3  b\nepoch 3")
+    Recorder(tmp_path, 3, done=1, log=len("head\n  indented\nepoch 1/3  a\n")).close()
     assert read_metrics(tmp_path) == rows[:1]
-    assert (tmp_path / "worklog.txt").read_text() == "head\nepoch 1/3  a\n"
+    assert (tmp_path / "worklog.txt").read_text() == "head\n  indented\nepoch 1/3  a\n"
 
 
 def test_a_kill_before_the_checkpoint_costs_no_row(tmp_path, monkeypatch):
@@ -147,9 +147,9 @@ def test_a_kill_before_the_checkpoint_costs_no_row(tmp_path, monkeypatch):
         run = trainer("NONE", tmp_path / "b", epochs=2)
         save = run.save
 
-        def killed(save=save, run=run, moment=moment):
+        def killed(recorder, save=save, run=run, moment=moment):
             if run.epoch == 1 or moment == "after":
-                save()
+                save(recorder)
             if run.epoch == 2 or moment == "after":
                 raise KeyboardInterrupt
 
@@ -158,7 +158,7 @@ def test_a_kill_before_the_checkpoint_costs_no_row(tmp_path, monkeypatch):
             run.fit(Recorder(tmp_path / "b", 2))
         again = trainer("NONE", tmp_path / "b", epochs=2)
         again.load_state(torch.load(tmp_path / "b" / "latest", weights_only=True), tmp_path / "b" / "latest")
-        again.fit(Recorder(tmp_path / "b", 2, again.epoch))
+        again.fit(Recorder(tmp_path / "b", 2, again.epoch, again.log_bytes))
         rows = [read_metrics(tmp_path / name) for name in ("a", "b")]
         assert [row["epoch"] for row in rows[1]] == [1, 2], moment
         assert [row["train_loss"] for row in rows[0]] == [row["train_loss"] for row in rows[1]]
@@ -189,7 +189,7 @@ class Exploding(nn.Module):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
     run = trainer("NONE", tmp_path)
     run.distiller = run.step.distiller = Exploding(run.distiller.student)
-    with pytest.raises(TrainingDiverged, match="bad is no longer a finite number"):
+    with pytest.raises(TrainingDiverged, match="the loss term bad"):
         run.fit(Recorder(tmp_path, 2))
     assert not (tmp_path / "latest").exists()
 

@@ -1,5 +1,6 @@
 """Images in memory and the batches made of them, on the training device, in whole-batch tensor operations."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,14 @@ class ImageSet:
     mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
     std: tuple[float, float, float]
     augment: str = "crop_flip"  # what suits the images: one of AUGMENTATIONS
+
+    def digest(self) -> str:
+        """SHA-256 of images and labels."""
+        hasher = hashlib.sha256()
+        for values in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            hasher.update(str(tuple(values.shape)).encode())
+            hasher.update(values.contiguous().numpy())
+        return hasher.hexdigest()
 
 
 class Batch(NamedTuple):
@@ -93,10 +102,10 @@ class Batches:
             flip = torch.zeros_like(flip)
         return order, top, left, flip
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The training batches of `epoch`."""
+    def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
+        """The training batches of `epoch`, but for its first `done`."""
         plan = torch.stack(self.plan(epoch)).to(self.images.device)  # one transfer an epoch
-        for start in range(0, self.num_samples, self.batch_size):
+        for start in range(done * self.batch_size, self.num_samples, self.batch_size):
             index, top, left, flip = plan[:, start : start + self.batch_size]
             yield Batch(self.normalise(self.crop(self.images[index], top, left, flip)), self.labels[index], index)
 

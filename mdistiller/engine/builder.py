@@ -1,24 +1,30 @@
 """From a configuration to a run: data, teacher, student, method, trainer."""
 
+import contextlib
 import inspect
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
+from mdistiller.config import expand, leaves
 from mdistiller.dataset import Batches, ImageSet, load_dataset
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import describe
-from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything
-from mdistiller.engine.folder import RunFolder, run_folder
+from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything, set_determinism
+from mdistiller.engine.folder import RunFolder, check_writable, resumable, run_folder
 from mdistiller.engine.recorder import Recorder, start_wandb
 from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
+from mdistiller.engine.stop import Stop
+from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
-from mdistiller.errors import UserError
+from mdistiller.errors import RunFailed, UserError
 from mdistiller.models import cifar_model_dict, default_checkpoint
 
 
@@ -26,43 +32,84 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
     """Run what `cfg` says, in the folder that `cfg` and the overrides `opts` name.
 
     `resume`: True goes on with that run, "auto" does so if there is one. Returns the result: last_acc, best_acc,
-    best_epoch, epochs, and the folder. Raises UserError before anything is written if a part is missing.
+    best_epoch, epochs, and the folder. Raises UserError before anything is written if a part is missing, Preempted
+    where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
-    device = resolve_device(cfg.DEVICE)
-    check_amp(cfg.SOLVER.AMP, device)
-    path = run_folder(cfg, opts)
-    resume = (path / "latest").exists() if resume == "auto" else bool(resume)
-    if resume and not (path / "latest").exists():
-        raise UserError(f"--resume: there is no run in {path}; start it without --resume")
-    data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
-    teacher_file = find_teacher(cfg) if cfg.DISTILLER.TYPE != "NONE" else None
+    with Stop() as stop, failures(cfg):
+        device = resolve_device(cfg.DEVICE)
+        check_amp(cfg.SOLVER.AMP, device)
+        path = run_folder(cfg, opts)
+        resume = resumable(path) if resume == "auto" else bool(resume)
+        if resume and not resumable(path):
+            raise UserError(f"--resume: there is no run in {path}; start it without --resume, or with --resume auto")
+        data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        teacher_file = find_teacher(cfg, path) if cfg.DISTILLER.TYPE != "NONE" else None
 
-    seed_everything(cfg.SEED)
-    distiller = build_distiller(cfg, data, teacher_file, device)
-    trainer = build_trainer(cfg, distiller, data, device, path)
-    wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, path.name, cfg) if cfg.LOG.WANDB else None
-    folder = RunFolder(path, resume)
-    try:
-        if resume:
-            folder.check_config(cfg)
-            trainer.load_state(checkpoint.load(path / "latest"), path / "latest")
-            if trainer.epoch > trainer.epochs:
-                raise UserError(f"--resume: {trainer.epoch} epochs are done, more than SOLVER.EPOCHS {trainer.epochs}")
-        folder.write_config(cfg)
-        folder.write_environment(device, cfg.SEED, resume)
-        recorder = Recorder(path, cfg.SOLVER.EPOCHS, trainer.epoch, wandb_run)
+        set_determinism(cfg.DETERMINISTIC)
+        seed_everything(cfg.SEED)
+        distiller = build_distiller(cfg, data, teacher_file, device)
+        trainer = build_trainer(cfg, distiller, data, device, path)
+        trainer.stop = stop
+        folder = RunFolder(path, resume)
         try:
-            introduce(cfg, recorder, trainer, data, device)
-            return trainer.fit(recorder) | {"folder": str(path)}
+            if resume:
+                folder.check_config(cfg)
+                restore(trainer, path)
+            folder.write_config(cfg)
+            folder.write_environment(device, cfg.SEED, resume, trainer.origin)
+            wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, path.name, cfg) if cfg.LOG.WANDB else None
+            recorder = Recorder(path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run)
+            try:
+                introduce(cfg, recorder, trainer, data, device, teacher_file)
+                return trainer.fit(recorder) | {"folder": str(path)}
+            finally:
+                recorder.close()
         finally:
-            recorder.close()
-    finally:
-        folder.close()
+            folder.close()
 
 
-def introduce(cfg: CfgNode, recorder: Recorder, trainer: Trainer, data: ImageSet, device: torch.device) -> None:
-    if trainer.epoch:
-        recorder.say(f"resumed after epoch {trainer.epoch} of {trainer.epochs}")
+@contextlib.contextmanager
+def failures(cfg: CfgNode) -> Iterator[None]:
+    """What the machine refuses, in a line that says what to try."""
+    kept = "the run goes on from its last checkpoint with --resume auto"
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or Path(cfg.LOG.PREFIX)
+        raise RunFailed(f"{where}: {error.strerror or error}; mend that, then {kept}") from None
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).split("\n")[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|CPUAllocator", text):
+            sizes = f"SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE}, DATASET.TEST.BATCH_SIZE {cfg.DATASET.TEST.BATCH_SIZE}"
+            raise RunFailed(f"out of memory on {cfg.DEVICE} with {sizes}; halve them, or set SOLVER.AMP bf16") from None
+        if "deterministic" in text and cfg.DETERMINISTIC:
+            raise RunFailed(f"{cfg.DISTILLER.TYPE} cannot run with DETERMINISTIC True here: {text}") from None
+        raise
+
+
+def restore(trainer: Trainer, path: Path) -> None:
+    """Bring `trainer` to the newest checkpoint in the run folder `path` that is whole: `latest`, else `previous`."""
+    try:
+        trainer.load_state(checkpoint.load(path / "latest"), path / "latest")
+    except UserError as error:
+        if not (path / "previous").exists():
+            raise
+        reason = error.lines[0]
+        trainer.load_state(checkpoint.load(path / "previous"), path / "previous")
+        if (path / "latest").exists():
+            os.replace(path / "latest", path / "latest.damaged")
+        checkpoint.link(path / "previous", path / "latest")  # before it is rotated away
+        say(f"warning: {reason}; going on from the checkpoint before it, after epoch {trainer.epoch}")
+    if trainer.epoch > trainer.epochs:
+        raise UserError(f"--resume: {trainer.epoch} epochs are done, more than SOLVER.EPOCHS {trainer.epochs}")
+
+
+def introduce(
+    cfg: CfgNode, recorder: Recorder, trainer: Trainer, data: ImageSet, device: torch.device, teacher_file: Path | None
+) -> None:
+    if trainer.epoch or trainer.done:
+        inside = f", {trainer.done} steps into the next" * bool(trainer.done)
+        recorder.say(f"resumed after epoch {trainer.epoch} of {trainer.epochs}{inside}")
         return
     method, teacher = cfg.DISTILLER.TYPE, cfg.DISTILLER.TEACHER
     pair = cfg.DISTILLER.STUDENT if method == "NONE" else f"{teacher} -> {cfg.DISTILLER.STUDENT}"
@@ -70,8 +117,9 @@ def introduce(cfg: CfgNode, recorder: Recorder, trainer: Trainer, data: ImageSet
         f"{method}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} images, "
         f"{data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}, in {trainer.folder}"
     )
-    with open(trainer.folder / "worklog.txt", "a") as file:
-        file.write(describe(cfg))
+    if teacher_file:
+        recorder.say(f"teacher: {teacher_file}")
+    recorder.log(describe(cfg).rstrip())
 
 
 def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device) -> nn.Module:
@@ -113,7 +161,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
 
 def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: torch.device, folder: Path) -> Trainer:
-    solver = cfg.SOLVER
+    solver, teacher = cfg.SOLVER, getattr(distiller, "teacher", None)
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
     statistics = data.mean, data.std
     train_batches = Batches(
@@ -127,7 +175,7 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: to
         optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
     return Trainer(
         distiller,
-        Step(distiller, optimizer, device, solver.AMP),
+        Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY),
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         train_batches,
         test_batches,
@@ -136,15 +184,20 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: to
         cfg.LOG.SAVE_CHECKPOINT_FREQ,
         cfg.LOG.TENSORBOARD_FREQ,
         cfg.LOG.TEMPERATURE,
+        {"data": data.digest(), "teacher": checkpoint.digest(teacher.state_dict()) if teacher is not None else ""},
+        cfg.dump(),
     )
 
 
-def find_teacher(cfg: CfgNode) -> Path:
-    """The teacher's checkpoint; trained first if it is missing and DISTILLER.TRAIN_TEACHER says so."""
-    name, dataset, epochs = cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE, cfg.SOLVER.EPOCHS
+def find_teacher(cfg: CfgNode, path: Path) -> Path:
+    """The teacher's checkpoint; trained first if it is missing and DISTILLER.TRAIN_TEACHER says so. `path`: the
+    student's run folder, which has to be writable before a teacher is trained for it.
+    """
+    name, dataset = cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE
     published = Path(default_checkpoint(name, dataset))
-    trained = Path(default_checkpoint(name, dataset, epochs))
-    chosen = Path(cfg.DISTILLER.TEACHER_CKPT).expanduser() if cfg.DISTILLER.TEACHER_CKPT else None
+    alone = teacher_config(cfg)
+    trained = published.with_name(f"{alone.EXPERIMENT.NAME}.pth")
+    chosen = expand(cfg.DISTILLER.TEACHER_CKPT, "DISTILLER.TEACHER_CKPT") if cfg.DISTILLER.TEACHER_CKPT else None
     if chosen and chosen.is_dir():
         raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
     train_it = cfg.DISTILLER.TRAIN_TEACHER
@@ -160,25 +213,34 @@ def find_teacher(cfg: CfgNode) -> Path:
             f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
             "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
         )
-    return train_teacher(cfg, target)
+    check_writable(path, "LOG.PREFIX")
+    check_writable(target, "DISTILLER.TEACHER_CKPT")
+    return train_teacher(alone, target)
 
 
-def train_teacher(cfg: CfgNode, target: Path) -> Path:
-    """Train the teacher alone with this configuration's SOLVER and data, and store its last epoch at `target`.
-
-    An interrupted training goes on where it stopped.
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """Of the teacher trained alone with this configuration's SOLVER, data and seed. Its name tells all of them apart,
+    so a teacher that was trained otherwise is never taken for it.
     """
     alone = cfg.clone()
     alone.defrost()
     alone.DISTILLER.TYPE, alone.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
     alone.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
-    tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED}"
+    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
+    key = checkpoint.digest([leaves(alone.SOLVER), root, cfg.DATASET.AUGMENT])[:8]
+    tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     alone.EXPERIMENT.NAME = alone.EXPERIMENT.TAG = tag
     alone.freeze()
-    tqdm.write(f"the teacher {cfg.DISTILLER.TEACHER} comes first, for {cfg.SOLVER.EPOCHS} epochs, by method NONE")
+    return alone
+
+
+def train_teacher(alone: CfgNode, target: Path) -> Path:
+    """Train the teacher and store its last epoch at `target`. An interrupted training goes on where it stopped."""
+    name = alone.DISTILLER.STUDENT
+    say(f"the teacher {name} comes first, for {alone.SOLVER.EPOCHS} epochs, by method NONE")
     result = train(alone, resume="auto")
     target.parent.mkdir(parents=True, exist_ok=True)
     state = checkpoint.load(Path(result["folder"]) / "student_latest")
     checkpoint.save(state | {"best_acc": result["best_acc"]}, target)
-    tqdm.write(f"stored the teacher's last epoch at {target}")
+    say(f"stored the teacher's last epoch at {target}")
     return target

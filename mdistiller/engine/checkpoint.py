@@ -1,12 +1,15 @@
-"""Checkpoints: written atomically, read without running anything that lies in them."""
+"""Checkpoints: written atomically, with a checksum, read without running anything that lies in them."""
 
 import argparse
+import hashlib
 import io
 import os
 import pickle
+import shutil
 import struct
 import uuid
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ torch.serialization.add_safe_globals(_SAFE)
 
 def write_atomic(path: Path, data: bytes) -> None:
     """All of `data` under `path`, or what was there before: temporary name, flush, sync, rename, sync of the folder."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -38,19 +41,69 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def link(source: Path, path: Path) -> None:
+    """`source` under the name `path` as well, atomically; a copy where the file system has no links."""
+    temporary = _temporary(path)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # rename leaves both names of one and the same file
+    _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of writers that were killed. Nobody else may be writing there."""
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
+def digest(value: object) -> str:
+    """SHA-256 of nested dicts and lists of tensors and plain values: of dtypes, shapes and every bit."""
+    hasher = hashlib.sha256()
+    _feed(hasher, value)
+    return hasher.hexdigest()
+
+
+def _feed(hasher, value: object) -> None:
+    if isinstance(value, Tensor):
+        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        hasher.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, (Mapping, list, tuple)):
+        items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
+        hasher.update(f"{len(items)}:".encode())
+        for key, item in items:
+            hasher.update(f"{key!r}=".encode())
+            _feed(hasher, item)
+    else:
+        hasher.update(f"{value!r};".encode())
+
+
 def save(state: dict, *paths: Path) -> None:
-    """torch.save of `state` under each of `paths`, each written atomically."""
+    """torch.save of `state`, with its digest as "checksum", under each of `paths`, each atomically."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    for path in paths:
-        write_atomic(path, buffer.getvalue())
+    torch.save(state | {"checksum": digest(state)}, buffer)
+    write_atomic(paths[0], buffer.getvalue())
+    for path in paths[1:]:
+        link(paths[0], path)
 
 
 def load(path: str | Path) -> dict:
@@ -58,6 +111,9 @@ def load(path: str | Path) -> dict:
     path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        checksum = state.pop("checksum", None) if isinstance(state, dict) else None
+        if isinstance(checksum, str) and checksum != digest(state):  # files of other frameworks have none
+            raise ValueError("its checksum is not that of its contents")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except OSError as error:

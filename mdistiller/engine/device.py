@@ -1,5 +1,6 @@
 """Which device, in which precision, from which seed."""
 
+import os
 import random
 from contextlib import AbstractContextManager
 
@@ -44,6 +45,17 @@ def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     model.to(device=device, memory_format=torch.channels_last)
     model.register_forward_hook(lambda _module, _inputs, output: (output[0].float(), *output[1:]))
     return model
+
+
+def set_determinism(deterministic: bool) -> None:
+    """The same bits from the same seed on the same machine. A CPU gives them anyway, for a given number of threads;
+    on CUDA it takes slower kernels, and operations that have none raise RuntimeError.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
 
 
 def seed_everything(seed: int) -> None:

@@ -1,5 +1,6 @@
 """A run's folder: its name, its lock, and what happens to an earlier run that lies there."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from yacs.config import CfgNode
 from yaml import YAMLError
 
 from mdistiller import __version__, config
-from mdistiller.engine.checkpoint import write_atomic
+from mdistiller.engine.checkpoint import remove_leftovers, write_atomic
+from mdistiller.engine.terminal import say
 from mdistiller.errors import UserError
 
 # Settings that say where a run happens and what it writes, not what it computes: they are not part of its name, and
@@ -40,7 +41,19 @@ def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
     if len(name) > 200:
         raise UserError("the run's name would exceed 200 characters; give it one with EXPERIMENT.NAME")
-    return Path(cfg.LOG.PREFIX).expanduser() / cfg.EXPERIMENT.PROJECT / name
+    return config.expand(cfg.LOG.PREFIX, "LOG.PREFIX") / cfg.EXPERIMENT.PROJECT / name
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Raises UserError where the file or folder `path` could not be made; makes nothing."""
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (parent.is_dir() or parent == path) or not os.access(parent, os.W_OK):
+        raise UserError(f"{path}: {parent} cannot be written; set {key} to a place of yours")
+
+
+def resumable(path: Path) -> bool:
+    """Whether the run in the folder `path` has come to its first checkpoint."""
+    return any((path / name).exists() for name in ("latest", "previous"))
 
 
 class RunFolder:
@@ -55,7 +68,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
-            if not resume and any((path / name).exists() for name in ("latest", "metrics.jsonl")):
+            remove_leftovers(path)
+            rows = path / "metrics.jsonl"
+            if not resume and (resumable(path) or (rows.exists() and rows.stat().st_size)):
                 self._set_aside()
         except OSError as error:
             raise UserError(
@@ -82,9 +97,7 @@ class RunFolder:
         self._lock.close()
         self.path.mkdir()
         self._lock = self._take_lock()
-        tqdm.write(
-            f"the earlier run in {self.path} is kept as {self._aside(number).name} (--resume would go on with it)"
-        )
+        say(f"the earlier run in {self.path} is kept as {self._aside(number).name} (--resume goes on with a run)")
 
     def _aside(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}~{number}")
@@ -102,6 +115,9 @@ class RunFolder:
             raise UserError(f"--resume: {file} cannot be read ({reason}); start a new run without --resume") from None
         now = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
         ignored = (*PLACE, "SOLVER.EPOCHS")
+        if cfg.DISTILLER.TYPE == "NONE":  # reads no method's section
+            now = {k: v for k, v in now.items() if k.startswith(("SOLVER.", "DATASET.", "DISTILLER.", "SEED"))}
+            ignored += ("DISTILLER.TEACHER",)
         differ = [k for k in now if k in then and then[k] != now[k] and not k.startswith(ignored)]
         if differ:
             raise UserError(
@@ -112,12 +128,15 @@ class RunFolder:
     def write_config(self, cfg: CfgNode) -> None:
         write_atomic(self.path / "config.yaml", cfg.dump().encode())
 
-    def write_environment(self, device: torch.device, seed: int, resume: bool) -> None:
+    def write_environment(self, device: torch.device, seed: int, resume: bool, origin: dict[str, str]) -> None:
         """environment.json: what has to be known to run this again. A resumed run adds to `sessions`."""
         file = self.path / "environment.json"
-        sessions = json.loads(file.read_text())["sessions"] if resume and file.exists() else []
+        sessions = []
+        if resume:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: nothing depends on it
+                sessions = list(json.loads(file.read_text())["sessions"])
         sessions.append(environment(device))
-        body = {**sessions[0], "seed": seed, "sessions": sessions}
+        body = {**sessions[0], "seed": seed, "sha256": origin, "sessions": sessions}
         write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")
 
 
@@ -135,6 +154,8 @@ def environment(device: torch.device) -> dict:
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({platform.machine()})",
+        "capability": torch.cuda.get_device_capability(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "platform": platform.platform(),

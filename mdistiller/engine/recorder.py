@@ -6,12 +6,13 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mdistiller import config
 from mdistiller.engine.checkpoint import write_atomic
+from mdistiller.engine.events import Events
 from mdistiller.engine.temperature import EpochBuffer
+from mdistiller.engine.terminal import say, unbroken
 from mdistiller.errors import UserError
 
 
@@ -34,77 +35,79 @@ def temperature_line(row: dict) -> str:
 
 
 class Recorder:
-    """Writes a run's figures into its folder. `done`: epochs that are finished already; what a crash left behind them
-    is removed, so that no epoch stands twice.
+    """Writes a run's figures into its folder. `done`: epochs that are finished already; `log`: bytes of worklog.txt at
+    the checkpoint that the run goes on from. What a crash left behind them goes, so that nothing stands twice.
     """
 
-    def __init__(self, folder: Path, epochs: int, done: int = 0, wandb_run=None):
+    def __init__(self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None):
         self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
         self.rows = [row for row in read_metrics(folder) if row["epoch"] <= done]
-        write_atomic(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self._cut_worklog(done)
-        self.events = SummaryWriter(str(folder / "train.events"), purge_step=done + 1 if done else None)
+        worklog = folder / "worklog.txt"
+        self.text = worklog.read_bytes()[:log].decode(errors="replace") if log and worklog.exists() else ""
+        self._write_rows()
+        self.log()
+        self.events = Events(folder / "train.events")
         self.bar: tqdm | None = None
         self._bar_time = 0.0
 
-    def _cut_worklog(self, done: int) -> None:
-        file = self.folder / "worklog.txt"
-        kept = []
-        for line in file.read_text().splitlines() if done and file.exists() else []:
-            words = line.replace("/", " ").split()
-            if line.startswith(("result", "  ")) or (words[:1] == ["epoch"] and int(words[1]) > done):
-                continue
-            kept.append(line + "\n")
-        write_atomic(file, "".join(kept).encode())
+    def log(self, *lines: str) -> None:
+        """Add to worklog.txt."""
+        self.text += "".join(line + "\n" for line in lines)
+        write_atomic(self.folder / "worklog.txt", self.text.encode())
+
+    def _write_rows(self) -> None:
+        write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def say(self, text: str) -> None:
         """To the terminal and the worklog."""
-        tqdm.write(text, file=sys.stdout)
-        self._log(text)
+        say(text)
+        self.log(text)
 
-    def _log(self, text: str) -> None:
-        with open(self.folder / "worklog.txt", "a") as file:
-            file.write(text + "\n")
-
-    def start_epoch(self, epoch: int, samples: int) -> None:
-        if sys.stdout.isatty():
-            title = f"epoch {epoch}/{self.epochs}"
-            self.bar = tqdm(total=samples, desc=title, unit="img", unit_scale=True, leave=False, file=sys.stdout)
+    def start_epoch(self, epoch: int, samples: int, done: int = 0) -> None:
+        with unbroken():
+            if sys.stdout.isatty():
+                title = f"epoch {epoch}/{self.epochs}"
+                self.bar = tqdm(
+                    total=samples, initial=done, desc=title, unit="img", unit_scale=True, leave=False, file=sys.stdout
+                )
 
     def step(self, samples: int, read_means) -> None:
         """Advance the bar; `read_means()`, which waits for the device, is called at most twice a second."""
         if self.bar is None:
             return
-        self.bar.update(samples)
         if time.monotonic() - self._bar_time > 0.5:
             means = read_means()
             self.bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 {100 * means['correct']:.1f}", refresh=False)
             self._bar_time = time.monotonic()
+        with unbroken():
+            self.bar.update(samples)
 
     def point(self, step: int, means: dict[str, float]) -> None:
-        """A point inside an epoch, for TensorBoard alone."""
-        self.events.add_scalar("step/train_loss", means["loss"], step)
+        """A point inside an epoch, for TensorBoard alone: means from the epoch's start to here."""
+        self.events.scalar("step/train_loss", means["loss"], step)
 
     def histograms(self, epoch: int, temperatures: EpochBuffer) -> None:
         """Both temperatures of every sample, into TensorBoard."""
         for name, values in temperatures.columns("t_student", "t_teacher").items():
-            self.events.add_histogram(f"temperature/{name}", values, epoch)
+            self.events.histogram(f"temperature/{name}", values, epoch)
 
     def end_epoch(self, row: dict, seconds_left: float) -> None:
         """`row`: the figures of one epoch; it becomes a line of metrics.jsonl."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self._close_bar()
         self.rows.append(row)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.say(line_of(row, self.epochs, seconds_left))
+        self._write_rows()
+        lines = [line_of(row, self.epochs, seconds_left)]
         scalars = {k: v for k, v in row.items() if isinstance(v, float)} | row["train_losses"]
+        if row.get("skipped_steps"):
+            scalars["skipped_steps"] = row["skipped_steps"]
+            lines[0] += f"  skipped {row['skipped_steps']} steps"
+        say(lines[0])
         if row.get("temperature"):
-            self._log(temperature_line(row))
+            lines.append(temperature_line(row))
             scalars |= {f"temperature/{k}": v for k, v in config.leaves(row["temperature"], "").items()}
+        self.log(*lines)
         for name, value in scalars.items():
-            self.events.add_scalar(name, value, row["epoch"])
+            self.events.scalar(name, value, row["epoch"])
         self.events.flush()
         if self.wandb:
             self.wandb.log(scalars, step=row["epoch"])
@@ -115,10 +118,14 @@ class Recorder:
             f"best (epoch {result['best_epoch']}), in {self.folder}"
         )
 
-    def close(self) -> None:
+    def _close_bar(self) -> None:
         if self.bar is not None:
-            self.bar.close()
-        self.events.close()
+            with unbroken():
+                self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        self._close_bar()
         if self.wandb:
             self.wandb.finish()
 

@@ -21,8 +21,23 @@ class MultiStep:
 
 
 def sgd(parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with weight decay on every parameter, BatchNorm's too, as published. The trainer sets the rate."""
-    return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+    """SGD with weight decay on every parameter, BatchNorm's too, as published. The trainer sets the rate.
+
+    On CUDA the fused kernel, whose momenta start at zero: its own first step would leave them undefined if the step
+    is skipped.
+    """
+    parameters = list(parameters)
+    fused = True if parameters[0].is_cuda else None  # None: torch's own choice
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused)
+    if fused:
+        zero_momenta(optimizer)
+    return optimizer
+
+
+def zero_momenta(optimizer: torch.optim.SGD) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class DOT(torch.optim.Optimizer):
@@ -39,12 +54,9 @@ class DOT(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float, delta: float):
         super().__init__(parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "delta": delta})
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     @torch.no_grad()
     def step(self, distillation: Sequence[Tensor | None]) -> None:
-        """`distillation` holds g_kd of each of `parameters()`, None for zero; p.grad is the whole loss's gradient,
+        """`distillation` holds g_kd of each parameter, None for zero; p.grad is the whole loss's gradient,
         g_task + g_kd. Parameters without a gradient stay as they are.
         """
         rest = iter(distillation)

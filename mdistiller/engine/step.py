@@ -1,9 +1,11 @@
 """One training step: forward, backward, update."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
@@ -17,37 +19,60 @@ class Meter:
     """Sums over the samples of an epoch, kept on the device until somebody reads them."""
 
     def __init__(self):
-        self.samples = 0
+        self.images = 0  # that went through a step, whether or not it counts
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, samples: int, **values: Tensor) -> None:
-        """`values`: sums over `samples` samples."""
-        self.samples += samples
+    def add(self, images: int, sound: Tensor, **values: Tensor) -> None:
+        """`values`: sums over `images` samples, which count where `sound`, a 0-dim bool, is true."""
+        self.images += images
+        values |= {"samples": sound.new_full((), images, dtype=torch.float32), "skipped": ~sound}
         for name, value in values.items():
+            value = value.float() if name == "skipped" else torch.where(sound, value.float(), 0.0)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def read(self) -> dict[str, float]:
-        """The means so far; waits for the device."""
+        """The means so far over the samples that count, and the number of skipped steps; waits for the device."""
         if not self.sums:
             return {}
-        values = torch.stack([value.float() for value in self.sums.values()]) / self.samples
-        return dict(zip(self.sums, values.tolist(), strict=True))
+        values = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))
+        samples, skipped = values.pop("samples"), values.pop("skipped")
+        return {name: value / samples if samples else math.nan for name, value in values.items()} | {"skipped": skipped}
 
 
 class Step:
-    """Trains a distiller on batches, in the precision `amp`."""
+    """Trains a distiller on batches, in the precision `amp`.
 
-    def __init__(self, distiller: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp: str = "none"):
+    A step whose loss or gradients are not finite changes nothing: neither parameters nor momenta. Under the policy
+    "stop" the run ends there; under "skip" the step counts in the meter, its BatchNorm statistics and other buffers
+    are put back, and training goes on. Off the CPU a look at every loss would stall the device: there the decision is
+    taken on the device, and under "stop" no later step changes anything either, until `bad_step` is read.
+    """
+
+    def __init__(
+        self,
+        distiller: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        amp: str = "none",
+        nan_policy: str = "stop",
+    ):
         self.distiller, self.optimizer = distiller, optimizer
         self.device, self.amp = device, amp
+        self.skip = nan_policy == "skip"
         fp16 = AMP_DTYPES[amp] is torch.float16
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.steps = 0
+        self._first_bad = torch.full((), -1, device=device)  # number of the first bad step, under "stop"
+        # only torch's fused kernels can leave an update out on the device; GradScaler has its own way
+        self.lazy = optimizer.defaults.get("fused") is True and not fp16
 
     def __call__(self, batch: Batch, epoch: int, meter: Meter) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         if self.temperatures is not None:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
+        before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
         with autocast(self.device, self.amp):
             logits, losses = self.distiller(image=batch.image, target=batch.target, index=batch.index, epoch=epoch)
             # a method may return terms of any shape, as mdistiller's loop allows
@@ -55,13 +80,42 @@ class Step:
             loss = sum(losses.values())
         extra = (self.distillation_gradients(losses),) if isinstance(self.optimizer, DOT) else ()
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer, *extra)
-        self.scaler.update()
         with torch.no_grad():
+            sound = self._update(loss, extra)
+            for buffer, value in before:
+                buffer.copy_(torch.where(sound, buffer, value))
             n = len(batch.target)
             correct = (logits.argmax(1) == batch.target).sum()
             terms = {f"loss/{name}": n * value.detach() for name, value in losses.items()}
-            meter.add(n, loss=n * loss.detach(), correct=correct, **terms)
+            meter.add(n, sound, loss=n * loss.detach(), correct=correct, **terms)
+        self.steps += 1
+
+    def _update(self, loss: Tensor, extra: tuple) -> Tensor:
+        """Update the parameters where loss and gradients are finite; returns whether they are, a 0-dim bool."""
+        sound = loss.isfinite()
+        if not self.scaler.is_enabled():  # scaled gradients overflow at times, which the scaler is there for
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            sound = sound & get_total_norm(gradients, torch.inf).isfinite()
+        if not self.skip:
+            self._first_bad = torch.where(sound | (self._first_bad >= 0), self._first_bad, self.steps)
+            sound = self._first_bad < 0
+        if self.lazy:
+            self.optimizer.found_inf = (~sound).float()
+            self.optimizer.step()
+        elif sound:
+            self.scaler.step(self.optimizer, *extra)
+            self.scaler.update()
+        return sound
+
+    def _buffers(self) -> list[Tensor]:
+        """What a forward pass changes: the buffers of all but the frozen teacher."""
+        return [b for name, b in self.distiller.named_buffers() if not name.startswith("teacher.")]
+
+    def bad_step(self) -> int:
+        """The number (from 0) of the first step that was not sound under the policy "stop", -1 for none; waits for
+        the device.
+        """
+        return int(self._first_bad)
 
     def distillation_gradients(self, losses: dict[str, Tensor]) -> list[Tensor | None]:
         """Gradients of all losses but the task's, by parameter of the DOT optimizer; the graph stays for backward().
@@ -77,7 +131,7 @@ class Step:
                 f"{(names or [type(self.distiller).__name__])[0]} gives {', '.join(losses)}; set SOLVER.TRAINER base"
             )
         loss = self.scaler.scale(sum(distillation))
-        gradients = torch.autograd.grad(loss, self.optimizer.parameters(), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
         if not self.scaler.is_enabled():
             return list(gradients)
         scale = self.scaler.scale(torch.ones((), device=self.device))

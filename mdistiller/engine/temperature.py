@@ -47,8 +47,8 @@ class EpochBuffer:
             self.values[:, index] = torch.cat([column.float() for column in columns], 1).T
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """The named FIELDS of the samples that were seen, in float64; reads the device."""
-        seen = self.values[:, ~self.values[0].isnan()]
+        """The named FIELDS of the samples that were seen, in finite logits, in float64; reads the device."""
+        seen = self.values[:, self.values.isfinite().all(0)]
         return {name: seen[FIELDS.index(name)].cpu().double().numpy() for name in names}
 
     def summary(self) -> dict:

@@ -3,23 +3,33 @@
 import math
 import time
 from pathlib import Path
+from typing import NoReturn
 
+import torch
 from torch import nn
 
 from mdistiller.dataset import Batches
 from mdistiller.distillers import RuleDistiller
 from mdistiller.engine import checkpoint
 from mdistiller.engine.device import autocast, rng_state, set_rng_state
+from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import Scores, evaluate
 from mdistiller.engine.recorder import Recorder
 from mdistiller.engine.solver import MultiStep, set_lr
 from mdistiller.engine.step import Meter, Step
+from mdistiller.engine.stop import Stop, StopRequested
 from mdistiller.engine.temperature import EpochBuffer, RecordFile
-from mdistiller.errors import TrainingDiverged, UserError
+from mdistiller.errors import Preempted, TrainingDiverged, UserError
+
+KEPT = ("epoch", "last_acc", "best_acc", "best_epoch", "log_bytes")
 
 
 class Trainer:
-    """Trains `distiller` for `epochs` epochs and keeps its run in `folder`."""
+    """Trains `distiller` for `epochs` epochs and keeps its run in `folder`.
+
+    `origin`: digests of what the run starts from (its data, its teacher), which a resumed run must share; `config`:
+    the configuration as text, for the dump of a batch whose loss is not finite.
+    """
 
     def __init__(
         self,
@@ -33,81 +43,126 @@ class Trainer:
         save_every: int = 40,
         point_every: int = 500,
         temperature: str = "off",
+        origin: dict[str, str] | None = None,
+        config: str = "",
     ):
         self.distiller, self.step, self.schedule = distiller, step, schedule
         self.train_batches, self.test_batches = train, test
         self.epochs, self.folder = epochs, folder
         self.save_every, self.point_every = save_every, point_every
         self.temperature = temperature if isinstance(distiller, RuleDistiller) else "off"
+        self.origin, self.config = origin or {}, config
+        self.stop = Stop()
         self.record: RecordFile | None = None
         self.epoch = 0  # epochs that are finished
         self.last_acc = self.best_acc = -1.0
         self.best_epoch = 0
+        self.log_bytes = 0  # of worklog.txt at the last checkpoint
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        """What an epoch gathers until its row is written; a checkpoint inside an epoch holds it."""
+        self.done = 0  # training steps of this epoch
+        self.meter = Meter()
+        self.seconds = 0.0  # that this epoch's training has taken
+        self.buffer = (
+            EpochBuffer(self.train_batches.num_samples, self.step.device) if self.temperature != "off" else None
+        )
 
     def fit(self, recorder: Recorder) -> dict:
-        """Train until `epochs`; returns the result: last_acc, best_acc, best_epoch, epochs."""
+        """Train until `epochs`; returns the result: last_acc, best_acc, best_epoch, epochs.
+
+        Raises Preempted when a signal has come and the run up to that step is kept, TrainingDiverged where a loss is
+        no longer finite.
+        """
         seconds = []
         if self.temperature == "samples":
             self.record = RecordFile(self.folder / "temperatures.bin", self.train_batches.num_samples, self.epoch)
         while self.epoch < self.epochs:
-            begin = time.monotonic()
-            row = self.train_epoch(self.epoch + 1, recorder)
-            row |= self.score(self.evaluate())
+            begin = time.monotonic() - self.seconds
+            try:
+                row = self.train_epoch(self.epoch + 1, recorder)
+                scores = self.evaluate()
+            except StopRequested:
+                self.leave(recorder)
+            row |= self.score(scores)
             row["epoch_seconds"] = time.monotonic() - begin
             left = (self.epochs - self.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
+            if self.buffer is not None:
+                row["temperature"] = self.buffer.summary()
+                recorder.histograms(self.epoch, self.buffer)
+                if self.record:
+                    self.record.append(self.buffer)
             # the row first: a kill in between leaves one that a resumed run cuts, not an epoch that has none
             recorder.end_epoch(row, left)
-            self.save()
+            self._start_epoch()
+            self.save(recorder)
             seconds.append(time.monotonic() - begin)
         result = self.result()
         recorder.finish(result)
         return result
 
     def train_epoch(self, epoch: int, recorder: Recorder) -> dict:
-        """One pass over the training set; returns the training figures of its row."""
+        """One pass over the training set, or what is left of it; returns the training figures of its row."""
         self.distiller.train()
         lr = self.schedule.at(epoch)
         set_lr(self.step.optimizer, lr)
-        recorder.start_epoch(epoch, self.train_batches.num_samples)
-        meter, begin = Meter(), time.monotonic()
-        if self.temperature != "off":
-            self.step.temperatures = EpochBuffer(self.train_batches.num_samples, self.step.device)
-        for number, batch in enumerate(self.train_batches.epoch(epoch), (epoch - 1) * len(self.train_batches) + 1):
-            self.step(batch, epoch, meter)
-            recorder.step(len(batch.target), meter.read)
-            if number % self.point_every == 0:
-                recorder.point(number, meter.read())
-        means = meter.read()
+        self.step.temperatures = self.buffer
+        batches = self.train_batches
+        recorder.start_epoch(epoch, batches.num_samples, self.meter.images)
+        begin = time.monotonic() - self.seconds
+        for batch in self.stop.watch(batches.epoch(epoch, self.done)):
+            rng = torch.get_rng_state()
+            self.step(batch, epoch, self.meter)
+            self.done += 1
+            number = (epoch - 1) * len(batches) + self.done
+            point = number % self.point_every == 0
+            if (not self.step.lazy or point or self.done == len(batches)) and self.step.bad_step() >= 0:
+                self.diverged(epoch, rng)
+            recorder.step(len(batch.target), self.meter.read)
+            if point:
+                recorder.point(number, self.meter.read())
+            self.seconds = time.monotonic() - begin
+        means = self.meter.read()
         seconds = time.monotonic() - begin  # after the read: the device has finished
-        losses = {name: value for name, value in means.items() if name.startswith("loss/")}
-        bad = [name.removeprefix("loss/") for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
+        skipped = int(means.pop("skipped"))
+        if skipped == len(batches):
             raise TrainingDiverged(
-                f"epoch {epoch}: {' and '.join(bad)} is no longer a finite number; lower SOLVER.LR (now {lr:g}). The "
-                f"checkpoint before it, if any, is {self.folder / 'latest'}"
+                f"epoch {epoch}: the loss of every step was not finite; lower SOLVER.LR (now {lr:g})"
             )
-        row = {
+        return {
             "epoch": epoch,
             "lr": lr,
             "train_loss": means["loss"],
             "train_acc": 100 * means["correct"],
-            "train_losses": losses,
-            "images_per_second": meter.samples / seconds,
-        }
-        if self.step.temperatures is not None:
-            row["temperature"] = self.step.temperatures.summary()
-            recorder.histograms(epoch, self.step.temperatures)
-            if self.record:
-                self.record.append(self.step.temperatures)
-        return row
+            "train_losses": {name: value for name, value in means.items() if name.startswith("loss/")},
+            "images_per_second": self.meter.images / seconds,
+        } | ({"skipped_steps": skipped} if self.step.skip else {})
+
+    def diverged(self, epoch: int, rng: torch.Tensor) -> NoReturn:
+        """Say what went bad in the step that the device has marked, and keep what runs it again."""
+        number = self.done - (self.step.steps - self.step.bad_step())  # from 0, in this epoch
+        batch = next(self.train_batches.epoch(epoch, number))
+        file = self.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
+        checkpoint.save(dump(self.distiller, batch, epoch, self.config, rng), file)
+        torch.set_rng_state(rng)
+        bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp)
+        raise TrainingDiverged(
+            f"epoch {epoch}, step {number + 1} of {len(self.train_batches)}: the loss or its gradient is not finite "
+            f"({describe_losses(losses)}); first to go bad: {bad}",
+            f"lower SOLVER.LR (now {self.schedule.at(epoch):g}), or leave such steps out with SOLVER.NAN_POLICY skip; "
+            f"`python3 tools/replay.py '{file}'` runs the step again",
+        )
 
     def evaluate(self) -> Scores:
         self.distiller.eval()
         with autocast(self.step.device, self.step.amp):
-            return evaluate(lambda image: self.distiller(image=image), self.test_batches)
+            return evaluate(lambda image: self.distiller(image=image), self.stop.watch(self.test_batches))
 
     def score(self, scores: Scores) -> dict:
         """Close the epoch with its test scores; returns the test figures of its row."""
+        if not math.isfinite(scores.loss):
+            raise TrainingDiverged(f"epoch {self.epoch + 1}: the test loss is {scores.loss}; lower SOLVER.LR")
         self.epoch += 1
         self.last_acc = scores.top1
         if scores.top1 > self.best_acc:
@@ -128,39 +183,82 @@ class Trainer:
             "best_epoch": self.best_epoch,
         }
 
-    def save(self) -> None:
-        """latest, student_latest; best and student_best where this epoch is the best; epoch_N, student_N at times.
+    def leave(self, recorder: Recorder) -> NoReturn:
+        """Keep what this epoch has done so far, for a run that goes on at the next step."""
+        where = f"epoch {self.epoch + 1} after step {self.done} of {len(self.train_batches)}"
+        recorder.log(f"stopped by {self.stop.signal} in {where}")
+        self.save(recorder)
+        raise Preempted(f"stopped by {self.stop.signal} in {where}; the same command with --resume auto goes on there")
+
+    def save(self, recorder: Recorder) -> None:
+        """latest, and at an epoch's end student_latest; best and student_best where this epoch is the best; epoch_N,
+        student_N at times. What was `latest` before is `previous`.
 
         `latest` comes last: what a resumed run starts from never names a file that is not there yet.
         """
+        self.log_bytes = len(recorder.text.encode())
         names = ["latest"]
-        if self.best_epoch == self.epoch:
-            names.insert(0, "best")
-        if self.epoch % self.save_every == 0:
-            names.insert(0, f"epoch_{self.epoch}")
-        students = [f"student_{name.removeprefix('epoch_')}" for name in names]
-        student = {"model": self.distiller.student.state_dict(), "epoch": self.epoch, "acc": self.last_acc}
-        checkpoint.save(student, *(self.folder / name for name in students))
+        if not self.done:
+            if self.best_epoch == self.epoch:
+                names.insert(0, "best")
+            if self.epoch % self.save_every == 0:
+                names.insert(0, f"epoch_{self.epoch}")
+            student = {"model": self.distiller.student.state_dict(), "epoch": self.epoch, "acc": self.last_acc}
+            checkpoint.save(student, *(self.folder / f"student_{name.removeprefix('epoch_')}" for name in names))
+        if (self.folder / "latest").exists():
+            checkpoint.link(self.folder / "latest", self.folder / "previous")
         checkpoint.save(self.state(), *(self.folder / name for name in names))
 
+    def _teacher_is_frozen(self) -> bool:
+        teacher = getattr(self.distiller, "teacher", None)
+        return teacher is not None and {*teacher.parameters()}.isdisjoint(self.step.parameters)
+
     def state(self) -> dict:
+        """All that the run's future depends on, but for a frozen teacher: `origin` tells whether it is the same."""
+        frozen = "teacher." if self._teacher_is_frozen() else "\0"
+        model = self.distiller.state_dict()
         return {
-            "model": self.distiller.state_dict(),
+            "model": {key: value for key, value in model.items() if not key.startswith(frozen)},
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "rng": rng_state(),
-            **{key: getattr(self, key) for key in ("epoch", "last_acc", "best_acc", "best_epoch")},
+            "origin": self.origin,
+            "progress": {
+                "done": self.done,
+                "seconds": self.seconds,
+                "images": self.meter.images,
+                "sums": self.meter.sums,
+                "temperatures": self.buffer.values if self.buffer is not None and self.done else None,
+            },
+            **{key: getattr(self, key) for key in KEPT},
         }
 
     def load_state(self, state: dict, path: Path) -> None:
-        """Go on from `state`, read from `path`. Raises UserError where it is of another model or method."""
+        """Go on from `state`, read from `path`. Raises UserError where it is of another model, method, data set or
+        teacher.
+        """
         try:
-            self.distiller.load_state_dict(state["model"])
+            missing, unknown = self.distiller.load_state_dict(state["model"], strict=False)
+            missing = [key for key in missing if not (key.startswith("teacher.") and self._teacher_is_frozen())]
+            if missing or unknown:
+                raise KeyError(f"weights of another method: {(missing + unknown)[0]}")
             self.step.optimizer.load_state_dict(state["optimizer"])
             self.step.scaler.load_state_dict(state["scaler"])
             set_rng_state(state["rng"])
-            for key in ("epoch", "last_acc", "best_acc", "best_epoch"):
+            progress, origin = state["progress"], state["origin"]
+            self.done, self.seconds = progress["done"], progress["seconds"]
+            self.meter.images = progress["images"]
+            self.meter.sums = {name: value.to(self.step.device) for name, value in progress["sums"].items()}
+            if self.buffer is not None and progress["temperatures"] is not None:
+                self.buffer.values.copy_(progress["temperatures"])
+            for key in KEPT:
                 setattr(self, key, state[key])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{path}: is no checkpoint of this run ({reason}); start anew without --resume") from None
+        for name, key in (("data", "DATASET.ROOT"), ("teacher", "DISTILLER.TEACHER_CKPT")):
+            if origin.get(name) != self.origin.get(name):
+                raise UserError(
+                    f"--resume: the {name} in {key} is not what this run was started with; point {key} to that, or "
+                    "start a new run without --resume"
+                )

@@ -1,0 +1,71 @@
+"""Where a loss stops being finite: the step once more, with an eye on every tensor."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.dataset import Batch
+from mdistiller.engine.device import autocast
+
+
+def first_bad_tensor(distiller: nn.Module, batch: Batch, epoch: int, amp: str) -> tuple[str, dict[str, float]]:
+    """Run a step's forward and backward pass, in training mode, without an update: (what went bad first, in words;
+    the loss terms). In the order in which a step meets them: images, parameters and buffers, every module's output,
+    the loss terms, the gradients from the loss back. Parameters stay as they are; buffers see the batch once more.
+    """
+    found: list[str] = []
+
+    def look(name: str, *values: object) -> None:
+        tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        if not found and not all(bool(value.isfinite().all()) for value in tensors):
+            found.append(name)
+
+    def hook(name: str):
+        def seen(_module: nn.Module, _inputs: object, output: object) -> None:
+            look(f"the output of {name}", *(output if isinstance(output, (tuple, list)) else (output,)))
+
+        return seen
+
+    look("the images", batch.image)
+    for name, value in (*distiller.named_parameters(), *distiller.named_buffers()):
+        look(f"'{name}'", value)
+    handles = [module.register_forward_hook(hook(name)) for name, module in distiller.named_modules() if name]
+    try:
+        distiller.zero_grad(set_to_none=True)
+        with autocast(batch.image.device, amp):
+            _, terms = distiller(image=batch.image, target=batch.target, index=batch.index, epoch=epoch)
+            losses = {name: value.float().mean() for name, value in terms.items()}
+        for name, value in losses.items():
+            look(f"the loss term {name}", value)
+        sum(losses.values()).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, parameter in reversed(list(distiller.named_parameters())):
+        if parameter.grad is not None:
+            look(f"the gradient of '{name}'", parameter.grad)
+    distiller.zero_grad(set_to_none=True)
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    return (found or ["nothing when the step ran again: it does not repeat"])[0], values
+
+
+def describe_losses(losses: dict[str, float]) -> str:
+    """loss_ce 2.31, loss_kd NaN"""
+    names = {True: "NaN", False: "infinite"}
+    return ", ".join(
+        f"{name} {value:.4g}" if math.isfinite(value) else f"{name} {names[math.isnan(value)]}"
+        for name, value in losses.items()
+    )
+
+
+def dump(distiller: nn.Module, batch: Batch, epoch: int, config: str, rng: Tensor) -> dict:
+    """What tools/replay.py needs to run the step again: configuration, weights, batch, generator."""
+    return {
+        "config": config,
+        "model": distiller.state_dict(),
+        "batch": batch._asdict(),
+        "epoch": epoch,
+        "rng": rng,
+        "versions": {"torch": torch.__version__},
+    }
