@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 from yacs.config import CfgNode
+from yaml import YAMLError
 
 from mdistiller.config import expand, leaves
-from mdistiller.dataset import Batches, ImageSet, load_dataset
+from mdistiller.dataset import Batch, Batches, ImageSet, load_dataset
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine import checkpoint
-from mdistiller.engine.cfg import describe
+from mdistiller.engine.cfg import CFG, describe
 from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything, set_determinism
+from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
 from mdistiller.engine.folder import RunFolder, check_writable, resumable, run_folder
 from mdistiller.engine.recorder import Recorder, start_wandb
 from mdistiller.engine.solver import DOT, MultiStep, sgd
@@ -122,13 +124,34 @@ def introduce(
     recorder.log(describe(cfg).rstrip())
 
 
+def replay(file: Path) -> tuple[str, str]:
+    """The step that a stopped run kept in `file`, once more: (what goes bad first, empty if nothing; its losses)."""
+    kept = checkpoint.load(file)
+    try:
+        cfg = CFG.clone()
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(kept["config"]))
+        batch, epoch, model, rng = Batch(**kept["batch"]), kept["epoch"], kept["model"], kept["rng"]
+        device = resolve_device(cfg.DEVICE)
+        data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        distiller = build_distiller(cfg, data, None, device)
+        distiller.load_state_dict(model)
+    except (KeyError, TypeError, RuntimeError, AttributeError, YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: is no batch that a stopped run has kept ({reason})") from None
+    torch.set_rng_state(rng)
+    batch = Batch(*(value.to(device) for value in batch))
+    bad, losses = first_bad_tensor(distiller.train(), batch, epoch, cfg.SOLVER.AMP)
+    return bad, describe_losses(losses)
+
+
 def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device) -> nn.Module:
-    """The method on `device`, its student freshly initialised, its teacher loaded from `teacher_file`."""
+    """The method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`."""
     student = build_model(cfg.DISTILLER.STUDENT, data.num_classes)
     if cfg.DISTILLER.TYPE == "NONE":
         return prepare_parts(distiller_dict["NONE"](student), device)
     teacher = build_model(cfg.DISTILLER.TEACHER, data.num_classes)
-    checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
+    if teacher_file:
+        checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
     cls = distiller_dict[cfg.DISTILLER.TYPE]
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
     wanted = inspect.signature(cls).parameters

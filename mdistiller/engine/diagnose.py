@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import Batch
@@ -10,9 +9,10 @@ from mdistiller.engine.device import autocast
 
 
 def first_bad_tensor(distiller: nn.Module, batch: Batch, epoch: int, amp: str) -> tuple[str, dict[str, float]]:
-    """Run a step's forward and backward pass, in training mode, without an update: (what went bad first, in words;
-    the loss terms). In the order in which a step meets them: images, parameters and buffers, every module's output,
-    the loss terms, the gradients from the loss back. Parameters stay as they are; buffers see the batch once more.
+    """Run a step's forward and backward pass, in training mode, without an update. Returns what went bad first, in
+    words (empty: nothing did), and the loss terms. The order is that in which a step meets them: images, parameters
+    and buffers, every module's output, the loss terms, the gradients from the loss back. Parameters stay as they are;
+    buffers see the batch once more.
     """
     found: list[str] = []
 
@@ -47,7 +47,7 @@ def first_bad_tensor(distiller: nn.Module, batch: Batch, epoch: int, amp: str) -
             look(f"the gradient of '{name}'", parameter.grad)
     distiller.zero_grad(set_to_none=True)
     values = {name: float(value.detach()) for name, value in losses.items()}
-    return (found or ["nothing when the step ran again: it does not repeat"])[0], values
+    return (found or [""])[0], values
 
 
 def describe_losses(losses: dict[str, float]) -> str:
@@ -67,5 +67,4 @@ def dump(distiller: nn.Module, batch: Batch, epoch: int, config: str, rng: Tenso
         "batch": batch._asdict(),
         "epoch": epoch,
         "rng": rng,
-        "versions": {"torch": torch.__version__},
     }

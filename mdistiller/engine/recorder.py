@@ -1,6 +1,7 @@
 """Where figures go: the terminal, worklog.txt, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 import json
+import math
 import sys
 import time
 from datetime import timedelta
@@ -84,7 +85,8 @@ class Recorder:
 
     def point(self, step: int, means: dict[str, float]) -> None:
         """A point inside an epoch, for TensorBoard alone: means from the epoch's start to here."""
-        self.events.scalar("step/train_loss", means["loss"], step)
+        if math.isfinite(means["loss"]):  # NaN: every step so far was skipped
+            self.events.scalar("step/train_loss", means["loss"], step)
 
     def histograms(self, epoch: int, temperatures: EpochBuffer) -> None:
         """Both temperatures of every sample, into TensorBoard."""

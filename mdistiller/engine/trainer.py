@@ -127,9 +127,7 @@ class Trainer:
         seconds = time.monotonic() - begin  # after the read: the device has finished
         skipped = int(means.pop("skipped"))
         if skipped == len(batches):
-            raise TrainingDiverged(
-                f"epoch {epoch}: the loss of every step was not finite; lower SOLVER.LR (now {lr:g})"
-            )
+            raise TrainingDiverged(f"epoch {epoch}: no step had a finite loss; lower SOLVER.LR (now {lr:g})")
         return {
             "epoch": epoch,
             "lr": lr,
@@ -149,7 +147,7 @@ class Trainer:
         bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp)
         raise TrainingDiverged(
             f"epoch {epoch}, step {number + 1} of {len(self.train_batches)}: the loss or its gradient is not finite "
-            f"({describe_losses(losses)}); first to go bad: {bad}",
+            f"({describe_losses(losses)}); first to go bad: {bad or 'nothing when the step ran again'}",
             f"lower SOLVER.LR (now {self.schedule.at(epoch):g}), or leave such steps out with SOLVER.NAN_POLICY skip; "
             f"`python3 tools/replay.py '{file}'` runs the step again",
         )

@@ -1,0 +1,521 @@
+"""Runs that are told to stop, killed, or let down by the machine: what they leave goes on bit for bit."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, digits_opts, outcome, same, save_teacher, tool
+
+from mdistiller import config
+from mdistiller.dataset import load_dataset
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine import builder, checkpoint
+from mdistiller.engine.builder import train
+from mdistiller.engine.recorder import read_metrics
+from mdistiller.engine.stop import Stop
+from mdistiller.errors import Preempted, RunFailed, TrainingDiverged, UserError
+
+config.load()
+METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
+KILLS = int(os.environ.get("KILLS", "24"))  # of each kind
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Options of a run on 40 + 20 digits, three steps of 16 an epoch, and a resnet14 as teacher."""
+    root, data = tmp_path_factory.mktemp("small"), load_dataset("digits", ".")
+    arrays = {"train_images": data.train_images[:40], "train_labels": data.train_labels[:40]}
+    arrays |= {"test_images": data.test_images[:20], "test_labels": data.test_labels[:20]}
+    np.savez(root / "digits.npz", **{name: values.numpy() for name, values in arrays.items()})
+    classes = 1 + int(max(arrays["train_labels"].max(), arrays["test_labels"].max()))
+    return digits_opts(
+        DATASET__TYPE="npz", DATASET__ROOT=root / "digits.npz", SOLVER__EPOCHS=2, SOLVER__BATCH_SIZE=16,
+        DISTILLER__TEACHER="resnet14", DISTILLER__TEACHER_CKPT=save_teacher(root / "teacher", "resnet14", classes),
+        DTKD__WARMUP=1, LOG__TEMPERATURE="samples", LOG__TENSORBOARD_FREQ=2, EXPERIMENT__NAME="run",
+        CRD__NCE__K=8, CRD__FEAT__DIM=8,
+    )  # fmt: skip
+
+
+def run(opts, prefix, resume=False, **changes):
+    words = [*opts, "LOG.PREFIX", str(prefix)]
+    words += [str(word) for key, value in changes.items() for word in (key.replace("__", "."), value)]
+    train(config.load(None, words), words, resume)
+    return prefix / "distill" / "run"
+
+
+def stopping_after(items: int):
+    """A Stop to which the signal comes while it handles its item number `items`, be it a training or a test batch."""
+
+    class Timed(Stop):
+        seen = 0
+
+        def watch(self, batches):
+            for batch in super().watch(batches):
+                self.seen += 1
+                if self.seen == items:
+                    self.signal = "SIGTERM"
+                yield batch
+
+    return Timed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_at_the_very_step(small, tmp_path, monkeypatch, method):
+    opts = [*small, "DISTILLER.TYPE", method]
+    whole = run(opts, tmp_path / "whole")
+    for items in (2, 2):  # after step 2 of epoch 1; then in its evaluation, which comes again
+        monkeypatch.setattr(builder, "Stop", stopping_after(items))
+        with pytest.raises(Preempted, match="SIGTERM in epoch 1"):
+            run(opts, tmp_path / "parts", resume="auto")
+    monkeypatch.undo()
+    parts = run(opts, tmp_path / "parts", resume=True)
+    assert same(outcome(whole), outcome(parts))
+    if (whole / "temperatures.bin").exists():
+        assert (whole / "temperatures.bin").read_bytes() == (parts / "temperatures.bin").read_bytes()
+    log = (parts / "worklog.txt").read_text()
+    assert [log.count(words) for words in ("stopped by", "resumed after", "epoch 1/2", "epoch 2/2")] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_ends_the_command_with_status_75(small, tmp_path, name):
+    opts = [*small, "SOLVER.EPOCHS", "1000000"]
+    command = [sys.executable, str(ROOT / "tools" / "train_ours.py"), *opts, "--resume", "auto"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "output" / "distill" / "run"
+    wait_for(lambda: (folder / "latest").exists(), process)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"stopped by {name} in epoch" in errors
+    assert "--resume auto" in errors
+    assert "Traceback" not in errors
+    state = checkpoint.load(folder / "latest")
+    assert len(read_metrics(folder)) == state["epoch"]
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Kills: a fresh process each time would spend its life importing torch, so children are forked.
+
+
+def forked(work) -> int:
+    """Run `work()` in a forked child with its output thrown away; returns the child's process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")  # noqa: SIM115
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def killed(child: int) -> bool:
+    """Wait for the child; whether a SIGKILL ended it. It must not have failed."""
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL), "a resumed run failed"
+    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    """Options of a run, its outcome, its record, and the seconds that a child takes for it."""
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.EPOCHS", "4", "LOG.SAVE_CHECKPOINT_FREQ", "2"]
+    folder = run(opts, tmp_path_factory.mktemp("undisturbed"))
+    begin = time.monotonic()
+    killed(forked(lambda: run(opts, tmp_path_factory.mktemp("timed"))))
+    return opts, outcome(folder), (folder / "temperatures.bin").read_bytes(), time.monotonic() - begin
+
+
+def whole(folder) -> None:
+    """Nobody who reads the folder finds half a line or an epoch twice."""
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    epochs = [row["epoch"] for row in read_metrics(folder)]
+    assert epochs == list(range(1, len(epochs) + 1))
+    text = (folder / "worklog.txt").read_text()
+    assert text == "" or text.endswith("\n")
+
+
+def test_kill_9_at_random_moments_changes_nothing(undisturbed, tmp_path):
+    opts, expected, record, seconds = undisturbed
+    generator = random.Random(0)
+    kills = runs = 0
+    while kills < KILLS:
+        runs += 1
+        prefix = tmp_path / str(runs)
+        folder = prefix / "distill" / "run"
+        alive = True
+        while alive:
+            child = forked(lambda prefix=prefix: run(opts, prefix, resume="auto"))
+            time.sleep(generator.uniform(0, seconds))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            alive = killed(child)
+            kills += alive
+            if (folder / "metrics.jsonl").exists() and (folder / "worklog.txt").exists():
+                whole(folder)
+        assert same(outcome(folder), expected), f"run {runs}"
+        assert (folder / "temperatures.bin").read_bytes() == record
+        assert not list(folder.glob(".*.tmp")) + list(folder.parent.glob("run~*"))
+        shutil.rmtree(prefix)
+    print(f"{kills} kills, {runs} runs, 0 differences")
+
+
+def test_a_kill_at_any_file_operation_changes_nothing(undisturbed, tmp_path, monkeypatch):
+    """A child dies at its nth file operation, for every n that a run has."""
+    opts, expected, record, _ = undisturbed
+    folder = tmp_path / "distill" / "run"
+    generator = random.Random(1)
+
+    def dies_at(number):
+        count = 0
+
+        def dying(function):
+            def call(*arguments, **keywords):
+                nonlocal count
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+
+            return call
+
+        for name in ("fsync", "replace", "link", "truncate"):
+            setattr(os, name, dying(getattr(os, name)))  # in the child alone
+        run(opts, tmp_path, resume="auto")
+
+    kills = 0
+    while kills < KILLS:
+        alive = killed(forked(lambda: dies_at(generator.randint(1, 40))))
+        kills += alive
+        whole(folder) if alive and (folder / "worklog.txt").exists() else None
+        if not alive:
+            assert same(outcome(folder), expected)
+            assert (folder / "temperatures.bin").read_bytes() == record
+            shutil.rmtree(tmp_path / "distill")
+    print(f"{kills} kills at file operations, 0 differences")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "gone", "junk"])
+def test_a_damaged_latest_falls_back_to_the_one_before(small, tmp_path, capsys, damage):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.EPOCHS", "3"]
+    expected = run(opts, tmp_path / "whole")
+    folder = run(opts, tmp_path / "hurt")
+    data = bytearray((folder / "latest").read_bytes())
+    data[len(data) // 2] ^= 1
+    bad = {"truncated": data[:-1000], "flipped": data, "empty": b"", "gone": None, "junk": b"x" * 5000}[damage]
+    (folder / "latest").unlink()
+    if bad is not None:
+        (folder / "latest").write_bytes(bad)
+    run(opts, tmp_path / "hurt", resume=True)
+    assert "going on from the checkpoint before it, after epoch 2" in capsys.readouterr().out
+    assert same(outcome(expected), outcome(folder))
+    assert (expected / "temperatures.bin").read_bytes() == (folder / "temperatures.bin").read_bytes()
+    (folder / "latest").write_bytes(b"")
+    (folder / "previous").write_bytes(b"")
+    with pytest.raises(UserError, match="latest"):
+        run(opts, tmp_path / "hurt", resume=True)
+
+
+def test_another_teacher_or_other_data_are_refused(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    folder = run(opts, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    other = save_teacher(tmp_path / "other", "resnet14", 10)
+    state = torch.load(other)
+    state["model"]["fc.bias"][0] += 1
+    torch.save(state, other)
+    with np.load(small[small.index("DATASET.ROOT") + 1]) as file:
+        arrays = dict(file)
+    arrays["train_images"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    for key, path in (("DISTILLER.TEACHER_CKPT", other), ("DATASET.ROOT", tmp_path / "other.npz")):
+        with pytest.raises(UserError, match=f"in {key} is not what this run was started with"):
+            run([*opts, key, str(path)], tmp_path, resume=True, SOLVER__EPOCHS=3)
+    del before[".lock"]
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}, "nothing is written"
+
+
+# What the machine does to a run
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_full_disk_costs_no_checkpoint(small, tmp_path):
+    """On a tmpfs that the second checkpoint overfills; with room again, the run goes on to the same end."""
+    opts = [*small, "DISTILLER.TYPE", "KD", "LOG.SAVE_CHECKPOINT_FREQ", "1", "SOLVER.EPOCHS", "5"]
+    expected = run(opts, tmp_path / "whole")
+    words = " ".join(f"'{word}'" for word in opts)
+    train_it = f"{sys.executable} {ROOT}/tools/train_ours.py {words} --resume auto LOG.PREFIX {tmp_path}/full"
+    script = f"""
+        mount -t tmpfs -o size=4m none {tmp_path}/full || exit 99
+        {train_it} > /dev/null; echo status $?
+        ls -A {tmp_path}/full/distill/run | grep tmp
+        mount -o remount,size=40m {tmp_path}/full
+        {train_it} > /dev/null; echo status $?
+        cp -r {tmp_path}/full/distill/run {tmp_path}/after"""
+    (tmp_path / "full").mkdir()
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no tmpfs for an ordinary user here: {done.stderr}")
+    assert done.stdout.split("\n")[:2] == ["status 1", "status 0"], done
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert same(outcome(expected), outcome(tmp_path / "after"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "worklog.txt", "latest", "temperatures.bin", "events"])
+def test_any_file_that_cannot_be_written_ends_the_run_in_one_line(small, tmp_path, monkeypatch, name):
+    real = open
+
+    def full(file, mode="r", *arguments, **keywords):
+        if name in str(file) and "r" not in mode and (tmp_path / "armed").exists():
+            raise OSError(28, "No space left on device", str(file))
+        return real(file, mode, *arguments, **keywords)
+
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    monkeypatch.setattr("builtins.open", full)
+    (tmp_path / "armed").touch()
+    with pytest.raises(RunFailed, match="No space left on device") as caught:
+        run(opts, tmp_path)
+    assert len(caught.value.lines) == 1
+    (tmp_path / "armed").unlink()
+    run(opts, tmp_path, resume="auto")
+
+
+def test_a_folder_that_vanishes_ends_the_run_in_one_line(small, tmp_path, monkeypatch):
+    def vanish(self):
+        shutil.rmtree(tmp_path / "distill")
+        return real(self)
+
+    real = builder.Trainer.evaluate
+    monkeypatch.setattr(builder.Trainer, "evaluate", vanish)
+    with pytest.raises(RunFailed, match="No such file or directory"):
+        run(small, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["/proc/nowhere", "/dev/null/x"])
+def test_a_folder_that_cannot_be_written_is_refused(small, prefix, tmp_path):
+    done = tool("train_ours", *small, "LOG.PREFIX", prefix, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "set LOG.PREFIX" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate")],
+)
+def test_out_of_memory_names_the_batch_size(small, tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(builder.Trainer, "evaluate", fails)
+    with pytest.raises(RunFailed, match=r"SOLVER\.BATCH_SIZE 16, .* halve them") as caught:
+        run(small, tmp_path)
+    assert len(caught.value.lines) == 1
+
+
+def test_a_clock_that_jumps_changes_nothing(small, tmp_path, monkeypatch):
+    expected = run(small, tmp_path / "a")
+    jumps = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
+    assert same(outcome(expected), outcome(run(small, tmp_path / "b")))
+
+
+def test_a_broken_stdout_changes_nothing(small, tmp_path):
+    expected = run(small, tmp_path / "whole")
+    words = " ".join(f"'{word}'" for word in small)
+    command = (
+        f"{sys.executable} {ROOT}/tools/train_ours.py {words} LOG.PREFIX broken | head -c 10; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = tmp_path / "broken" / "distill" / "run"
+    assert same(outcome(expected), outcome(folder))
+    assert "result:" in (folder / "worklog.txt").read_text()
+
+
+# A loss that is not finite
+
+
+def poisoned(monkeypatch, step: int, value=float("nan"), where="images"):
+    """In step `step` (from 0), a pixel of the batch is `value`, or the gradient of the student's first layer."""
+    real = builder.Step.__call__
+
+    def call(self, batch, epoch, meter):
+        if self.steps == step and where == "images":
+            batch.image[0, 0, 0, 0] = value
+        if self.steps == step and where == "gradient":
+            handle = self.distiller.student.conv1.weight.register_hook(lambda gradient: gradient * value)
+        real(self, batch, epoch, meter)
+        if self.steps == step + 1 and where == "gradient":
+            handle.remove()
+
+    monkeypatch.setattr(builder.Step, "__call__", call)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stop_names_the_step_and_the_tensor_and_keeps_the_batch(small, tmp_path, monkeypatch, value):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    real = builder.Trainer.diverged
+    monkeypatch.setattr(builder.Trainer, "diverged", lambda self, *a: (hurt(self), real(self, *a)))
+
+    def hurt(trainer):  # what went bad comes from a weight, so that the step repeats
+        with torch.no_grad():
+            trainer.distiller.student.layer1[0].conv1.weight[0, 0, 0, 0] = value
+
+    poisoned(monkeypatch, 4, value)
+    with pytest.raises(TrainingDiverged, match=r"epoch 2, step 2 of 3: .*loss_ce.*'student\.layer1\.0\.conv1\.weight'"):
+        run(opts, tmp_path)
+    folder = tmp_path / "distill" / "run"
+    assert [row["epoch"] for row in read_metrics(folder)] == [1]
+    (file,) = folder.glob("bad_batch*")
+    done = tool("replay", file, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "'student.layer1.0.conv1.weight'" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_gradient_is_told_from_a_bad_loss(small, tmp_path, monkeypatch):
+    poisoned(monkeypatch, 1, where="gradient")
+    with pytest.raises(TrainingDiverged, match="step 2 of 3: the loss or its gradient is not finite"):
+        run(small, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["images", "gradient"])
+@pytest.mark.parametrize("method", ["NONE", "DTKD", "CRD"])
+def test_skip_leaves_the_step_out_and_counts_it(small, tmp_path, monkeypatch, method, where):
+    opts = [*small, "DISTILLER.TYPE", method, "SOLVER.NAN_POLICY", "skip"]
+    poisoned(monkeypatch, 1, where=where)
+    folder = run(opts, tmp_path)
+    rows = read_metrics(folder)
+    assert [row["skipped_steps"] for row in rows] == [1, 0]
+    assert all(np.isfinite(row["train_loss"]) for row in rows)
+    assert "skipped 1 steps" in (folder / "worklog.txt").read_text()
+    model = checkpoint.load(folder / "student_latest")["model"]
+    assert all(value.isfinite().all() for value in model.values())
+    assert int(model["bn1.num_batches_tracked"]) == 5, "BatchNorm has not seen the skipped batch"
+
+
+def test_a_run_that_only_skips_stops(small, tmp_path, monkeypatch):
+    real = builder.Step.__call__
+
+    def call(self, batch, epoch, meter):
+        batch.image.fill_(float("nan"))
+        real(self, batch, epoch, meter)
+
+    monkeypatch.setattr(builder.Step, "__call__", call)
+    with pytest.raises(TrainingDiverged, match="no step had a finite loss"):
+        run(small, tmp_path, SOLVER__NAN_POLICY="skip")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_decision_on_the_device_is_the_same(skip):
+    """What CUDA does, with the fused kernel of the CPU: a bad step changes nothing, nor does a later one under stop."""
+    from mdistiller.dataset import Batch
+    from mdistiller.engine.solver import zero_momenta
+    from mdistiller.engine.step import Meter, Step
+
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        student = builder.build_model("resnet8", 10)
+        distiller = distiller_dict["NONE"](student).train()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused)
+        if fused:
+            zero_momenta(optimizer)
+        step = Step(distiller, optimizer, torch.device("cpu"), "none", "skip" if skip else "stop")
+        assert step.lazy == fused
+        meter = Meter()
+        for number in range(4):
+            image = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+            image[0] *= float("nan") if number in (0, 2) else 1
+            step(Batch(image, torch.arange(4), torch.arange(4)), 1, meter)
+        assert step.bad_step() == (-1 if skip else 0)
+        assert meter.read()["skipped"] == (2 if skip else 4)
+        weights.append(student.state_dict())
+    torch.testing.assert_close(*[{k: v.float() for k, v in w.items() if "fc" in k} for w in weights])
+
+
+# The same seed gives the same student, whatever looks on
+
+
+def test_nothing_that_looks_on_changes_the_student(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    expected = outcome(run(opts, tmp_path / "0", LOG__TEMPERATURE="off"))[0]
+    changes = [
+        {"LOG__TEMPERATURE": "summary"},
+        {"LOG__TEMPERATURE": "samples"},
+        {"LOG__TENSORBOARD_FREQ": 1, "LOG__SAVE_CHECKPOINT_FREQ": 1},
+        {"DETERMINISTIC": True},
+        {"SOLVER__NAN_POLICY": "skip"},
+        {"DATASET__TEST__BATCH_SIZE": 7},
+    ]
+    for number, change in enumerate(changes, 1):
+        state = outcome(run(opts, tmp_path / str(number), **change))[0]
+        assert same(state["model"], expected["model"]), change
+        assert same(state["optimizer"], expected["optimizer"]), change
+    other = outcome(run(opts, tmp_path / "seed", SEED=1))[0]
+    assert not same(other["model"], expected["model"])
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_terminal_with_its_bar_changes_nothing(small, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    expected = outcome(run(small, tmp_path / "plain"))
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, str(ROOT / "tools" / "train_ours.py"), *small, "LOG.PREFIX", "bar"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=side, stderr=subprocess.PIPE)
+    os.close(side)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while part := os.read(main, 4096):
+            shown += part
+    assert process.wait(60) == 0, process.stderr.read()
+    process.stderr.close()
+    assert b"epoch 1/2:" in shown
+    assert same(outcome(tmp_path / "bar" / "distill" / "run"), expected)

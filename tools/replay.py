@@ -1,0 +1,25 @@
+"""Run the step again whose loss was not finite, from the file that the stopped run kept.
+
+python3 tools/replay.py 'output/distill/run/bad_batch,epoch_2,step_13'
+
+Exit status: 1 where the step goes bad again, 0 where it does not, 2 for a file that cannot be used.
+"""
+
+import argparse
+from pathlib import Path
+
+from mdistiller.engine.builder import replay
+from mdistiller.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="bad_batch,... in the run's folder")
+    bad, losses = replay(parser.parse_args().file)
+    print(f"losses: {losses}")
+    print(f"first to go bad: {bad or 'nothing: the step is fine here'}")
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)
