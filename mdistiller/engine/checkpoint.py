@@ -2,10 +2,8 @@
 
 import argparse
 import io
-import os
 import pickle
 import struct
-import uuid
 import zipfile
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import UserError
+from mdistiller.files import write_atomic
 from mdistiller.models import cifar_model_dict
 
 # Teachers trained with mdistiller and RepDistiller carry their accuracy as a numpy scalar and may carry their
@@ -25,24 +24,6 @@ if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older release
     # numpy 1 and 2 name the module of the scalar's constructor differently, and a file may come from either
     _SAFE += [(_scalar, f"{name}.scalar") for name in ("numpy.core.multiarray", "numpy._core.multiarray")]
 torch.serialization.add_safe_globals(_SAFE)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or what was there before: temporary name, flush, sync, rename, sync of the folder."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save(state: dict, *paths: Path) -> None:
