@@ -156,7 +156,7 @@ def find_teacher(cfg: CfgNode) -> Path:
         near = sorted(str(file) for file in published.parent.glob("*.pth")) if not chosen else []
         raise UserError(
             f"no checkpoint of the teacher {name} at {chosen or published}; do one of these:",
-            f"  download  fetch mdistiller's released teachers and unpack them so that {published} exists",
+            "  download  python3 tools/download.py teachers   (mdistiller's released ones, for cifar100)",
             f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
             "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
         )
