@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,127 +84,143 @@ def fetch(name: str, root: str | Path | None = None, mirror: str = "", file: str
     fetched elsewhere. Waits for another process that is at the same archive. Raises UserError, WrongBytes for the
     archive's own faults; what was there before stays as it was, and a part that has come stays for the next call.
     """
-    archive = ARCHIVES[name]
-    root = Path(root or archive.home).expanduser()
-    folder = Path(os.path.realpath(root / archive.folder))
-    part, stage = root / f"{archive.name}.part", folder.with_name(f".{folder.name}.unpacking")
-    pin, manifest = root / f"{archive.name}.sha256", root / f"{archive.name}.json"
-    url = _address(archive, mirror)
-    new = [path for path in (root, *root.parents) if not path.exists()]
+    job = _Job(name, root, mirror, file)
+    new = [path for path in (job.root, *job.root.parents) if not path.exists()]
     try:
-        if not part.exists() and _complete(archive, folder, manifest):  # a part beside it: a kill left things to remove
-            return folder
-        if file and not Path(file).is_file():
-            raise UserError(f"--from: there is no file {file}")
-        root.mkdir(parents=True, exist_ok=True)
-        with _held(part) as partial:
-            shutil.rmtree(stage, ignore_errors=True)
-            if not _complete(archive, folder, manifest):
+        if not job.part.exists() and _complete(job):  # a part beside it: a kill left things to remove
+            return job.folder
+        if job.file and not job.file.is_file():
+            raise UserError(f"--from: there is no file {job.file}")
+        job.root.mkdir(parents=True, exist_ok=True)
+        with _held(job) as part:
+            shutil.rmtree(job.stage, ignore_errors=True)
+            if not _complete(job):
                 try:
-                    found = _verify(Path(file), file, archive, pin) if file else _download(name, url, partial, pin)
-                    _room(root, sum(archive.files.values()) or _size(Path(file or part)))
-                    names = unpack(Path(file or part), file or url, archive.folder, stage)
-                    if not archive.digest:
-                        write_atomic(pin, f"{found}  {archive.name}\n".encode())
-                        say(f"SHA-256 {found}, pinned in {pin}")
-                    _place(archive, stage / archive.folder, folder, names)
-                    if not archive.files:
-                        write_atomic(manifest, json.dumps(names, indent=1).encode() + b"\n")
+                    _install(job, part)
                 except WrongBytes:
-                    if not file:
-                        partial.truncate(0)
+                    if not job.file:
+                        part.truncate(0)
                     raise
                 finally:
-                    shutil.rmtree(stage, ignore_errors=True)
-                _complete(archive, folder, manifest)
-            partial.truncate(0)
+                    shutil.rmtree(job.stage, ignore_errors=True)
+                _complete(job)
+            part.truncate(0)
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or job.root}: {error.strerror or error}") from None
     finally:
         for path in new:
             with suppress(OSError):  # not empty: then it is wanted
                 path.rmdir()
-    return folder
+    return job.folder
+
+
+class _Job:
+    """One call of fetch: which archive, from where, and every path that it touches."""
+
+    def __init__(self, name: str, root: str | Path | None, mirror: str, file: str | Path | None):
+        self.archive = archive = ARCHIVES[name]
+        self.root = Path(root or archive.home).expanduser()
+        self.url = _address(archive, mirror)
+        self.file = Path(file) if file else None
+        self.origin = self.file or self.url
+        self.part = self.root / f"{archive.name}.part"
+        self.note = self.root / f"{archive.name}.part.json"  # where the part came from: {url, validator, size}
+        self.pin = self.root / f"{archive.name}.sha256"
+        self.manifest = self.root / f"{archive.name}.json"  # {name: (bytes, SHA-256)}
+        self.folder = Path(os.path.realpath(self.root / archive.folder))
+        self.stage = self.folder.with_name(f".{self.folder.name}.unpacking")
+        elsewhere = f" --to {shlex.quote(str(self.root))}" if self.root != Path(archive.home) else ""
+        self.command = f"python3 tools/download.py {name}{elsewhere}"
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def _complete(archive: Archive, folder: Path, manifest: Path) -> bool:
+def _complete(job: _Job) -> bool:
     """Whether the folder holds what it should; says so, and which files of the user's stand in for the archive's."""
+    own = job.archive.files
     try:
-        files = archive.files or {name: size for name, (size, _) in json.loads(manifest.read_text()).items()}
+        files = own or {name: size for name, (size, _) in json.loads(job.manifest.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return False
-    differ = [name for name, size in files.items() if not ((folder / name).is_file() and _size(folder / name) == size)]
-    if not files or any(archive.files or not os.path.lexists(folder / name) for name in differ):
+    paths = {job.folder / name: size for name, size in files.items()}
+    differ = [path for path, size in paths.items() if not (path.is_file() and path.stat().st_size == size)]
+    if not files or any(own or not os.path.lexists(path) for path in differ):
         return False
-    for name in differ:
-        say(f"{folder / name}: is not the archive's, and is kept; delete it and run this again for that one")
-    say(f"{folder}: complete, {len(files)} files")
+    for path in differ:
+        say(f"{path}: is not the archive's, and is kept; delete it and run this again for that one")
+    say(f"{job.folder}: complete, {len(files)} files")
     return True
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
 @contextmanager
-def _held(part: Path) -> Iterator[IO[bytes]]:
+def _held(job: _Job) -> Iterator[IO[bytes]]:
     """The partial file, open to append, held against other processes; removed in the end if it is empty then."""
     while True:
-        with open(part, "a+b") as file:
+        with open(job.part, "a+b") as part:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"{part}: another process is at it; waiting until that ends")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                say(f"{job.part}: another process is at it; waiting until that ends")
+                fcntl.flock(part, fcntl.LOCK_EX)
             # the other process may have removed the file, so that this lock is on one that has no name any more
-            if not (part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat())):
-                continue
+            with open(job.part, "ab") as named:
+                if not os.path.sameopenfile(part.fileno(), named.fileno()):
+                    continue
             try:
-                yield file
+                yield part
             finally:
-                if not file.seek(0, os.SEEK_END):
-                    _note(part).unlink(missing_ok=True)
-                    part.unlink(missing_ok=True)
+                if not part.seek(0, os.SEEK_END):
+                    job.note.unlink(missing_ok=True)
+                    job.part.unlink(missing_ok=True)
             return
 
 
-def _note(part: Path) -> Path:
-    """Where the partial file came from: {url, validator, size}."""
-    return part.with_name(f"{part.name}.json")
+def _install(job: _Job, part: IO[bytes]) -> None:
+    """Get the archive, verify it, unpack it and put it where it belongs."""
+    digest = _verify(job) if job.file else _download(job, part)
+    path = job.file or job.part
+    _room(job.root, sum(job.archive.files.values()) or path.stat().st_size)
+    names = unpack(path, job.origin, job.archive.folder, job.stage)
+    if not job.archive.digest:
+        write_atomic(job.pin, f"{digest}  {job.archive.name}\n".encode())
+        say(f"SHA-256 {digest}, pinned in {job.pin}")
+    _place(job, names)
+    if not job.archive.files:
+        write_atomic(job.manifest, json.dumps(names, indent=1).encode() + b"\n")
 
 
-def _verify(path: Path, origin: str | Path, archive: Archive, pin: Path) -> str:
-    """The file's digest in hex. Raises WrongBytes where it or the size is not the expected one."""
-    if archive.size and _size(path) != archive.size:
-        raise WrongBytes(f"{origin}: {_size(path):,} bytes, expected {archive.size:,}")
-    pinned = pin.read_text(errors="replace").split() if not archive.digest and pin.exists() else []
-    algorithm, _, expected = (archive.digest or f"sha256:{''.join(pinned[:1])}").partition(":")
-    digest = hashlib.new(algorithm, usedforsecurity=False)
+def _verify(job: _Job) -> str:
+    """The archive's digest in hex. Raises WrongBytes where it or the size is not the expected one."""
+    path, size = job.file or job.part, job.archive.size
+    if size and path.stat().st_size != size:
+        raise WrongBytes(f"{job.origin}: {path.stat().st_size:,} bytes, expected {size:,}")
+    expected, trust = job.archive.digest, ""
+    if not expected and job.pin.exists():
+        expected = "sha256:" + "".join(job.pin.read_text(errors="replace").split()[:1])
+        trust = f", pinned in {job.pin}; delete that file if you trust the change"
+    digest = hashlib.new(expected.partition(":")[0] or "sha256", usedforsecurity=False)
     with open(path, "rb") as file:
         for chunk in chunks(file):
             digest.update(chunk)
-    if expected not in ("", digest.hexdigest()):
-        trust = f", pinned in {pin}; delete that file if you trust the change" if pinned else ""
-        raise WrongBytes(f"{origin}: {algorithm} {digest.hexdigest()}, expected {expected}{trust}")
+    found = f"{digest.name}:{digest.hexdigest()}"
+    if expected not in ("", found):
+        raise WrongBytes(f"{job.origin}: {found}, expected {expected}{trust}")
     return digest.hexdigest()
 
 
 def _room(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
-        raise UserError(
-            f"{folder}: {wanted:,} bytes are needed and {free:,} are free; make room, or choose another folder"
-        )
+        raise UserError(f"{folder}: takes {wanted:,} bytes, {free:,} are free; make room, or choose another folder")
 
 
-def _place(archive: Archive, staged: Path, folder: Path, names: dict) -> None:
-    """`staged` becomes `folder`; where that is shared and exists, what it lacks of `names` is added."""
-    if archive.files and os.path.lexists(folder):
-        aside = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}~{n}")).exists())
+def _place(job: _Job, names: Iterable[str]) -> None:
+    """What is staged becomes the folder; where that is shared and exists, what it lacks of `names` is added."""
+    staged, folder = job.stage / job.archive.folder, job.folder
+    if job.archive.files and os.path.lexists(folder):
+        aside = next(p for n in range(1, 10**6) if not os.path.lexists(p := folder.with_name(f"{folder.name}~{n}")))
         folder.rename(aside)
         say(f"{folder}: was not complete; it is kept as {aside.name}")
     if not folder.exists():
@@ -214,6 +230,7 @@ def _place(archive: Archive, staged: Path, folder: Path, names: dict) -> None:
             if not os.path.lexists(folder / name):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (staged / name).rename(folder / name)
+                sync_folder((folder / name).parent)
     sync_folder(folder.parent)
 
 
@@ -225,29 +242,36 @@ def _address(archive: Archive, mirror: str) -> str:
     url = mirror or archive.url
     with suppress(ValueError):  # what cannot be split is refused below
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname:
+        if parts.scheme in ("http", "https") and parts.hostname and url.isprintable():
             return url if parts.path.endswith(f"/{archive.name}") else f"{url.rstrip('/')}/{archive.name}"
     raise UserError(f"--mirror: must be an http or https URL, got {url!r}; --from FILE takes a file")
 
 
+class _Session(requests.Session):
+    """Leaves redirections to _open: requests reads their bodies, however long, even where it is not to follow them."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
 def _redirected(url: str, location: str) -> str:
     """Where a redirection leads. Raises UserError for a way out of http and https, or from https to http."""
-    target = urljoin(url, location)
-    schemes = urlsplit(url).scheme, urlsplit(target).scheme
-    if schemes not in (("http", "http"), ("http", "https"), ("https", "https")):
-        raise UserError(f"{url}: redirects to {target!r}, which is less safe; --mirror URL names another place")
-    return target
+    with suppress(ValueError):  # what cannot be split is refused below
+        target = urljoin(url, location)
+        schemes = urlsplit(url).scheme, urlsplit(target).scheme
+        if schemes in (("http", "http"), ("http", "https"), ("https", "https")):
+            return target
+    raise UserError(f"{url}: redirects to {location!r}, which is less safe; --mirror URL names another place")
 
 
-def _download(name: str, url: str, part: IO[bytes], pin: Path) -> str:
+def _download(job: _Job, part: IO[bytes]) -> str:
     """Fill `part` with the archive; returns its digest. Wrong bytes are fetched once more, in one go: where a file
     changes on the server, what came in two goes may be a mixture.
     """
-    archive = ARCHIVES[name]
     for last in (False, True):
         try:
-            _transfer(name, url, part)
-            return _verify(Path(part.name), url, archive, pin)
+            _transfer(job, part)
+            return _verify(job)
         except WrongBytes as error:
             part.truncate(0)
             if last:
@@ -255,82 +279,92 @@ def _download(name: str, url: str, part: IO[bytes], pin: Path) -> str:
             say(f"{error}; once more from the start")
 
 
-def _transfer(name: str, url: str, part: IO[bytes]) -> None:
+def _transfer(job: _Job, part: IO[bytes]) -> None:
     """Append to `part` what it lacks, in as many requests as it takes. Raises UserError when nothing more comes."""
-    archive, note = ARCHIVES[name], _note(Path(part.name))
-    failed, first = 0, part.seek(0, os.SEEK_END)
-    furthest = first
-    with requests.Session() as session:
+    first = furthest = part.seek(0, os.SEEK_END)
+    failed = 0
+    with _Session() as session:
         while True:
             try:
-                _request(session, archive, url, part, note)
-                return
+                return _request(session, job, part)
             except _Again as error:
                 have = part.seek(0, os.SEEK_END)
                 failed = failed + 1 if have <= furthest else 1
                 furthest = max(furthest, have)
-                # nothing was ever reached: more likely no network than a hiccup
+                # where nothing was ever reached there is no network, more likely than a hiccup
                 if failed == TRIES or not error.reached and furthest == first:
-                    raise UserError(*_unreachable(name, url, Path(part.name), str(error))) from None
+                    raise UserError(*_unreachable(job, str(error))) from None
                 wait = min(BACKOFF * 2 ** (failed - 1) if error.wait is None else error.wait, LONGEST_WAIT)
                 say(f"{error}; trying again from byte {have:,} in {wait:.0f} s")
             time.sleep(wait)
 
 
-def _unreachable(name: str, url: str, part: Path, reason: str) -> list[str]:
-    archive = ARCHIVES[name]
-    command = f"python3 tools/download.py {name}"
-    if part.parent != Path(archive.home):
-        command += f" --to {shlex.quote(str(part.parent))}"
+def _unreachable(job: _Job, reason: str) -> list[str]:
     return [
-        f"{url}: cannot be fetched ({reason}); do one of these:",
-        f"  again    {command}   (goes on with what has come)",
-        f"  proxy    HTTPS_PROXY=http://HOST:PORT {command}",
-        f"  mirror   {command} --mirror URL",
-        f"  by hand  fetch {url} on another machine, then {command} --from {archive.name}",
+        f"{job.url}: cannot be fetched ({reason}); do one of these:",
+        f"  again    {job.command}   (goes on with what has come)",
+        f"  proxy    HTTPS_PROXY=http://HOST:PORT {job.command}",
+        f"  mirror   {job.command} --mirror URL",
+        f"  by hand  fetch {job.url} on another machine, then {job.command} --from {job.archive.name}",
     ]
 
 
-def _request(session: requests.Session, archive: Archive, url: str, part: IO[bytes], note: Path) -> None:
+def _request(session: requests.Session, job: _Job, part: IO[bytes]) -> None:
     """One request for what `part` lacks. Raises _Again where another may bring more."""
-    known = _read_note(note, url)
-    size, have = archive.size or known.get("size"), part.seek(0, os.SEEK_END)
+    known, have = _known(job), part.seek(0, os.SEEK_END)
+    size, validator = known.get("size"), known.get("validator")
     if have and have == size:
         return
     headers = {"Accept-Encoding": "identity"}
-    if have and (known.get("validator") or archive.digest):  # else a mixture of two files would pass for one
+    if have and (validator or job.archive.digest):  # else a mixture of two files would pass for one
         headers["Range"] = f"bytes={have}-"
-        if known.get("validator"):
-            headers["If-Range"] = known["validator"]
+        if validator:
+            headers["If-Range"] = validator
     try:
-        with _open(session, url, headers) as response:
-            validator, length = _validator(response), response.headers.get("Content-Length", "")
+        with _open(session, job.url, headers) as response:
             if response.status_code == 200:
-                offered = int(length) if length.isdecimal() else None
-                page = "html" in response.headers.get("Content-Type", "")  # a hotel's, say: what has come is kept
-                if page or archive.size and offered not in (None, archive.size):
-                    what = "a web page" if page else f"{offered:,} bytes, expected {archive.size:,}"
-                    raise UserError(f"{url}: the server sends {what}; --mirror URL names another place")
-                part.truncate(0)
-                size, have = archive.size or offered, 0
-                write_atomic(note, json.dumps({"url": url, "validator": validator, "size": size}).encode())
+                size, have = _begin(job, part, response), 0
             else:
-                start, total = _span(response)
+                (start, total), now = _span(response), _validator(response)
+                changed = size and total and size != total or validator and now and validator != now
                 complete = response.status_code == 416 and total == have
-                same = total in (None, size or total) and validator in (None, known.get("validator") or validator)
-                if not same or start != have and not complete:
+                if changed or not (complete or start == have):
                     part.truncate(0)
                     raise _Again("the file on the server is another one now")
                 if complete:
                     return
                 size = size or total
-            _receive(response, archive, part, have, size)
+            _receive(response, job, part, have, size)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        cause = (error.args or [None])[0]
         # MaxRetryError: no connection came about; ValueError: the URL or the proxy's is none
-        unreached = isinstance(error, ValueError) or isinstance(
-            (error.args or [None])[0], urllib3.exceptions.MaxRetryError
-        )
+        unreached = isinstance(cause, urllib3.exceptions.MaxRetryError) or isinstance(error, ValueError)
         raise _Again(_reason(error), reached=not unreached) from None
+
+
+def _known(job: _Job) -> dict:
+    """{size, validator} of the partial file, as far as known; another server's say nothing."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        note = json.loads(job.note.read_text())
+        if note["url"] == job.url:
+            return note
+    return {"size": job.archive.size}
+
+
+def _begin(job: _Job, part: IO[bytes], response: requests.Response) -> int | None:
+    """Empty `part` for a response that carries the whole file; returns the file's size. Raises UserError, with `part`
+    as it was, where the response is about something else.
+    """
+    length, size = response.headers.get("Content-Length", ""), job.archive.size
+    offered = int(length) if length.isdecimal() else None
+    if "html" in response.headers.get("Content-Type", ""):  # a hotel's page, say
+        raise UserError(f"{job.url}: the server sends a web page; --mirror URL names another place")
+    if size and offered not in (None, size):
+        raise UserError(f"{job.url}: the server has {offered:,} bytes, expected {size:,}; try --mirror URL")
+    part.truncate(0)
+    size = size or offered
+    write_atomic(job.note, json.dumps({"url": job.url, "validator": _validator(response), "size": size}).encode())
+    return size
 
 
 def _reason(error: Exception) -> str:
@@ -347,15 +381,6 @@ def _span(response: requests.Response) -> tuple[int | None, int | None]:
     return tuple(int(text) if text and text != "*" else None for text in span.groups()) if span else (None, None)
 
 
-def _read_note(note: Path, url: str) -> dict:
-    """What is known of the partial file, if it comes from `url`: another server's validator says nothing."""
-    try:
-        known = json.loads(note.read_text())
-        return known if known["url"] == url else {}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-
-
 def _validator(response: requests.Response) -> str | None:
     """What If-Range takes: a strong ETag, else the date."""
     etag = response.headers.get("ETag", "W/")
@@ -365,7 +390,7 @@ def _validator(response: requests.Response) -> str | None:
 def _open(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
     """The answer: 200, or to a Range 206 or 416. Raises _Again for what may pass, UserError for what will not."""
     for _ in range(REDIRECTS):
-        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT, allow_redirects=False)
+        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
         if not response.is_redirect:
             break
         url = _redirected(url, response.headers["Location"])
@@ -379,20 +404,19 @@ def _open(session: requests.Session, url: str, headers: dict[str, str]) -> reque
     raise UserError(f"{url}: the server says {status}; --mirror URL names another place, --from FILE takes a file")
 
 
-def _receive(response: requests.Response, archive: Archive, part: IO[bytes], have: int, size: int | None) -> None:
+def _receive(response: requests.Response, job: _Job, part: IO[bytes], have: int, size: int | None) -> None:
     """Append the response's body to `part`, which holds `have` bytes of `size`."""
-    folder = Path(part.name).parent
     if size:
-        _room(folder, size - have + (sum(archive.files.values()) or size))
-    most = size or have + shutil.disk_usage(folder).free
+        _room(job.root, size - have + (sum(job.archive.files.values()) or size))
+    most = size or have + shutil.disk_usage(job.root).free
     to_come = f"{size - have:,} of {size:,}" if size else "an unknown number of"
-    say(f"{archive.name}: {to_come} bytes to come from {urlsplit(response.url).hostname}")
+    say(f"{job.archive.name}: {to_come} bytes to come from {urlsplit(response.url).hostname}")
     # disable=None: the bar is for terminals only
     with tqdm(total=size, initial=have, unit="B", unit_scale=True, leave=False, file=sys.stdout, disable=None) as bar:
         while chunk := response.raw.read(CHUNK, decode_content=False):
             have += len(chunk)
             if have > most:
-                raise WrongBytes(f"{response.url}: sends more than the {most:,} bytes expected")
+                raise WrongBytes(f"{job.url}: the server sends more than the {most:,} bytes expected")
             part.write(chunk)
             bar.update(len(chunk))
     part.flush()

@@ -1,6 +1,7 @@
 """Downloads against a real server on this machine, whose manners each test sets; archives from an enemy."""
 
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -26,7 +27,7 @@ import pytest
 import requests
 from helpers import ROOT, tool
 
-from mdistiller import download
+from mdistiller import download, unpack
 from mdistiller.dataset import load_dataset
 from mdistiller.download import Archive, WrongBytes, fetch
 from mdistiller.errors import UserError
@@ -283,7 +284,7 @@ def test_a_redirect_is_followed(tmp_path, server):
     assert [path for path, _ in server.log] == [f"/{NAME}", "/elsewhere/x.tar"]
 
 
-@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/x"])
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[::1"])
 def test_a_redirect_out_of_http_is_refused(tmp_path, server, location):
     server.plan = [{"status": 302, "headers": {"Location": location}}]
     refused(lambda: fetch("teachers", tmp_path, server.url), "less safe")
@@ -415,6 +416,35 @@ def test_a_killed_download_goes_on(tmp_path, server, number):
     assert server.sent[-1] == len(TEACHERS) - have
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_unpacking_leaves_the_archive_and_no_half_folder(tmp_path, server, monkeypatch, error):
+    write = unpack._write
+
+    def once(source, target):
+        if "vgg13" in str(target):
+            raise error
+        return write(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
+        patch.setattr(unpack, "_write", once)
+        fetch("teachers", tmp_path, server.url)
+    assert files(tmp_path).keys() == {f"{NAME}.part", f"{NAME}.part.json"}
+    fetch("teachers", tmp_path, server.url)
+    assert len(server.log) == 1, "what has come is not fetched again"
+    check_teachers(tmp_path)
+
+
+def test_leftovers_of_a_kill_after_the_last_step_go(tmp_path, server):
+    fetch("teachers", tmp_path, server.url)
+    for name in ("cifar_teachers.tar.part", "cifar_teachers.tar.part.json", ".cifar_teachers.unpacking/half"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    fetch("teachers", tmp_path, server.url)
+    assert len(server.log) == 1
+    check_teachers(tmp_path)
+    assert not (tmp_path / ".cifar_teachers.unpacking").exists()
+
+
 def test_two_at_once(tmp_path, server):
     server.plan = [{"pace": 10_000}]
     first = threading.Thread(target=fetch, args=("teachers", tmp_path, server.url))
@@ -503,6 +533,14 @@ def test_wrong_bytes_after_a_splice_are_fetched_afresh(tmp_path, server, tiny_ci
     fetch("cifar100", tmp_path, server.url)
     assert server.sent == [len(tiny_cifar) - 1000, len(tiny_cifar)]
     assert files(tmp_path).keys() == {"cifar-100-binary/train.bin", "cifar-100-binary/test.bin"}
+
+
+def test_a_pinned_archive_goes_on_from_another_server(tmp_path, server, tiny_cifar):
+    server.body, server.plan = tiny_cifar, [{"cut": 1000, "headers": {"ETag": '"of one"'}}, {"status": 404}]
+    refused(lambda: fetch("cifar100", tmp_path, server.url), "404")
+    fetch("cifar100", tmp_path, f"{server.url}/another")
+    assert server.sent[-1] == len(tiny_cifar) - 1000
+    assert "If-Range" not in server.log[-1][1]
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -617,8 +655,6 @@ def test_hostile_archives_leave_no_trace(tmp_path, monkeypatch, capsys, case):
 
 def watch_disk(folder, monkeypatch):
     """Sizes of the files that unpacking writes, all of which must lie in its own folder."""
-    from mdistiller import unpack
-
     sizes, write = [], unpack._write
 
     def watched(source, target):
