@@ -121,7 +121,7 @@ class _Job:
         self.archive = archive = ARCHIVES[name]
         self.root = Path(root or archive.home).expanduser()
         self.url = _address(archive, mirror)
-        self.file = Path(file) if file else None
+        self.file = Path(file).expanduser() if file else None
         self.origin = self.file or self.url
         self.part = self.root / f"{archive.name}.part"
         self.note = self.root / f"{archive.name}.part.json"  # where the part came from: {url, validator, size}
