@@ -10,12 +10,15 @@ from helpers import ROOT
 PACKAGE = ROOT / "mdistiller"
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "registry": set(),
+    "unpack": {"errors", "files"},
+    "download": {"errors", "files", "unpack"},
     "config": {"errors", "registry"},
     "models": {"errors", "registry", "config"},
     "distillers": {"errors", "registry", "config", "models"},
-    "dataset": {"errors", "registry", "config"},
-    "engine": {"errors", "registry", "config", "models", "distillers", "dataset"},
+    "dataset": {"errors", "registry", "config", "download"},
+    "engine": {"errors", "files", "registry", "config", "models", "distillers", "dataset"},
     "analysis": {"errors", "registry", "config", "models", "distillers", "dataset", "engine"},
 }
 

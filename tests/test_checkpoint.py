@@ -9,6 +9,7 @@ import torch
 
 from mdistiller.engine import checkpoint
 from mdistiller.errors import UserError
+from mdistiller.files import write_atomic
 from mdistiller.models import cifar_model_dict
 
 
@@ -119,9 +120,9 @@ def test_the_zoo_is_told_apart(name):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "x"
-    checkpoint.write_atomic(file, b"old")
+    write_atomic(file, b"old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomic(file, b"new")
+        write_atomic(file, b"new")
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]

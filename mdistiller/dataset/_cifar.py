@@ -1,4 +1,4 @@
-"""CIFAR's files: the official binary version where it lies at hand, else torchvision's download."""
+"""CIFAR's files: the official binary version, or torchvision's where that lies there; else the former is fetched."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdistiller import download
 from mdistiller.dataset._images import ImageSet
 from mdistiller.errors import UserError
 
@@ -21,19 +22,20 @@ class BinaryLayout:
     train_files: tuple[str, ...]
     test_file: str
     label_bytes: int  # the last of them is the label
+    python_folder: str  # the python version's, pickles that torchvision reads
 
 
 def load(name: str, root: Path, layout: BinaryLayout, num_classes: int, mean: tuple, std: tuple) -> ImageSet:
-    """`root` holds the binary version's folder (or is it), or torchvision's; otherwise torchvision downloads there."""
-    for folder in (root, root / layout.folder):
-        if (folder / layout.test_file).is_file():
-            train = [_records(folder / file, layout.label_bytes, num_classes) for file in layout.train_files]
-            train_images, train_labels = (torch.cat(parts) for parts in zip(*train, strict=True))
-            test_images, test_labels = _records(folder / layout.test_file, layout.label_bytes, num_classes)
-            break
-    else:
+    """`root` holds the binary version's folder (or is it), or the python version's; else the binary one is fetched."""
+    folder = next((f for f in (root, root / layout.folder) if (f / layout.test_file).is_file()), None)
+    if folder is None and (root / layout.python_folder).is_dir():
         train_images, train_labels = _torchvision(name, root, layout, train=True)
         test_images, test_labels = _torchvision(name, root, layout, train=False)
+    else:
+        folder = folder or download.fetch(name.lower(), root)
+        train = [_records(folder / file, layout.label_bytes, num_classes) for file in layout.train_files]
+        train_images, train_labels = (torch.cat(parts) for parts in zip(*train, strict=True))
+        test_images, test_labels = _records(folder / layout.test_file, layout.label_bytes, num_classes)
     return ImageSet(train_images, train_labels, test_images, test_labels, num_classes, mean, std)
 
 
@@ -57,10 +59,10 @@ def _torchvision(name: str, root: Path, layout: BinaryLayout, train: bool) -> tu
     from torchvision import datasets  # slow to import, and not needed for any other data
 
     try:
-        data = getattr(datasets, name)(root, train=train, download=True)  # checks its checksums before unpickling
+        data = getattr(datasets, name)(root, train=train, download=False)  # checks its checksums before unpickling
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{name} is not in {root} and cannot be downloaded ({error}); put the official binary version's folder "
-            f"{layout.folder} there, or point DATASET.ROOT to the folder that holds it"
+            f"{root / layout.python_folder}: cannot be read ({error}); get the binary version, which comes first: "
+            f"python3 tools/download.py {name.lower()} --to {root}"
         ) from None
     return torch.from_numpy(np.asarray(data.data)), torch.tensor(data.targets)

@@ -7,7 +7,7 @@ from mdistiller.dataset._images import ImageSet
 from mdistiller.dataset._registry import register_dataset
 
 TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-LAYOUT = _cifar.BinaryLayout("cifar-10-batches-bin", TRAIN, "test_batch.bin", label_bytes=1)
+LAYOUT = _cifar.BinaryLayout("cifar-10-batches-bin", TRAIN, "test_batch.bin", 1, "cifar-10-batches-py")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 

@@ -6,7 +6,7 @@ from mdistiller.dataset import _cifar
 from mdistiller.dataset._images import ImageSet
 from mdistiller.dataset._registry import register_dataset
 
-LAYOUT = _cifar.BinaryLayout("cifar-100-binary", ("train.bin",), "test.bin", label_bytes=2)
+LAYOUT = _cifar.BinaryLayout("cifar-100-binary", ("train.bin",), "test.bin", 2, "cifar-100-python")
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # the published protocol's
 
 

@@ -27,6 +27,7 @@ from mdistiller.engine.stop import Stop
 from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import RunFailed, UserError
+from mdistiller.files import link
 from mdistiller.models import cifar_model_dict, default_checkpoint
 
 
@@ -100,7 +101,7 @@ def restore(trainer: Trainer, path: Path) -> None:
         trainer.load_state(checkpoint.load(path / "previous"), path / "previous")
         if (path / "latest").exists():
             os.replace(path / "latest", path / "latest.damaged")
-        checkpoint.link(path / "previous", path / "latest")  # before it is rotated away
+        link(path / "previous", path / "latest")  # before it is rotated away
         say(f"warning: {reason}; going on from the checkpoint before it, after epoch {trainer.epoch}")
     if trainer.epoch > trainer.epochs:
         raise UserError(f"--resume: {trainer.epoch} epochs are done, more than SOLVER.EPOCHS {trainer.epochs}")
@@ -232,7 +233,7 @@ def find_teacher(cfg: CfgNode, path: Path) -> Path:
         near = sorted(str(file) for file in published.parent.glob("*.pth")) if not chosen else []
         raise UserError(
             f"no checkpoint of the teacher {name} at {chosen or published}; do one of these:",
-            f"  download  fetch mdistiller's released teachers and unpack them so that {published} exists",
+            "  download  python3 tools/download.py teachers   (mdistiller's released ones, for cifar100)",
             f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
             "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
         )

@@ -3,11 +3,8 @@
 import argparse
 import hashlib
 import io
-import os
 import pickle
-import shutil
 import struct
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import UserError
+from mdistiller.files import link, write_atomic
 from mdistiller.models import cifar_model_dict
 
 # Teachers trained with mdistiller and RepDistiller carry their accuracy as a numpy scalar and may carry their
@@ -28,52 +26,6 @@ if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older release
     # numpy 1 and 2 name the module of the scalar's constructor differently, and a file may come from either
     _SAFE += [(_scalar, f"{name}.scalar") for name in ("numpy.core.multiarray", "numpy._core.multiarray")]
 torch.serialization.add_safe_globals(_SAFE)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or what was there before: temporary name, flush, sync, rename, sync of the folder."""
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def link(source: Path, path: Path) -> None:
-    """`source` under the name `path` as well, atomically; a copy where the file system has no links."""
-    temporary = _temporary(path)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # rename leaves both names of one and the same file
-    _sync_folder(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Temporary files of writers that were killed. Nobody else may be writing there."""
-    for file in folder.glob(".*.tmp"):
-        file.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def digest(value: object) -> str:

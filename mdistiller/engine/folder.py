@@ -16,9 +16,9 @@ from yacs.config import CfgNode
 from yaml import YAMLError
 
 from mdistiller import __version__, config
-from mdistiller.engine.checkpoint import remove_leftovers, write_atomic
 from mdistiller.engine.terminal import say
 from mdistiller.errors import UserError
+from mdistiller.files import remove_leftovers, write_atomic
 
 # Settings that say where a run happens and what it writes, not what it computes: they are not part of its name, and
 # may differ when it is resumed.

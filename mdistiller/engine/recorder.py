@@ -10,11 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mdistiller import config
-from mdistiller.engine.checkpoint import write_atomic
 from mdistiller.engine.events import Events
 from mdistiller.engine.temperature import EpochBuffer
 from mdistiller.engine.terminal import say, unbroken
 from mdistiller.errors import UserError
+from mdistiller.files import write_atomic
 
 
 def line_of(row: dict, epochs: int, seconds_left: float) -> str:

@@ -20,6 +20,7 @@ from mdistiller.engine.step import Meter, Step
 from mdistiller.engine.stop import Stop, StopRequested
 from mdistiller.engine.temperature import EpochBuffer, RecordFile
 from mdistiller.errors import Preempted, TrainingDiverged, UserError
+from mdistiller.files import link
 
 KEPT = ("epoch", "last_acc", "best_acc", "best_epoch", "log_bytes")
 
@@ -204,7 +205,7 @@ class Trainer:
             student = {"model": self.distiller.student.state_dict(), "epoch": self.epoch, "acc": self.last_acc}
             checkpoint.save(student, *(self.folder / f"student_{name.removeprefix('epoch_')}" for name in names))
         if (self.folder / "latest").exists():
-            checkpoint.link(self.folder / "latest", self.folder / "previous")
+            link(self.folder / "latest", self.folder / "previous")
         checkpoint.save(self.state(), *(self.folder / name for name in names))
 
     def _teacher_is_frozen(self) -> bool:
