@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller import files
 from mdistiller.analysis.runs import Run
 from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.engine.builder import build_model
@@ -58,7 +59,7 @@ class Networks:
         if kind not in dataset_dict:
             raise Missing(f"data set '{kind}' is not known here")
         if (kind, root) not in self._data:
-            if kind != "digits" and not Path(root).expanduser().exists():
+            if kind != "digits" and not files.expand(root).exists():
                 raise Missing(f"no data set {kind} at {root}; point to it with --opts DATASET.ROOT PATH")
             try:
                 self._data[kind, root] = load_dataset(kind, root)
@@ -80,9 +81,9 @@ class Networks:
         name, kind = cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE
         chosen = [cfg.DISTILLER.TEACHER_CKPT] if cfg.DISTILLER.TEACHER_CKPT else []
         usual = [default_checkpoint(name, kind), default_checkpoint(name, kind, cfg.SOLVER.EPOCHS)]
-        for file in map(Path, chosen or usual):
-            if file.expanduser().is_file():
-                return file.expanduser()
+        for file in map(files.expand, chosen or usual):
+            if file.is_file():
+                return file
         raise Missing(
             f"no checkpoint of the teacher {name} at {(chosen or usual)[-1]}; point to it with --opts "
             "DISTILLER.TEACHER_CKPT FILE, or work in the folder that training was started in"

@@ -3,16 +3,17 @@
 import argparse
 import io
 import os
-import pickle
-import struct
 import uuid
+import warnings
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller import files
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 
@@ -25,6 +26,9 @@ if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older release
     # numpy 1 and 2 name the module of the scalar's constructor differently, and a file may come from either
     _SAFE += [(_scalar, f"{name}.scalar") for name in ("numpy.core.multiarray", "numpy._core.multiarray")]
 torch.serialization.add_safe_globals(_SAFE)
+
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
+_NUMBERS += (torch.int8, torch.uint8, torch.bool)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -55,34 +59,32 @@ def save(state: dict, *paths: Path) -> None:
 
 def load(path: str | Path) -> dict:
     """What a checkpoint holds, on the CPU. Raises UserError where it is missing or is not plain data."""
-    path = Path(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (
-        pickle.UnpicklingError,
-        struct.error,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        AssertionError,
-        MemoryError,
-        ImportError,
-        UnicodeDecodeError,
-    ) as error:
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path}: is no checkpoint of plain tensors, or is damaged ({reason})") from None
+    with files.open_regular(path, "a checkpoint") as file:
+        try:
+            check_zip(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # no list of what torch raises for foreign bytes is complete
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            raise UserError(f"{path}: is no checkpoint of plain tensors, or is damaged ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a checkpoint: {{'model': state_dict}}")
     return state
+
+
+def check_zip(file: BinaryIO) -> None:
+    """Raises ValueError for a zip archive that would take more memory than it takes on the disk: torch.save stores its
+    entries as they are, each once.
+    """
+    if zipfile.is_zipfile(file):
+        entries = zipfile.ZipFile(file).infolist()
+        stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
+        if not stored or sum(e.file_size for e in entries) > os.fstat(file.fileno()).st_size:
+            raise ValueError("its zip entries are compressed or overlap")
+        if len({e.filename for e in entries}) < len(entries):
+            raise ValueError("two of its zip entries share a name")
+    file.seek(0)
 
 
 def model_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
@@ -93,8 +95,17 @@ def model_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no weights; expected {{'model': state_dict}}")
     state = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    odd = next((key for key, value in state.items() if not is_plain(value)), None)
+    if odd is not None:
+        raise UserError(f"{path}: weight '{odd}' is no plain tensor of floats or whole numbers; pass a state_dict")
     student = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
     return {key.removeprefix("module."): value for key, value in (student or state).items()}
+
+
+def is_plain(value: Tensor) -> bool:
+    """Of real numbers that lie in memory: not sparse, nested, quantized, complex, or without data."""
+    dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+    return dense and value.dtype in _NUMBERS
 
 
 def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path) -> dict:
@@ -113,6 +124,9 @@ def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path
         found = identify(state)
         holds = f"holds {found[0]} with {found[1]} classes" if found else "holds no architecture of the zoo"
         raise UserError(f"{path}: {holds}, but {name} with {num_classes} classes is wanted; pass the file that fits")
+    kind = next((k for k, v in state.items() if v.is_floating_point() != own[k].is_floating_point()), None)
+    if kind:
+        raise UserError(f"{path}: weight '{kind}' is {state[kind].dtype}, expected {own[kind].dtype}; wrong file?")
     bad = next((key for key, value in state.items() if not value.isfinite().all()), None)
     if bad:
         raise UserError(f"{path}: weight '{bad}' holds NaN or infinity; the file is damaged or its training diverged")
@@ -127,6 +141,8 @@ def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
     if not matrices:
         return None
     num_classes = len(matrices[-1])
+    if not 0 < num_classes < 2**31:  # a model of so many cannot be described, let alone be held
+        return None
     for name, (constructor, _) in cifar_model_dict.items():
         with torch.device("meta"):
             model = constructor(num_classes=num_classes)
