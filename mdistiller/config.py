@@ -263,15 +263,16 @@ for _kind_of_value in ("binary", "set", "omap", "pairs"):  # nothing here takes 
 def _read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = (), read: list[Path] | None = None) -> dict:
     """The tree of `path` over those of its _BASE_ files. `seen`: the files that led here; `read`: all of them."""
     read = [] if read is None else read
+    wanted = f"an existing YAML file as _BASE_ of {seen[-1]}" if seen else "an existing YAML file with --cfg"
     read.append(path)
     if len(read) > MOST_FILES:
         problems.append(f"{path}: _BASE_ brings in more than {MOST_FILES} files; remove some of the _BASE_ lines")
         return {}
     try:
-        with files.open_regular(path, "an existing YAML file with --cfg") as file:
+        with files.open_regular(path, wanted) as file:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
-            raise UserError(f"{path}: is larger than {MOST_BYTES:,} bytes; pass a YAML file with --cfg")
+            raise UserError(f"{path}: is larger than {MOST_BYTES:,} bytes; pass {wanted}")
         if path.resolve() in seen:
             raise UserError(f"{path}: _BASE_ leads back to this file; remove one of the _BASE_ lines")
         tree = yaml.load(data.decode(), Loader=_StrictLoader)
@@ -279,7 +280,7 @@ def _read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = (), rea
         problems += error.lines
         return {}
     except UnicodeDecodeError:
-        problems.append(f"{path}: is not UTF-8 text; pass a YAML file with --cfg")
+        problems.append(f"{path}: is not UTF-8 text; pass {wanted}")
         return {}
     except Exception as error:  # PyYAML lets through what int(), bool and recursion raise
         problems.append(f"{path}: cannot be read, for it is not valid YAML: {' '.join(str(error).split())}")

@@ -80,7 +80,7 @@ def analyse(
     """
     check_opts(opts)
     check_out(out)
-    unique = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))
+    unique = list(dict.fromkeys(Path(os.path.realpath(f)) if os.path.exists(f) else f for f in folders))
     groups, notes = group_runs([read_run(folder, opts) for folder in unique])
     table = results.results_table(groups, results.read_published(published))
     with tempfile.TemporaryDirectory() as temporary:
