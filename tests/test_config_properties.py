@@ -3,28 +3,15 @@
 import pytest
 import yaml
 
-hypothesis = pytest.importorskip("hypothesis")
-
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from mdistiller.config import get, leaves
 from mdistiller.engine.cfg import CFG, load
 from mdistiller.errors import ConfigError
 
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+
 KEYS = sorted(set(leaves(CFG)) | {key.rpartition(".")[0] for key in leaves(CFG)} - {""})
-WORDS = [str(v) for v in leaves(CFG).values()] + [
-    "_BASE_",
-    "<<",
-    "&a",
-    "*a",
-    "SOLVER",
-    "LR",
-    "4:00",
-    "~",
-    "null",
-    "1e5",
-]
+WORDS = [*map(str, leaves(CFG).values()), "_BASE_", "<<", "&a", "*a", "SOLVER", "LR", "4:00", "~", "null", "1e5"]
 scalars = (
     st.none()
     | st.booleans()
@@ -45,8 +32,8 @@ values = st.recursive(
 fitting = st.sampled_from(sorted(leaves(CFG).items(), key=str))
 names = st.sampled_from(KEYS) | st.text(max_size=10)
 texts = st.text(max_size=60) | st.lists(st.sampled_from(WORDS + list("{}[]:,-\n '\"#!|>%")), max_size=25).map("".join)
-bounded = settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+bounded = hypothesis.settings(
+    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 
@@ -88,28 +75,28 @@ def folder(tmp_path_factory):
 
 
 @bounded
-@given(text=texts)
+@hypothesis.given(text=texts)
 def test_any_text(folder, text):
     (folder / "x.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     check(folder, folder / "x.yaml")
 
 
 @bounded
-@given(data=st.binary(max_size=80))
+@hypothesis.given(data=st.binary(max_size=80))
 def test_any_bytes(folder, data):
     (folder / "x.yaml").write_bytes(data)
     check(folder, folder / "x.yaml")
 
 
 @bounded
-@given(pairs=st.lists(st.tuples(names, values) | fitting, max_size=4))
+@hypothesis.given(pairs=st.lists(st.tuples(names, values) | fitting, max_size=4))
 def test_any_tree(folder, pairs):
     (folder / "x.yaml").write_text(yaml.safe_dump(nested(pairs)))
     check(folder, folder / "x.yaml")
 
 
 @bounded
-@given(pairs=st.lists(st.tuples(names, values.map(str) | values) | fitting, max_size=3), odd=st.booleans())
+@hypothesis.given(pairs=st.lists(st.tuples(names, values.map(str) | values) | fitting, max_size=3), odd=st.booleans())
 def test_any_pairs(folder, pairs, odd):
     words = [word for pair in pairs for word in pair]
     check(folder, None, words[: len(words) - odd])
