@@ -135,6 +135,14 @@ def of_numel(count: int, legacy: bool) -> bytes:
     return target.getvalue()
 
 
+def endless_key(levels: int = 60) -> bytes:
+    """A dictionary with the key t = (t', t'), t' = (t'', t''), ...: 2**levels parts to hash."""
+    pickled = b"\x80\x02}K\x00K\x01K\x02\x86q\x00s"
+    for level in range(levels):
+        pickled += bytes((75, level)) + b"h\x00h\x00\x86q\x00s"
+    return pickled + b"h\x00K\x01s."
+
+
 def overlapping() -> bytes:
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as file:
@@ -217,6 +225,8 @@ def checkpoint_cases() -> Iterator[Case]:
         "wrong-magic": lambda: b"PK\3\5" + dumped(weights())[4:],
         "nested-pickle": deep,
         "deflated-bomb": lambda: rezipped(lambda name, d: bytes(2**28) if "/0" in name else d, zipfile.ZIP_DEFLATED),
+        "endless-key": lambda: rezipped(lambda name, d: endless_key() if name.endswith("data.pkl") else d),
+        "endless-key-legacy": lambda: dumped({}, True).replace(pickle.dumps({}, 2), endless_key()),
         "overlapping-entries": overlapping,
         "twice-the-same-entry": named_twice,
         "numel": lambda: of_numel(10**12, False),

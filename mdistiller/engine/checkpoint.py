@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import pickletools
 import uuid
 import warnings
 import zipfile
@@ -27,6 +28,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older release
     _SAFE += [(_scalar, f"{name}.scalar") for name in ("numpy.core.multiarray", "numpy._core.multiarray")]
 torch.serialization.add_safe_globals(_SAFE)
 
+LEGACY_PICKLES = 5  # magic number, version, system, the object, the keys of its storages
+MOST_PARTS = 10**6
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
 _NUMBERS += (torch.int8, torch.uint8, torch.bool)
 
@@ -61,7 +64,8 @@ def load(path: str | Path) -> dict:
     """What a checkpoint holds, on the CPU. Raises UserError where it is missing or is not plain data."""
     with files.open_regular(path, "a checkpoint") as file:
         try:
-            check_zip(file)
+            check(file)
+            file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 state = torch.load(file, map_location="cpu", weights_only=True)
@@ -73,18 +77,50 @@ def load(path: str | Path) -> dict:
     return state
 
 
-def check_zip(file: BinaryIO) -> None:
-    """Raises ValueError for a zip archive that would take more memory than it takes on the disk: torch.save stores its
-    entries as they are, each once.
+def check(file: BinaryIO) -> None:
+    """Raises ValueError for a checkpoint that would take more memory than it takes on the disk, or endless time."""
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        for _ in range(LEGACY_PICKLES):
+            check_pickle(file)
+        return
+    archive = zipfile.ZipFile(file)
+    entries = archive.infolist()  # torch.save stores them as they are, each once
+    stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
+    if not stored or sum(e.file_size for e in entries) > os.fstat(file.fileno()).st_size:
+        raise ValueError("its zip entries are compressed or overlap")
+    if len({e.filename for e in entries}) < len(entries):
+        raise ValueError("two of its zip entries share a name")
+    for entry in entries:
+        if entry.filename.lower().endswith("data.pkl"):
+            check_pickle(io.BytesIO(archive.read(entry)))
+
+
+def check_pickle(file: BinaryIO) -> None:
+    """Read one pickle without building anything. Raises ValueError where a tuple that holds tuples, each several times
+    over, would be of more than MOST_PARTS parts: as the key of a dictionary it is hashed part by part, for ever.
     """
-    if zipfile.is_zipfile(file):
-        entries = zipfile.ZipFile(file).infolist()
-        stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
-        if not stored or sum(e.file_size for e in entries) > os.fstat(file.fileno()).st_size:
-            raise ValueError("its zip entries are compressed or overlap")
-        if len({e.filename for e in entries}) < len(entries):
-            raise ValueError("two of its zip entries share a name")
-    file.seek(0)
+    stack, memo = [], {}  # of each object its parts: those of a tuple, 1 for all else, None for a mark
+    for op, argument, _ in pickletools.genops(file):
+        if op.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif op.name == "MARK":
+            stack.append(None)
+        else:
+            parts, taken = 1, [kind for kind in op.stack_before if kind is not pickletools.stackslice]
+            for kind in reversed(taken):
+                part = stack.pop()
+                while kind is pickletools.markobject and part is not None:
+                    parts += part
+                    part = stack.pop()
+                parts += part or 0
+            if "TUPLE" not in op.name:
+                parts = 1
+            if parts > MOST_PARTS:
+                raise ValueError("its tuples multiply")
+            stack += [parts] * len(op.stack_after)
 
 
 def model_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
