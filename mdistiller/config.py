@@ -232,9 +232,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key_node.tag == f"{_TAG}merge":  # << may bring a key that this mapping overrides
                 continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                self._fail("a list or a mapping is no key", key_node)
-            key = self.construct_object(key_node)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                self._fail(f"key {_show(key)} is no text; quote it", key_node)
             if key in seen:
                 self._fail(f"key '{key}' is given twice", node)
             seen.add(key)

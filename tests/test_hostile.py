@@ -23,6 +23,7 @@ import torch
 from helpers import ROOT, digits_opts, tool
 
 from mdistiller import config, registry
+from mdistiller.dataset import digits
 from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import CFG, load
 from mdistiller.engine.trainer import Trainer
@@ -455,6 +456,8 @@ BAD_YAML: dict[str, str | bytes] = {
     "number-key": "1: 2",
     "null-key": "? \n: 2",
     "float-key": ".nan: 2",
+    "bool-key": "SOLVER: {on: 2}",
+    "number-key-deep": "SOLVER: {1: {2: 3}}",
     "list-key": "? [a, b]\n: 2",
     "map-key": "? {a: b}\n: 2",
     "list": "- SOLVER",
@@ -535,7 +538,6 @@ def config_cases() -> Iterator[Case]:
     train = ["train_ours", "--cfg", "x.yaml", "LOG.PREFIX", "out", "DATASET.TYPE", "digits"]
     for id, text in BAD_YAML.items():
         says = {"many-plug-ins": "PLUGINS", "many-keys": "key0", "long-key": "kkk", "long-text": "DISTILLER.TYPE"}
-        says |= {"number-key": "1: unknown", "null-key": "None: unknown", "float-key": "nan: unknown"}
         yield Case(f"yaml-{id}", content("x.yaml", text), train, says.get(id, "x.yaml"))
     for id, (key, value) in BAD_VALUES.items():
         words = [word for word in train if word not in ("LOG.PREFIX", "out")] if key == "LOG.PREFIX" else train
@@ -625,6 +627,7 @@ BAD_RUN_CONFIGS = {
     "list": "[1]",
     "empty": "",
     "bomb": bomb_of_lists(),
+    "number-keys": "SOLVER: {1: {2: 3}}",
     "python": "!!python/object/apply:os.mkdir ['bomb']",
     "section-is-a-number": "SOLVER: 5\nSEED: 0\nDEVICE: auto",
     "not-utf8": b"\xff",
@@ -730,11 +733,14 @@ CASES = [case for family in FAMILIES for case in family()]
 
 
 def test_the_corpus_is_no_smaller_than_it_was():
-    assert len(CASES) >= 400
+    assert len(CASES) >= 570
     assert len({case.id for case in CASES}) == len(CASES)
 
 
 # the contract
+
+
+load_digits = cache(digits.load_digits)  # the same for every case
 
 
 @cache
@@ -792,6 +798,7 @@ def check_refusal(stderr: str, says: str) -> None:
 def test_a_bad_input_is_refused(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry.distillers, "data", dict(registry.distillers.data))
+    monkeypatch.setattr(digits, "load_digits", load_digits)
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("training began"))
     case.make(tmp_path)
     before = tree(tmp_path)
@@ -808,7 +815,7 @@ def test_a_bad_input_is_refused(tmp_path, monkeypatch, capsys, case):
 # what a real process does: nothing of this is caught by the test's own
 IN_A_PROCESS = (
     "weights-bomb", "weights-fifo", "teacher-nan", "npz-objects", "cifar100-sparse-huge", "yaml-bomb-of-lists",
-    "yaml-nul", "plug-in-exits", "compare-metrics-deep",
+    "plug-in-exits", "compare-metrics-deep",
 )  # fmt: skip
 
 
@@ -827,7 +834,7 @@ def test_damaged_bytes_are_refused_or_give_finite_weights(tmp_path, legacy):
     data, file = dumped({"model": weights(), "epoch": 3}, legacy), tmp_path / "x.pth"
     model = cifar_model_dict["resnet8"][0](num_classes=10)
     refused = []
-    for seed in range(150):
+    for seed in range(80):
         rng, damaged = random.Random(seed), bytearray(data)
         for _ in range(rng.choice((1, 1, 2, 5, 20))):
             # anywhere, among the first bytes (pickles), or among the last (the zip's directory)
@@ -840,7 +847,7 @@ def test_damaged_bytes_are_refused_or_give_finite_weights(tmp_path, legacy):
             refused.append(error.lines)
         else:
             assert all(value.isfinite().all() for value in model.state_dict().values())
-    assert 30 < len(refused) < 150
+    assert 20 < len(refused) < 80
     assert all(len(lines) == 1 and "x.pth" in lines[0] for lines in refused)
 
 
