@@ -617,6 +617,7 @@ BAD_METRICS = {
     "list": row_with(epoch=[1]),
     "digits": row_with(test_acc=10**400),
     "more-digits": row_with().replace("50.0", "5" * 5000),
+    "epoch-1.0": row_with(epoch=1.0),
     "epoch-7": row_with(epoch=7),
     "epoch-twice": row_with() * 2,
     "deep": "[" * 100_000 + "\n",

@@ -161,7 +161,7 @@ def read_run(folder: Path, opts: Sequence[str] = ()) -> Run:
     try:
         files.open_regular(folder / "metrics.jsonl", "a run's folder").close()
         rows = read_metrics(folder)
-        if not all(math.isfinite(row[key]) for row in rows for key in FIGURES):
+        if not all(type(row["epoch"]) is int and all(math.isfinite(row[key]) for key in FIGURES) for row in rows):
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{folder / 'metrics.jsonl'}: holds a line that is no epoch of this framework") from None
