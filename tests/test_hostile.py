@@ -228,6 +228,7 @@ def checkpoint_cases() -> Iterator[Case]:
         "deflated-bomb": lambda: rezipped(lambda name, d: bytes(2**28) if "/0" in name else d, zipfile.ZIP_DEFLATED),
         "endless-key": lambda: rezipped(lambda name, d: endless_key() if name.endswith("data.pkl") else d),
         "endless-key-legacy": lambda: dumped({}, True).replace(pickle.dumps({}, 2), endless_key()),
+        "endless-key-before-a-zip": lambda: dumped({}, True).replace(pickle.dumps({}, 2), endless_key()) + npz(),
         "overlapping-entries": overlapping,
         "twice-the-same-entry": named_twice,
         "numel": lambda: of_numel(10**12, False),

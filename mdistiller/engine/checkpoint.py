@@ -79,7 +79,7 @@ def load(path: str | Path) -> dict:
 
 def check(file: BinaryIO) -> None:
     """Raises ValueError for a checkpoint that would take more memory than it takes on the disk, or endless time."""
-    if not zipfile.is_zipfile(file):
+    if file.read(4) != b"PK\3\4":  # by which torch tells the two formats apart; a zip may also follow other data
         file.seek(0)
         for _ in range(LEGACY_PICKLES):
             check_pickle(file)
