@@ -6,15 +6,16 @@ method declares its own section beside its class.
 
 import ast
 import importlib
-import math
+import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode
 
-from mdistiller import registry
+from mdistiller import files, registry
 from mdistiller.errors import ConfigError, UserError
 
 
@@ -40,11 +41,12 @@ class Config(CfgNode):
             raise AttributeError("this configuration is frozen; clone() it, then defrost() the clone")
         for tree, source in sources:
             _merge(self, tree, source, "", "", problems)
-        if problems:
-            raise ConfigError(*dict.fromkeys(problems))
+        _refuse(problems)
 
 
 CFG = Config()
+# No configuration comes near these; what exceeds them would take minutes or the memory.
+MOST_BYTES, MOST_NODES, MOST_LEVELS, MOST_FILES, MOST_PROBLEMS = 2**18, 10_000, 30, 50, 20
 DOCS: dict[str, str] = {}  # full key or section name -> one line of documentation
 
 KEYS = (
@@ -103,6 +105,9 @@ def add_section(name: str, defaults: Mapping, doc: str = "") -> None:
     parent = get(CFG, ".".join(parents)) if parents else CFG
     if last in parent:
         raise ValueError(f"config section '{name}' exists already; pick another name")
+    untyped = [key for key, value in leaves(defaults).items() if value is None]
+    if untyped:
+        raise ValueError(f"{name}.{untyped[0]}: None has no type that a value could be checked by; pick a default")
     parent[last] = _node(defaults)
     DOCS[name] = doc
 
@@ -134,14 +139,6 @@ def get(cfg: Mapping, key: str) -> object:
     return cfg
 
 
-def expand(text: str, key: str) -> Path:
-    """The path that the value `text` of `key` names, with ~ as the home folder. Raises UserError for ~nobody."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{key}: {text!r} names the home folder of a user that is not here; give the path") from None
-
-
 def load(path: str | Path | None = None, opts: Sequence = ()) -> CfgNode:
     """The frozen configuration: defaults, then the YAML file and its _BASE_ files, then KEY VALUE pairs.
 
@@ -162,10 +159,42 @@ def load(path: str | Path | None = None, opts: Sequence = ()) -> CfgNode:
     for source, name in sources:
         _merge(cfg, source, name, "", plugin_text, problems)
     problems += _value_problems(cfg)
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
+    _refuse(problems)
     cfg.freeze()
     return cfg
+
+
+def read(path: Path) -> CfgNode:
+    """The tree of a YAML file as it stands, with neither defaults nor validation. Raises ConfigError."""
+    problems: list[str] = []
+    tree = _read_yaml(path, problems)
+    _refuse(problems)
+    return _node(tree)
+
+
+def misfit(tree: Mapping, node: CfgNode = CFG, prefix: str = "") -> str | None:
+    """The first key in `tree` whose value is of another kind than its default; unknown keys count as fitting."""
+    for key in (key for key in node if key in tree):
+        value, default, full = tree[key], node[key], f"{prefix}{key}"
+        if isinstance(default, CfgNode) and isinstance(value, Mapping):
+            full = misfit(value, default, f"{full}.")
+        elif not isinstance(default, CfgNode) and not isinstance(value, Mapping):
+            try:
+                _coerce(value, default)
+                full = None
+            except (TypeError, OverflowError):
+                pass
+        if full:
+            return full
+    return None
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    """Raises ConfigError if there are any, MOST_PROBLEMS of them at most."""
+    lines = list(dict.fromkeys(problems))
+    more = len(lines) - MOST_PROBLEMS
+    if lines:
+        raise ConfigError(*lines[:MOST_PROBLEMS], *([f"and {more} more of this kind"] if more > 0 else []))
 
 
 def _section_of(tree: Mapping, name: str) -> Mapping:
@@ -174,31 +203,89 @@ def _section_of(tree: Mapping, name: str) -> Mapping:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset; a key given twice is a mistake, where PyYAML silently keeps the last."""
+    """YAML's safe subset without its traps: a key given twice is a mistake, where PyYAML silently keeps the last; so
+    are aliases that multiply, and whole numbers in base 60 (4:00 is 240). Dates are the text that they are.
+    """
 
-    def construct_mapping(self, node, deep=False):
-        merge = "tag:yaml.org,2002:merge"  # << may bring a key that this mapping overrides
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        size, depth = self._measure(root, {}) if root is not None else (0, 0)
+        if size > MOST_NODES:
+            self._fail(f"it holds more than {MOST_NODES:,} values, aliases counted each time", root)
+        if depth > MOST_LEVELS:
+            self._fail(f"it is nested more than {MOST_LEVELS} levels deep", root)
+        return root
+
+    def _measure(self, node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
+        """(nodes, levels) of the tree under `node`, every alias counted as what it stands for."""
+        if node not in known:
+            known[node] = (0, 0)  # is being measured
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.MappingNode):
+                children = [part for pair in children for part in pair]
+            sizes = [self._measure(child, known) for child in children]
+            known[node] = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+        elif known[node] == (0, 0):
+            self._fail("an alias stands for something that contains it", node)
+        return known[node]
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == f"{_TAG}merge":  # << may bring a key that this mapping overrides
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                self._fail(f"key {_show(key)} is no text; quote it", key_node)
+            if key in seen:
+                self._fail(f"key '{key}' is given twice", node)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def _number(self, node: yaml.Node) -> int | float:
+        kind = node.tag.rpartition(":")[2]
+        text = self.construct_scalar(node)
+        if ":" in text:
+            self._fail(f"{text} would be read in base 60; write one number, or quote it as text", node)
+        return getattr(super(), f"construct_yaml_{kind}")(node)
 
-def _read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> dict:
-    if path.resolve() in seen:
-        problems.append(f"{path}: _BASE_ leads back to this file; remove one of the _BASE_ lines")
+    @staticmethod
+    def _fail(reason: str, node: yaml.Node) -> None:
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+
+
+_TAG = "tag:yaml.org,2002:"
+_StrictLoader.add_constructor(f"{_TAG}int", _StrictLoader._number)
+_StrictLoader.add_constructor(f"{_TAG}float", _StrictLoader._number)
+_StrictLoader.add_constructor(f"{_TAG}timestamp", yaml.SafeLoader.construct_yaml_str)
+for _kind_of_value in ("binary", "set", "omap", "pairs"):  # nothing here takes them
+    _StrictLoader.add_constructor(_TAG + _kind_of_value, yaml.SafeLoader.construct_undefined)
+
+
+def _read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = (), read: list[Path] | None = None) -> dict:
+    """The tree of `path` over those of its _BASE_ files. `seen`: the files that led here; `read`: all of them."""
+    read = [] if read is None else read
+    wanted = f"an existing YAML file as _BASE_ of {seen[-1]}" if seen else "an existing YAML file with --cfg"
+    read.append(path)
+    if len(read) > MOST_FILES:
+        problems.append(f"{path}: _BASE_ brings in more than {MOST_FILES} files; remove some of the _BASE_ lines")
         return {}
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); pass an existing YAML file with --cfg")
+        with files.open_regular(path, wanted) as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{path}: is larger than {MOST_BYTES:,} bytes; pass {wanted}")
+        if path.resolve() in seen:
+            raise UserError(f"{path}: _BASE_ leads back to this file; remove one of the _BASE_ lines")
+        tree = yaml.load(data.decode(), Loader=_StrictLoader)
+    except UserError as error:
+        problems += error.lines
         return {}
     except UnicodeDecodeError:
-        problems.append(f"{path}: is not UTF-8 text; pass a YAML file with --cfg")
+        problems.append(f"{path}: is not UTF-8 text; pass {wanted}")
         return {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problems.append(f"{path}: is not valid YAML: {' '.join(str(error).split())}")
+    except Exception as error:  # PyYAML lets through what int(), bool and recursion raise
+        problems.append(f"{path}: cannot be read, for it is not valid YAML: {' '.join(str(error).split())}")
         return {}
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -210,8 +297,8 @@ def _read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> 
         problems.append(f"{path}: _BASE_ must be a path or a list of paths")
         return tree
     merged: dict = {}
-    for base in bases:
-        merged = _overlay(merged, _read_yaml(path.parent / base, problems, (*seen, path.resolve())))
+    for base in bases[: MOST_FILES + 1]:
+        merged = _overlay(merged, _read_yaml(path.parent / base, problems, (*seen, path.resolve()), read))
     return _overlay(merged, tree)
 
 
@@ -229,7 +316,7 @@ def _parse_opts(opts: Sequence, problems: list[str]) -> list[dict]:
         problems.append(f"command line: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
     trees = []
     for key, value in zip(opts[::2], opts[1::2], strict=False):
-        if not isinstance(key, str) or key.startswith("-"):
+        if not isinstance(key, str) or key.startswith("-") or key.count(".") > MOST_LEVELS:
             problems.append(f"command line: '{key}' is not a key; overrides are KEY VALUE pairs such as SOLVER.LR 0.1")
             continue
         for part in reversed(key.split(".")):
@@ -245,14 +332,16 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> str:
         return ""  # _merge reports the wrong type
     text = ""
     for plugin in plugins:
-        path = next((p for p in (Path(str(plugin)), folder / str(plugin)) if p.is_file()), None)
+        path = next((p for p in (Path(str(plugin)), folder / str(plugin)) if os.path.isfile(p)), None)
         if path is None or path.suffix != ".py":
             problems.append(f"EXPERIMENT.PLUGINS: '{plugin}' is not an existing .py file")
             continue
         try:
             importlib.import_module("mdistiller.distillers").load_plugin(path)
             text += path.read_text(encoding="utf-8")
-        except Exception as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
             problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}")
     return text
 
@@ -278,12 +367,14 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
         else:
             try:
                 node[key] = _coerce(value, node[key])
-            except TypeError:
+            except (TypeError, OverflowError):
                 wanted = _kind(node[key])
-                problems.append(f"{full}: must be {wanted}, such as {node[key]!r}; got {value!r} ({source})")
+                problems.append(f"{full}: must be {wanted}, such as {node[key]!r}; got {_show(value)} ({source})")
 
 
 def _unknown_key(full: str, is_section: bool) -> str:
+    if len(full) > 100:  # nothing is near it, and looking takes long
+        return f"unknown {'section' if is_section else 'key'}"
     sections = {key[: match.start()] for key in leaves(CFG) for match in re.finditer(r"\.", key)}
     close = registry.nearest(full, sections if is_section else leaves(CFG))
     if not close and not is_section:  # the section may be what is wrong: look for the last part anywhere
@@ -298,13 +389,31 @@ def _decode(text: object) -> object:
     if not isinstance(text, str):
         return text
     try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a text may look like odd Python
+            value = ast.literal_eval(text.strip())
+        return value if _is_plain(value) else text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return {"true": True, "false": False}.get(text.strip().lower(), text)
 
 
 def _decode_tree(value: object) -> object:
     return {k: _decode_tree(v) for k, v in value.items()} if isinstance(value, Mapping) else _decode(value)
+
+
+def _is_plain(value: object) -> bool:
+    """Of what YAML can hold: no set, no bytes, no complex number."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _show(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no decimal of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _kind(default: object) -> str:
@@ -335,9 +444,11 @@ def _coerce(value: object, default: object) -> object:
 
 
 _POSITIVE = "must be greater than 0"
+_SIZES = "must be two sizes of 8 or more and 1,024 at most, such as (32, 32)"
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
 _RULES = (
     # key, test, what to type instead
-    ("SOLVER.EPOCHS", lambda v: v >= 1, "must be at least 1"),
+    ("SOLVER.EPOCHS", lambda v: 1 <= v < 2**20, "must be at least 1, and below 2**20"),
     ("SOLVER.BATCH_SIZE", lambda v: v >= 1, "must be at least 1"),
     ("DATASET.TEST.BATCH_SIZE", lambda v: v >= 1, "must be at least 1"),
     ("DATASET.NUM_WORKERS", lambda v: v >= 0, "must be 0 or more"),
@@ -351,16 +462,17 @@ _RULES = (
         "must be epochs in rising order, each 1 or more, such as [150, 180, 210]",
     ),
     ("AT.P", lambda v: v > 0, _POSITIVE),
-    ("CRD.NCE.K", lambda v: v >= 1, "must be at least 1"),
-    ("CRD.FEAT.DIM", lambda v: v >= 1, "must be at least 1"),
-    ("FITNET.INPUT_SIZE", lambda v: len(v) == 2 and min(v) >= 8, "must be two sizes of 8 or more, such as (32, 32)"),
-    ("VID.INPUT_SIZE", lambda v: len(v) == 2 and min(v) >= 8, "must be two sizes of 8 or more, such as (32, 32)"),
+    ("CRD.NCE.K", lambda v: 1 <= v <= 2**20, "must be at least 1, and at most 2**20"),
+    ("CRD.FEAT.DIM", lambda v: 1 <= v <= 2**16, "must be at least 1, and at most 2**16"),
+    ("FITNET.INPUT_SIZE", lambda v: len(v) == 2 and 8 <= min(v) <= max(v) <= 2**10, _SIZES),
+    ("VID.INPUT_SIZE", lambda v: len(v) == 2 and 8 <= min(v) <= max(v) <= 2**10, _SIZES),
     ("TEMPERATURE.ERRATUM.MARGIN", lambda v: 0 < v <= 1, "must be in (0, 1]"),
     ("TEMPERATURE.SHARPNESS.MARGIN", lambda v: 0 < v < 0.5, "must be in (0, 0.5)"),
     ("TEMPERATURE.SHARPNESS.ITERATIONS", lambda v: v >= 1, "must be at least 1"),
     ("LOG.TENSORBOARD_FREQ", lambda v: v >= 1, "must be at least 1"),
     ("LOG.SAVE_CHECKPOINT_FREQ", lambda v: v >= 1, "must be at least 1"),
     ("LOG.PREFIX", bool, "must name a folder"),
+    ("EXPERIMENT.PLUGINS", lambda v: all(isinstance(p, str) for p in v), "must be paths of .py files"),
     ("SEED", lambda v: 0 <= v < 2**32, "must be in [0, 2**32)"),
     ("DEVICE", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "must be auto, cpu, cuda, cuda:N or mps"),
 )
@@ -386,18 +498,23 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     flat = leaves(cfg)
     for key, value in flat.items():
         last = key.rsplit(".", 1)[-1]
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
-            yield f"{key}: must be a finite number; got {value!r}"
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [n for n in parts if isinstance(n, (int, float))]
+        if any(isinstance(text, str) and _CONTROL.search(text) for text in parts):
+            yield f"{key}: must be text without control characters; got {_show(value)}"
+        elif any(isinstance(n, float) and not abs(n) < 1e38 for n in numbers):  # NaN, and what float32 cannot hold
+            yield f"{key}: must be a finite number, below 1e38; got {_show(value)}"
+        elif any(not -(2**62) < n < 2**62 for n in numbers):  # what a tensor's index can hold, and room to add
+            yield f"{key}: must be a whole number below 2**62; got {_show(value)}"
         elif isinstance(value, str):
             continue
-        elif last in ("T", "TEMPERATURE", "TEMPERATURES") and (not numbers or min(numbers) <= 0):
-            yield f"{key}: {_POSITIVE}; got {value!r}"
-        elif last.startswith("WARMUP") and value < 0:
-            yield f"{key}: must be 0 or more; got {value!r}"
+        elif last in ("T", "TEMPERATURE", "TEMPERATURES") and not (numbers == [*parts] and min(numbers, default=0) > 0):
+            yield f"{key}: {_POSITIVE}; got {_show(value)}"
+        elif last.startswith("WARMUP") and not (numbers and numbers[0] >= 0):
+            yield f"{key}: must be 0 or more; got {_show(value)}"
     for key, test, wanted in _RULES:
         if key in flat and not test(flat[key]):
-            yield f"{key}: {wanted}; got {flat[key]!r}"
+            yield f"{key}: {wanted}; got {_show(flat[key])}"
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
     if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
         yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
@@ -409,3 +526,12 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     for key in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
         if ".." in Path(flat[key]).parts or Path(flat[key]).is_absolute():
             yield f"{key}: must be a folder name below LOG.PREFIX; got {flat[key]!r}"
+    for key in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT"):
+        sizes = [len(part.encode(errors="replace")) for part in Path(flat[key]).parts]
+        if max(sizes, default=0) > 255 or sum(sizes) > 2000:
+            yield f"{key}: is longer than file names can be; got {_show(flat[key])}"
+    for key in ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT"):
+        try:
+            files.expand(flat[key])
+        except UserError as error:
+            yield f"{key}: {error}"

@@ -1,5 +1,6 @@
 """What a user did that cannot work, said in lines that name the thing to type instead."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,8 +12,14 @@ class UserError(Exception):
     prefix = "error: "
 
     def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(map(_one_line, lines))
+        super().__init__("\n".join(self.lines))
+
+
+def _one_line(text: str) -> str:
+    """What a file or an argument brought in must neither break the line, nor steer the terminal, nor flood it."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
 class ConfigError(UserError):
@@ -37,13 +44,22 @@ class Preempted(UserError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line tool: a UserError becomes its lines on stderr and its exit status; so does Ctrl-C."""
+    """Run a command-line tool: a UserError becomes its lines on stderr and its exit status; so does Ctrl-C. A reader
+    that stops early, as head does, ends it quietly.
+    """
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         for line in error.lines:
             print(f"{error.prefix}{line}", file=sys.stderr)
         raise SystemExit(error.status) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsent goes nowhere at exit
+        raise SystemExit(141) from None  # as of a process that SIGPIPE ended
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with --resume auto", file=sys.stderr)
         raise SystemExit(130) from None

@@ -10,16 +10,16 @@ from helpers import ROOT
 PACKAGE = ROOT / "mdistiller"
 MAY_IMPORT = {
     "errors": set(),
-    "files": set(),
     "registry": set(),
+    "files": {"errors"},
     "unpack": {"errors", "files"},
     "download": {"errors", "files", "unpack"},
-    "config": {"errors", "registry"},
+    "config": {"errors", "files", "registry"},
     "models": {"errors", "registry", "config"},
     "distillers": {"errors", "registry", "config", "models"},
-    "dataset": {"errors", "registry", "config", "download"},
+    "dataset": {"errors", "files", "registry", "config", "download"},
     "engine": {"errors", "files", "registry", "config", "models", "distillers", "dataset"},
-    "analysis": {"errors", "registry", "config", "models", "distillers", "dataset", "engine"},
+    "analysis": {"errors", "files", "registry", "config", "models", "distillers", "dataset", "engine"},
 }
 
 

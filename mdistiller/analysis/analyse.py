@@ -1,5 +1,6 @@
 """tools/analyze.py: from run folders to figures, tables and the report."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -79,7 +80,7 @@ def analyse(
     """
     check_opts(opts)
     check_out(out)
-    unique = list(dict.fromkeys(folder.resolve() for folder in folders))
+    unique = list(dict.fromkeys(Path(os.path.realpath(f)) if os.path.exists(f) else f for f in folders))
     groups, notes = group_runs([read_run(folder, opts) for folder in unique])
     table = results.results_table(groups, results.read_published(published))
     with tempfile.TemporaryDirectory() as temporary:
@@ -101,9 +102,9 @@ def analyse(
 
 def check_out(out: Path) -> None:
     """Raises UserError where `out` is no folder, or holds something other than an earlier report."""
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise UserError(f"-o {out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
+    if os.path.isdir(out) and any(out.iterdir()):
         report = out / "report.html"
         if not report.is_file() or GENERATOR not in report.read_text(encoding="utf-8", errors="replace")[:2000]:
             raise UserError(f"-o {out}: holds files that are no report; name a new folder")

@@ -2,25 +2,19 @@
 
 from pathlib import Path
 
-from yacs.config import CfgNode
-
-from mdistiller.engine.recorder import read_metrics
-from mdistiller.errors import UserError
+from mdistiller.analysis.runs import read_run
 
 HEAD = ("run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at epoch")
 
 
 def row_of(folder: Path) -> tuple[str, ...]:
     """The run's cells, in the order of HEAD. Raises UserError where the folder holds no finished epoch."""
-    rows = read_metrics(folder)
-    if not rows or not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no finished epoch here; pass run folders such as output/digits/none,res8")
-    cfg = CfgNode.load_cfg((folder / "config.yaml").read_text())
-    last = rows[-1]
+    run = read_run(folder)
+    cfg, last = run.cfg, run.rows[-1]
     epochs = f"{last['epoch']}/{cfg.SOLVER.EPOCHS}"
     teacher = "-" if cfg.DISTILLER.TYPE == "NONE" else cfg.DISTILLER.TEACHER
     names = (folder.name, cfg.DISTILLER.TYPE, teacher, cfg.DISTILLER.STUDENT, cfg.DATASET.TYPE, str(cfg.SEED), epochs)
-    return *names, f"{last['test_acc']:.2f}", f"{last['best_acc']:.2f}", str(last["best_epoch"])
+    return *names, f"{last['test_acc']:.2f}", f"{last['best_acc']:.2f}", str(last.get("best_epoch", "-"))
 
 
 def table(folders: list[Path]) -> str:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller import files
 from mdistiller.analysis.runs import Run
 from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
-from mdistiller.engine.builder import build_model
+from mdistiller.engine.builder import build_model, teacher_files
 from mdistiller.engine.checkpoint import load_weights
 from mdistiller.engine.device import prepare, resolve_device
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict, default_checkpoint
+from mdistiller.models import cifar_model_dict
 
 BATCH = 256
 MOST_CHECKPOINTS = 20
@@ -58,7 +59,7 @@ class Networks:
         if kind not in dataset_dict:
             raise Missing(f"data set '{kind}' is not known here")
         if (kind, root) not in self._data:
-            if kind != "digits" and not Path(root).expanduser().exists():
+            if kind != "digits" and not files.expand(root).exists():
                 raise Missing(f"no data set {kind} at {root}; point to it with --opts DATASET.ROOT PATH")
             try:
                 self._data[kind, root] = load_dataset(kind, root)
@@ -73,18 +74,17 @@ class Networks:
         raise Missing("no student_latest or student_best in its folder")
 
     def teacher_file(self, run: Run) -> Path:
-        """Where the training command would look: the named file, the released one, one trained for as many epochs."""
+        """Where the training command would look: the named file, the released one, the one that it trained."""
         cfg = run.cfg
         if cfg.DISTILLER.TYPE == "NONE":
             raise Missing("it has no teacher")
-        name, kind = cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE
-        chosen = [cfg.DISTILLER.TEACHER_CKPT] if cfg.DISTILLER.TEACHER_CKPT else []
-        usual = [default_checkpoint(name, kind), default_checkpoint(name, kind, cfg.SOLVER.EPOCHS)]
-        for file in map(Path, chosen or usual):
-            if file.expanduser().is_file():
-                return file.expanduser()
+        name, named = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_CKPT
+        candidates = [named] if named else teacher_files(cfg)
+        for file in map(files.expand, candidates):
+            if file.is_file():
+                return file
         raise Missing(
-            f"no checkpoint of the teacher {name} at {(chosen or usual)[-1]}; point to it with --opts "
+            f"no checkpoint of the teacher {name} at {candidates[0]}; point to it with --opts "
             "DISTILLER.TEACHER_CKPT FILE, or work in the folder that training was started in"
         )
 

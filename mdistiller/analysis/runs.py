@@ -1,14 +1,15 @@
 """Recorded runs, read from their folders, and the groups of seeds that may be averaged."""
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import yaml
 from yacs.config import CfgNode
 
-from mdistiller import config
+from mdistiller import config, files
 from mdistiller.analysis.statistics import Mean, mean_and_std
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.folder import PLACE
@@ -23,6 +24,7 @@ NEEDED = (
     "SEED", "DEVICE", "DATASET.TYPE", "DATASET.ROOT", "SOLVER.EPOCHS", "DISTILLER.TYPE", "DISTILLER.STUDENT",
     "DISTILLER.TEACHER", "DISTILLER.TEACHER_CKPT",
 )  # fmt: skip
+FIGURES = ("epoch", "test_acc", "best_acc", "train_acc", "train_loss")
 PARTS = {"target": " TCKD", "non_target": " NCKD"}
 
 
@@ -145,22 +147,23 @@ def read_run(folder: Path, opts: Sequence[str] = ()) -> Run:
     Raises UserError where the folder holds no finished epoch, or files of another kind.
     """
     file = folder / "config.yaml"
-    if not file.is_file() or not (folder / "metrics.jsonl").is_file():
+    if not os.path.isfile(file) or not os.path.isfile(folder / "metrics.jsonl"):
         raise UserError(f"{folder}: is no run's folder; pass folders such as output/digits/none,res8")
     try:
-        cfg = CfgNode.load_cfg(file.read_text())
+        cfg = config.read(file)
         for key in NEEDED:
             config.get(cfg, key)
-    except (yaml.YAMLError, AssertionError, AttributeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
+        key = config.misfit(cfg)
     except (KeyError, TypeError):
         raise UserError(f"{file}: is no configuration of this framework; it lacks {key}") from None
+    if key:
+        raise UserError(f"{file}: is no configuration of this framework; {key} is of another kind")
     try:
+        files.open_regular(folder / "metrics.jsonl", "a run's folder").close()
         rows = read_metrics(folder)
-        for row in rows:
-            for key in ("epoch", "test_acc", "best_acc", "train_acc", "train_loss"):
-                row[key] + 0  # a number
-    except (KeyError, TypeError, UnicodeDecodeError):
+        if not all(type(row["epoch"]) is int and all(math.isfinite(row[key]) for key in FIGURES) for row in rows):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{folder / 'metrics.jsonl'}: holds a line that is no epoch of this framework") from None
     if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
         raise UserError(f"{folder / 'metrics.jsonl'}: its epochs do not count 1, 2, 3, ...; the file is damaged")

@@ -32,7 +32,7 @@ def values_of(run: Run, name: str) -> np.ndarray:
     record = read_record(run.folder / RECORD)
     if not len(record.values):
         raise Missing("its temperature record holds no finished epoch yet")
-    if not set(SAVED) <= set(record.fields):
+    if not all(name in record.fields for name in SAVED):
         raise UserError(f"{run.folder / RECORD}: lacks one of the fields {', '.join(SAVED)}")
     return record.values[: run.epochs, record.fields.index(name)]
 

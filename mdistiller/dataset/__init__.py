@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+from mdistiller import files
 from mdistiller.dataset._images import Batch, Batches, ImageSet
 from mdistiller.registry import datasets as dataset_dict
 
@@ -14,7 +15,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 def load_dataset(name: str, root: str | Path) -> ImageSet:
     """The data set `name`, read from `root`. Raises UserError with one line where the files are missing or bad."""
-    return dataset_dict[name](Path(root).expanduser())
+    return dataset_dict[name](files.expand(root))
 
 
 __all__ = ["Batch", "Batches", "ImageSet", "dataset_dict", "load_dataset"]

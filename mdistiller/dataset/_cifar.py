@@ -1,5 +1,6 @@
 """CIFAR's files: the official binary version, or torchvision's where that lies there; else the former is fetched."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdistiller import download
+from mdistiller import download, files
 from mdistiller.dataset._images import ImageSet
 from mdistiller.errors import UserError
 
@@ -27,7 +28,8 @@ class BinaryLayout:
 
 def load(name: str, root: Path, layout: BinaryLayout, num_classes: int, mean: tuple, std: tuple) -> ImageSet:
     """`root` holds the binary version's folder (or is it), or the python version's; else the binary one is fetched."""
-    folder = next((f for f in (root, root / layout.folder) if (f / layout.test_file).is_file()), None)
+    names = (*layout.train_files, layout.test_file)
+    folder = next((f for f in (root, root / layout.folder) if any(os.path.lexists(f / name) for name in names)), None)
     if folder is None and (root / layout.python_folder).is_dir():
         train_images, train_labels = _torchvision(name, root, layout, train=True)
         test_images, test_labels = _torchvision(name, root, layout, train=False)
@@ -41,13 +43,11 @@ def load(name: str, root: Path, layout: BinaryLayout, num_classes: int, mean: tu
 
 def _records(path: Path, label_bytes: int, num_classes: int) -> tuple[Tensor, Tensor]:
     record = label_bytes + PIXELS
-    try:
-        size = path.stat().st_size
+    with files.open_regular(path, "the whole binary version as DATASET.ROOT") as file:
+        size = os.fstat(file.fileno()).st_size
         if size == 0 or size % record:
             raise UserError(f"{path}: {size:,} bytes is not a whole number of {record}-byte records; fetch it again")
-        data = np.fromfile(path, np.uint8).reshape(-1, record)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check DATASET.ROOT") from None
+        data = np.fromfile(file, np.uint8).reshape(-1, record)
     labels = data[:, label_bytes - 1].astype(np.int64)
     if labels.max() >= num_classes:
         raise UserError(f"{path}: holds label {labels.max()}, expected labels below {num_classes}; wrong file?")

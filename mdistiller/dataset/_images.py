@@ -46,7 +46,9 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     flat = images.numpy().reshape(-1, images.shape[-1])
     mean = flat.mean(0, dtype=np.float64) / 255
     # exact integer second moments: a float64 copy of the whole set would cost eight times its memory
-    square = np.stack([np.bincount(channel, minlength=256) for channel in flat.T]) @ (np.arange(256.0) ** 2)
+    parts = np.array_split(flat, 1 + len(flat) // 2**22)  # bincount makes each byte eight
+    counts = sum(np.stack([np.bincount(channel, minlength=256) for channel in part.T]) for part in parts)
+    square = counts @ (np.arange(256.0) ** 2)
     std = np.sqrt(np.maximum(square / len(flat) / 255**2 - mean**2, 0)).clip(min=1 / 255)
     return tuple(mean.tolist()), tuple(std.tolist())
 

@@ -1,15 +1,20 @@
 """A .npz file of images, as MedMNIST's are: train_images, train_labels, test_images, test_labels."""
 
+import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mdistiller import files
 from mdistiller.dataset._images import ImageSet, channel_statistics
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.errors import UserError
+
+SPLITS = ("train", "test")
+WANTED = tuple(f"{split}_{part}" for split in SPLITS for part in ("images", "labels"))
+MOST_EMPTY = 2**26  # bytes that may be all alike
 
 
 @register_dataset("npz")
@@ -19,16 +24,20 @@ def npz(root: Path) -> ImageSet:
     Grey images are repeated to three channels; mean and standard deviation are the training set's. Pickled arrays are
     refused.
     """
-    try:
-        file = np.load(root, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
+    with files.open_regular(root, "the .npz file itself as DATASET.ROOT") as file:
+        if file.read(6) == np.lib.format.MAGIC_PREFIX:
             raise UserError(f"{root}: is a single array; expected a .npz file with train_images, train_labels, ...")
-        with file:
-            sets = {split: _split(root, file, split) for split in ("train", "test")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise UserError(
-            f"{root}: is not a readable .npz file of plain arrays ({error}); point DATASET.ROOT to the file itself"
-        ) from None
+        try:
+            with zipfile.ZipFile(file) as archive:
+                arrays = _arrays(root, archive)
+        except UserError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy raise many kinds for foreign bytes
+            reason = str(error) or type(error).__name__
+            raise UserError(
+                f"{root}: is not a readable .npz file of plain arrays ({reason}); point DATASET.ROOT to the file itself"
+            ) from None
+    sets = {split: _split(root, arrays[f"{split}_images"], arrays[f"{split}_labels"], split) for split in SPLITS}
     train_images, train_labels = sets["train"]
     test_images, test_labels = sets["test"]
     if train_images.shape[1:] != test_images.shape[1:]:
@@ -41,13 +50,41 @@ def npz(root: Path) -> ImageSet:
     )  # whether a mirror image is still of its class, only the user knows
 
 
-def _split(path: Path, file: np.lib.npyio.NpzFile, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    missing = [name for name in (f"{split}_images", f"{split}_labels") if name not in file.files]
+def _arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    """The wanted members, each read after its header was found to fit the member and all of them the memory."""
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    missing = [name for name in WANTED if name not in members]
     if missing:
-        raise UserError(f"{path}: lacks {' and '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
-    images, labels = file[f"{split}_images"], file[f"{split}_labels"]
-    if not (isinstance(images, np.ndarray) and isinstance(labels, np.ndarray)):
-        raise UserError(f"{path}: {split}_images and {split}_labels must be arrays; fetch the file again")
+        raise UserError(f"{path}: lacks {' and '.join(missing)}; it holds {', '.join(members) or 'nothing'}")
+    for name in WANTED:
+        _check_header(path, archive, members[name], name)
+    files.check_fits(path, 3 * sum(members[name].file_size for name in WANTED))  # grey ones become three channels
+    arrays = {}
+    for name in WANTED:
+        with archive.open(members[name]) as member:
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
+
+
+def _check_header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
+    with archive.open(info) as member:
+        if member.read(6) != np.lib.format.MAGIC_PREFIX:
+            raise UserError(f"{path}: images and labels must be arrays, and {name} is none; fetch the file again")
+        version = tuple(member.read(2))
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise UserError(f"{path}: {name} has array format {version}; save it again with numpy.savez")
+        shape, _, dtype = readers[version](member)
+        declared, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+    if dtype.hasobject:
+        raise UserError(f"{path}: {name} holds Python objects (allow_pickle), which may run code; save plain numbers")
+    if min(shape, default=0) < 0 or declared != held:
+        raise UserError(f"{path}: {name} declares {declared:,} bytes and holds {held:,}; fetch the file again")
+    if held > MOST_EMPTY and held > 500 * info.compress_size:
+        raise UserError(f"{path}: {name} swells from {info.compress_size:,} to {held:,} bytes; no photographs do")
+
+
+def _split(path: Path, images: np.ndarray, labels: np.ndarray, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:

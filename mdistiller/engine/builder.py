@@ -12,7 +12,7 @@ from torch import nn
 from yacs.config import CfgNode
 from yaml import YAMLError
 
-from mdistiller.config import expand, leaves
+from mdistiller.config import leaves
 from mdistiller.dataset import Batch, Batches, ImageSet, load_dataset
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine import checkpoint
@@ -27,7 +27,7 @@ from mdistiller.engine.stop import Stop
 from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import RunFailed, UserError
-from mdistiller.files import link
+from mdistiller.files import expand, link
 from mdistiller.models import cifar_model_dict, default_checkpoint
 
 
@@ -217,11 +217,9 @@ def find_teacher(cfg: CfgNode, path: Path) -> Path:
     """The teacher's checkpoint; trained first if it is missing and DISTILLER.TRAIN_TEACHER says so. `path`: the
     student's run folder, which has to be writable before a teacher is trained for it.
     """
-    name, dataset = cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE
-    published = Path(default_checkpoint(name, dataset))
-    alone = teacher_config(cfg)
-    trained = published.with_name(f"{alone.EXPERIMENT.NAME}.pth")
-    chosen = expand(cfg.DISTILLER.TEACHER_CKPT, "DISTILLER.TEACHER_CKPT") if cfg.DISTILLER.TEACHER_CKPT else None
+    name, alone = cfg.DISTILLER.TEACHER, teacher_config(cfg)
+    published, trained = teacher_files(cfg)
+    chosen = expand(cfg.DISTILLER.TEACHER_CKPT) if cfg.DISTILLER.TEACHER_CKPT else None
     if chosen and chosen.is_dir():
         raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
     train_it = cfg.DISTILLER.TRAIN_TEACHER
@@ -240,6 +238,12 @@ def find_teacher(cfg: CfgNode, path: Path) -> Path:
     check_writable(path, "LOG.PREFIX")
     check_writable(target, "DISTILLER.TEACHER_CKPT")
     return train_teacher(alone, target)
+
+
+def teacher_files(cfg: CfgNode) -> tuple[Path, Path]:
+    """Where a teacher lies that no TEACHER_CKPT names: the published one; the one that TRAIN_TEACHER trains."""
+    published = Path(default_checkpoint(cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE))
+    return published, published.with_name(f"{teacher_config(cfg).EXPERIMENT.NAME}.pth")
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

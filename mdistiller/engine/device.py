@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"DEVICE: must be auto, cpu, cuda, cuda:N or mps; got '{name}'") from None
     present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (device.index or 0) >= present[device.type]:
+    if (device.index or 0) >= present.get(device.type, 0):
         raise UserError(f"DEVICE: this machine has no {name}; set DEVICE auto")
     return device
 

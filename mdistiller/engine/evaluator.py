@@ -56,8 +56,8 @@ def evaluate_checkpoint(
     for registry, name in ((cifar_model_dict, model), (dataset_dict, dataset)):
         if name not in registry:
             raise UserError(unknown(registry.kind, name, registry))
-    if batch_size < 1:
-        raise UserError(f"-bs: must be at least 1; got {batch_size}")
+    if not 1 <= batch_size < 2**31:
+        raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
     path = default_checkpoint(model, dataset) if file == "pretrain" else file
     data = load_dataset(dataset, root)
     network = cifar_model_dict[model][0](num_classes=data.num_classes)

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from yacs.config import CfgNode
-from yaml import YAMLError
 
-from mdistiller import __version__, config
+from mdistiller import __version__, config, files
 from mdistiller.engine.terminal import say
 from mdistiller.errors import UserError
 from mdistiller.files import remove_leftovers, write_atomic
@@ -39,9 +38,9 @@ def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
     name = "".join("_" if c in "/\\\0" else c for c in name.replace(" ", ""))
     if name.strip(".") == "" or not name.isprintable():
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
-    if len(name) > 200:
-        raise UserError("the run's name would exceed 200 characters; give it one with EXPERIMENT.NAME")
-    return config.expand(cfg.LOG.PREFIX, "LOG.PREFIX") / cfg.EXPERIMENT.PROJECT / name
+    if len(name.encode()) > 200:
+        raise UserError("the run's name would exceed 200 bytes; give it one with EXPERIMENT.NAME")
+    return files.expand(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT / name
 
 
 def check_writable(path: Path, key: str) -> None:
@@ -109,10 +108,13 @@ class RunFolder:
         """Raises UserError where `cfg` would compute something else than the run's config.yaml says."""
         file = self.path / "config.yaml"
         try:
-            then = config.leaves(CfgNode.load_cfg(file.read_text()))
-        except (OSError, ValueError, AttributeError, AssertionError, YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--resume: {file} cannot be read ({reason}); start a new run without --resume") from None
+            then = config.read(file)
+        except UserError as error:
+            raise UserError(f"--resume: {error}; start a new run without --resume") from None
+        bad = config.misfit(then)
+        if bad:
+            raise UserError(f"--resume: {file}: {bad} holds a value of another kind; start a new run without --resume")
+        then = config.leaves(then)
         now = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
         ignored = (*PLACE, "SOLVER.EPOCHS")
         if cfg.DISTILLER.TYPE == "NONE":  # reads no method's section
@@ -134,7 +136,7 @@ class RunFolder:
         sessions = []
         if resume:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: nothing depends on it
-                sessions = list(json.loads(file.read_text())["sessions"])
+                sessions = [dict(session) for session in json.loads(file.read_text())["sessions"]]
         sessions.append(environment(device))
         body = {**sessions[0], "seed": seed, "sha256": origin, "sessions": sessions}
         write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")

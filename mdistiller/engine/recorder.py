@@ -43,6 +43,8 @@ class Recorder:
     def __init__(self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None):
         self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
         self.rows = [row for row in read_metrics(folder) if row["epoch"] <= done]
+        if len(self.rows) < done:
+            say(f"warning: {folder / 'metrics.jsonl'} lacks the rows of {done - len(self.rows)} finished epochs")
         worklog = folder / "worklog.txt"
         self.text = worklog.read_bytes()[:log].decode(errors="replace") if log and worklog.exists() else ""
         self._write_rows()
@@ -133,14 +135,17 @@ class Recorder:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last line that a crash cut short is left out."""
+    """The rows of metrics.jsonl, up to the first line that is none, such as one that a crash cut short."""
     file = folder / "metrics.jsonl"
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+            break
+        rows.append(row)
     return rows
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mdistiller.distillers._common import Temperatures, bounded
 from mdistiller.errors import UserError
+from mdistiller.files import open_regular
 
 HEADER = 4096
 SAVED = ("t_student", "t_teacher", "max_student", "max_teacher")
@@ -112,20 +113,17 @@ class Record(NamedTuple):
 
 def read_record(path: Path) -> Record:
     """The finished epochs of a record. Raises UserError where the file is missing or is none."""
-    try:
-        with open(path, "rb") as file:
+    with open_regular(path, "a run recorded with LOG.TEMPERATURE samples") as file:
+        try:
             header = json.loads(file.read(HEADER))
-        fields, samples = tuple(header["fields"]), int(header["samples"])
-        block = 2 * len(fields) * samples
-        if header["format"] != 1 or header["dtype"] != "<f2" or block <= 0:
-            raise ValueError("unknown format")
-        epochs = (path.stat().st_size - HEADER) // block
-        shape = (epochs, len(fields), samples)
-        values = np.memmap(path, "<f2", "r", HEADER, shape) if epochs > 0 else np.empty((0, *shape[1:]), "<f2")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); record a run with LOG.TEMPERATURE samples"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no temperature record ({error})") from None
-    return Record(fields, values)
+            fields, samples = header["fields"], header["samples"]
+            if (header["format"], header["dtype"], type(samples), type(fields)) != (1, "<f2", int, list) or samples < 1:
+                raise ValueError("unknown format")
+            if not fields or not all(type(name) is str for name in fields):
+                raise ValueError("its fields are no names")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: is no temperature record ({error})") from None
+        epochs = (os.fstat(file.fileno()).st_size - HEADER) // (2 * len(fields) * samples)
+    shape = (epochs, len(fields), samples)
+    values = np.memmap(path, "<f2", "r", HEADER, shape) if epochs > 0 else np.empty((0, *shape[1:]), "<f2")
+    return Record(tuple(fields), values)

@@ -252,7 +252,7 @@ class Trainer:
                 self.buffer.values.copy_(progress["temperatures"])
             for key in KEPT:
                 setattr(self, key, state[key])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{path}: is no checkpoint of this run ({reason}); start anew without --resume") from None
         for name, key in (("data", "DATASET.ROOT"), ("teacher", "DISTILLER.TEACHER_CKPT")):

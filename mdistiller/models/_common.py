@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from mdistiller.registry import cifar_models
 
 
-def default_checkpoint(name: str, dataset: str = "cifar100", epochs: int = 240) -> str:
+def default_checkpoint(name: str, dataset: str = "cifar100") -> str:
     """Where the teacher `name` for `dataset` lies, relative to the working directory; mdistiller's layout."""
     folder = "cifar" if dataset == "cifar100" else dataset
-    return f"download_ckpts/{folder}_teachers/{name}_vanilla/ckpt_epoch_{epochs}.pth"
+    return f"download_ckpts/{folder}_teachers/{name}_vanilla/ckpt_epoch_240.pth"
 
 
 def register_model(constructor: Callable) -> Callable:
