@@ -98,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(key, value)
         self.end_headers()
         rest = rest[: how.get("cut", len(rest))]
+        if "gate" in how:
+            how["gate"].wait(60)
         pace = how.get("pace")
         for at in range(0, len(rest), pace or len(rest) or 1):
             self.wfile.write(rest[at : at + (pace or len(rest))])
@@ -445,16 +447,21 @@ def test_leftovers_of_a_kill_after_the_last_step_go(tmp_path, server):
     assert not (tmp_path / ".cifar_teachers.unpacking").exists()
 
 
-def test_two_at_once(tmp_path, server):
-    server.plan = [{"pace": 10_000}]
+def test_two_at_once(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", (60, 60))
+    server.plan = [{"gate": threading.Event()}]
+    gate = server.plan[0]["gate"]
     first = threading.Thread(target=fetch, args=("teachers", tmp_path, server.url))
     first.start()
     wait_for(lambda: server.log)
-    second = run(tmp_path, server)
+    command = [*TOOL, "teachers", "--to", str(tmp_path), "--mirror", server.url]
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "waiting" in second.stdout.readline()
+    gate.set()
     first.join()
-    assert second.returncode == 0, second.stderr
-    assert "waiting" in second.stdout
-    assert "complete, 2 files" in second.stdout
+    said, errors = second.communicate(timeout=60)
+    assert (second.returncode, errors) == (0, "")
+    assert "complete, 2 files" in said
     assert len(server.log) == 1
     check_teachers(tmp_path)
 
