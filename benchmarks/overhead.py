@@ -1,0 +1,119 @@
+"""What a run's records cost: the temperature record in every step, and all that is kept at an epoch's end.
+
+python3 benchmarks/overhead.py [--pair resnet20 resnet8] [--amp bf16] [--folder .] [--json FILE]
+
+Random images in CIFAR-100's numbers, DTKD, batch 64. Each round times `steps` steps without and with LOG.TEMPERATURE
+samples, in turn; the cost is the median over rounds of their ratio. Then an epoch's end is timed as often, in a folder
+on the disk at hand: the record's figures and its block of the file, rows, log and checkpoints, with metrics.jsonl and
+worklog.txt as long as those of a run of 240 epochs are on average, 120 rows. An epoch is 782 steps.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from mdistiller.config import load
+from mdistiller.dataset import ImageSet
+from mdistiller.engine import builder
+from mdistiller.engine.device import resolve_device
+from mdistiller.engine.evaluator import Scores
+from mdistiller.engine.recorder import Recorder
+from mdistiller.engine.solver import set_lr
+from mdistiller.engine.step import Meter
+from mdistiller.engine.temperature import RecordFile
+from mdistiller.engine.trainer import Trainer
+
+TRAIN, TEST, CLASSES, BATCH = 50_000, 10_000, 100, 64
+
+
+def build(teacher: str, student: str, amp: str, folder: Path) -> Trainer:
+    opts = ["DISTILLER.TYPE", "DTKD", "DISTILLER.TEACHER", teacher, "DISTILLER.STUDENT", student, "SOLVER.AMP", amp]
+    cfg = load(None, [*opts, "LOG.TEMPERATURE", "samples"])
+    images = [torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8) for n in (TRAIN, TEST)]
+    labels = [torch.arange(n) % CLASSES for n in (TRAIN, TEST)]
+    data = ImageSet(images[0], labels[0], images[1], labels[1], CLASSES, (0.5,) * 3, (0.25,) * 3)
+    device = resolve_device("auto")
+    trainer = builder.build_trainer(cfg, builder.build_distiller(cfg, data, None, device), data, device, folder)
+    set_lr(trainer.step.optimizer, 1e-3)
+    trainer.distiller.train()
+    return trainer
+
+
+def step_seconds(trainer: Trainer, steps: int, recording: bool) -> float:
+    """Of one step, behind a first one that is not counted."""
+    trainer.step.temperatures = trainer.buffer if recording else None
+    trainer.distiller.observer = None
+    meter = Meter()
+    for number, batch in zip(range(steps + 1), trainer.train_batches.epoch(1), strict=False):
+        if number == 1:
+            meter.read()  # waits for the device
+            begin = time.perf_counter()
+        trainer.step(batch, 20, meter)
+    meter.read()
+    return (time.perf_counter() - begin) / steps
+
+
+def end_seconds(trainer: Trainer, recorder: Recorder, record: RecordFile) -> tuple[float, float]:
+    """Of the record's part of an epoch's end, and of the rest."""
+    row = {"epoch": trainer.epoch + 1, "lr": 0.1, "train_loss": 1.0, "train_acc": 1.0, "images_per_second": 1.0}
+    row |= {"epoch_seconds": 1.0, "train_losses": {"loss/loss_ce": 1.0, "loss/loss_kd": 1.0}}
+    row |= trainer.score(Scores(trainer.epoch, 50.0, 1.0))  # the best so far: the costliest kind
+    begin = time.perf_counter()
+    row["temperature"] = trainer.buffer.summary()
+    recorder.histograms(trainer.epoch, trainer.buffer)
+    record.append(trainer.buffer)
+    middle = time.perf_counter()
+    recorder.end_epoch(row, 0)
+    trainer.save(recorder)
+    if len(recorder.rows) == 1:
+        recorder.rows *= 120
+        recorder.text *= 120
+    return middle - begin, time.perf_counter() - middle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", nargs=2, default=["resnet20", "resnet8"], metavar=("TEACHER", "STUDENT"))
+    parser.add_argument("--amp", default="bf16", choices=["none", "bf16"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--folder", type=Path, default=Path("."), help="where the files are written, then removed")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=a.folder) as name:
+        trainer = build(*a.pair, a.amp, Path(name))
+        pairs = [
+            [step_seconds(trainer, a.steps, recording) for recording in (False, True)] for _ in range(a.rounds + 1)
+        ]
+        recorder, record = Recorder(Path(name), 240), RecordFile(Path(name) / "temperatures.bin", TRAIN)
+        ends = [end_seconds(trainer, recorder, record) for _ in range(a.rounds + 1)][1:]
+        sizes = {file: (Path(name) / file).stat().st_size for file in ("latest", "student_latest", "temperatures.bin")}
+    sizes["temperatures.bin"] = sizes["temperatures.bin"] // (a.rounds + 1) * 240  # its header of 4 KB aside
+    ratios = sorted(100 * (on / off - 1) for off, on in pairs[1:])
+    epoch = len(trainer.train_batches) * statistics.median(off for off, _ in pairs[1:])
+    device = trainer.step.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    head = f"{' -> '.join(a.pair)}, {a.amp}, {a.rounds} rounds of {a.steps} steps; {where}; torch {torch.__version__}, "
+    print(head := head + f"{torch.get_num_threads()} threads")
+    print(f"an epoch's training          {epoch:8.1f} s")
+    print(f"the record in a step         {statistics.median(ratios):8.2f} %    {ratios[0]:.2f} - {ratios[-1]:.2f}")
+    shares = {}
+    for title, times in zip(("the record at its end", "rows, log, checkpoints"), zip(*ends, strict=True), strict=True):
+        ms = sorted(1000 * t for t in times)
+        shares[title] = statistics.median(ms) / 10 / epoch
+        print(f"{title:<29}{shares[title]:8.3f} %    {statistics.median(ms):.1f} ms, {ms[0]:.1f} - {ms[-1]:.1f}")
+    for file, size in sizes.items():
+        print(f"{file + ', 240 epochs' * (file[0] == 't'):<29}{size / 1e6:8.2f} MB")
+    if a.json:
+        figures = {"measured": head, "epoch_s": epoch, "step_cost_percent": ratios, "share_percent": shares}
+        a.json.write_text(json.dumps(figures | {"bytes": sizes}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
