@@ -32,6 +32,14 @@ class RunFailed(UserError):
     status = 1
 
 
+class DamagedFile(UserError):
+    """A file of ours that no longer holds what was written to it."""
+
+
+class FolderInUse(UserError):
+    """Another process trains in that folder."""
+
+
 class TrainingDiverged(RunFailed):
     """The loss is no longer a finite number."""
 
@@ -54,12 +62,21 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        for line in error.lines:
-            print(f"{error.prefix}{line}", file=sys.stderr)
+        _complain(*(error.prefix + line for line in error.lines))
         raise SystemExit(error.status) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsent goes nowhere at exit
         raise SystemExit(141) from None  # as of a process that SIGPIPE ended
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on from its last checkpoint with --resume auto", file=sys.stderr)
+        _complain("interrupted; a training run goes on from its last checkpoint with --resume auto")
         raise SystemExit(130) from None
+
+
+def _complain(*lines: str) -> None:
+    """To stderr, where somebody still reads that: the exit status must not depend on it."""
+    try:
+        for line in lines:
+            print(line, file=sys.stderr)
+        sys.stderr.flush()
+    except (OSError, AttributeError):  # a pipe or terminal that is gone; None: closed by the caller
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115

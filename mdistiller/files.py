@@ -1,5 +1,6 @@
 """Files: ours, which are there whole or not at all, and those that others made, which may be anything."""
 
+import errno
 import os
 import shutil
 import stat
@@ -56,6 +57,9 @@ def sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
     finally:
         os.close(folder)
 

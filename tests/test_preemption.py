@@ -18,7 +18,7 @@ from helpers import ROOT, digits_opts, outcome, same, save_teacher, tool
 from mdistiller import config
 from mdistiller.dataset import load_dataset
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import builder, checkpoint
+from mdistiller.engine import builder, checkpoint, trainer
 from mdistiller.engine.builder import train
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.stop import Stop
@@ -73,7 +73,7 @@ def test_every_method_goes_on_at_the_very_step(small, tmp_path, monkeypatch, met
     opts = [*small, "DISTILLER.TYPE", method]
     whole = run(opts, tmp_path / "whole")
     for items in (2, 2):  # after step 2 of epoch 1; then in its evaluation, which comes again
-        monkeypatch.setattr(builder, "Stop", stopping_after(items))
+        monkeypatch.setattr(trainer, "Stop", stopping_after(items))
         with pytest.raises(Preempted, match="SIGTERM in epoch 1"):
             run(opts, tmp_path / "parts", resume="auto")
     monkeypatch.undo()
@@ -399,9 +399,9 @@ def test_stop_names_the_step_and_the_tensor_and_keeps_the_batch(small, tmp_path,
     real = builder.Trainer.diverged
     monkeypatch.setattr(builder.Trainer, "diverged", lambda self, *a: (hurt(self), real(self, *a)))
 
-    def hurt(trainer):  # what went bad comes from a weight, so that the step repeats
+    def hurt(run):  # what went bad comes from a weight, so that the step repeats
         with torch.no_grad():
-            trainer.distiller.student.layer1[0].conv1.weight[0, 0, 0, 0] = value
+            run.distiller.student.layer1[0].conv1.weight[0, 0, 0, 0] = value
 
     poisoned(monkeypatch, 4, value)
     with pytest.raises(TrainingDiverged, match=r"epoch 2, step 2 of 3: .*loss_ce.*'student\.layer1\.0\.conv1\.weight'"):

@@ -23,8 +23,8 @@ def main() -> None:
     )  # fmt: skip
     words = sys.argv[1:]
     for place in [place for place, word in enumerate(words) if word == "--resume"][::-1]:
-        auto = words[place + 1 : place + 2] == ["auto"]  # a bare --resume takes no KEY for its value
-        words[place : place + 1 + auto] = ["--resume=auto" if auto else "--resume=last"]
+        value = words[place + 1] if words[place + 1 : place + 2] in (["auto"], ["last"]) else ""
+        words[place : place + 1 + bool(value)] = [f"--resume={value or 'last'}"]  # no KEY is its value
     arguments, opts = parser.parse_known_args(words)  # not argparse's own: -1e-3 looks like an option to it
     flags = [word for word in opts if word.startswith("--")]
     if flags:

@@ -100,7 +100,7 @@ def epochs_chart(found: dict[int, tuple[Group, OverEpochs]]) -> Chart:
             for number, (group, over) in found.items()
             if key in over.figures
         ]
-        panels += [Panel(title, "epoch", label, series)] if series else []
+        panels += [Panel(title, "epoch", label, series, y_range=share_range(key, series))] if series else []
     return Chart(
         "temperature-epochs",
         SECTION,
@@ -327,3 +327,9 @@ def extremes(samples: Samples, count: int = 16) -> list[tuple[str, np.ndarray]]:
         (f"highest temperature of the {side}", order[:count]),
         (f"lowest temperature of the {side}", order[::-1][:count]),
     ]
+
+
+def share_range(key: str, series: list[Series]) -> tuple[float, float] | None:
+    """A share's axis starts at 0, also where nothing but 0 is on it; other figures choose their own."""
+    most = max((float(np.max(s.y)) for s in series), default=0.0)
+    return (0.0, 1.05 * most or 1.0) if key == "fell_back" else None

@@ -17,7 +17,7 @@ def centred_unit(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     centred = x - x.mean(dim, keepdim=True)
     square = centred.square().sum(dim, keepdim=True)
     rounding = 16 * torch.finfo(x.dtype).eps * x.detach().norm(dim=dim, keepdim=True)
-    sound = square > rounding.clamp(min=MIN_NORM).square()
+    sound = ~(square <= rounding.clamp(min=MIN_NORM).square())  # NaN is not constant: it must show
     # chosen before the root: its gradient at 0 is infinite even where it is not used
     norm = torch.where(sound, square, 1.0).sqrt()
     return torch.where(sound, centred / norm, 0.0), sound

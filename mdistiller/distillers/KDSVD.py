@@ -23,7 +23,9 @@ def leading_vectors(f: Tensor, count: int) -> tuple[Tensor, Tensor]:
     x = x / x.detach().flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
     a = x.mT @ x  # (B, W, W), trace 1
     with torch.no_grad():
-        square, basis = (part.flip(-1) for part in torch.linalg.eigh(a))
+        finite = a.isfinite().all()  # eigh raises for NaN, which is the loss's to show
+        square, basis = (part.flip(-1) for part in torch.linalg.eigh(torch.where(finite, a, 0.0)))
+        basis = torch.where(finite, basis, torch.nan)
         basis = basis * torch.where(basis.sum(1, keepdim=True) < 0, -1.0, 1.0).to(a.dtype)
         leading, v = square[:, None, :count], basis[:, :, :count]
         gap = leading - square[:, :, None]  # (B, W, n)

@@ -4,29 +4,29 @@ import contextlib
 import inspect
 import os
 import re
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
-from yaml import YAMLError
 
-from mdistiller.config import leaves
+from mdistiller import config
 from mdistiller.dataset import Batch, Batches, ImageSet, load_dataset
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine import checkpoint
-from mdistiller.engine.cfg import CFG, describe
+from mdistiller.engine.cfg import describe
 from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
-from mdistiller.engine.folder import RunFolder, check_writable, resumable, run_folder
-from mdistiller.engine.recorder import Recorder, start_wandb
+from mdistiller.engine.folder import RunFolder, check_writable, in_use, resumable, run_folder
+from mdistiller.engine.recorder import Recorder, require_wandb, start_wandb
 from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
-from mdistiller.engine.stop import Stop
 from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
-from mdistiller.errors import RunFailed, UserError
+from mdistiller.errors import DamagedFile, FolderInUse, Preempted, RunFailed, UserError
 from mdistiller.files import expand, link
 from mdistiller.models import cifar_model_dict, default_checkpoint
 
@@ -38,51 +38,51 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
     best_epoch, epochs, and the folder. Raises UserError before anything is written if a part is missing, Preempted
     where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
-    with Stop() as stop, failures(cfg):
-        device = resolve_device(cfg.DEVICE)
-        check_amp(cfg.SOLVER.AMP, device)
-        path = run_folder(cfg, opts)
-        resume = resumable(path) if resume == "auto" else bool(resume)
-        if resume and not resumable(path):
-            raise UserError(f"--resume: there is no run in {path}; start it without --resume, or with --resume auto")
-        data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
-        teacher_file = find_teacher(cfg, path) if cfg.DISTILLER.TYPE != "NONE" else None
+    device = resolve_device(cfg.DEVICE)
+    check_amp(cfg.SOLVER.AMP, device)
+    if cfg.LOG.WANDB:
+        require_wandb()
+    path = run_folder(cfg, opts)
+    if resume is True and not resumable(path):
+        raise UserError(f"--resume: there is no run in {path}; start it without --resume, or with --resume auto")
+    data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+    teacher_file = find_teacher(cfg, path, bool(resume)) if cfg.DISTILLER.TYPE != "NONE" else None
 
+    with failures(cfg), contextlib.ExitStack() as closing:
         set_determinism(cfg.DETERMINISTIC)
         seed_everything(cfg.SEED)
         distiller = build_distiller(cfg, data, teacher_file, device)
         trainer = build_trainer(cfg, distiller, data, device, path)
-        trainer.stop = stop
         folder = RunFolder(path, resume)
-        try:
-            if resume:
-                folder.check_config(cfg)
-                restore(trainer, path)
-            folder.write_config(cfg)
-            folder.write_environment(device, cfg.SEED, resume, trainer.origin)
-            wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, path.name, cfg) if cfg.LOG.WANDB else None
-            recorder = Recorder(path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run)
-            try:
-                introduce(cfg, recorder, trainer, data, device, teacher_file)
-                return trainer.fit(recorder) | {"folder": str(path)}
-            finally:
-                recorder.close()
-        finally:
-            folder.close()
+        closing.callback(folder.close)
+        if folder.resumed:
+            folder.check_config(cfg)
+            restore(trainer, path)
+        folder.write_config(cfg, teacher_file)
+        folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin)
+        wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, path.name, cfg) if cfg.LOG.WANDB else None
+        recorder = Recorder(path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run)
+        closing.callback(recorder.close)
+        introduce(cfg, recorder, trainer, data, device, teacher_file)
+        return trainer.fit(recorder) | {"folder": str(path)}
+
+
+OUT_OF_MEMORY = "out of memory|CPUAllocator|STATUS_ALLOC_FAILED"
 
 
 @contextlib.contextmanager
 def failures(cfg: CfgNode) -> Iterator[None]:
     """What the machine refuses, in a line that says what to try."""
-    kept = "the run goes on from its last checkpoint with --resume auto"
     try:
         yield
     except OSError as error:
         where = error.filename or Path(cfg.LOG.PREFIX)
-        raise RunFailed(f"{where}: {error.strerror or error}; mend that, then {kept}") from None
+        raise RunFailed(
+            f"{where}: {error.strerror or error}; mend that, and --resume auto goes on with what is kept"
+        ) from None
     except (MemoryError, RuntimeError) as error:
         text = str(error).split("\n")[0]
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|CPUAllocator", text):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(OUT_OF_MEMORY, text):
             sizes = f"SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE}, DATASET.TEST.BATCH_SIZE {cfg.DATASET.TEST.BATCH_SIZE}"
             raise RunFailed(f"out of memory on {cfg.DEVICE} with {sizes}; halve them, or set SOLVER.AMP bf16") from None
         if "deterministic" in text and cfg.DETERMINISTIC:
@@ -95,7 +95,8 @@ def restore(trainer: Trainer, path: Path) -> None:
     try:
         trainer.load_state(checkpoint.load(path / "latest"), path / "latest")
     except UserError as error:
-        if not (path / "previous").exists():
+        damaged = isinstance(error, DamagedFile) or not (path / "latest").exists()
+        if not (damaged and (path / "previous").exists()):
             raise
         reason = error.lines[0]
         trainer.load_state(checkpoint.load(path / "previous"), path / "previous")
@@ -129,14 +130,16 @@ def replay(file: Path) -> tuple[str, str]:
     """The step that a stopped run kept in `file`, once more: (what goes bad first, empty if nothing; its losses)."""
     kept = checkpoint.load(file)
     try:
-        cfg = CFG.clone()
-        cfg.merge_from_other_cfg(CfgNode.load_cfg(kept["config"]))
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as text:
+            text.write(kept["config"])
+            text.flush()
+            cfg = config.load(text.name)  # plug-ins and all
         batch, epoch, model, rng = Batch(**kept["batch"]), kept["epoch"], kept["model"], kept["rng"]
         device = resolve_device(cfg.DEVICE)
         data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
         distiller = build_distiller(cfg, data, None, device)
         distiller.load_state_dict(model)
-    except (KeyError, TypeError, RuntimeError, AttributeError, YAMLError) as error:
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: is no batch that a stopped run has kept ({reason})") from None
     torch.set_rng_state(rng)
@@ -213,18 +216,20 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: to
     )
 
 
-def find_teacher(cfg: CfgNode, path: Path) -> Path:
+def find_teacher(cfg: CfgNode, path: Path, resume: bool) -> Path:
     """The teacher's checkpoint; trained first if it is missing and DISTILLER.TRAIN_TEACHER says so. `path`: the
-    student's run folder, which has to be writable before a teacher is trained for it.
+    student's run folder, which has to be writable before a teacher is trained for it, and which under `resume` may
+    name the teacher that it was started with.
     """
     name, alone = cfg.DISTILLER.TEACHER, teacher_config(cfg)
     published, trained = teacher_files(cfg)
     chosen = expand(cfg.DISTILLER.TEACHER_CKPT) if cfg.DISTILLER.TEACHER_CKPT else None
-    if chosen and chosen.is_dir():
+    if chosen and os.path.isdir(chosen):
         raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
     train_it = cfg.DISTILLER.TRAIN_TEACHER
-    for file in [chosen] if chosen else [published, *([trained] if train_it else [])]:
-        if file.is_file():
+    before = [Path(config.read(path / "config.yaml").DISTILLER.TEACHER_CKPT)] if resume and resumable(path) else []
+    for file in [chosen] if chosen else [*before, published, *([trained] if train_it else [])]:
+        if os.path.isfile(file):
             return file
     target = chosen or trained
     if not train_it:
@@ -255,7 +260,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     alone.DISTILLER.TYPE, alone.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
     alone.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
-    key = checkpoint.digest([leaves(alone.SOLVER), root, cfg.DATASET.AUGMENT])[:8]
+    key = checkpoint.digest([config.leaves(alone.SOLVER), root, cfg.DATASET.AUGMENT])[:8]
     tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     alone.EXPERIMENT.NAME = alone.EXPERIMENT.TAG = tag
     alone.freeze()
@@ -263,10 +268,23 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 
 def train_teacher(alone: CfgNode, target: Path) -> Path:
-    """Train the teacher and store its last epoch at `target`. An interrupted training goes on where it stopped."""
+    """Train the teacher and store its last epoch at `target`. An interrupted training goes on where it stopped; one
+    that another process is at is waited for.
+    """
     name = alone.DISTILLER.STUDENT
     say(f"the teacher {name} comes first, for {alone.SOLVER.EPOCHS} epochs, by method NONE")
-    result = train(alone, resume="auto")
+    while True:
+        try:
+            result = train(alone, resume="auto")
+            break
+        except FolderInUse as error:
+            say(f"{error.lines[0].split(';')[0]}; waiting for that teacher")
+            while os.path.exists(run_folder(alone)) and in_use(run_folder(alone)):
+                time.sleep(1)
+        if target.is_file():
+            return target
+    if result["signal"]:
+        raise Preempted(f"stopped by {result['signal']} after the teacher's training; --resume auto goes on there")
     target.parent.mkdir(parents=True, exist_ok=True)
     state = checkpoint.load(Path(result["folder"]) / "student_latest")
     checkpoint.save(state | {"best_acc": result["best_acc"]}, target)

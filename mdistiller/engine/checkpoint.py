@@ -1,6 +1,7 @@
 """Checkpoints: written atomically, with a checksum, read without running anything that lies in them."""
 
 import argparse
+import errno
 import hashlib
 import io
 import os
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller import files
-from mdistiller.errors import UserError
+from mdistiller.errors import DamagedFile, UserError
 from mdistiller.files import link, write_atomic
 from mdistiller.models import cifar_model_dict
 
@@ -78,9 +79,13 @@ def load(path: str | Path) -> dict:
             checksum = state.pop("checksum", None) if isinstance(state, dict) else None
             if isinstance(checksum, str) and checksum != digest(state):  # files of other frameworks have none
                 raise ValueError("its checksum is not that of its contents")
+        except MemoryError:
+            raise
         except Exception as error:  # no list of what torch raises for foreign bytes is complete
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-            raise UserError(f"{path}: is no checkpoint of plain tensors, or is damaged ({reason})") from None
+            if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE):
+                raise UserError(f"{path}: cannot be read ({reason}); try again") from None
+            raise DamagedFile(f"{path}: is no checkpoint of plain tensors, or is damaged ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a checkpoint: {{'model': state_dict}}")
     return state

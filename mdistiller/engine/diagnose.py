@@ -10,9 +10,9 @@ from mdistiller.engine.device import autocast
 
 def first_bad_tensor(distiller: nn.Module, batch: Batch, epoch: int, amp: str) -> tuple[str, dict[str, float]]:
     """Run a step's forward and backward pass, in training mode, without an update. Returns what went bad first, in
-    words (empty: nothing did), and the loss terms. The order is that in which a step meets them: images, parameters
-    and buffers, every module's output, the loss terms, the gradients from the loss back. Parameters stay as they are;
-    buffers see the batch once more.
+    words (empty: nothing did), and the loss terms. The order is that in which a step meets them: images, parameters,
+    every module's output, the loss terms, the gradients from the loss back. Parameters stay as they are; buffers see
+    the batch once more, and are not looked at: what the step has done to them would come before its cause.
     """
     found: list[str] = []
 
@@ -27,8 +27,9 @@ def first_bad_tensor(distiller: nn.Module, batch: Batch, epoch: int, amp: str) -
 
         return seen
 
+    distiller.observer = None  # the temperature record's
     look("the images", batch.image)
-    for name, value in (*distiller.named_parameters(), *distiller.named_buffers()):
+    for name, value in distiller.named_parameters():
         look(f"'{name}'", value)
     handles = [module.register_forward_hook(hook(name)) for name, module in distiller.named_modules() if name]
     try:

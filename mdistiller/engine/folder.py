@@ -1,6 +1,7 @@
 """A run's folder: its name, its lock, and what happens to an earlier run that lies there."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from yacs.config import CfgNode
 
 from mdistiller import __version__, config, files
 from mdistiller.engine.terminal import say
-from mdistiller.errors import UserError
+from mdistiller.errors import FolderInUse, UserError
 from mdistiller.files import remove_leftovers, write_atomic
 
 # Settings that say where a run happens and what it writes, not what it computes: they are not part of its name, and
@@ -26,6 +27,7 @@ PLACE = (
     "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
     "DISTILLER.TRAIN_TEACHER",
 )  # fmt: skip
+PREFIXES = ("CUDA", "CUBLAS", "CUDNN", "NVIDIA_TF32", "OMP_", "MKL_", "KMP_", "TORCH_")  # variables that change bits
 
 
 def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
@@ -45,46 +47,65 @@ def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
 
 def check_writable(path: Path, key: str) -> None:
     """Raises UserError where the file or folder `path` could not be made; makes nothing."""
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not (parent.is_dir() or parent == path) or not os.access(parent, os.W_OK):
+    parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not (os.path.isdir(parent) or parent == path) or not os.access(parent, os.W_OK):
         raise UserError(f"{path}: {parent} cannot be written; set {key} to a place of yours")
 
 
 def resumable(path: Path) -> bool:
     """Whether the run in the folder `path` has come to its first checkpoint."""
-    return any((path / name).exists() for name in ("latest", "previous"))
+    return any(os.path.exists(path / name) for name in ("latest", "previous"))
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process trains in the folder `path`, which exists."""
+    with open(path / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 class RunFolder:
     """Holds the folder's lock for as long as the object lives.
 
-    Without `resume`, an earlier run that lies there is kept under a new name, never written over. Raises UserError
-    where another process trains there, or where the folder cannot be written.
+    `resume`: True, or "auto" for a run that may be there or not; `resumed` says which, found out under the lock.
+    Otherwise an earlier run that lies there is kept under a new name, never written over. Raises FolderInUse where
+    another process trains there, UserError where the folder cannot be written.
     """
 
-    def __init__(self, path: Path, resume: bool = False):
+    def __init__(self, path: Path, resume: bool | str = False):
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
             remove_leftovers(path)
+            self.resumed = resumable(path) if resume == "auto" else resume
             rows = path / "metrics.jsonl"
             if not resume and (resumable(path) or (rows.exists() and rows.stat().st_size)):
                 self._set_aside()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); set LOG.PREFIX to a folder of yours"
             ) from None
 
     def _take_lock(self):
-        lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open: closing it gives the lock back)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            raise UserError(f"{self.path}: {holder} trains there; wait for it, or set EXPERIMENT.NAME") from None
+        while True:
+            lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open: closing it gives the lock back)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                lock.close()
+                raise FolderInUse(f"{self.path}: {holder} trains there; wait for it, or set EXPERIMENT.NAME") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / ".lock")):
+                    break
+            lock.close()  # its folder was set aside between open and lock: that one is another run's
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
@@ -94,7 +115,7 @@ class RunFolder:
         number = next(n for n in range(1, 10**6) if not self._aside(n).exists())
         self.path.rename(self._aside(number))
         self._lock.close()
-        self.path.mkdir()
+        self.path.mkdir(exist_ok=True)
         self._lock = self._take_lock()
         say(f"the earlier run in {self.path} is kept as {self._aside(number).name} (--resume goes on with a run)")
 
@@ -127,8 +148,12 @@ class RunFolder:
                 f"pass the values it was started with ({file}), or start a new run without --resume",
             )
 
-    def write_config(self, cfg: CfgNode) -> None:
-        write_atomic(self.path / "config.yaml", cfg.dump().encode())
+    def write_config(self, cfg: CfgNode, teacher_file: Path | None) -> None:
+        """config.yaml, which names the teacher's file that was found."""
+        found = cfg.clone()
+        found.defrost()
+        found.DISTILLER.TEACHER_CKPT = str(teacher_file or "")
+        write_atomic(self.path / "config.yaml", found.dump().encode())
 
     def write_environment(self, device: torch.device, seed: int, resume: bool, origin: dict[str, str]) -> None:
         """environment.json: what has to be known to run this again. A resumed run adds to `sessions`."""
@@ -158,6 +183,9 @@ def environment(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({platform.machine()})",
         "capability": torch.cuda.get_device_capability(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(PREFIXES)},
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "platform": platform.platform(),

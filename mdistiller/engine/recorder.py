@@ -1,5 +1,6 @@
 """Where figures go: the terminal, worklog.txt, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ from mdistiller.engine.events import Events
 from mdistiller.engine.temperature import EpochBuffer
 from mdistiller.engine.terminal import say, unbroken
 from mdistiller.errors import UserError
-from mdistiller.files import write_atomic
+from mdistiller.files import link, write_atomic
 
 
 def line_of(row: dict, epochs: int, seconds_left: float) -> str:
@@ -45,6 +46,8 @@ class Recorder:
         self.rows = [row for row in read_metrics(folder) if row["epoch"] <= done]
         if len(self.rows) < done:
             say(f"warning: {folder / 'metrics.jsonl'} lacks the rows of {done - len(self.rows)} finished epochs")
+            if (folder / "metrics.jsonl").exists():
+                link(folder / "metrics.jsonl", folder / "metrics.jsonl.damaged")
         worklog = folder / "worklog.txt"
         self.text = worklog.read_bytes()[:log].decode(errors="replace") if log and worklog.exists() else ""
         self._write_rows()
@@ -135,26 +138,27 @@ class Recorder:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, up to the first line that is none, such as one that a crash cut short."""
+    """The rows of metrics.jsonl; lines that are none, such as one that a crash cut short, are left out."""
     file = folder / "metrics.jsonl"
     rows = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or type(row.get("epoch")) is not int:
-            break
-        rows.append(row)
+            continue
+        if isinstance(row, dict) and type(row.get("epoch")) is int:
+            rows.append(row)
     return rows
 
 
+def require_wandb() -> None:
+    """Raises UserError if Weights & Biases is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("LOG.WANDB is True, but wandb is not installed: pip install wandb, or set LOG.WANDB False")
+
+
 def start_wandb(project: str, name: str, config: dict):
-    """A Weights & Biases run. Raises UserError if the package is missing."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "LOG.WANDB is True, but wandb is not installed: pip install wandb, or set LOG.WANDB False"
-        ) from None
+    """A Weights & Biases run."""
+    import wandb
+
     return wandb.init(project=project, name=name, config=config)

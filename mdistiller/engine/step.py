@@ -12,7 +12,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.engine.device import AMP_DTYPES, autocast
 from mdistiller.engine.solver import DOT
 from mdistiller.engine.temperature import EpochBuffer
-from mdistiller.errors import UserError
+from mdistiller.errors import RunFailed
 
 
 class Meter:
@@ -45,7 +45,7 @@ class Step:
     A step whose loss or gradients are not finite changes nothing: neither parameters nor momenta. Under the policy
     "stop" the run ends there; under "skip" the step counts in the meter, its BatchNorm statistics and other buffers
     are put back, and training goes on. Off the CPU a look at every loss would stall the device: there the decision is
-    taken on the device, and under "stop" no later step changes anything either, until `bad_step` is read.
+    taken on the device, and under "stop" no later step changes a parameter either, until `bad_step` is read.
     """
 
     def __init__(
@@ -108,8 +108,10 @@ class Step:
         return sound
 
     def _buffers(self) -> list[Tensor]:
-        """What a forward pass changes: the buffers of all but the frozen teacher."""
-        return [b for name, b in self.distiller.named_buffers() if not name.startswith("teacher.")]
+        """What a forward pass changes: all buffers but those of a teacher in eval mode."""
+        teacher = getattr(self.distiller, "teacher", None)
+        frozen = teacher is not None and not teacher.training
+        return [b for name, b in self.distiller.named_buffers() if not (frozen and name.startswith("teacher."))]
 
     def bad_step(self) -> int:
         """The number (from 0) of the first step that was not sound under the policy "stop", -1 for none; waits for
@@ -120,13 +122,13 @@ class Step:
     def distillation_gradients(self, losses: dict[str, Tensor]) -> list[Tensor | None]:
         """Gradients of all losses but the task's, by parameter of the DOT optimizer; the graph stays for backward().
 
-        A task's loss has "ce" in its name, as a word of its own: ce, loss_ce. Raises UserError where the method's
+        A task's loss has "ce" in its name, as a word of its own: ce, loss_ce. Raises RunFailed where the method's
         losses are not of both kinds.
         """
         distillation = [loss for name, loss in losses.items() if "ce" not in name.split("_")]
         if not 0 < len(distillation) < len(losses):
             names = [name for name, cls in distiller_dict.items() if cls is type(self.distiller)]
-            raise UserError(
+            raise RunFailed(
                 f"SOLVER.TRAINER: dot needs a task loss (named ..._ce) and another one, and "
                 f"{(names or [type(self.distiller).__name__])[0]} gives {', '.join(losses)}; set SOLVER.TRAINER base"
             )

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal)."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -39,7 +40,8 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
         if number == signal.SIGINT:
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint\n")
+            with contextlib.suppress(OSError):  # nobody may read it: `train | tee` ends tee by the same Ctrl-C
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint\n")
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, until a signal comes. Raises StopRequested when the work on an item is done after that."""

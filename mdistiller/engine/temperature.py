@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mdistiller.distillers._common import Temperatures, bounded
 from mdistiller.errors import UserError
-from mdistiller.files import open_regular
+from mdistiller.files import open_regular, write_atomic
 
 HEADER = 4096
 SAVED = ("t_student", "t_teacher", "max_student", "max_teacher")
@@ -83,23 +83,33 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class RecordFile:
-    """Appends epochs to the record at `path`. `done`: epochs that are finished; what a crash left behind them goes."""
+    """Appends epochs to the record at `path`. `done`: epochs that are finished; what a crash left behind them goes, and
+    for those that are not in the file (`missing`: how many) stands NaN. A damaged file is kept under another name.
+    """
 
     def __init__(self, path: Path, samples: int, done: int = 0):
-        self.path, self.block = path, 2 * len(SAVED) * samples
-        if not (done and path.exists()):
+        self.path, self.block, self.missing = path, 2 * len(SAVED) * samples, done
+        if done and path.exists():
+            try:
+                record = read_record(path)
+                if record.values.shape[1:] != (len(SAVED), samples):
+                    raise UserError(f"{path}: is of other data")
+                self.missing = max(done - len(record.values), 0)
+            except UserError:
+                os.replace(path, path.with_name(f"{path.name}.damaged"))
+        if self.missing == done:
             header = json.dumps({"format": 1, "samples": samples, "fields": SAVED, "dtype": "<f2"})
-            path.write_bytes(header.encode().ljust(HEADER))
-            return
-        record = read_record(path)
-        if record.values.shape[2] != samples or len(record.values) < done:
-            raise UserError(f"{path}: does not hold {done} epochs of {samples} samples; start anew without --resume")
-        os.truncate(path, HEADER + done * self.block)
+            write_atomic(path, header.encode().ljust(HEADER))
+        os.truncate(path, HEADER + (done - self.missing) * self.block)
+        for _ in range(self.missing):
+            self._add(np.full(self.block // 2, np.nan, "<f2"))
 
     def append(self, buffer: EpochBuffer) -> None:
         """Add an epoch. Values that float16 cannot hold become its largest; samples not seen are NaN."""
         limit = np.finfo(np.float16).max
-        block = buffer.values[: len(SAVED)].clamp(-limit, limit).half().cpu().numpy().astype("<f2")
+        self._add(buffer.values[: len(SAVED)].clamp(-limit, limit).half().cpu().numpy().astype("<f2"))
+
+    def _add(self, block: np.ndarray) -> None:
         with open(self.path, "ab") as file:
             file.write(block.tobytes())
             file.flush()

@@ -76,32 +76,35 @@ class Trainer:
         Raises Preempted when a signal has come and the run up to that step is kept, TrainingDiverged where a loss is
         no longer finite.
         """
-        seconds = []
+        seconds: list[float] = []  # of the epochs of this session
         if self.temperature == "samples":
             self.record = RecordFile(self.folder / "temperatures.bin", self.train_batches.num_samples, self.epoch)
-        while self.epoch < self.epochs:
-            begin = time.monotonic() - self.seconds
-            try:
-                row = self.train_epoch(self.epoch + 1, recorder)
-                scores = self.evaluate()
-            except StopRequested:
-                self.leave(recorder)
-            row |= self.score(scores)
-            row["epoch_seconds"] = time.monotonic() - begin
-            left = (self.epochs - self.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
-            if self.buffer is not None:
-                row["temperature"] = self.buffer.summary()
-                recorder.histograms(self.epoch, self.buffer)
-                if self.record:
-                    self.record.append(self.buffer)
-            # the row first: a kill in between leaves one that a resumed run cuts, not an epoch that has none
-            recorder.end_epoch(row, left)
-            self._start_epoch()
-            self.save(recorder)
-            seconds.append(time.monotonic() - begin)
+            if self.record.missing:
+                recorder.say(f"warning: {self.record.path.name} has nothing of {self.record.missing} finished epochs")
+        with self.stop:
+            while self.epoch < self.epochs:
+                begin = time.monotonic() - self.seconds
+                try:
+                    row = self.train_epoch(self.epoch + 1, recorder)
+                    scores = self.evaluate()
+                except StopRequested:
+                    self.leave(recorder)
+                row |= self.score(scores)
+                row["epoch_seconds"] = time.monotonic() - begin
+                left = (self.epochs - self.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
+                if self.buffer is not None:
+                    row["temperature"] = self.buffer.summary()
+                    recorder.histograms(self.epoch, self.buffer)
+                    if self.record:
+                        self.record.append(self.buffer)
+                # the row first: a kill in between leaves one that a resumed run cuts, not an epoch that has none
+                recorder.end_epoch(row, left)
+                self._start_epoch()
+                self.save(recorder)
+                seconds.append(time.monotonic() - begin)
         result = self.result()
         recorder.finish(result)
-        return result
+        return result | {"signal": self.stop.signal}
 
     def train_epoch(self, epoch: int, recorder: Recorder) -> dict:
         """One pass over the training set, or what is left of it; returns the training figures of its row."""
@@ -113,13 +116,13 @@ class Trainer:
         recorder.start_epoch(epoch, batches.num_samples, self.meter.images)
         begin = time.monotonic() - self.seconds
         for batch in self.stop.watch(batches.epoch(epoch, self.done)):
-            rng = torch.get_rng_state()
+            self.current = batch, torch.get_rng_state()
             self.step(batch, epoch, self.meter)
             self.done += 1
             number = (epoch - 1) * len(batches) + self.done
             point = number % self.point_every == 0
             if (not self.step.lazy or point or self.done == len(batches)) and self.step.bad_step() >= 0:
-                self.diverged(epoch, rng)
+                self.diverged(epoch)
             recorder.step(len(batch.target), self.meter.read)
             if point:
                 recorder.point(number, self.meter.read())
@@ -138,19 +141,26 @@ class Trainer:
             "images_per_second": self.meter.images / seconds,
         } | ({"skipped_steps": skipped} if self.step.skip else {})
 
-    def diverged(self, epoch: int, rng: torch.Tensor) -> NoReturn:
+    def diverged(self, epoch: int) -> NoReturn:
         """Say what went bad in the step that the device has marked, and keep what runs it again."""
         number = self.done - (self.step.steps - self.step.bad_step())  # from 0, in this epoch
-        batch = next(self.train_batches.epoch(epoch, number))
-        file = self.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
-        checkpoint.save(dump(self.distiller, batch, epoch, self.config, rng), file)
+        batch, rng = self.current
+        if number != self.done - 1:  # noticed later; the generator's state of then is not known
+            batch = next(self.train_batches.epoch(epoch, number))
         torch.set_rng_state(rng)
+        state = dump(self.distiller, batch, epoch, self.config, rng)
         bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp)
+        file = self.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
+        again = f"`python3 tools/replay.py '{file}'` runs the step again"
+        try:
+            checkpoint.save(state, file)
+        except OSError as error:
+            again = f"the batch could not be kept: {error}"
         raise TrainingDiverged(
             f"epoch {epoch}, step {number + 1} of {len(self.train_batches)}: the loss or its gradient is not finite "
             f"({describe_losses(losses)}); first to go bad: {bad or 'nothing when the step ran again'}",
             f"lower SOLVER.LR (now {self.schedule.at(epoch):g}), or leave such steps out with SOLVER.NAN_POLICY skip; "
-            f"`python3 tools/replay.py '{file}'` runs the step again",
+            + again,
         )
 
     def evaluate(self) -> Scores:
@@ -184,7 +194,10 @@ class Trainer:
 
     def leave(self, recorder: Recorder) -> NoReturn:
         """Keep what this epoch has done so far, for a run that goes on at the next step."""
+        if self.step.bad_step() >= 0:  # on the device, steps behind it have done nothing
+            self.diverged(self.epoch + 1)
         where = f"epoch {self.epoch + 1} after step {self.done} of {len(self.train_batches)}"
+        recorder.events.flush()
         recorder.log(f"stopped by {self.stop.signal} in {where}")
         self.save(recorder)
         raise Preempted(f"stopped by {self.stop.signal} in {where}; the same command with --resume auto goes on there")
@@ -213,11 +226,12 @@ class Trainer:
         return teacher is not None and {*teacher.parameters()}.isdisjoint(self.step.parameters)
 
     def state(self) -> dict:
-        """All that the run's future depends on, but for a frozen teacher: `origin` tells whether it is the same."""
-        frozen = "teacher." if self._teacher_is_frozen() else "\0"
-        model = self.distiller.state_dict()
+        """All that the run's future depends on, but for a teacher whose parameters stay: `origin` tells whether it is
+        the same. (OFD's gathers BatchNorm statistics, which nothing reads.)
+        """
+        model, frozen = self.distiller.state_dict(), self._teacher_is_frozen()
         return {
-            "model": {key: value for key, value in model.items() if not key.startswith(frozen)},
+            "model": {key: value for key, value in model.items() if not (frozen and key.startswith("teacher."))},
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "rng": rng_state(),
@@ -242,6 +256,8 @@ class Trainer:
             if missing or unknown:
                 raise KeyError(f"weights of another method: {(missing + unknown)[0]}")
             self.step.optimizer.load_state_dict(state["optimizer"])
+            for group in self.step.optimizer.param_groups:  # which kernels is this device's business, not the file's
+                group |= {key: self.step.optimizer.defaults[key] for key in ("fused", "foreach") if key in group}
             self.step.scaler.load_state_dict(state["scaler"])
             set_rng_state(state["rng"])
             progress, origin = state["progress"], state["origin"]
