@@ -1,6 +1,7 @@
 """Runs that are told to stop, killed, or let down by the machine: what they leave goes on bit for bit."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -16,17 +17,31 @@ import torch
 from helpers import ROOT, digits_opts, outcome, same, save_teacher, tool
 
 from mdistiller import config
-from mdistiller.dataset import load_dataset
+from mdistiller.dataset import Batch, load_dataset
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine import builder, checkpoint, trainer
 from mdistiller.engine.builder import train
+from mdistiller.engine.folder import RunFolder
 from mdistiller.engine.recorder import read_metrics
+from mdistiller.engine.solver import zero_momenta
+from mdistiller.engine.step import Meter, Step
 from mdistiller.engine.stop import Stop
+from mdistiller.engine.temperature import read_record
 from mdistiller.errors import Preempted, RunFailed, TrainingDiverged, UserError
 
 config.load()
 METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
-KILLS = int(os.environ.get("KILLS", "24"))  # of each kind
+KILLS = int(os.environ.get("KILLS", "12"))  # of each kind
+
+
+@pytest.fixture(scope="module", autouse=True)
+def listening():
+    """A background job ignores SIGINT, under nohup SIGHUP too, and what it starts inherits that."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +123,35 @@ def wait_for(condition, process):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_status_does_not_depend_on_who_listens(small, tmp_path):
+    """As in `train 2>&1 | tee log`, where Ctrl-C ends tee as well."""
+    command = [sys.executable, str(ROOT / "tools" / "train_ours.py"), *small, "SOLVER.EPOCHS", "1000000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    folder = tmp_path / "output" / "distill" / "run"
+    wait_for(lambda: (folder / "latest").exists(), process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 75
+    assert checkpoint.load(folder / "latest")["progress"]["done"] in (1, 2, 3)
+
+
+def test_auto_looks_again_when_it_holds_the_folder(small, tmp_path):
+    folder = RunFolder(tmp_path / "run", resume="auto")
+    assert folder.resumed is False
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    folder.close()
+    folder = RunFolder(tmp_path / "run", resume="auto")  # died before its first checkpoint
+    assert folder.resumed is False
+    (tmp_path / "run" / "latest").touch()
+    folder.close()
+    folder = RunFolder(tmp_path / "run", resume="auto")
+    assert folder.resumed is True
+    folder.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    RunFolder(tmp_path / "run").close()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run~1"}
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -200,11 +244,13 @@ def test_kill_9_at_random_moments_changes_nothing(undisturbed, tmp_path):
     print(f"{kills} kills, {runs} runs, 0 differences")
 
 
-def test_a_kill_at_any_file_operation_changes_nothing(undisturbed, tmp_path, monkeypatch):
-    """A child dies at its nth file operation, for every n that a run has."""
-    opts, expected, record, _ = undisturbed
-    folder = tmp_path / "distill" / "run"
-    generator = random.Random(1)
+def test_a_kill_at_any_file_operation_changes_nothing(undisturbed, tmp_path):
+    """A child dies at its nth file operation, for n over all that a run of two epochs has; the next one goes on."""
+    opts, _, _, _ = undisturbed
+    opts = [*opts, "SOLVER.EPOCHS", "2"]
+    expected = run(opts, tmp_path / "whole")
+    record = (expected / "temperatures.bin").read_bytes()
+    folder = tmp_path / "hurt" / "distill" / "run"
 
     def dies_at(number):
         count = 0
@@ -219,20 +265,23 @@ def test_a_kill_at_any_file_operation_changes_nothing(undisturbed, tmp_path, mon
 
             return call
 
-        for name in ("fsync", "replace", "link", "truncate"):
+        for name in ("fsync", "replace", "link", "truncate", "unlink"):
             setattr(os, name, dying(getattr(os, name)))  # in the child alone
-        run(opts, tmp_path, resume="auto")
+        run(opts, tmp_path / "hurt", resume="auto")
 
-    kills = 0
-    while kills < KILLS:
-        alive = killed(forked(lambda: dies_at(generator.randint(1, 40))))
-        kills += alive
-        whole(folder) if alive and (folder / "worklog.txt").exists() else None
-        if not alive:
-            assert same(outcome(folder), expected)
-            assert (folder / "temperatures.bin").read_bytes() == record
-            shutil.rmtree(tmp_path / "distill")
-    print(f"{kills} kills at file operations, 0 differences")
+    number, kills = 1, 0
+    while killed(forked(functools.partial(dies_at, number))):
+        kills += 1
+        if (folder / "worklog.txt").exists() and (folder / "metrics.jsonl").exists():
+            whole(folder)
+        assert not killed(forked(lambda: run(opts, tmp_path / "hurt", resume="auto")))
+        assert same(outcome(folder), outcome(expected)), f"operation {number}"
+        assert (folder / "temperatures.bin").read_bytes() == record
+        assert not list(folder.glob(".*.tmp")) + list(folder.parent.glob("run~*"))
+        shutil.rmtree(tmp_path / "hurt")
+        number += max(1, 72 // KILLS)  # every one of them for KILLS 72 and more
+    assert kills > 10
+    print(f"{kills} kills at file operations, of {number} in a run, 0 differences")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "gone", "junk"])
@@ -273,6 +322,32 @@ def test_another_teacher_or_other_data_are_refused(small, tmp_path):
             run([*opts, key, str(path)], tmp_path, resume=True, SOLVER__EPOCHS=3)
     del before[".lock"]
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}, "nothing is written"
+
+
+@pytest.mark.parametrize("change", ["summary first", "gone", "junk"])
+def test_a_record_that_lacks_epochs_costs_no_run(small, tmp_path, capsys, change):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    first = {"LOG__TEMPERATURE": "summary"} if change == "summary first" else {}
+    folder = run(opts, tmp_path, SOLVER__EPOCHS=1, **first)
+    if change == "gone":
+        (folder / "temperatures.bin").unlink()
+    if change == "junk":
+        (folder / "temperatures.bin").write_bytes(b"junk" * 5000)
+    for epochs in (2, 3):
+        run(opts, tmp_path, resume=True, SOLVER__EPOCHS=epochs)
+    assert capsys.readouterr().out.count("has nothing of 1 finished epochs") == 1
+    values = read_record(folder / "temperatures.bin").values
+    assert [bool(np.isnan(epoch).all()) for epoch in values] == [True, False, False]
+
+
+def test_more_epochs_take_the_teacher_that_the_run_was_started_with(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place = small.index("DISTILLER.TEACHER_CKPT")
+    opts = [*small[:place], *small[place + 2 :], "DISTILLER.TYPE", "KD", "DISTILLER.TRAIN_TEACHER", "True"]
+    run(opts, tmp_path / "out")
+    folder = run(opts, tmp_path / "out", resume="auto", SOLVER__EPOCHS=3)
+    assert len(read_metrics(folder)) == 3
+    assert capsys.readouterr().out.count("comes first") == 1
 
 
 # What the machine does to a run
@@ -393,25 +468,46 @@ def poisoned(monkeypatch, step: int, value=float("nan"), where="images"):
     monkeypatch.setattr(builder.Step, "__call__", call)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_stop_names_the_step_and_the_tensor_and_keeps_the_batch(small, tmp_path, monkeypatch, value):
-    opts = [*small, "DISTILLER.TYPE", "DTKD"]
-    real = builder.Trainer.diverged
-    monkeypatch.setattr(builder.Trainer, "diverged", lambda self, *a: (hurt(self), real(self, *a)))
+MESSAGE = r"epoch 2, step 2 of 3: .*ce (NaN|infinite).*first to go bad: the output of student\.layer2\.0\."
 
-    def hurt(run):  # what went bad comes from a weight, so that the step repeats
-        with torch.no_grad():
-            run.distiller.student.layer1[0].conv1.weight[0, 0, 0, 0] = value
 
-    poisoned(monkeypatch, 4, value)
-    with pytest.raises(TrainingDiverged, match=r"epoch 2, step 2 of 3: .*loss_ce.*'student\.layer1\.0\.conv1\.weight'"):
+@pytest.mark.parametrize("method", METHODS)
+def test_stop_names_the_step_and_the_tensor_and_keeps_the_batch(small, tmp_path, monkeypatch, method):
+    opts = [*small, "DISTILLER.TYPE", method]
+    real = builder.Step.__call__
+
+    def call(self, batch, epoch, meter):
+        if self.steps == 4:
+            with torch.no_grad():
+                self.distiller.student.layer2[0].conv1.weight[0] *= 1e38
+        real(self, batch, epoch, meter)
+
+    monkeypatch.setattr(builder.Step, "__call__", call)
+    with pytest.raises(TrainingDiverged, match=MESSAGE):
         run(opts, tmp_path)
     folder = tmp_path / "distill" / "run"
     assert [row["epoch"] for row in read_metrics(folder)] == [1]
     (file,) = folder.glob("bad_batch*")
+    bad, losses = builder.replay(file)
+    assert "the output of student.layer2.0." in bad
+    assert "ce NaN" in losses or "ce infinite" in losses
+
+
+def test_a_bad_step_runs_again_from_the_command_line(small, tmp_path, monkeypatch):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
+        "@register_distiller('MINE', defaults={'A': 1.0})\nclass Mine(KD):\n    pass\n"
+    )
+    poisoned(monkeypatch, 1)
+    with pytest.raises(TrainingDiverged, match="first to go bad: the images"):
+        run([*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "MINE"], tmp_path)
+    (file,) = (tmp_path / "distill" / "run").glob("bad_batch*")
     done = tool("replay", file, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "'student.layer1.0.conv1.weight'" in done.stdout
+    assert "first to go bad: the images" in done.stdout
+    done = tool("replay", plugin, cwd=tmp_path)
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
@@ -448,13 +544,48 @@ def test_a_run_that_only_skips_stops(small, tmp_path, monkeypatch):
         run(small, tmp_path, SOLVER__NAN_POLICY="skip")
 
 
+@pytest.fixture
+def lazily(monkeypatch):
+    """As on CUDA: fused kernels, and a look at what they decided only where the loop waits for the device anyway."""
+
+    def fused(parameters, momentum, weight_decay):
+        parameters = list(parameters)
+        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
+        zero_momenta(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(builder, "sgd", fused)
+
+
+@pytest.mark.parametrize("method", ["DTKD", "CRD", "KDSVD"])
+def test_what_the_device_marked_is_named_at_the_epochs_end(small, tmp_path, monkeypatch, lazily, method):
+    poisoned(monkeypatch, 4, where="gradient")  # step 2 of epoch 2, whose last batch is smaller
+    opts = [*small, "DISTILLER.TYPE", method, "LOG.TENSORBOARD_FREQ", "500"]
+    with pytest.raises(TrainingDiverged, match="epoch 2, step 2 of 3: .*nothing when the step ran again"):
+        run(opts, tmp_path)
+
+
+def test_a_signal_behind_a_bad_step_keeps_no_checkpoint_of_it(small, tmp_path, monkeypatch, lazily):
+    poisoned(monkeypatch, 0)
+    monkeypatch.setattr(trainer, "Stop", stopping_after(2))
+    with pytest.raises(TrainingDiverged, match="epoch 1, step 1 of 3"):
+        run([*small, "LOG.TENSORBOARD_FREQ", "500"], tmp_path)
+    assert not (tmp_path / "distill" / "run" / "latest").exists()
+
+
+def test_a_run_goes_on_with_the_kernels_of_another_device(small, tmp_path, monkeypatch, request):
+    monkeypatch.setattr(trainer, "Stop", stopping_after(2))
+    with pytest.raises(Preempted):
+        run(small, tmp_path)
+    monkeypatch.undo()
+    request.getfixturevalue("lazily")
+    rows = read_metrics(run(small, tmp_path, resume=True))
+    assert [row["epoch"] for row in rows] == [1, 2]
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_the_decision_on_the_device_is_the_same(skip):
     """What CUDA does, with the fused kernel of the CPU: a bad step changes nothing, nor does a later one under stop."""
-    from mdistiller.dataset import Batch
-    from mdistiller.engine.solver import zero_momenta
-    from mdistiller.engine.step import Meter, Step
-
     weights = []
     for fused in (False, True):
         torch.manual_seed(0)

@@ -227,7 +227,9 @@ def find_teacher(cfg: CfgNode, path: Path, resume: bool) -> Path:
     if chosen and os.path.isdir(chosen):
         raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
     train_it = cfg.DISTILLER.TRAIN_TEACHER
-    before = [Path(config.read(path / "config.yaml").DISTILLER.TEACHER_CKPT)] if resume and resumable(path) else []
+    before = []
+    if resume and resumable(path):
+        before = [Path(config.leaves(config.read(path / "config.yaml")).get("DISTILLER.TEACHER_CKPT", ""))]
     for file in [chosen] if chosen else [*before, published, *([trained] if train_it else [])]:
         if os.path.isfile(file):
             return file
