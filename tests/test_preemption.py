@@ -102,19 +102,29 @@ def test_every_method_goes_on_at_the_very_step(small, tmp_path, monkeypatch, met
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_ends_the_command_with_status_75(small, tmp_path, name):
-    opts = [*small, "SOLVER.EPOCHS", "1000000"]
-    command = [sys.executable, str(ROOT / "tools" / "train_ours.py"), *opts, "--resume", "auto"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "output" / "distill" / "run"
-    wait_for(lambda: (folder / "latest").exists(), process)
-    process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
+    with started(*small, "--resume", "auto", cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: (folder / "latest").exists(), process)
+        process.send_signal(getattr(signal, name))
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert f"stopped by {name} in epoch" in errors
     assert "--resume auto" in errors
     assert "Traceback" not in errors
     state = checkpoint.load(folder / "latest")
     assert len(read_metrics(folder)) == state["epoch"]
+
+
+@contextlib.contextmanager
+def started(*words, cwd, **options):
+    """tools/train_ours.py for far too many epochs; gone at the end, whatever happened."""
+    command = [sys.executable, str(ROOT / "tools" / "train_ours.py"), *words, "SOLVER.EPOCHS", "100000"]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_for(condition, process):
@@ -127,13 +137,12 @@ def wait_for(condition, process):
 
 def test_the_status_does_not_depend_on_who_listens(small, tmp_path):
     """As in `train 2>&1 | tee log`, where Ctrl-C ends tee as well."""
-    command = [sys.executable, str(ROOT / "tools" / "train_ours.py"), *small, "SOLVER.EPOCHS", "1000000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     folder = tmp_path / "output" / "distill" / "run"
-    wait_for(lambda: (folder / "latest").exists(), process)
-    process.stdout.close()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 75
+    with started(*small, cwd=tmp_path, stderr=subprocess.STDOUT) as process:
+        wait_for(lambda: (folder / "latest").exists(), process)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 75
     assert checkpoint.load(folder / "latest")["progress"]["done"] in (1, 2, 3)
 
 
