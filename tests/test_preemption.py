@@ -659,3 +659,13 @@ def test_a_terminal_with_its_bar_changes_nothing(small, tmp_path):
     process.stderr.close()
     assert b"epoch 1/2:" in shown
     assert same(outcome(tmp_path / "bar" / "distill" / "run"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["NONE", "DTKD", "CRD"])
+def test_deterministic_runs_on_cuda_give_the_same_bits(small, tmp_path, method):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    opts = [*small, "DISTILLER.TYPE", method, "DEVICE", "cuda", "DETERMINISTIC", "True"]
+    assert same(*(outcome(run(opts, tmp_path / name)) for name in "ab"))
+    torch.use_deterministic_algorithms(False)
