@@ -31,15 +31,16 @@ def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method, teacher_fil
     assert row["train_losses"]["loss/loss_kd"] > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/new_method.md", "docs/deviations.md", "docs/analysis.md"])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
 def test_what_a_page_names_exists(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), link
     for config in re.findall(r"--cfg (configs/\S+\.yaml)", text):
         assert (ROOT / config).is_file(), config
-    for name in re.findall(r"tools/(\w+\.py)", text):
-        assert (ROOT / "tools" / name).is_file(), name
+    for name in re.findall(r"(?:tools|benchmarks)/\w+\.py", text):
+        assert (ROOT / name).is_file(), name
+    assert "@@" not in text, "a figure is missing"
 
 
 def test_readme_method_loads(tmp_path):
