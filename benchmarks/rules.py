@@ -80,6 +80,8 @@ def main() -> None:
     }
     measured = f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
     command = f"python3 benchmarks/rules.py --teacher {Path(a.teacher).name} --seeds {' '.join(a.seeds)}"
+    command += "".join(f" {word}" for word in opts if not word.startswith("/"))
+    cfg = config.load(CFG, base)
     figures = {"command": command, "measured": measured, "runs": runs}
     a.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     text = [
@@ -89,7 +91,8 @@ def main() -> None:
         "",
         f"    {command}",
         "",
-        f"resnet20 → resnet8 on CIFAR-100, 4 epochs (not the published 240), bf16, seeds {', '.join(a.seeds)}; mean ±",
+        f"{cfg.DISTILLER.TEACHER} → {cfg.DISTILLER.STUDENT} on {cfg.DATASET.TYPE}, {cfg.SOLVER.EPOCHS} epochs (240 are "
+        f"published), autocast {cfg.SOLVER.AMP}, seeds {', '.join(a.seeds)}; mean ±",
         "standard deviation of the test accuracy over the seeds. Temperatures: mean over the training samples in the",
         f"first and in the last epoch, ± the spread among samples in the last. {measured}.",
         "",

@@ -196,8 +196,8 @@ def test_hot_samples_are_ranked_against_difficulty():
     over = temperatures.OverEpochs([1], {f"{side} q50": np.array([4.0]) for side in temperatures.SIDES})
     row = dict(zip(temperatures.FINDINGS, temperatures.findings_row(Named, over, samples), strict=True))
     assert row["rank corr. with loss"] == pytest.approx(1)
-    assert row["with margin"] == pytest.approx(-1)
-    assert row["with forgetting"] is None
+    assert row["rank corr. with margin"] == pytest.approx(-1)
+    assert row["rank corr. with forgetting"] is None
     student, teacher = temperatures.difficulty_chart({0: (Named, samples)}).panels[:2]
     assert np.all(np.diff(student.series[0].y) > 0) and np.all(np.diff(teacher.series[0].y) < 0)
     np.testing.assert_allclose(student.series[0].x, np.arange(5, 100, 10))

@@ -235,3 +235,23 @@ def test_a_rule_of_ones_own_takes_one_function():
     torch.testing.assert_close(loss_kd(*opts), expected)
     expected = 0.9 * 16 * kl_divergence(V, U, 1.0, 4.0).mean()
     torch.testing.assert_close(loss_kd(*opts, "TEMPERATURE.HALF_AND_HALF.SHARE", 0.25), expected)
+
+
+@pytest.mark.parametrize("mean", [-1.0, -0.5, 0.0, 1.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_equal_logits_have_equal_sharpness_at_tau_whatever_their_mean(mean, scale):
+    """Below a mean of 0 the sharpness difference may have three roots, of which tau is one."""
+    torch.manual_seed(0)
+    v = mean + scale * torch.randn(500, 100)
+    t = temperature_rules["sharpness"](v, v, 4.0)
+    assert torch.equal(t.student, torch.full_like(t.student, 4.0))
+    assert torch.equal(t.teacher, torch.full_like(t.teacher, 4.0))
+
+
+def test_max_logit_does_not_anchor_the_students_scale():
+    torch.manual_seed(0)
+    u = torch.randn(20, 10) + 3
+    for scale in (1e-3, 0.1, 1.0, 10.0):
+        t = max_logit(scale * u, u, 4.0)
+        torch.testing.assert_close(scale * u / t.student, u / t.teacher)
+    assert (max_logit(1e-3 * u, u, 4.0).factor < 0.1).all()

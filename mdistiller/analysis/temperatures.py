@@ -4,6 +4,7 @@ A sample's temperature, where one number stands for it, is its mean over the las
 epoch shows the sample under another crop and flip, so that one epoch alone would be noise.
 """
 
+import warnings
 from dataclasses import dataclass
 from itertools import product
 
@@ -26,7 +27,7 @@ HALF = 0.5
 
 
 def values_of(run: Run, name: str) -> np.ndarray:
-    """(E, N) float16, one of SAVED. Raises Missing where the run has no record of samples."""
+    """(E, N), one of SAVED, of the epochs that are recorded. Raises Missing where the run has no record of samples."""
     if not (run.folder / RECORD).is_file():
         raise Missing("no temperatures of samples; train with LOG.TEMPERATURE samples")
     record = read_record(run.folder / RECORD)
@@ -34,7 +35,14 @@ def values_of(run: Run, name: str) -> np.ndarray:
         raise Missing("its temperature record holds no finished epoch yet")
     if not all(name in record.fields for name in SAVED):
         raise UserError(f"{run.folder / RECORD}: lacks one of the fields {', '.join(SAVED)}")
-    return record.values[: run.epochs, record.fields.index(name)]
+    values = record.values[: run.epochs, record.fields.index(name)].astype(np.float64)
+    values = values[~np.isnan(values).all(1)]  # epochs that a resumed run has no record of
+    if not len(values):
+        raise Missing("its temperature record holds no finished epoch yet")
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        own = np.nanmean(values, 0)  # stands for a sample in the epochs whose step was skipped
+    return np.where(np.isnan(values), np.where(np.isnan(own), np.nanmean(values), own), values)
 
 
 @dataclass
@@ -142,7 +150,7 @@ def samples_of(run: Run, networks: Networks) -> tuple[Samples, list[str]]:
     """
     values = {side: values_of(run, side) for side in SIDES}
     epochs = len(values["t_student"])
-    late = {side: np.nanmean(v[-max(epochs // 4, 1) :].astype(np.float64), 0) for side, v in values.items()}
+    late = {side: v[-max(epochs // 4, 1) :].mean(0) for side, v in values.items()}
     hot = {side: st.hot_share(v) for side, v in values.items()}
     last = values["t_student"][-1]
     stability = np.array([st.spearman(row, last) for row in values["t_student"]])
@@ -228,7 +236,7 @@ def forgetting_series(group: Group, number: int, samples: Samples, side: str) ->
 
 def persistence_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
     stay = Panel("how long samples stay hot", "epochs among the hottest tenth (%)", "samples, at least so long (%)")
-    stable = Panel("how early the order is settled", "epoch", "rank correlation with the last")
+    stable = Panel("how early the order is settled", "recorded epoch", "rank correlation with the last")
     lengths = {samples.epochs for _, samples in found.values()}
     for epochs in sorted(lengths):
         counts = np.arange(1, epochs + 1)
@@ -239,7 +247,7 @@ def persistence_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
         hot = np.round(samples.hot_student * samples.epochs)
         share = [100 * float((hot >= count).mean()) for count in counts]
         stay.series.append(Series(group.label, number, 100 * counts / samples.epochs, share))
-        stable.series.append(Series(group.label, number, counts, samples.stability))
+        stable.series.append(Series(group.label, number, counts[:-1], samples.stability[:-1]))
     return Chart(
         "temperature-persistence",
         SECTION,
@@ -274,8 +282,9 @@ def class_chart(found: dict[int, tuple[Group, Samples]], accuracy: dict[int, np.
 
 
 FINDINGS = (
-    "run", "rule", "median T student, first epoch", "last epoch", "median T teacher, last epoch",
-    "fell back, first (%)", "fell back, last (%)", "rank corr. with loss", "with margin", "with forgetting",
+    "run", "rule", "median T student, first epoch", "median T student, last epoch", "median T teacher, last epoch",
+    "fell back, first (%)", "fell back, last (%)", "rank corr. with loss", "rank corr. with margin",
+    "rank corr. with forgetting",
     "hot in most epochs (%)", "by chance (%)",
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from mdistiller.registry import temperature_rules
 # MobileNetV2 beside a strong teacher has max(v) near 0.02 and T_student near 1e-3 tau.
 MIN_MAXIMUM = 1e-12
 MIN_TEMPERATURE = 1e-5  # times tau
+MIN_SLOPE = 1e-6  # of the sharpness difference: less than its rounding moves the root at will
 
 
 def register_rule(name: str, defaults: Mapping | None = None) -> Callable:
@@ -102,6 +103,10 @@ def max_logit(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tem
     and the factor T_student T_teacher. The temperatures add up to 2 tau; both are tau where the maxima agree. Blind to
     a common scale of v and u, not to a constant added to either, though softmax is. Defined where both maxima are
     positive; elsewhere both temperatures are tau.
+
+    It does not anchor the student's scale: for v = c u every c > 0 gives v / T_student = u / T_teacher, a divergence of
+    zero, and the factor falls to 0 with c. DTKD's other terms, KD at a fixed tau and cross entropy, hold the scale;
+    with little of them, as under KD's weights, training can end near v = 0 (docs/temperature.md).
     """
     maxima = (bounded(logits).max(1, keepdim=True).values for logits in (logits_student, logits_teacher))
     return _shares(*maxima, tau)
@@ -112,7 +117,7 @@ def centred(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tempe
     """`max_logit` on logits minus their mean: blind, as softmax is, to a constant added to either side.
 
     The maximum above the mean is positive for every row that is not constant, so the rule is defined for all others;
-    beside a constant row both temperatures are tau.
+    beside a constant row both temperatures are tau. The student's scale is no more anchored than under `max_logit`.
     """
     maxima = []
     for logits in map(bounded, (logits_student, logits_teacher)):
@@ -135,7 +140,8 @@ def erratum(logits_student: Tensor, logits_teacher: Tensor, tau: float, margin: 
     v_i / T_student. What it does not: that the softened outputs, or their sharpness, agree; one class is matched, the
     others are not. Nor does delta stay in (-tau, tau) by itself: wherever u_i and v_i differ in sign, as for most
     samples of some class, the quotient lies outside [-1, 1], and the margin decides. Classes with u_i + v_i = 0 do not
-    count; a row without others is undefined, and both temperatures are tau.
+    count; a row without others is undefined, and both temperatures are tau. With a hundred classes some u_i and v_i
+    all but always differ in sign: then T_student = margin tau and T_teacher = (2 - margin) tau, for every sample.
     """
     student, teacher = bounded(logits_student), bounded(logits_teacher)
     total = student + teacher
@@ -160,11 +166,14 @@ def sharpness(
 
         f(T_teacher) = logsumexp(u / T_teacher) - logsumexp(v / (2 tau - T_teacher)) = 0
 
-    and the factor T_student T_teacher. Where max(u) and max(v) are both positive, f falls from +inf at T_teacher = 0 to
-    -inf at 2 tau, so a root exists; otherwise there may be none. It is looked for in [2 tau margin, 2 tau (1 - margin)]
-    by `iterations` bisections of the whole batch at once, and is accepted where f is positive at the lower end and
-    negative at the upper one; elsewhere both temperatures are tau. One Newton step on the bisected root carries the
-    gradient: by the implicit function theorem it is that of the root itself.
+    and the factor T_student T_teacher. Where max(u) and max(v) are both positive, f goes from +inf at T_teacher = 0 to
+    -inf at 2 tau, so a root exists; otherwise there may be none. It is the only one where the means of u and of v under
+    their softened softmax are positive for every T, as they are where the plain means are not negative; elsewhere there
+    may be three. It is looked for in [2 tau margin, 2 tau (1 - margin)], on the side of tau on which f changes its
+    sign, and is tau where u = v, by `iterations` bisections of the whole batch at once. It is accepted where f is
+    positive at the lower end and negative at the upper one, and falls at the root; elsewhere, also where a root lies
+    beyond the margin, both temperatures are tau. A Newton step on it carries the gradient: by the implicit function
+    theorem it is that of the root itself.
     """
     student, teacher = bounded(logits_student), bounded(logits_teacher)
 
@@ -178,18 +187,21 @@ def sharpness(
         low = torch.full_like(v[:, :1], 2 * tau * margin)
         high = 2 * tau - low
         sound = (f(low, v, u) > 0) & (f(high, v, u) < 0)
+        tau_column = torch.full_like(low, tau)
+        at_tau = f(tau_column, v, u)
+        low, high = torch.where(at_tau > 0, tau_column, low), torch.where(at_tau > 0, high, tau_column)
         for _ in range(iterations):
             middle = (low + high) / 2
             positive = f(middle, v, u) > 0
             low, high = torch.where(positive, middle, low), torch.where(positive, high, middle)
-        root = torch.where(sound, (low + high) / 2, tau)
+        root = torch.where(sound & (at_tau != 0), (low + high) / 2, tau)
         p, q = (u / root).softmax(1), (v / (2 * tau - root)).softmax(1)
         # df / dT_teacher; each mean logit is divided by its own squared temperature
         slope = -(p * u).sum(1, keepdim=True) / root**2 - (q * v).sum(1, keepdim=True) / (2 * tau - root) ** 2
-        sound = sound & (slope < -MIN_MAXIMUM)  # elsewhere the root is not a simple one, and has no gradient
+        sound = sound & (slope < -MIN_SLOPE)  # elsewhere the root is not a simple one, and has no gradient
         root, slope = torch.where(sound, root, tau), torch.where(sound, slope, 1.0)
     newton = f(root, student, teacher) / slope
-    t_teacher = torch.where(sound, (root - newton).clamp(2 * tau * margin, 2 * tau * (1 - margin)), tau)
+    t_teacher = torch.where(sound, root - (newton - newton.detach()), tau)  # its value is rounding, its gradient is not
     t_student = 2 * tau - t_teacher
     return Temperatures(t_student, t_teacher, t_student * t_teacher, sound)
 
@@ -216,3 +228,10 @@ def _deviations(logits_student: Tensor, logits_teacher: Tensor, tau: float, fact
     sides = [deviation(logits) for logits in (logits_student, logits_teacher)]
     t_student, t_teacher = (tau * value for value, _ in sides)
     return Temperatures(t_student, t_teacher, factor(t_teacher), sides[0][1] & sides[1][1])
+
+
+config.DOCS |= {
+    "TEMPERATURE.ERRATUM.MARGIN": "erratum: delta stays in [-(1 - MARGIN) tau, (1 - MARGIN) tau].",
+    "TEMPERATURE.SHARPNESS.ITERATIONS": "sharpness: bisections; each halves the error of T, tau at first.",
+    "TEMPERATURE.SHARPNESS.MARGIN": "sharpness: both T stay in [2 tau MARGIN, 2 tau (1 - MARGIN)].",
+}

@@ -29,11 +29,21 @@ def line_of(row: dict, epochs: int, seconds_left: float) -> str:
     )
 
 
-def temperature_line(row: dict) -> str:
-    """An epoch's temperatures on one line of the worklog."""
-    t = row["temperature"]
-    sides = (f"{side} {t[f't_{side}']['mean']:.3f} +- {t[f't_{side}']['std']:.3f}" for side in ("student", "teacher"))
-    return f"epoch {row['epoch']} temperature  {'  '.join(sides)}  fell back {100 * t['fell_back']:.2f} %"
+def temperature_lines(row: dict) -> list[str]:
+    """An epoch's temperatures in the worklog: of each figure mean and deviation, extremes and quantiles."""
+    t, lines = row["temperature"], []
+    for name in ("t_student", "t_teacher", "sharpness_student", "sharpness_teacher"):
+        f = t[name]
+        quantiles = " ".join(f"{f[q]:7.3f}" for q in ("min", "q05", "q25", "q50", "q75", "q95", "max"))
+        lines.append(
+            f"epoch {row['epoch']} {name:<18} {f['mean']:7.3f} +- {f['std']:6.3f}  min, 5 .. 95 %, max {quantiles}"
+        )
+    correlations = (f"{side} {t[f'confidence_correlation_t_{side}']:.3f}" for side in ("student", "teacher"))
+    lines.append(
+        f"epoch {row['epoch']} fell back {100 * t['fell_back']:.2f} %  correlation with the teacher's confidence: T of "
+        + ", of ".join(correlations)
+    )
+    return lines
 
 
 class Recorder:
@@ -110,7 +120,7 @@ class Recorder:
             lines[0] += f"  skipped {row['skipped_steps']} steps"
         say(lines[0])
         if row.get("temperature"):
-            lines.append(temperature_line(row))
+            lines += temperature_lines(row)
             scalars |= {f"temperature/{k}": v for k, v in config.leaves(row["temperature"], "").items()}
         self.log(*lines)
         for name, value in scalars.items():
