@@ -201,7 +201,9 @@ def sharpness(
         sound = sound & (slope < -MIN_SLOPE)  # elsewhere the root is not a simple one, and has no gradient
         root, slope = torch.where(sound, root, tau), torch.where(sound, slope, 1.0)
     newton = f(root, student, teacher) / slope
-    t_teacher = torch.where(sound, root - (newton - newton.detach()), tau)  # its value is rounding, its gradient is not
+    width = tau / 2**iterations  # of the bracket that is left: what leads out of it is rounding
+    value = root - newton.detach().clamp(-width, width)
+    t_teacher = torch.where(sound, value - (newton - newton.detach()), tau)
     t_student = 2 * tau - t_teacher
     return Temperatures(t_student, t_teacher, t_student * t_teacher, sound)
 
