@@ -76,7 +76,7 @@ class Trainer:
         Raises Preempted when a signal has come and the run up to that step is kept, TrainingDiverged where a loss is
         no longer finite.
         """
-        seconds: list[float] = []  # of the epochs of this session
+        seconds: list[float] = []  # of the epochs since it was started
         if self.temperature == "samples":
             self.record = RecordFile(self.folder / "temperatures.bin", self.train_batches.num_samples, self.epoch)
             if self.record.missing:
