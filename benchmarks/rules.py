@@ -29,8 +29,14 @@ SHORT = [
 ]  # fmt: skip
 RULES = ("max_logit", "fixed", "centred", "erratum", "sharpness", "std", "norm", "learned")
 VARIANTS = {f"dtkd,{rule}": ["TEMPERATURE.RULE", rule] for rule in RULES}
+VARIANTS["dtkd,learned-instance"] = ["TEMPERATURE.RULE", "learned", "TEMPERATURE.LEARNED.MODE", "instance"]
 VARIANTS |= {"kd,fixed": ["DISTILLER.TYPE", "KD"], "none": ["DISTILLER.TYPE", "NONE"]}
-TITLES = {"dtkd,max_logit": "DTKD (max_logit)", "kd,fixed": "KD (fixed)", "none": "the student alone"}
+TITLES = {
+    "dtkd,max_logit": "DTKD (max_logit)",
+    "dtkd,learned-instance": "DTKD with learned, one T each",
+    "kd,fixed": "KD (fixed)",
+    "none": "the student alone",
+}
 
 
 def rows_of(opts: list[str]) -> list[dict]:
