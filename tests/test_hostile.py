@@ -518,7 +518,7 @@ BAD_VALUES = {  # where the file is right and a value is not, its key is named
     "no-such-user-prefix": ("LOG.PREFIX", "~nosuchuser/x"),
     "no-such-user-root": ("DATASET.ROOT", "~nosuchuser/x"),
     "no-such-user-teacher": ("DISTILLER.TEACHER_CKPT", "~nosuchuser/x"),
-    "absolute-project": ("EXPERIMENT.PROJECT", "/tmp/x"),
+    "absolute-project": ("EXPERIMENT.PROJECT", "/x"),
     "climbing-project": ("EXPERIMENT.PROJECT", "a/../../x"),
     "climbing-name": ("EXPERIMENT.NAME", ".."),
     "long-project": ("EXPERIMENT.PROJECT", "a" * 300),

@@ -319,7 +319,7 @@ def test_another_teacher_or_other_data_are_refused(small, tmp_path):
     folder = run(opts, tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     other = save_teacher(tmp_path / "other", "resnet14", 10)
-    state = torch.load(other)
+    state = torch.load(other, weights_only=True)
     state["model"]["fc.bias"][0] += 1
     torch.save(state, other)
     with np.load(small[small.index("DATASET.ROOT") + 1]) as file:

@@ -221,7 +221,7 @@ def find_teacher(cfg: CfgNode, path: Path, resume: bool) -> Path:
     student's run folder, which has to be writable before a teacher is trained for it, and which under `resume` may
     name the teacher that it was started with.
     """
-    name, alone = cfg.DISTILLER.TEACHER, teacher_config(cfg)
+    name = cfg.DISTILLER.TEACHER
     published, trained = teacher_files(cfg)
     chosen = expand(cfg.DISTILLER.TEACHER_CKPT) if cfg.DISTILLER.TEACHER_CKPT else None
     if chosen and os.path.isdir(chosen):
@@ -244,7 +244,7 @@ def find_teacher(cfg: CfgNode, path: Path, resume: bool) -> Path:
         )
     check_writable(path, "LOG.PREFIX")
     check_writable(target, "DISTILLER.TEACHER_CKPT")
-    return train_teacher(alone, target)
+    return train_teacher(teacher_config(cfg), target)
 
 
 def teacher_files(cfg: CfgNode) -> tuple[Path, Path]:
