@@ -77,6 +77,12 @@ KEYS = (
     ("SOLVER.TYPE", "SGD", "Optimizer: SGD."),
     ("SOLVER.AMP", "none", "Autocast of the forward pass: none, bf16 or fp16 (CUDA only). Losses stay in float32."),
     ("SOLVER.NAN_POLICY", "stop", "Where a loss or gradient is not finite: stop and name it, or skip the step."),
+    (
+        "SOLVER.STEP",
+        "auto",
+        "How a step runs: eager, graph (a CUDA graph) or compile (torch.compile; on CUDA in a graph too); auto: graph "
+        "on CUDA, else eager.",
+    ),
     ("TEMPERATURE.RULE", "", "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own."),
     ("TEMPERATURE.DETACH", False, "Stop the gradient through the rule's temperatures; published DTKD lets it flow."),
     ("TEMPERATURE.PART", "all", "Part of the divergence of KD, DTKD and DKD: all, target (TCKD) or non_target (NCKD)."),
@@ -91,6 +97,14 @@ KEYS = (
     ("LOG.WANDB", False, "Send figures to Weights & Biases as well (pip install wandb)."),
     ("SEED", 0, "Seeds initialisation, data order and augmentation."),
     ("DETERMINISTIC", False, "The same bits on the same machine on CUDA too, at some cost in speed."),
+    (
+        "TEACHER_BANK",
+        "auto",
+        "Teacher's logits on all views of the training set, for logit methods: full (computed first, kept on disk), "
+        "lazy (kept as they come), off (a teacher's pass in every step); auto: as the arithmetic says, same numbers.",
+    ),
+    ("TEACHER_BANK_DTYPE", "float16", "What the bank keeps, float16 or float32; auto rounds to it without a bank too."),
+    ("TEACHER_BANK_FOLDER", "", "Where banks lie; empty: beside the teacher's checkpoint."),
     ("DEVICE", "auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."),
 )
 
@@ -480,6 +494,9 @@ _CHOICES = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "SOLVER.TYPE": ("SGD",),
     "SOLVER.NAN_POLICY": ("stop", "skip"),
+    "SOLVER.STEP": ("auto", "eager", "graph", "compile"),
+    "TEACHER_BANK": ("auto", "full", "lazy", "off"),
+    "TEACHER_BANK_DTYPE": ("float16", "float32"),
     "SOLVER.TRAINER": ("base", "crd", "dot"),
     "TEMPERATURE.PART": ("all", "target", "non_target"),
     "LOG.TEMPERATURE": ("off", "summary", "samples"),

@@ -1,16 +1,18 @@
 """Train a student, by the method and with the teacher that a YAML file names.
 
-python3 tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml [--resume [auto]] [KEY VALUE ...]
+python3 tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml [--seeds 0 1 2] [--resume [auto]] [KEY VALUE ...]
 
 Exit status: 0 done; 1 the run failed (no finite loss, memory, disk); 2 a mistake in the input; 75 stopped by SIGTERM,
 SIGINT, SIGUSR1 or SIGHUP after a step, to go on there with --resume; 130 stopped at once by a second Ctrl-C.
 """
 
 import argparse
+import re
 import sys
 
 from mdistiller.engine.builder import train
 from mdistiller.engine.cfg import load
+from mdistiller.engine.seeds import train_seeds
 from mdistiller.errors import UserError, run_command
 
 
@@ -21,15 +23,53 @@ def main() -> None:
         "--resume", nargs="?", choices=["auto", "last"],
         help="go on with the run from its last checkpoint; auto: or start it, where there is none",
     )  # fmt: skip
+    parser.add_argument(
+        "--seeds", metavar="N",
+        help="several students side by side, one for each SEED: 0 1 2, or 0-2; they share the teacher and its bank",
+    )  # fmt: skip
     words = sys.argv[1:]
+    seeds = take_seeds(words)
     for place in [place for place, word in enumerate(words) if word == "--resume"][::-1]:
         value = words[place + 1] if words[place + 1 : place + 2] in (["auto"], ["last"]) else ""
         words[place : place + 1 + bool(value)] = [f"--resume={value or 'last'}"]  # no KEY is its value
     arguments, opts = parser.parse_known_args(words)  # not argparse's own: -1e-3 looks like an option to it
     flags = [word for word in opts if word.startswith("--")]
     if flags:
-        raise UserError(f"unknown option {flags[0]}; options are --cfg and --resume, the rest are KEY VALUE pairs")
-    train(load(arguments.cfg, opts), opts, resume={"auto": "auto", "last": True}.get(arguments.resume, False))
+        raise UserError(
+            f"unknown option {flags[0]}; options are --cfg, --seeds and --resume, the rest are KEY VALUE pairs"
+        )
+    resume = {"auto": "auto", "last": True}.get(arguments.resume, False)
+    if seeds is None:
+        train(load(arguments.cfg, opts), opts, resume)
+    elif "SEED" in opts[::2]:
+        raise UserError("--seeds and SEED: give one of them")
+    else:
+        train_seeds(load(arguments.cfg, opts), seeds, opts, resume)
+
+
+def take_seeds(words: list[str]) -> list[int] | None:
+    """Take `--seeds` and the numbers after it out of `words`; None if it is not there."""
+    place = next((place for place, word in enumerate(words) if re.match(r"--seeds(=|$)", word)), None)
+    if place is None:
+        return None
+    first = words.pop(place).partition("=")[2]
+    given = first.replace(",", " ").split()
+    while place < len(words) and words[place][:1].isdigit():
+        given += words.pop(place).replace(",", " ").split()
+    seeds = []
+    for word in given:
+        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", word)
+        if not match:
+            raise UserError(f"--seeds: {word} is no seed; write 0 1 2, or 0-2")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high >= 2**32 or not 0 <= high - low < 1000:
+            raise UserError(f"--seeds: {word}: seeds are whole numbers from 0 to 2**32 - 1, the smaller one first")
+        seeds += range(low, high + 1)
+    if not seeds:
+        raise UserError("--seeds: no seed follows; write --seeds 0 1 2, or --seeds 0-2")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds: {next(s for s in seeds if seeds.count(s) > 1)} is given twice")
+    return seeds
 
 
 if __name__ == "__main__":

@@ -89,9 +89,15 @@ class Batches:
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
-    def plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The epoch's decisions on the CPU: order, crop row, crop column (0 .. 2 * padding), flip; each (N,) int64,
-        the last three by place in the order.
+    @property
+    def views(self) -> int:
+        """How many different views of an image there are: crops times flips."""
+        crops = (2 * self.padding + 1) ** 2
+        return {"crop_flip": 2 * crops, "crop": crops}.get(self.augment, 1)
+
+    def plan(self, epoch: int) -> Tensor:
+        """The epoch's decisions on the CPU, (4, N) int64: order, crop row, crop column (0 .. 2 * padding), flip; the
+        last three by place in the order.
         """
         n = self.num_samples
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
@@ -102,14 +108,37 @@ class Batches:
             top, left = torch.full_like(top, self.padding), torch.full_like(left, self.padding)
         if self.augment != "crop_flip":
             flip = torch.zeros_like(flip)
-        return order, top, left, flip
+        return torch.stack([order, top, left, flip])
+
+    def rows(self, plan: Tensor) -> Tensor:
+        """A number for each view in `plan` (4, B), below num_samples * views: (B,)."""
+        index, top, left, flip = plan
+        if self.views == 1:
+            return index
+        view = top * (2 * self.padding + 1) + left
+        return index * self.views + (2 * view + flip if self.augment == "crop_flip" else view)
+
+    def plan_of(self, rows: Tensor) -> Tensor:
+        """The plan (4, B) whose `rows` (B,) these are."""
+        index, view = rows // self.views, rows % self.views
+        if self.views == 1:
+            middle = torch.full_like(index, self.padding)
+            return torch.stack([index, middle, middle, torch.zeros_like(index)])
+        flip = view % 2 if self.augment == "crop_flip" else torch.zeros_like(view)
+        view = view // 2 if self.augment == "crop_flip" else view
+        side = 2 * self.padding + 1
+        return torch.stack([index, view // side, view % side, flip])
+
+    def batch(self, plan: Tensor) -> Batch:
+        """What `plan` (4, B), on the images' device, says."""
+        index, top, left, flip = plan
+        return Batch(self.normalise(self.crop(self.images[index], top, left, flip)), self.labels[index], index)
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
         """The training batches of `epoch`, but for its first `done`."""
-        plan = torch.stack(self.plan(epoch)).to(self.images.device)  # one transfer an epoch
+        plan = self.plan(epoch).to(self.images.device)  # one transfer an epoch
         for start in range(done * self.batch_size, self.num_samples, self.batch_size):
-            index, top, left, flip = plan[:, start : start + self.batch_size]
-            yield Batch(self.normalise(self.crop(self.images[index], top, left, flip)), self.labels[index], index)
+            yield self.batch(plan[:, start : start + self.batch_size])
 
     def crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) padded with black, cut at (top, left) (B,), mirrored where flip (B,) is 1."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.distillers._common import Temperatures, bounded, full_precision
+from mdistiller.distillers._common import Temperatures, bounded, full_precision, warmup
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers._rules import register_rule
 from mdistiller.distillers.KD import KD
@@ -17,7 +17,7 @@ class Reverse(torch.autograd.Function):
     """The identity, whose gradient is multiplied by -strength (Ganin and Lempitsky, 2015)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, strength: float) -> Tensor:
+    def forward(ctx, x: Tensor, strength: float | Tensor) -> Tensor:
         ctx.strength = strength
         return x.view_as(x)
 
@@ -26,11 +26,12 @@ class Reverse(torch.autograd.Function):
         return -ctx.strength * gradient, None
 
 
-def curriculum(epoch: int, length: float, end: float) -> float:
+def curriculum(epoch: int | Tensor, length: float, end: float) -> float | Tensor:
     """lambda = end / 2 (1 - cos(pi min(epoch / length, 1))): from 0 at epoch 0 to `end` at epoch `length` (Eq. 11);
     `end` throughout if length is 0. It rises, as in the paper: the temperature's opposition grows.
     """
-    return end * (1 - math.cos(math.pi * min(epoch / length, 1.0))) / 2 if length > 0 else end
+    angle = math.pi * warmup(epoch, length)
+    return end * (1 - (angle.cos() if isinstance(angle, Tensor) else math.cos(angle))) / 2 if length > 0 else end
 
 
 def learned_temperature(theta: Tensor, start: float, span: float) -> Tensor:

@@ -120,9 +120,15 @@ def softened_kl(
     return (temperatures.factor.squeeze(1) * divergence).mean()
 
 
-def warmup(epoch: int, length: float) -> float:
-    """min(epoch / length, 1): the weight of a loss that is raised over the first `length` epochs; 1 if length is 0."""
-    return min(epoch / length, 1.0) if length > 0 else 1.0
+def warmup(epoch: int | Tensor, length: float) -> float | Tensor:
+    """min(epoch / length, 1): the weight of a loss that is raised over the first `length` epochs; 1 if length is 0.
+
+    A step that is captured once and replayed for many epochs passes the epoch as a 0-dim tensor.
+    """
+    if length <= 0:
+        return 1.0
+    share = epoch / length
+    return share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0)
 
 
 def in_float32(loss: Callable) -> Callable:

@@ -1,6 +1,7 @@
 """From a configuration to a run: data, teacher, student, method, trainer."""
 
 import contextlib
+import dataclasses
 import inspect
 import os
 import re
@@ -24,6 +25,8 @@ from mdistiller.engine.folder import RunFolder, check_writable, in_use, resumabl
 from mdistiller.engine.recorder import Recorder, require_wandb, start_wandb
 from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
+from mdistiller.engine.stop import Stop
+from mdistiller.engine.teacher import Shared
 from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import DamagedFile, FolderInUse, Preempted, RunFailed, UserError
@@ -38,33 +41,84 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
     best_epoch, epochs, and the folder. Raises UserError before anything is written if a part is missing, Preempted
     where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
-    device = resolve_device(cfg.DEVICE)
-    check_amp(cfg.SOLVER.AMP, device)
-    if cfg.LOG.WANDB:
-        require_wandb()
-    path = run_folder(cfg, opts)
-    if resume is True and not resumable(path):
-        raise UserError(f"--resume: there is no run in {path}; start it without --resume, or with --resume auto")
-    data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
-    teacher_file = find_teacher(cfg, path, bool(resume)) if cfg.DISTILLER.TYPE != "NONE" else None
-
+    plan = RunPlan(cfg, opts)
+    plan.check(resume)
+    common = Common(cfg, 1)
+    plan.find_teacher(resume)
     with failures(cfg), contextlib.ExitStack() as closing:
-        set_determinism(cfg.DETERMINISTIC)
-        seed_everything(cfg.SEED)
-        distiller = build_distiller(cfg, data, teacher_file, device)
-        trainer = build_trainer(cfg, distiller, data, device, path)
-        folder = RunFolder(path, resume)
-        closing.callback(folder.close)
-        if folder.resumed:
-            folder.check_config(cfg)
-            restore(trainer, path)
-        folder.write_config(cfg, teacher_file)
-        folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin)
-        wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, path.name, cfg) if cfg.LOG.WANDB else None
-        recorder = Recorder(path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run)
-        closing.callback(recorder.close)
-        introduce(cfg, recorder, trainer, data, device, teacher_file)
-        return trainer.fit(recorder) | {"folder": str(path)}
+        closing.callback(common.teachers.close)
+        trainer, recorder = open_run(plan, resume, common, closing)
+        return trainer.fit(recorder) | {"folder": str(plan.path)}
+
+
+class RunPlan:
+    """A run that is to be made: its configuration, folder and teacher. `opts`: the overrides in `cfg`."""
+
+    def __init__(self, cfg: CfgNode, opts: list[str] = (), label: str = "", place: int = 0):
+        self.cfg, self.label, self.place = cfg, label, place
+        self.path = run_folder(cfg, opts)
+        self.teacher_file: Path | None = None
+
+    def check(self, resume: bool | str) -> None:
+        """Raises UserError where the machine or the folder cannot do it."""
+        device = resolve_device(self.cfg.DEVICE)
+        check_amp(self.cfg.SOLVER.AMP, device)
+        check_step(self.cfg, device)
+        if self.cfg.LOG.WANDB:
+            require_wandb()
+        if resume is True and not resumable(self.path):
+            raise UserError(
+                f"--resume: there is no run in {self.path}; start it without --resume, or with --resume auto"
+            )
+
+    def find_teacher(self, resume: bool | str) -> None:
+        """Find the teacher's checkpoint, or train it."""
+        if self.cfg.DISTILLER.TYPE != "NONE":
+            self.teacher_file = find_teacher(self.cfg, self.path, bool(resume))
+
+
+class Common:
+    """What the `students` runs of one process share: the device, the images on it, teachers and their banks."""
+
+    def __init__(self, cfg: CfgNode, students: int):
+        self.device = resolve_device(cfg.DEVICE)
+        self.data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        self.digest = self.data.digest()
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        self.local = dataclasses.replace(
+            self.data, **{name: getattr(self.data, name).to(self.device) for name in names}
+        )
+        self.teachers = Shared(students)
+        self.stop = Stop()
+
+
+def open_run(
+    plan: RunPlan, resume: bool | str, common: Common, closing: contextlib.ExitStack
+) -> tuple[Trainer, Recorder]:
+    """The trainer of `plan`, ready or brought back to where it stopped, and the recorder in its folder. `closing` gives
+    back what they hold.
+    """
+    cfg, device = plan.cfg, common.device
+    set_determinism(cfg.DETERMINISTIC)
+    seed_everything(cfg.SEED)
+    distiller = build_distiller(cfg, common.data, plan.teacher_file, device)
+    trainer, bank = build_trainer(cfg, distiller, common, plan)
+    folder = RunFolder(plan.path, resume)
+    closing.callback(folder.close)
+    if folder.resumed:
+        folder.check_config(cfg)
+        restore(trainer, plan.path)
+    folder.write_config(cfg, plan.teacher_file)
+    folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin)
+    wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, plan.path.name, cfg) if cfg.LOG.WANDB else None
+    recorder = Recorder(
+        plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place
+    )
+    closing.callback(recorder.close)
+    introduce(cfg, recorder, trainer, common.data, device, plan.teacher_file)
+    if bank and trainer.epoch < trainer.epochs:
+        recorder.say(bank)
+    return trainer, recorder
 
 
 OUT_OF_MEMORY = "out of memory|CPUAllocator|STATUS_ALLOC_FAILED"
@@ -135,6 +189,7 @@ def replay(file: Path) -> tuple[str, str]:
             text.flush()
             cfg = config.load(text.name)  # plug-ins and all
         batch, epoch, model, rng = Batch(**kept["batch"]), kept["epoch"], kept["model"], kept["rng"]
+        logits = kept.get("logits_teacher")
         device = resolve_device(cfg.DEVICE)
         data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
         distiller = build_distiller(cfg, data, None, device)
@@ -144,7 +199,8 @@ def replay(file: Path) -> tuple[str, str]:
         raise UserError(f"{file}: is no batch that a stopped run has kept ({reason})") from None
     torch.set_rng_state(rng)
     batch = Batch(*(value.to(device) for value in batch))
-    bad, losses = first_bad_tensor(distiller.train(), batch, epoch, cfg.SOLVER.AMP)
+    logits = None if logits is None else logits.to(device)
+    bad, losses = first_bad_tensor(distiller.train(), batch, epoch, cfg.SOLVER.AMP, logits)
     return bad, describe_losses(losses)
 
 
@@ -187,8 +243,9 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     return cifar_model_dict[name][0](num_classes=num_classes)
 
 
-def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: torch.device, folder: Path) -> Trainer:
-    solver, teacher = cfg.SOLVER, getattr(distiller, "teacher", None)
+def build_trainer(cfg: CfgNode, distiller: nn.Module, common: Common, plan: RunPlan) -> tuple[Trainer, str]:
+    """The trainer, and a line about its teacher's bank."""
+    solver, teacher, data, device = cfg.SOLVER, getattr(distiller, "teacher", None), common.local, common.device
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
     statistics = data.mean, data.std
     train_batches = Batches(
@@ -200,20 +257,35 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, data: ImageSet, device: to
         optimizer = DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
     else:
         optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
-    return Trainer(
+    origin = {"data": common.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher is not None else ""}
+    logits, bank = common.teachers.logits_of(cfg, distiller, train_batches, plan.teacher_file, origin, solver.EPOCHS)
+    forward = torch.compile(distiller, dynamic=False) if solver.STEP == "compile" else None
+    trainer = Trainer(
         distiller,
-        Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY),
+        Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward),
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         train_batches,
         test_batches,
         solver.EPOCHS,
-        folder,
+        plan.path,
         cfg.LOG.SAVE_CHECKPOINT_FREQ,
         cfg.LOG.TENSORBOARD_FREQ,
         cfg.LOG.TEMPERATURE,
-        {"data": data.digest(), "teacher": checkpoint.digest(teacher.state_dict()) if teacher is not None else ""},
+        origin,
         cfg.dump(),
+        logits,
+        device.type == "cuda" and solver.STEP != "eager",
+        common.stop,
     )
+    return trainer, bank
+
+
+def check_step(cfg: CfgNode, device: torch.device) -> None:
+    """Raises UserError where the device cannot run steps as SOLVER.STEP says."""
+    if cfg.SOLVER.STEP == "graph" and device.type != "cuda":
+        raise UserError(f"SOLVER.STEP: graph needs CUDA, and the device is {device.type}; set SOLVER.STEP auto")
+    if cfg.SOLVER.STEP == "graph" and cfg.SOLVER.AMP == "fp16":
+        raise UserError("SOLVER.STEP: fp16's scaler looks at every step, which a graph cannot; set SOLVER.AMP bf16")
 
 
 def find_teacher(cfg: CfgNode, path: Path, resume: bool) -> Path:
@@ -262,7 +334,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     alone.DISTILLER.TYPE, alone.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
     alone.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
-    key = checkpoint.digest([config.leaves(alone.SOLVER), root, cfg.DATASET.AUGMENT])[:8]
+    solver = {key: value for key, value in config.leaves(alone.SOLVER).items() if key != "STEP"}
+    key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT])[:8]
     tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     alone.EXPERIMENT.NAME = alone.EXPERIMENT.TAG = tag
     alone.freeze()

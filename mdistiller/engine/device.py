@@ -1,5 +1,6 @@
 """Which device, in which precision, from which seed."""
 
+import contextlib
 import os
 import random
 from contextlib import AbstractContextManager
@@ -47,6 +48,16 @@ def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
+def side_stream(device: torch.device) -> AbstractContextManager:
+    """A context whose work runs beside that of other contexts, on a CUDA stream of its own, after all that came before;
+    graphs are captured on such a stream only. Elsewhere nothing.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    torch.cuda.synchronize(device)
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
 def set_determinism(deterministic: bool) -> None:
     """The same bits from the same seed on the same machine. A CPU gives them anyway, for a given number of threads;
     on CUDA it takes slower kernels, and operations that have none raise RuntimeError.
@@ -62,6 +73,21 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def generators() -> tuple:
+    """Every generator's state, to be given to `set_generators` in this process."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda
+
+
+def set_generators(state: tuple) -> None:
+    host, numpy, python, cuda = state
+    torch.set_rng_state(host)
+    np.random.set_state(numpy)
+    random.setstate(python)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
 
 
 def rng_state() -> dict:

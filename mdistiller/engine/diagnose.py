@@ -8,11 +8,14 @@ from mdistiller.dataset import Batch
 from mdistiller.engine.device import autocast
 
 
-def first_bad_tensor(distiller: nn.Module, batch: Batch, epoch: int, amp: str) -> tuple[str, dict[str, float]]:
+def first_bad_tensor(
+    distiller: nn.Module, batch: Batch, epoch: int, amp: str, logits_teacher: Tensor | None = None
+) -> tuple[str, dict[str, float]]:
     """Run a step's forward and backward pass, in training mode, without an update. Returns what went bad first, in
     words (empty: nothing did), and the loss terms. The order is that in which a step meets them: images, parameters,
-    every module's output, the loss terms, the gradients from the loss back. Parameters stay as they are; buffers see
-    the batch once more, and are not looked at: what the step has done to them would come before its cause.
+    the teacher's given logits, every module's output, the loss terms, the gradients from the loss back. Parameters
+    stay as they are; buffers see the batch once more, and are not looked at: what the step has done to them would
+    come before its cause.
     """
     found: list[str] = []
 
@@ -31,11 +34,13 @@ def first_bad_tensor(distiller: nn.Module, batch: Batch, epoch: int, amp: str) -
     look("the images", batch.image)
     for name, value in distiller.named_parameters():
         look(f"'{name}'", value)
+    given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
+    look("the teacher's logits", *given.values())
     handles = [module.register_forward_hook(hook(name)) for name, module in distiller.named_modules() if name]
     try:
         distiller.zero_grad(set_to_none=True)
         with autocast(batch.image.device, amp):
-            _, terms = distiller(image=batch.image, target=batch.target, index=batch.index, epoch=epoch)
+            _, terms = distiller(image=batch.image, target=batch.target, index=batch.index, epoch=epoch, **given)
             losses = {name: value.float().mean() for name, value in terms.items()}
         for name, value in losses.items():
             look(f"the loss term {name}", value)
@@ -60,7 +65,9 @@ def describe_losses(losses: dict[str, float]) -> str:
     )
 
 
-def dump(distiller: nn.Module, batch: Batch, epoch: int, config: str, rng: Tensor) -> dict:
+def dump(
+    distiller: nn.Module, batch: Batch, epoch: int, config: str, rng: Tensor, logits_teacher: Tensor | None = None
+) -> dict:
     """What tools/replay.py needs to run the step again: configuration, weights, batch, generator."""
     return {
         "config": config,
@@ -68,4 +75,5 @@ def dump(distiller: nn.Module, batch: Batch, epoch: int, config: str, rng: Tenso
         "batch": batch._asdict(),
         "epoch": epoch,
         "rng": rng,
+        "logits_teacher": logits_teacher,
     }

@@ -49,10 +49,14 @@ def temperature_lines(row: dict) -> list[str]:
 class Recorder:
     """Writes a run's figures into its folder. `done`: epochs that are finished already; `log`: bytes of worklog.txt at
     the checkpoint that the run goes on from. What a crash left behind them goes, so that nothing stands twice.
+    `label` stands before a line in the terminal, `place` is the bar's, from 0, where several runs share one.
     """
 
-    def __init__(self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None):
+    def __init__(
+        self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None, label: str = "", place: int = 0
+    ):
         self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
+        self.label, self.place = label, place
         self.rows = [row for row in read_metrics(folder) if row["epoch"] <= done]
         if len(self.rows) < done:
             say(f"warning: {folder / 'metrics.jsonl'} lacks the rows of {done - len(self.rows)} finished epochs")
@@ -76,15 +80,21 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """To the terminal and the worklog."""
-        say(text)
+        say(self.label + text)
         self.log(text)
 
     def start_epoch(self, epoch: int, samples: int, done: int = 0) -> None:
         with unbroken():
             if sys.stdout.isatty():
-                title = f"epoch {epoch}/{self.epochs}"
                 self.bar = tqdm(
-                    total=samples, initial=done, desc=title, unit="img", unit_scale=True, leave=False, file=sys.stdout
+                    total=samples,
+                    initial=done,
+                    desc=f"{self.label}epoch {epoch}/{self.epochs}",
+                    position=self.place,
+                    unit="img",
+                    unit_scale=True,
+                    leave=False,
+                    file=sys.stdout,
                 )
 
     def step(self, samples: int, read_means) -> None:
@@ -118,7 +128,7 @@ class Recorder:
         if row.get("skipped_steps"):
             scalars["skipped_steps"] = row["skipped_steps"]
             lines[0] += f"  skipped {row['skipped_steps']} steps"
-        say(lines[0])
+        say(self.label + lines[0])
         if row.get("temperature"):
             lines += temperature_lines(row)
             scalars |= {f"temperature/{k}": v for k, v in config.leaves(row["temperature"], "").items()}

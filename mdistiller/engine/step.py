@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,29 @@ from mdistiller.errors import RunFailed
 
 
 class Meter:
-    """Sums over the samples of an epoch, kept on the device until somebody reads them."""
+    """Sums over the samples of an epoch, kept on the device until somebody reads them.
+
+    Each sum stays the same tensor, so that a captured step goes on adding to it.
+    """
 
     def __init__(self):
         self.images = 0  # that went through a step, whether or not it counts
         self.sums: dict[str, Tensor] = {}
 
+    def reset(self) -> None:
+        self.images = 0
+        for value in self.sums.values():
+            value.zero_()
+
     def add(self, images: int, sound: Tensor, **values: Tensor) -> None:
         """`values`: sums over `images` samples, which count where `sound`, a 0-dim bool, is true."""
-        self.images += images
         values |= {"samples": sound.new_full((), images, dtype=torch.float32), "skipped": ~sound}
         for name, value in values.items():
             value = value.float() if name == "skipped" else torch.where(sound, value.float(), 0.0)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            if name in self.sums:
+                self.sums[name].add_(value)
+            else:
+                self.sums[name] = value.clone()
 
     def read(self) -> dict[str, float]:
         """The means so far over the samples that count, and the number of skipped steps; waits for the device."""
@@ -46,6 +57,8 @@ class Step:
     "stop" the run ends there; under "skip" the step counts in the meter, its BatchNorm statistics and other buffers
     are put back, and training goes on. Off the CPU a look at every loss would stall the device: there the decision is
     taken on the device, and under "stop" no later step changes a parameter either, until `bad_step` is read.
+
+    `forward`: what is called in the distiller's place, such as its compiled form.
     """
 
     def __init__(
@@ -55,26 +68,44 @@ class Step:
         device: torch.device,
         amp: str = "none",
         nan_policy: str = "stop",
+        forward: Callable | None = None,
     ):
         self.distiller, self.optimizer = distiller, optimizer
         self.device, self.amp = device, amp
+        self.forward = forward or distiller
         self.skip = nan_policy == "skip"
         fp16 = AMP_DTYPES[amp] is torch.float16
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.steps = 0
+        self._number = torch.zeros((), dtype=torch.int64, device=device)  # `steps` on the device
         self._first_bad = torch.full((), -1, device=device)  # number of the first bad step, under "stop"
-        # only torch's fused kernels can leave an update out on the device; GradScaler has its own way
-        self.lazy = optimizer.defaults.get("fused") is True and not fp16
+        # only these can leave an update out on the device; GradScaler has its own way
+        fused = optimizer.defaults.get("fused") is True or (isinstance(optimizer, DOT) and device.type == "cuda")
+        self.lazy = fused and not fp16
 
-    def __call__(self, batch: Batch, epoch: int, meter: Meter) -> None:
+    def __call__(self, batch: Batch, epoch: int, meter: Meter, logits_teacher: Tensor | None = None) -> None:
+        """`logits_teacher` (B, K): instead of a teacher's pass, for a method that takes them."""
+        self.compute(batch, epoch, meter, logits_teacher)
+        self.count(len(batch.target), meter)
+
+    def count(self, images: int, meter: Meter) -> None:
+        """What the host knows about a step; `compute` and a captured step do the rest."""
+        self.steps += 1
+        meter.images += images
+
+    def compute(self, batch: Batch, epoch: int | Tensor, meter: Meter, logits_teacher: Tensor | None = None) -> None:
+        """All that a step does on the device. Every tensor that outlives it stays the same tensor."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.temperatures is not None:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
         before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
+        given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
         with autocast(self.device, self.amp):
-            logits, losses = self.distiller(image=batch.image, target=batch.target, index=batch.index, epoch=epoch)
+            logits, losses = self.forward(
+                image=batch.image, target=batch.target, index=batch.index, epoch=epoch, **given
+            )
             # a method may return terms of any shape, as mdistiller's loop allows
             losses = {name: value.float().mean() for name, value in losses.items()}
             loss = sum(losses.values())
@@ -88,7 +119,7 @@ class Step:
             correct = (logits.argmax(1) == batch.target).sum()
             terms = {f"loss/{name}": n * value.detach() for name, value in losses.items()}
             meter.add(n, sound, loss=n * loss.detach(), correct=correct, **terms)
-        self.steps += 1
+            self._number += 1
 
     def _update(self, loss: Tensor, extra: tuple) -> Tensor:
         """Update the parameters where loss and gradients are finite; returns whether they are, a 0-dim bool."""
@@ -97,11 +128,11 @@ class Step:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             sound = sound & get_total_norm(gradients, torch.inf).isfinite()
         if not self.skip:
-            self._first_bad = torch.where(sound | (self._first_bad >= 0), self._first_bad, self.steps)
+            self._first_bad.copy_(torch.where(sound | (self._first_bad >= 0), self._first_bad, self._number))
             sound = self._first_bad < 0
         if self.lazy:
             self.optimizer.found_inf = (~sound).float()
-            self.optimizer.step()
+            self.optimizer.step(*extra)
         elif sound:
             self.scaler.step(self.optimizer, *extra)
             self.scaler.update()

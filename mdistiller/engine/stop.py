@@ -47,5 +47,9 @@ class Stop:
         """`items`, until a signal comes. Raises StopRequested when the work on an item is done after that."""
         for item in items:
             yield item
-            if self.signal:
-                raise StopRequested
+            self.check()
+
+    def check(self) -> None:
+        """Raises StopRequested where a signal has come."""
+        if self.signal:
+            raise StopRequested

@@ -31,6 +31,10 @@ class EpochBuffer:
     def __init__(self, samples: int, device: torch.device):
         self.values = torch.full((len(FIELDS), samples), torch.nan, device=device)
 
+    def reset(self) -> None:
+        """Forget all; the tensor stays, so that a captured step goes on writing to it."""
+        self.values.fill_(torch.nan)
+
     def put(self, index: Tensor, logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures) -> None:
         """A batch: index (B,), logits (B, K), temperatures (B, 1)."""
         with torch.no_grad():

@@ -2,22 +2,25 @@
 
 import math
 import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdistiller.dataset import Batches
 from mdistiller.distillers import RuleDistiller
 from mdistiller.engine import checkpoint
-from mdistiller.engine.device import autocast, rng_state, set_rng_state
+from mdistiller.engine.device import autocast, rng_state, set_rng_state, side_stream
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import Scores, evaluate
+from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.recorder import Recorder
-from mdistiller.engine.solver import MultiStep, set_lr
+from mdistiller.engine.solver import MultiStep, load_state, set_lr, state_of
 from mdistiller.engine.step import Meter, Step
 from mdistiller.engine.stop import Stop, StopRequested
+from mdistiller.engine.teacher import WINDOW, TeacherLogits
 from mdistiller.engine.temperature import EpochBuffer, RecordFile
 from mdistiller.errors import Preempted, TrainingDiverged, UserError
 from mdistiller.files import link
@@ -28,8 +31,9 @@ KEPT = ("epoch", "last_acc", "best_acc", "best_epoch", "log_bytes")
 class Trainer:
     """Trains `distiller` for `epochs` epochs and keeps its run in `folder`.
 
-    `origin`: digests of what the run starts from (its data, its teacher), which a resumed run must share; `config`:
-    the configuration as text, for the dump of a batch whose loss is not finite.
+    `teacher`: gives the teacher's logits of a plan, so that the step needs no pass of it; `graph`: whether a step is
+    captured (CUDA); `origin`: digests of what the run starts from (its data, its teacher), which a resumed run must
+    share; `config`: the configuration as text, for the dump of a batch whose loss is not finite.
     """
 
     def __init__(
@@ -46,6 +50,9 @@ class Trainer:
         temperature: str = "off",
         origin: dict[str, str] | None = None,
         config: str = "",
+        teacher: TeacherLogits | None = None,
+        graph: bool = False,
+        stop: Stop | None = None,
     ):
         self.distiller, self.step, self.schedule = distiller, step, schedule
         self.train_batches, self.test_batches = train, test
@@ -53,8 +60,11 @@ class Trainer:
         self.save_every, self.point_every = save_every, point_every
         self.temperature = temperature if isinstance(distiller, RuleDistiller) else "off"
         self.origin, self.config = origin or {}, config
-        self.stop = Stop()
+        self.teacher, self.stop = teacher, stop or Stop()
         self.record: RecordFile | None = None
+        self.meter = Meter()
+        self.buffer = EpochBuffer(train.num_samples, step.device) if self.temperature != "off" else None
+        self.work: Callable = GraphStep(self.compute, distiller, step.device) if graph else self.compute
         self.epoch = 0  # epochs that are finished
         self.last_acc = self.best_acc = -1.0
         self.best_epoch = 0
@@ -64,11 +74,10 @@ class Trainer:
     def _start_epoch(self) -> None:
         """What an epoch gathers until its row is written; a checkpoint inside an epoch holds it."""
         self.done = 0  # training steps of this epoch
-        self.meter = Meter()
         self.seconds = 0.0  # that this epoch's training has taken
-        self.buffer = (
-            EpochBuffer(self.train_batches.num_samples, self.step.device) if self.temperature != "off" else None
-        )
+        self.meter.reset()
+        if self.buffer is not None:
+            self.buffer.reset()
 
     def fit(self, recorder: Recorder) -> dict:
         """Train until `epochs`; returns the result: last_acc, best_acc, best_epoch, epochs.
@@ -76,38 +85,49 @@ class Trainer:
         Raises Preempted when a signal has come and the run up to that step is kept, TrainingDiverged where a loss is
         no longer finite.
         """
+        with self.stop, side_stream(self.step.device):
+            steps = self.steps(recorder)
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value
+
+    def steps(self, recorder: Recorder) -> Generator[None, None, dict]:
+        """`fit`, a training step at a time, so that several trainers can take turns."""
         seconds: list[float] = []  # of the epochs since it was started
         if self.temperature == "samples":
             self.record = RecordFile(self.folder / "temperatures.bin", self.train_batches.num_samples, self.epoch)
             if self.record.missing:
                 recorder.say(f"warning: {self.record.path.name} has nothing of {self.record.missing} finished epochs")
-        with self.stop:
-            while self.epoch < self.epochs:
-                begin = time.monotonic() - self.seconds
-                try:
-                    row = self.train_epoch(self.epoch + 1, recorder)
-                    scores = self.evaluate()
-                except StopRequested:
-                    self.leave(recorder)
-                row |= self.score(scores)
-                row["epoch_seconds"] = time.monotonic() - begin
-                left = (self.epochs - self.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
-                if self.buffer is not None:
-                    row["temperature"] = self.buffer.summary()
-                    recorder.histograms(self.epoch, self.buffer)
-                    if self.record:
-                        self.record.append(self.buffer)
-                # the row first: a kill in between leaves one that a resumed run cuts, not an epoch that has none
-                recorder.end_epoch(row, left)
-                self._start_epoch()
-                self.save(recorder)
-                seconds.append(time.monotonic() - begin)
+        while self.epoch < self.epochs:
+            begin = time.monotonic() - self.seconds
+            try:
+                if self.teacher is not None:
+                    self.teacher.prepare(self.stop.check)
+                row = yield from self.train_epoch(self.epoch + 1, recorder)
+                scores = self.evaluate()
+            except StopRequested:
+                self.leave(recorder)
+            row |= self.score(scores)
+            row["epoch_seconds"] = time.monotonic() - begin
+            left = (self.epochs - self.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
+            if self.buffer is not None:
+                row["temperature"] = self.buffer.summary()
+                recorder.histograms(self.epoch, self.buffer)
+                if self.record:
+                    self.record.append(self.buffer)
+            # the row first: a kill in between leaves one that a resumed run cuts, not an epoch that has none
+            recorder.end_epoch(row, left)
+            self._start_epoch()
+            self.save(recorder)
+            seconds.append(time.monotonic() - begin)
         result = self.result()
         recorder.finish(result)
         return result | {"signal": self.stop.signal}
 
-    def train_epoch(self, epoch: int, recorder: Recorder) -> dict:
-        """One pass over the training set, or what is left of it; returns the training figures of its row."""
+    def train_epoch(self, epoch: int, recorder: Recorder) -> Generator[None, None, dict]:
+        """One pass over the training set, or what is left of it; gives the training figures of its row."""
         self.distiller.train()
         lr = self.schedule.at(epoch)
         set_lr(self.step.optimizer, lr)
@@ -115,18 +135,23 @@ class Trainer:
         batches = self.train_batches
         recorder.start_epoch(epoch, batches.num_samples, self.meter.images)
         begin = time.monotonic() - self.seconds
-        for batch in self.stop.watch(batches.epoch(epoch, self.done)):
-            self.current = batch, torch.get_rng_state()
-            self.step(batch, epoch, self.meter)
+        for plan, logits in self.stop.watch(self.plans(epoch)):
+            self.current = plan, logits, torch.get_rng_state()
+            self.work(plan, logits, epoch)
+            self.step.count(plan.shape[1], self.meter)
             self.done += 1
             number = (epoch - 1) * len(batches) + self.done
             point = number % self.point_every == 0
             if (not self.step.lazy or point or self.done == len(batches)) and self.step.bad_step() >= 0:
                 self.diverged(epoch)
-            recorder.step(len(batch.target), self.meter.read)
+            recorder.step(plan.shape[1], self.meter.read)
             if point:
                 recorder.point(number, self.meter.read())
+            if getattr(self.work, "refusal", ""):
+                recorder.say(f"steps run one operation at a time, not as a graph: {self.work.refusal}")
+                self.work = self.compute
             self.seconds = time.monotonic() - begin
+            yield
         means = self.meter.read()
         seconds = time.monotonic() - begin  # after the read: the device has finished
         skipped = int(means.pop("skipped"))
@@ -141,15 +166,36 @@ class Trainer:
             "images_per_second": self.meter.images / seconds,
         } | ({"skipped_steps": skipped} if self.step.skip else {})
 
+    def plans(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What is left of the epoch, a batch at a time: its plan (4, B) and the teacher's logits (B, K), on the
+        device. The teacher is asked for some batches together.
+        """
+        size, samples = self.train_batches.batch_size, self.train_batches.num_samples
+        plan = self.train_batches.plan(epoch)
+        local = plan.to(self.step.device)  # one transfer an epoch
+        window = size * max(1, WINDOW // size)
+        for start in range(self.done * size, samples, window):
+            stop = min(start + window, samples)
+            logits = None if self.teacher is None else self.teacher(plan[:, start:stop], self.stop.check)
+            for batch in range(start, stop, size):
+                part = slice(batch, min(batch + size, stop))
+                yield local[:, part], None if logits is None else logits[part.start - start : part.stop - start]
+
+    def compute(self, plan: Tensor, logits: Tensor | None, epoch: int | Tensor) -> None:
+        self.step.compute(self.train_batches.batch(plan), epoch, self.meter, logits)
+
     def diverged(self, epoch: int) -> NoReturn:
         """Say what went bad in the step that the device has marked, and keep what runs it again."""
         number = self.done - (self.step.steps - self.step.bad_step())  # from 0, in this epoch
-        batch, rng = self.current
+        plan, logits, rng = self.current
         if number != self.done - 1:  # noticed later; the generator's state of then is not known
-            batch = next(self.train_batches.epoch(epoch, number))
+            size = self.train_batches.batch_size
+            plan = self.train_batches.plan(epoch)[:, number * size : (number + 1) * size]
+            logits = None if self.teacher is None else self.teacher(plan)
+        batch = self.train_batches.batch(plan.to(self.step.device))
         torch.set_rng_state(rng)
-        state = dump(self.distiller, batch, epoch, self.config, rng)
-        bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp)
+        state = dump(self.distiller, batch, epoch, self.config, rng, logits)
+        bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp, logits)
         file = self.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
         again = f"`python3 tools/replay.py '{file}'` runs the step again"
         try:
@@ -210,7 +256,9 @@ class Trainer:
         """
         self.log_bytes = len(recorder.text.encode())
         names = ["latest"]
-        if not self.done:
+        if self.teacher is not None:
+            self.teacher.commit()
+        if self.epoch and not self.done:
             if self.best_epoch == self.epoch:
                 names.insert(0, "best")
             if self.epoch % self.save_every == 0:
@@ -221,7 +269,7 @@ class Trainer:
             link(self.folder / "latest", self.folder / "previous")
         checkpoint.save(self.state(), *(self.folder / name for name in names))
 
-    def _teacher_is_frozen(self) -> bool:
+    def teacher_is_frozen(self) -> bool:
         teacher = getattr(self.distiller, "teacher", None)
         return teacher is not None and {*teacher.parameters()}.isdisjoint(self.step.parameters)
 
@@ -229,10 +277,10 @@ class Trainer:
         """All that the run's future depends on, but for a teacher whose parameters stay: `origin` tells whether it is
         the same. (OFD's gathers BatchNorm statistics, which nothing reads.)
         """
-        model, frozen = self.distiller.state_dict(), self._teacher_is_frozen()
+        model, frozen = self.distiller.state_dict(), self.teacher_is_frozen()
         return {
             "model": {key: value for key, value in model.items() if not (frozen and key.startswith("teacher."))},
-            "optimizer": self.step.optimizer.state_dict(),
+            "optimizer": state_of(self.step.optimizer),
             "scaler": self.step.scaler.state_dict(),
             "rng": rng_state(),
             "origin": self.origin,
@@ -252,12 +300,10 @@ class Trainer:
         """
         try:
             missing, unknown = self.distiller.load_state_dict(state["model"], strict=False)
-            missing = [key for key in missing if not (key.startswith("teacher.") and self._teacher_is_frozen())]
+            missing = [key for key in missing if not (key.startswith("teacher.") and self.teacher_is_frozen())]
             if missing or unknown:
                 raise KeyError(f"weights of another method: {(missing + unknown)[0]}")
-            self.step.optimizer.load_state_dict(state["optimizer"])
-            for group in self.step.optimizer.param_groups:  # which kernels is this device's business, not the file's
-                group |= {key: self.step.optimizer.defaults[key] for key in ("fused", "foreach") if key in group}
+            load_state(self.step.optimizer, state["optimizer"])
             self.step.scaler.load_state_dict(state["scaler"])
             set_rng_state(state["rng"])
             progress, origin = state["progress"], state["origin"]

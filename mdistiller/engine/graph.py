@@ -1,0 +1,127 @@
+"""A training step as a CUDA graph: recorded once, then started by one call, whatever Python would have cost."""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # steps of each batch size that run one operation at a time, so that every library has made its choices
+
+
+class CudaGraph:
+    """What `work` does on the device, to be done again by `replay`. Raises RuntimeError where it cannot be recorded."""
+
+    def __init__(self, work: Callable[[], None]):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            work()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class GraphStep:
+    """Calls `work(plan, logits, epoch)`, from the fourth time on as a graph, one for each batch size.
+
+    `plan` (4, B), `logits` (B, K) or None and `epoch` are put where the graph reads them, the epoch as a 0-dim tensor;
+    everything else that `work` reads or writes has to stay where it is. What a replay would not repeat is found out
+    beforehand: a wait for the device, random numbers drawn on the host, a tensor or number of `module` that is
+    replaced. Then `refusal` says so, and `work` runs as it is, the epoch a number.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Tensor, Tensor | None, int | Tensor], None],
+        module: nn.Module,
+        device: torch.device,
+        capture: Callable[[Callable[[], None]], CudaGraph] = CudaGraph,
+    ):
+        self.work, self.module, self.capture = work, module, capture
+        self.refusal = ""
+        self.epoch = torch.zeros((), device=device)
+        self.calls: dict[int, int] = {}
+        self.graphs: dict[int, tuple[CudaGraph, Tensor, Tensor | None]] = {}
+
+    def __call__(self, plan: Tensor, logits: Tensor | None, epoch: int) -> None:
+        if self.refusal:
+            self.work(plan, logits, epoch)
+            return
+        self.epoch.fill_(epoch)
+        size = plan.shape[1]
+        self.calls[size] = self.calls.get(size, 0) + 1
+        try:
+            if self.calls[size] < WARM_UP:
+                self.work(plan, logits, self.epoch)
+            elif self.calls[size] == WARM_UP:
+                self.refusal = self._watch(plan, logits)
+            else:
+                if size not in self.graphs:
+                    self._record(plan, logits)
+                self._replay(plan, logits)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or size in self.graphs:
+                raise
+            # the step has not come to its update: it may run again, and a mistake that is no graph's comes again
+            self.refusal = " ".join(str(error).split())[:200] or type(error).__name__
+            self.work(plan, logits, epoch)
+
+    def _record(self, plan: Tensor, logits: Tensor | None) -> None:
+        """Recording runs nothing: what the step would do is done by the replay that follows."""
+        held, given = plan.clone(), None if logits is None else logits.clone()
+        self.graphs[plan.shape[1]] = self.capture(lambda: self.work(held, given, self.epoch)), held, given
+
+    def _replay(self, plan: Tensor, logits: Tensor | None) -> None:
+        graph, held, given = self.graphs[plan.shape[1]]
+        held.copy_(plan)
+        if given is not None:
+            given.copy_(logits)
+        graph.replay()
+
+    def _watch(self, plan: Tensor, logits: Tensor | None) -> str:
+        """Run the step; returns what a replay of it would miss, empty if nothing."""
+        state, drawn = self._state(), host_generators()
+        with warnings.catch_warnings(record=True) as caught, waits_are_warnings():
+            warnings.simplefilter("always")
+            self.work(plan, logits, self.epoch)
+        waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        if waits:
+            return f"it waits for the device ({waits[0].splitlines()[0]})"
+        if drawn != host_generators():
+            return "it draws random numbers on the host"
+        changed = [name for name, value in self._state().items() if state.get(name) != value]
+        return f"it replaces {changed[0]}, which a graph would not" if changed else ""
+
+    def _state(self) -> dict[str, object]:
+        """By name, the identity of every tensor and the value of every number that the modules hold."""
+        held = {}
+        for path, module in self.module.named_modules():
+            for name, value in {**module.__dict__, **module._buffers, **module._parameters}.items():
+                if isinstance(value, Tensor):
+                    held[f"{path}.{name}".lstrip(".")] = id(value), value.data_ptr()
+                elif isinstance(value, (bool, int, float)):
+                    held[f"{path}.{name}".lstrip(".")] = value
+        return held
+
+
+def host_generators() -> tuple:
+    """What changes where a random number is drawn on the host."""
+    kind, keys, *rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), (kind, keys.tobytes(), *rest), random.getstate()
+
+
+@contextlib.contextmanager
+def waits_are_warnings() -> Iterator[None]:
+    """torch warns of whatever waits for a CUDA device."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,164 @@
+"""Several students of one configuration side by side in one process, each with its own seed, order and folder."""
+
+import contextlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from mdistiller.engine.builder import Common, RunPlan, failures, open_run
+from mdistiller.engine.device import generators, set_generators, side_stream
+from mdistiller.engine.folder import run_folder
+from mdistiller.engine.recorder import Recorder
+from mdistiller.engine.stop import Stop
+from mdistiller.engine.terminal import say
+from mdistiller.engine.trainer import Trainer
+from mdistiller.errors import Preempted, RunFailed, TrainingDiverged, UserError
+from mdistiller.files import write_atomic
+
+
+def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), resume: bool | str = False) -> dict:
+    """Train a student for each of `seeds`; every one is what `train` makes of `cfg` with that SEED.
+
+    They share the images, the teacher and its bank, and take turns, a step each; on CUDA each on a stream of its own.
+    A loss that is no longer finite ends that student alone. Returns the summary that is written beside the runs'
+    folders. `resume`: as for `train`, for each. Raises as `train` does; RunFailed at the end if a student was lost.
+    """
+    if cfg.LOG.WANDB:
+        raise UserError(
+            "--seeds: Weights & Biases takes one run of a process; set LOG.WANDB False, or run seed by seed"
+        )
+    width = max(len(str(seed)) for seed in seeds)
+    plans = []
+    for place, seed in enumerate(seeds):
+        own = cfg.clone()
+        own.defrost()
+        own.SEED = seed
+        if "EXPERIMENT.NAME" in opts[::2]:  # a name stands alone, and each needs its own
+            own.EXPERIMENT.NAME += f"+SEED:{seed}"
+        own.freeze()
+        plans.append(RunPlan(own, [*opts, "SEED", str(seed)], f"seed {seed:>{width}}  ", place))
+    for plan in plans:
+        plan.check(resume)
+    common = Common(cfg, len(seeds))
+    for plan in plans:
+        plan.find_teacher(resume)
+
+    with failures(cfg), contextlib.ExitStack() as closing:
+        closing.callback(common.teachers.close)
+        students = [Student(plan, resume, common, closing) for plan in plans]
+        take_turns(students, common.stop)
+    summary = summarise(cfg, students)
+    file = summary_file(cfg, seeds, opts)
+    write_atomic(file, json.dumps(summary, indent=2).encode() + b"\n")
+    for line in table(summary):
+        say(line)
+    say(f"summary: {file}")
+    lost = [student for student in students if isinstance(student.error, TrainingDiverged)]
+    if lost:
+        raise RunFailed(*(f"{student.label.strip()}: {line}" for student in lost for line in student.error.lines))
+    return summary
+
+
+class Student:
+    """One of the set, with the generators' states as they would be if it were alone."""
+
+    def __init__(self, plan: RunPlan, resume: bool | str, common: Common, closing: contextlib.ExitStack):
+        self.seed, self.label, self.folder = plan.cfg.SEED, plan.label, plan.path
+        self.result: dict | None = None
+        self.error: UserError | None = None
+        self.trainer: Trainer
+        self.recorder: Recorder
+        self.trainer, self.recorder = open_run(plan, resume, common, closing)
+        if self.trainer.teacher_is_frozen():
+            common.teachers.tie(self.trainer.distiller.teacher, self.trainer.origin["teacher"])
+        self.stream = side_stream(common.device)
+        self.steps = self.trainer.steps(self.recorder)
+        self.random = generators()
+
+    @property
+    def training(self) -> bool:
+        return self.result is None and self.error is None
+
+    def advance(self) -> None:
+        """One training step, and what is due after it."""
+        set_generators(self.random)
+        try:
+            with self.stream:
+                next(self.steps)
+        except StopIteration as end:
+            self.result = end.value
+        except (Preempted, TrainingDiverged) as error:
+            self.error = error
+        self.random = generators()
+
+
+def take_turns(students: Sequence[Student], stop: Stop) -> None:
+    """Raises Preempted where a signal has stopped them, with all of them kept."""
+    with stop:
+        while any(student.training for student in students):
+            for student in students:
+                if student.training:
+                    student.advance()
+                    if isinstance(student.error, TrainingDiverged):
+                        say(f"{student.label}is lost: {student.error.lines[0]}")
+    stopped = [student for student in students if isinstance(student.error, Preempted)]
+    if stopped:
+        raise Preempted(
+            f"stopped by {stop.signal}: {len(stopped)} of {len(students)} students are not done; the same command with "
+            "--resume auto goes on there"
+        )
+
+
+def summary_file(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = ()) -> Path:
+    """NAME-or-TAG[+overrides]+SEED:0,1,2.json, beside the runs' folders."""
+    folder = run_folder(cfg, list(opts))
+    return folder.with_name(f"{folder.name}+SEED:{','.join(map(str, seeds))}.json")
+
+
+def summarise(cfg: CfgNode, students: Sequence[Student]) -> dict:
+    """Configuration in short, each student's result, and mean and deviation (n - 1) of last and best over those that
+    came to the end. Accuracies in percent.
+    """
+    runs = []
+    for student in students:
+        run = {"seed": student.seed, "folder": str(student.folder), **student.trainer.result()}
+        runs.append(run | ({"error": student.error.lines[0]} if student.error else {}))
+    done = [run for run in runs if "error" not in run]
+    return {
+        "method": cfg.DISTILLER.TYPE,
+        "teacher": cfg.DISTILLER.TEACHER if cfg.DISTILLER.TYPE != "NONE" else None,
+        "student": cfg.DISTILLER.STUDENT,
+        "dataset": cfg.DATASET.TYPE,
+        "epochs": cfg.SOLVER.EPOCHS,
+        "seeds": [run["seed"] for run in runs],
+        "last": spread([run["last_acc"] for run in done]),
+        "best": spread([run["best_acc"] for run in done]),
+        "runs": runs,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int | None]:
+    """n, mean and sample standard deviation; None where there are too few."""
+    return {
+        "n": len(values),
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def table(summary: dict) -> list[str]:
+    """A line for each student, and one for all."""
+    lines = [f"{'seed':<10}{'last':>14}{'best':>14}{'best epoch':>13}"]
+    for run in summary["runs"]:
+        if "error" in run:
+            lines.append(f"{run['seed']:<10}{'lost in epoch ' + str(run['epochs'] + 1):>28}")
+        else:
+            lines.append(f"{run['seed']:<10}{run['last_acc']:>14.2f}{run['best_acc']:>14.2f}{run['best_epoch']:>13}")
+    cells = []
+    for key in ("last", "best"):
+        mean, std = summary[key]["mean"], summary[key]["std"]
+        cells.append("-" if mean is None else f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}")
+    return [*lines, f"{'mean ± sd':<10}{cells[0]:>14}{cells[1]:>14}{'n = ' + str(summary['last']['n']):>13}"]

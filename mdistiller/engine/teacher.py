@@ -1,0 +1,340 @@
+"""A frozen teacher's logits on the views of the training set: computed some steps ahead, or kept in a bank.
+
+A view is what the augmentation makes of an image: CIFAR's has 81 crops times 2 flips. A logit method needs nothing
+of the teacher but its logits on the views that it meets, so no view has to pass through the teacher twice.
+"""
+
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from mdistiller.dataset import Batches
+from mdistiller.distillers import LogitDistiller
+from mdistiller.engine import checkpoint
+from mdistiller.engine.folder import check_writable
+from mdistiller.engine.inference import Inference
+from mdistiller.engine.store import RowStore, check_space
+from mdistiller.engine.terminal import say, unbroken
+from mdistiller.errors import RunFailed, UserError
+from mdistiller.files import expand
+
+WINDOW = 1024  # views that are looked up together, some steps ahead
+# Images of a teacher's pass. On a CPU always as many: the bits of a row may depend on how many it is computed with,
+# never on which, so that a bank filled in any order by any run holds the same numbers.
+CHUNK = {"cpu": 64}
+LARGE_CHUNK = 1024
+PAYS = 0.8  # a bank is made where it leaves less than this share of the teacher's passes
+SECONDS_LOST = 30  # by an interrupted precomputation, at most
+
+
+def takes_logits(distiller: nn.Module) -> bool:
+    """Whether the method can do without a teacher's pass of its own on the batch."""
+    return (
+        isinstance(distiller, LogitDistiller)
+        and "logits_teacher" in inspect.signature(distiller.forward_train).parameters
+    )
+
+
+class Bank:
+    """Rows of logits on disk and, on CUDA, all of them in device memory. Shared by all students of a teacher."""
+
+    def __init__(self, folder: Path, description: dict[str, str | int], shape: dict, device: torch.device):
+        self.folder, self.description, self.shape, self.device = folder, description, shape, device
+        self.store: RowStore | None = None
+        self.table: Tensor | None = None
+        self.full_disk = False
+        if os.path.exists(folder):
+            self.open()
+
+    def open(self) -> None:
+        """Make the store where there is none; on CUDA what it holds goes into device memory."""
+        if self.store is None:
+            self.store = RowStore(self.folder, self.description, **self.shape)
+        if self.device.type == "cuda" and self.table is None:
+            dtype = getattr(torch, self.shape["dtype"])
+            self.table = torch.empty(self.shape["rows"], self.shape["width"], dtype=dtype, device=self.device)
+            for rows, values in self.store.chunks():
+                self.table[torch.from_numpy(rows).to(self.device)] = torch.from_numpy(values).to(self.device)
+
+    @property
+    def share(self) -> float:
+        """Of all rows, the part that is held."""
+        return self.store.filled / self.store.rows if self.store else 0.0
+
+    def check(self, whole: bool) -> None:
+        """Raises UserError where it could not be made, or filled if `whole`."""
+        if self.store is None:
+            check_writable(self.folder, "TEACHER_BANK_FOLDER")
+        if whole:
+            check_space(self.folder, **self.shape)
+        if self.device.type == "cuda" and self.table is None:
+            size = self.shape["rows"] * self.shape["width"] * np.dtype(self.shape["dtype"]).itemsize
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if size > free // 2:
+                raise UserError(
+                    f"TEACHER_BANK: {size / 2**30:.1f} GiB of logits are more than half of the device's free "
+                    f"{free / 2**30:.1f} GiB; set TEACHER_BANK off"
+                )
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Logits (n, K) of held rows (n,), both on the CPU or the former on the device."""
+        if self.table is not None:
+            return self.table[rows.to(self.device)]
+        return torch.from_numpy(self.store.read(rows.numpy())).to(self.device)
+
+    def add(self, rows: Tensor, logits: Tensor) -> None:
+        """Keep logits (n, K) of rows (n,) that are not held; on a full disk the bank stays as it is."""
+        if not self.store.writable or self.full_disk:
+            return
+        try:
+            self.store.add(rows.numpy(), logits.cpu().numpy())
+        except OSError as error:
+            self.full_disk = True
+            say(f"warning: {self.store.folder}: {error.strerror or error}; the teacher bank grows no further")
+            return
+        if self.table is not None:
+            self.table[rows.to(self.device)] = logits
+
+    def commit(self) -> None:
+        """What was added survives a power loss, unless the disk is full."""
+        if self.store is not None and self.store.writable and not self.full_disk:
+            self.store.commit()
+
+
+class TeacherLogits:
+    """Called with a plan (4, n) on the CPU: the teacher's logits on its views, (n, K) float32 on the device.
+
+    Rounded to `dtype`, whether or not a bank keeps them, so that a bank changes no number. `batches`: the views;
+    `inference`: the teacher; `whole`: whether the bank is filled before the first step. Raises RunFailed where `dtype`
+    cannot hold a logit.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        inference: Inference,
+        dtype: torch.dtype = torch.float16,
+        bank: Bank | None = None,
+        whole: bool = False,
+    ):
+        self.batches, self.inference, self.dtype, self.bank, self.whole = batches, inference, dtype, bank, whole
+        self.device = batches.images.device
+        self.chunk = CHUNK.get(self.device.type, LARGE_CHUNK)
+
+    def __call__(self, plan: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
+        """`check` is called after every pass of the teacher; what it raises loses nothing."""
+        rows = self.batches.rows(plan)
+        if self.bank is None:
+            return torch.cat(list(self.compute(rows, check))).float()
+        held = torch.from_numpy(self.bank.store.holds(rows.numpy()))
+        if held.all():
+            return self.bank.read(rows).float()
+        missing, parts = rows[~held], []
+        for part in self.compute(missing, check):
+            parts.append(part)
+        fresh = torch.cat(parts)
+        logits = fresh.new_empty(len(rows), fresh.shape[1])
+        logits[~held.to(self.device)] = fresh
+        logits[held.to(self.device)] = self.bank.read(rows[held])
+        self.bank.add(missing, fresh)
+        return logits.float()
+
+    @torch.no_grad()
+    def compute(self, rows: Tensor, check: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
+        """The logits of `rows` (n,), see Batches.rows, in parts of `chunk`, in `dtype`, on the device."""
+        for part in rows.split(self.chunk):
+            padded = part
+            if self.device.type == "cpu":
+                padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
+            plan = self.batches.plan_of(padded).to(self.device)
+            exact = self.inference(self.batches.batch(plan).image)[: len(part)]
+            logits = exact.to(self.dtype)
+            if self.dtype == torch.float16 and bool((logits.isinf() & exact.isfinite()).any()):
+                largest = float(exact[exact.isfinite()].abs().max())
+                raise RunFailed(
+                    f"the teacher's logits reach {largest:.3g}, more than float16 holds; set TEACHER_BANK_DTYPE float32"
+                )
+            yield logits
+            check()
+
+    def prepare(self, check: Callable[[], None]) -> None:
+        """What has to be there before the first step."""
+        if self.bank is not None:
+            self.bank.open()
+        if self.whole:
+            self.fill(check)
+
+    def commit(self) -> None:
+        """What the bank has gathered survives a power loss."""
+        if self.bank is not None:
+            self.bank.commit()
+
+    def fill(self, check: Callable[[], None] = lambda: None) -> None:
+        """Compute every row that the bank lacks; where `check` raises, what is done by then is kept."""
+        store = self.bank.store
+        if store.complete:
+            return
+        if not store.writable:
+            raise UserError(
+                f"{store.folder}: another process fills this teacher bank; wait for it, or set TEACHER_BANK lazy"
+            )
+        title = f"teacher bank, {store.rows:,} views"
+        with unbroken():
+            terminal = sys.stdout.isatty()
+            bar = tqdm(
+                total=store.rows,
+                initial=store.filled,
+                desc=title,
+                unit="view",
+                unit_scale=True,
+                leave=False,
+                file=sys.stdout,
+                disable=not terminal,
+            )
+        begin = kept = time.monotonic()
+        before = store.filled
+        try:
+            for start in range(0, store.rows, 2**16):
+                rows = torch.from_numpy(store.missing(np.arange(start, min(start + 2**16, store.rows))))
+                for part, logits in zip(rows.split(self.chunk), self.compute(rows, check), strict=True):
+                    store.add(part.numpy(), logits.cpu().numpy())
+                    if self.bank.table is not None:
+                        self.bank.table[part.to(self.device)] = logits
+                    with unbroken():
+                        bar.update(len(part))
+                    if time.monotonic() - kept > SECONDS_LOST:
+                        store.commit()
+                        kept = time.monotonic()
+                        if not terminal:
+                            left = (kept - begin) * (store.rows - store.filled) / (store.filled - before)
+                            say(f"{title}: {100 * store.filled / store.rows:.1f} % done, {clock(left)} left")
+        finally:
+            with unbroken():
+                bar.close()
+            store.commit()
+        say(f"{title}: complete after {clock(time.monotonic() - begin)}, in {store.folder}")
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+class Choice(NamedTuple):
+    mode: str  # full, lazy, none: no bank
+    reason: str
+
+
+def choose(wanted: str, views: int, draws: int, held: float, cuda: bool) -> Choice:
+    """What TEACHER_BANK `wanted` comes to where `draws` views of each image are to be met (epochs times students), out
+    of `views` different ones, of which the bank holds the share `held`.
+
+    auto counts the teacher's passes: without a bank one for every draw; filled on use one for every view that is met
+    for the first time; filled beforehand one for every view, which is CUDA's way, for a look-up would stall it.
+    """
+    if wanted != "auto":
+        return Choice(wanted, "")
+    met = views if cuda else views * (1 - (1 - 1 / views) ** draws)
+    share = (1 - held) * met / max(draws, 1)
+    text = f"{100 * share:.0f} % of the teacher's passes" if share <= 1 else f"{share:.1f} times the teacher's passes"
+    text = f"{draws} draws from an image's {views} views leave {text}"
+    if share >= PAYS:
+        return Choice("none", f"a bank would not pay: {text}")
+    return Choice("full" if cuda else "lazy", text)
+
+
+class Shared:
+    """The teachers and banks of a process, by file: students that have one in common share it."""
+
+    def __init__(self, students: int = 1):
+        self.students = students
+        self.inferences: dict[str, Inference] = {}
+        self.banks: dict[Path, Bank] = {}
+        self.parameters: dict[str, list[nn.Parameter]] = {}
+
+    def logits_of(
+        self,
+        cfg: CfgNode,
+        distiller: nn.Module,
+        batches: Batches,
+        file: Path | None,
+        origin: dict[str, str],
+        epochs: int,
+    ) -> tuple[TeacherLogits | None, str]:
+        """The logits of the teacher in `file` for `epochs` epochs of each student, as TEACHER_BANK says, and a line
+        that says what it has come to; (None, "") where the teacher runs within the step. `origin`: digests of its
+        weights ("teacher") and of the data ("data").
+
+        Raises UserError where a bank is asked for that does not fit, or that is another teacher's.
+        """
+        if cfg.TEACHER_BANK == "off" or file is None or not takes_logits(distiller):
+            return None, ""
+        device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
+        if origin["teacher"] not in self.inferences:
+            self.inferences[origin["teacher"]] = Inference(distiller.teacher, device, cfg.SOLVER.AMP)
+        inference = self.inferences[origin["teacher"]]
+        with torch.no_grad():
+            classes = inference(
+                batches.batch(batches.plan_of(torch.zeros(1, dtype=torch.int64)).to(device)).image
+            ).shape[1]
+        shape = {"rows": batches.num_samples * batches.views, "width": classes, "dtype": cfg.TEACHER_BANK_DTYPE}
+        key = description(cfg, batches, origin)
+        root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else file.absolute().parent
+        folder = root / f"{file.stem}.bank-{checkpoint.digest(key)[:12]}"
+        if folder not in self.banks:
+            self.banks[folder] = Bank(folder, key, shape, device)
+        bank = self.banks[folder]
+        mode, reason = choose(
+            cfg.TEACHER_BANK, batches.views, epochs * self.students, bank.share, device.type == "cuda"
+        )
+        if mode != "none":
+            try:
+                bank.check(mode == "full")
+            except UserError as error:
+                if cfg.TEACHER_BANK != "auto":
+                    raise
+                mode, reason = "none", error.lines[0]
+        if mode == "none":
+            return TeacherLogits(batches, inference, dtype), f"teacher bank: none ({reason})"
+        text = f"teacher bank: {mode}{f' ({reason})' * bool(reason)}, {100 * bank.share:.1f} % held, in {folder}"
+        if bank.store is not None and not bank.store.writable:
+            text += "; another process adds to it, this one only reads"
+        return TeacherLogits(batches, inference, dtype, bank, mode == "full"), text
+
+    def tie(self, teacher: nn.Module, digest: str) -> None:
+        """Let teachers of one digest share a copy of their parameters, which nobody changes."""
+        first = self.parameters.setdefault(digest, list(teacher.parameters()))
+        for own, common in zip(teacher.parameters(), first, strict=True):
+            own.data = common.data
+
+    def close(self) -> None:
+        for bank in self.banks.values():
+            bank.close()
+
+
+def description(cfg: CfgNode, batches: Batches, origin: dict[str, str]) -> dict[str, str | int]:
+    """All that a row's number depends on, and what it is rounded to."""
+    return {
+        "teacher": cfg.DISTILLER.TEACHER,
+        "weights": origin["teacher"],
+        "data": origin["data"],
+        "augment": str(batches.augment),
+        "views": batches.views,
+        "scale": " ".join(f"{value:.8g}" for value in (*batches.scale.tolist(), *batches.shift.tolist())),
+        "precision": cfg.SOLVER.AMP,
+        "stored": cfg.TEACHER_BANK_DTYPE,
+        "device": batches.images.device.type,
+    }
