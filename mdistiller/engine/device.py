@@ -44,7 +44,7 @@ def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     method's loss on them is computed in float32.
     """
     model.to(device=device, memory_format=torch.channels_last)
-    model.register_forward_hook(lambda _module, _inputs, output: (output[0].float(), *output[1:]))
+    model.register_forward_hook(logits_in_float32)
     return model
 
 
@@ -56,6 +56,10 @@ def side_stream(device: torch.device) -> AbstractContextManager:
         return contextlib.nullcontext()
     torch.cuda.synchronize(device)
     return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def logits_in_float32(_model: nn.Module, _inputs: tuple, output: tuple) -> tuple:
+    return output[0].float(), *output[1:]
 
 
 def set_determinism(deterministic: bool) -> None:

@@ -4,6 +4,7 @@ A view is what the augmentation makes of an image: CIFAR's has 81 crops times 2 
 of the teacher but its logits on the views that it meets, so no view has to pass through the teacher twice.
 """
 
+import contextlib
 import inspect
 import os
 import sys
@@ -73,6 +74,8 @@ class Bank:
 
     def check(self, whole: bool) -> None:
         """Raises UserError where it could not be made, or filled if `whole`."""
+        if self.shape["rows"] >= 2**30:
+            raise UserError(f"TEACHER_BANK: {self.shape['rows']:,} views are too many to keep; set TEACHER_BANK off")
         if self.store is None:
             check_writable(self.folder, "TEACHER_BANK_FOLDER")
         if whole:
@@ -87,8 +90,10 @@ class Bank:
                 )
 
     def close(self) -> None:
+        self.commit()
         if self.store is not None:
-            self.store.close()
+            with contextlib.suppress(OSError):  # has been said
+                self.store.close()
 
     def read(self, rows: Tensor) -> Tensor:
         """Logits (n, K) of held rows (n,), both on the CPU or the former on the device."""
@@ -103,16 +108,22 @@ class Bank:
         try:
             self.store.add(rows.numpy(), logits.cpu().numpy())
         except OSError as error:
-            self.full_disk = True
-            say(f"warning: {self.store.folder}: {error.strerror or error}; the teacher bank grows no further")
+            self.stay(error)
             return
         if self.table is not None:
             self.table[rows.to(self.device)] = logits
 
+    def stay(self, error: OSError) -> None:
+        self.full_disk = True
+        say(f"warning: {self.folder}: {error.strerror or error}; the teacher bank grows no further")
+
     def commit(self) -> None:
         """What was added survives a power loss, unless the disk is full."""
-        if self.store is not None and self.store.writable and not self.full_disk:
-            self.store.commit()
+        if self.store is not None and not self.full_disk:
+            try:
+                self.store.commit()
+            except OSError as error:
+                self.stay(error)
 
 
 class TeacherLogits:

@@ -1,6 +1,6 @@
 """VGG with batch normalisation for 32 x 32 images (Simonyan and Zisserman, ICLR 2015, arXiv 1409.1556)."""
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from mdistiller.models._common import features, global_average, init_fan_normal, register_model
@@ -15,6 +15,12 @@ def _block(in_channels: int, channels: int, count: int) -> nn.Sequential:
         layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
         in_channels = channels
     return nn.Sequential(*layers[:-1])
+
+
+@fx.wrap  # a trace cannot follow a branch on the size, and takes it as one operation
+def _halve_tall(x: Tensor, image: Tensor) -> Tensor:
+    """x (B, C, H, W), halved where `image` is 64 pixels high."""
+    return F.max_pool2d(x, 2) if image.shape[2] == 64 else x
 
 
 class VGG(nn.Module):
@@ -38,15 +44,16 @@ class VGG(nn.Module):
         return [block[-1] for block in (self.block1, self.block2, self.block3, self.block4)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict]:
-        pools = (0, 1, 2, 3) if x.shape[2] == 64 else (0, 1, 2)
-        feats, preacts = [], []
+        image, feats, preacts = x, [], []
         for i, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
             preact = block(x)
             x = F.relu(preact)
             feats.append(x)
             preacts.append(preact if i else x)
-            if i in pools:
+            if i < 3:
                 x = F.max_pool2d(x, 2)
+            elif i == 3:
+                x = _halve_tall(x, image)
         pooled = global_average(x)
         return self.classifier(pooled), features(feats, preacts, pooled)
 
