@@ -88,7 +88,7 @@ def test_every_method_goes_on_at_the_very_step(small, tmp_path, monkeypatch, met
     opts = [*small, "DISTILLER.TYPE", method]
     whole = run(opts, tmp_path / "whole")
     for items in (2, 2):  # after step 2 of epoch 1; then in its evaluation, which comes again
-        monkeypatch.setattr(trainer, "Stop", stopping_after(items))
+        monkeypatch.setattr(builder, "Stop", stopping_after(items))
         with pytest.raises(Preempted, match="SIGTERM in epoch 1"):
             run(opts, tmp_path / "parts", resume="auto")
     monkeypatch.undo()
@@ -463,18 +463,18 @@ def test_a_broken_stdout_changes_nothing(small, tmp_path):
 
 def poisoned(monkeypatch, step: int, value=float("nan"), where="images"):
     """In step `step` (from 0), a pixel of the batch is `value`, or the gradient of the student's first layer."""
-    real = builder.Step.__call__
+    real = builder.Step.compute
 
-    def call(self, batch, epoch, meter):
+    def call(self, batch, epoch, meter, logits):
         if self.steps == step and where == "images":
             batch.image[0, 0, 0, 0] = value
         if self.steps == step and where == "gradient":
             handle = self.distiller.student.conv1.weight.register_hook(lambda gradient: gradient * value)
-        real(self, batch, epoch, meter)
-        if self.steps == step + 1 and where == "gradient":
+        real(self, batch, epoch, meter, logits)
+        if self.steps == step and where == "gradient":
             handle.remove()
 
-    monkeypatch.setattr(builder.Step, "__call__", call)
+    monkeypatch.setattr(builder.Step, "compute", call)
 
 
 MESSAGE = r"epoch 2, step 2 of 3: .*ce (NaN|infinite).*first to go bad: the output of student\.layer2\.0\."
@@ -483,15 +483,15 @@ MESSAGE = r"epoch 2, step 2 of 3: .*ce (NaN|infinite).*first to go bad: the outp
 @pytest.mark.parametrize("method", METHODS)
 def test_stop_names_the_step_and_the_tensor_and_keeps_the_batch(small, tmp_path, monkeypatch, method):
     opts = [*small, "DISTILLER.TYPE", method]
-    real = builder.Step.__call__
+    real = builder.Step.compute
 
-    def call(self, batch, epoch, meter):
+    def call(self, batch, epoch, meter, logits):
         if self.steps == 4:
             with torch.no_grad():
                 self.distiller.student.layer2[0].conv1.weight[0] *= 1e38
-        real(self, batch, epoch, meter)
+        real(self, batch, epoch, meter, logits)
 
-    monkeypatch.setattr(builder.Step, "__call__", call)
+    monkeypatch.setattr(builder.Step, "compute", call)
     with pytest.raises(TrainingDiverged, match=MESSAGE):
         run(opts, tmp_path)
     folder = tmp_path / "distill" / "run"
@@ -542,13 +542,13 @@ def test_skip_leaves_the_step_out_and_counts_it(small, tmp_path, monkeypatch, me
 
 
 def test_a_run_that_only_skips_stops(small, tmp_path, monkeypatch):
-    real = builder.Step.__call__
+    real = builder.Step.compute
 
-    def call(self, batch, epoch, meter):
+    def call(self, batch, epoch, meter, logits):
         batch.image.fill_(float("nan"))
-        real(self, batch, epoch, meter)
+        real(self, batch, epoch, meter, logits)
 
-    monkeypatch.setattr(builder.Step, "__call__", call)
+    monkeypatch.setattr(builder.Step, "compute", call)
     with pytest.raises(TrainingDiverged, match="no step had a finite loss"):
         run(small, tmp_path, SOLVER__NAN_POLICY="skip")
 
@@ -576,14 +576,14 @@ def test_what_the_device_marked_is_named_at_the_epochs_end(small, tmp_path, monk
 
 def test_a_signal_behind_a_bad_step_keeps_no_checkpoint_of_it(small, tmp_path, monkeypatch, lazily):
     poisoned(monkeypatch, 0)
-    monkeypatch.setattr(trainer, "Stop", stopping_after(2))
+    monkeypatch.setattr(builder, "Stop", stopping_after(2))
     with pytest.raises(TrainingDiverged, match="epoch 1, step 1 of 3"):
         run([*small, "LOG.TENSORBOARD_FREQ", "500"], tmp_path)
     assert not (tmp_path / "distill" / "run" / "latest").exists()
 
 
 def test_a_run_goes_on_with_the_kernels_of_another_device(small, tmp_path, monkeypatch, request):
-    monkeypatch.setattr(trainer, "Stop", stopping_after(2))
+    monkeypatch.setattr(builder, "Stop", stopping_after(2))
     with pytest.raises(Preempted):
         run(small, tmp_path)
     monkeypatch.undo()

@@ -110,7 +110,7 @@ class Batches:
             flip = torch.zeros_like(flip)
         return torch.stack([order, top, left, flip])
 
-    def rows(self, plan: Tensor) -> Tensor:
+    def row_numbers(self, plan: Tensor) -> Tensor:
         """A number for each view in `plan` (4, B), below num_samples * views: (B,)."""
         index, top, left, flip = plan
         if self.views == 1:
@@ -119,7 +119,7 @@ class Batches:
         return index * self.views + (2 * view + flip if self.augment == "crop_flip" else view)
 
     def plan_of(self, rows: Tensor) -> Tensor:
-        """The plan (4, B) whose `rows` (B,) these are."""
+        """The plan (4, B) whose `row_numbers` (B,) these are."""
         index, view = rows // self.views, rows % self.views
         if self.views == 1:
             middle = torch.full_like(index, self.padding)

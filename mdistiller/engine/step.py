@@ -72,7 +72,7 @@ class Step:
     ):
         self.distiller, self.optimizer = distiller, optimizer
         self.device, self.amp = device, amp
-        self.forward = forward or distiller
+        self.forward = forward
         self.skip = nan_policy == "skip"
         fp16 = AMP_DTYPES[amp] is torch.float16
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
@@ -103,7 +103,7 @@ class Step:
         before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
         with autocast(self.device, self.amp):
-            logits, losses = self.forward(
+            logits, losses = (self.forward or self.distiller)(
                 image=batch.image, target=batch.target, index=batch.index, epoch=epoch, **given
             )
             # a method may return terms of any shape, as mdistiller's loop allows

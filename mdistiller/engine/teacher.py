@@ -148,7 +148,7 @@ class TeacherLogits:
 
     def __call__(self, plan: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
         """`check` is called after every pass of the teacher; what it raises loses nothing."""
-        rows = self.batches.rows(plan)
+        rows = self.batches.row_numbers(plan)
         if self.bank is None:
             return torch.cat(list(self.compute(rows, check))).float()
         held = torch.from_numpy(self.bank.store.holds(rows.numpy()))
@@ -166,7 +166,7 @@ class TeacherLogits:
 
     @torch.no_grad()
     def compute(self, rows: Tensor, check: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
-        """The logits of `rows` (n,), see Batches.rows, in parts of `chunk`, in `dtype`, on the device."""
+        """The logits of `rows` (n,), see Batches.row_numbers, in parts of `chunk`, in `dtype`, on the device."""
         for part in rows.split(self.chunk):
             padded = part
             if self.device.type == "cpu":

@@ -136,7 +136,7 @@ class Trainer:
         recorder.start_epoch(epoch, batches.num_samples, self.meter.images)
         begin = time.monotonic() - self.seconds
         for plan, logits in self.stop.watch(self.plans(epoch)):
-            self.current = plan, logits, torch.get_rng_state()
+            self.random = torch.get_rng_state()
             self.work(plan, logits, epoch)
             self.step.count(plan.shape[1], self.meter)
             self.done += 1
@@ -182,19 +182,21 @@ class Trainer:
                 yield local[:, part], None if logits is None else logits[part.start - start : part.stop - start]
 
     def compute(self, plan: Tensor, logits: Tensor | None, epoch: int | Tensor) -> None:
-        self.step.compute(self.train_batches.batch(plan), epoch, self.meter, logits)
+        self.current = self.train_batches.batch(plan), logits
+        self.step.compute(self.current[0], epoch, self.meter, logits)
 
     def diverged(self, epoch: int) -> NoReturn:
         """Say what went bad in the step that the device has marked, and keep what runs it again."""
         number = self.done - (self.step.steps - self.step.bad_step())  # from 0, in this epoch
-        plan, logits, rng = self.current
-        if number != self.done - 1:  # noticed later; the generator's state of then is not known
+        batch, logits = self.current
+        if number != self.done - 1 or self.work != self.compute:
+            # noticed later, when the generator's state is another; a graph's own tensors are no batch any more
             size = self.train_batches.batch_size
             plan = self.train_batches.plan(epoch)[:, number * size : (number + 1) * size]
             logits = None if self.teacher is None else self.teacher(plan)
-        batch = self.train_batches.batch(plan.to(self.step.device))
-        torch.set_rng_state(rng)
-        state = dump(self.distiller, batch, epoch, self.config, rng, logits)
+            batch = self.train_batches.batch(plan.to(self.step.device))
+        torch.set_rng_state(self.random)
+        state = dump(self.distiller, batch, epoch, self.config, self.random, logits)
         bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp, logits)
         file = self.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
         again = f"`python3 tools/replay.py '{file}'` runs the step again"
