@@ -5,7 +5,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and what they sta
 import numpy as np
 import pytest
 import torch
-from helpers import digits_opts, save_teacher
+from helpers import digits_opts, save_teacher, small_run
 
 torch.set_num_threads(1)
 
@@ -14,6 +14,12 @@ torch.set_num_threads(1)
 def teacher_file(tmp_path):
     """A resnet8 for the ten digits, freshly initialised."""
     return save_teacher(tmp_path / "teacher.pth")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Options of a `small_run`."""
+    return small_run(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

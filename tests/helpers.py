@@ -4,8 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from mdistiller import config
+from mdistiller.dataset import load_dataset
+from mdistiller.engine.builder import train
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.models import cifar_model_dict
 
@@ -29,6 +33,34 @@ def digits_opts(**changes: object) -> list[str]:
     opts = {"DATASET.TYPE": "digits", "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": 1, "DEVICE": "cpu"}
     opts |= {key.replace("__", "."): value for key, value in changes.items()}
     return [str(word) for pair in opts.items() for word in pair]
+
+
+def small_run(root: Path) -> list[str]:
+    """KEY VALUE pairs of a run on 40 + 20 digits, three steps of 16 an epoch, with a resnet14 as teacher."""
+    data = load_dataset("digits", ".")
+    arrays = {"train_images": data.train_images[:40], "train_labels": data.train_labels[:40]}
+    arrays |= {"test_images": data.test_images[:20], "test_labels": data.test_labels[:20]}
+    np.savez(root / "digits.npz", **{name: values.numpy() for name, values in arrays.items()})
+    classes = 1 + int(max(arrays["train_labels"].max(), arrays["test_labels"].max()))
+    return digits_opts(
+        DATASET__TYPE="npz", DATASET__ROOT=root / "digits.npz", SOLVER__EPOCHS=2, SOLVER__BATCH_SIZE=16,
+        DISTILLER__TEACHER="resnet14", DISTILLER__TEACHER_CKPT=save_teacher(root / "teacher", "resnet14", classes),
+        DTKD__WARMUP=1, LOG__TEMPERATURE="samples", LOG__TENSORBOARD_FREQ=2, EXPERIMENT__NAME="run",
+        CRD__NCE__K=8, CRD__FEAT__DIM=8,
+    )  # fmt: skip
+
+
+def changed(opts: list[str], prefix: Path, **changes: object) -> list[str]:
+    """`opts` with LOG.PREFIX and others; in keywords, a double underscore stands for the dot."""
+    words = [*opts, "LOG.PREFIX", str(prefix)]
+    return words + [str(word) for key, value in changes.items() for word in (key.replace("__", "."), value)]
+
+
+def run(opts: list[str], prefix: Path, resume: bool | str = False, **changes: object) -> Path:
+    """Train a `small_run`; returns its folder."""
+    words = changed(opts, prefix, **changes)
+    train(config.load(None, words), words, resume)
+    return prefix / "distill" / "run"
 
 
 def outcome(folder: Path) -> tuple[dict, list[dict]]:

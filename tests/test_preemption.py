@@ -14,13 +14,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, digits_opts, outcome, same, save_teacher, tool
+from helpers import ROOT, outcome, run, same, save_teacher, tool
 
 from mdistiller import config
-from mdistiller.dataset import Batch, load_dataset
+from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import builder, checkpoint, trainer
-from mdistiller.engine.builder import train
+from mdistiller.engine import builder, checkpoint
 from mdistiller.engine.folder import RunFolder
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.solver import zero_momenta
@@ -42,29 +41,6 @@ def listening():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Options of a run on 40 + 20 digits, three steps of 16 an epoch, and a resnet14 as teacher."""
-    root, data = tmp_path_factory.mktemp("small"), load_dataset("digits", ".")
-    arrays = {"train_images": data.train_images[:40], "train_labels": data.train_labels[:40]}
-    arrays |= {"test_images": data.test_images[:20], "test_labels": data.test_labels[:20]}
-    np.savez(root / "digits.npz", **{name: values.numpy() for name, values in arrays.items()})
-    classes = 1 + int(max(arrays["train_labels"].max(), arrays["test_labels"].max()))
-    return digits_opts(
-        DATASET__TYPE="npz", DATASET__ROOT=root / "digits.npz", SOLVER__EPOCHS=2, SOLVER__BATCH_SIZE=16,
-        DISTILLER__TEACHER="resnet14", DISTILLER__TEACHER_CKPT=save_teacher(root / "teacher", "resnet14", classes),
-        DTKD__WARMUP=1, LOG__TEMPERATURE="samples", LOG__TENSORBOARD_FREQ=2, EXPERIMENT__NAME="run",
-        CRD__NCE__K=8, CRD__FEAT__DIM=8,
-    )  # fmt: skip
-
-
-def run(opts, prefix, resume=False, **changes):
-    words = [*opts, "LOG.PREFIX", str(prefix)]
-    words += [str(word) for key, value in changes.items() for word in (key.replace("__", "."), value)]
-    train(config.load(None, words), words, resume)
-    return prefix / "distill" / "run"
 
 
 def stopping_after(items: int):

@@ -115,9 +115,7 @@ def open_run(
         plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place
     )
     closing.callback(recorder.close)
-    introduce(cfg, recorder, trainer, common.data, device, plan.teacher_file)
-    if bank and trainer.epoch < trainer.epochs:
-        recorder.say(bank)
+    introduce(cfg, recorder, trainer, common.data, device, plan.teacher_file, bank)
     return trainer, recorder
 
 
@@ -163,21 +161,31 @@ def restore(trainer: Trainer, path: Path) -> None:
 
 
 def introduce(
-    cfg: CfgNode, recorder: Recorder, trainer: Trainer, data: ImageSet, device: torch.device, teacher_file: Path | None
+    cfg: CfgNode,
+    recorder: Recorder,
+    trainer: Trainer,
+    data: ImageSet,
+    device: torch.device,
+    teacher_file: Path | None,
+    bank: str,
 ) -> None:
+    say_once = recorder.log if recorder.place else recorder.say  # what is true of all students of the process
     if trainer.epoch or trainer.done:
         inside = f", {trainer.done} steps into the next" * bool(trainer.done)
         recorder.say(f"resumed after epoch {trainer.epoch} of {trainer.epochs}{inside}")
-        return
-    method, teacher = cfg.DISTILLER.TYPE, cfg.DISTILLER.TEACHER
-    pair = cfg.DISTILLER.STUDENT if method == "NONE" else f"{teacher} -> {cfg.DISTILLER.STUDENT}"
-    recorder.say(
-        f"{method}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} images, "
-        f"{data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}, in {trainer.folder}"
-    )
-    if teacher_file:
-        recorder.say(f"teacher: {teacher_file}")
-    recorder.log(describe(cfg).rstrip())
+    else:
+        method, teacher = cfg.DISTILLER.TYPE, cfg.DISTILLER.TEACHER
+        pair = cfg.DISTILLER.STUDENT if method == "NONE" else f"{teacher} -> {cfg.DISTILLER.STUDENT}"
+        recorder.say(
+            f"{method}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} images, "
+            f"{data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}, in {trainer.folder}"
+        )
+        if teacher_file:
+            say_once(f"teacher: {teacher_file}")
+    if bank and trainer.epoch < trainer.epochs:
+        say_once(bank)
+    if not (trainer.epoch or trainer.done):
+        recorder.log(describe(cfg).rstrip())
 
 
 def replay(file: Path) -> tuple[str, str]:

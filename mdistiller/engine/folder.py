@@ -25,7 +25,7 @@ from mdistiller.files import remove_leftovers, write_atomic
 PLACE = (
     "EXPERIMENT.NAME", "EXPERIMENT.TAG", "EXPERIMENT.PROJECT", "EXPERIMENT.PLUGINS",
     "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
-    "DISTILLER.TRAIN_TEACHER",
+    "DISTILLER.TRAIN_TEACHER", "TEACHER_BANK_FOLDER",
 )  # fmt: skip
 PREFIXES = ("CUDA", "CUBLAS", "CUDNN", "NVIDIA_TF32", "OMP_", "MKL_", "KMP_", "TORCH_")  # variables that change bits
 

@@ -116,7 +116,8 @@ class Recorder:
     def histograms(self, epoch: int, temperatures: EpochBuffer) -> None:
         """Both temperatures of every sample, into TensorBoard."""
         for name, values in temperatures.columns("t_student", "t_teacher").items():
-            self.events.histogram(f"temperature/{name}", values, epoch)
+            if values.size:  # a method may leave its rule unused
+                self.events.histogram(f"temperature/{name}", values, epoch)
 
     def end_epoch(self, row: dict, seconds_left: float) -> None:
         """`row`: the figures of one epoch; it becomes a line of metrics.jsonl."""

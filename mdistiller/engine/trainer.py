@@ -101,10 +101,10 @@ class Trainer:
             if self.record.missing:
                 recorder.say(f"warning: {self.record.path.name} has nothing of {self.record.missing} finished epochs")
         while self.epoch < self.epochs:
-            begin = time.monotonic() - self.seconds
             try:
                 if self.teacher is not None:
                     self.teacher.prepare(self.stop.check)
+                begin = time.monotonic() - self.seconds
                 row = yield from self.train_epoch(self.epoch + 1, recorder)
                 scores = self.evaluate()
             except StopRequested:

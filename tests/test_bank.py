@@ -1,0 +1,284 @@
+"""The teacher's logits ahead of the step, in a bank or not: the same numbers, and never another teacher's."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import changed, outcome, run, same, save_teacher
+
+from mdistiller import config
+from mdistiller.dataset import Batches
+from mdistiller.distillers import LogitDistiller, distiller_dict
+from mdistiller.engine import builder, teacher
+from mdistiller.engine.inference import Inference
+from mdistiller.engine.store import RowStore
+from mdistiller.engine.teacher import TeacherLogits, choose
+from mdistiller.errors import Preempted, RunFailed, UserError
+from mdistiller.models import cifar_model_dict
+
+config.load()
+LOGIT_METHODS = sorted(
+    name
+    for name, cls in distiller_dict.items()
+    if issubclass(cls, LogitDistiller) and cls.__module__.startswith("mdistiller.")
+)
+CPU = torch.device("cpu")
+
+
+def batches(augment="crop_flip", n=6, size=32):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
+    return Batches(images, torch.arange(n), (0.5,) * 3, (0.25,) * 3, 4, CPU, augment)
+
+
+@pytest.mark.parametrize(("augment", "views"), [("crop_flip", 162), ("crop", 81), ("none", 1)])
+def test_every_view_has_its_number(augment, views):
+    data = batches(augment)
+    assert data.views == views
+    numbers = torch.arange(6 * views)
+    assert torch.equal(data.row_numbers(data.plan_of(numbers)), numbers)
+    plan = data.plan(3)
+    again = data.plan_of(data.row_numbers(plan))
+    assert torch.equal(again, plan)
+    assert data.row_numbers(plan).max() < 6 * views
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("name", ["resnet8", "vgg8", "wrn_16_1", "MobileNetV2", "ShuffleV2"])
+def test_a_row_does_not_depend_on_what_it_is_computed_with(name, amp):
+    torch.manual_seed(0)
+    data = batches()
+    logits = TeacherLogits(data, Inference(cifar_model_dict[name][0](num_classes=10).eval(), CPU, amp))
+    rows = torch.randperm(6 * 162)[:70]
+    together = torch.cat(list(logits.compute(rows)))
+    alone = torch.cat([part for row in rows[[0, 1, 33, 69]] for part in logits.compute(row[None])])
+    assert torch.equal(together[[0, 1, 33, 69]], alone)
+    assert together.dtype == torch.float16
+
+
+@pytest.fixture(scope="module")
+def expected(small, tmp_path_factory):
+    """What a run comes to without a bank, by method."""
+    known = {}
+
+    def get(method):
+        if method not in known:
+            opts = [*small, "DISTILLER.TYPE", method]
+            known[method] = outcome(run(opts, tmp_path_factory.mktemp(method), TEACHER_BANK="auto"))
+        return known[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", LOGIT_METHODS)
+def test_a_bank_changes_no_bit(small, tmp_path, expected, method):
+    opts = [*small, "DISTILLER.TYPE", method, "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    cold = outcome(run(opts, tmp_path / "cold", TEACHER_BANK="lazy"))
+    (bank,) = (tmp_path / "banks").iterdir()
+    size = (bank / "rows.bin").stat().st_size
+    warm = outcome(run(opts, tmp_path / "warm", TEACHER_BANK="lazy"))
+    assert same(cold, expected(method))
+    assert same(warm, expected(method))
+    assert (bank / "rows.bin").stat().st_size == size, "the second run met the views of the first"
+
+
+def test_a_full_bank_changes_no_bit_and_needs_no_teacher(small, tmp_path, expected, monkeypatch):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks"), "TEACHER_BANK", "full"]
+    assert same(outcome(run(opts, tmp_path / "cold")), expected("DTKD"))
+    monkeypatch.setattr(TeacherLogits, "compute", None)
+    assert same(outcome(run(opts, tmp_path / "warm")), expected("DTKD"))
+    assert same(outcome(run(opts, tmp_path / "other seed", SEED=7))[1][0]["epoch"], 1), "nor does another seed"
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("method", ["KD", "DTKD", "DKD"])
+def test_losses_with_and_without_agree_to_the_stored_precision(small, tmp_path, method, dtype, amp):
+    """One step: further on, a difference of rounding grows as chaos has it."""
+    opts = [*small, "DISTILLER.TYPE", method, "SOLVER.BATCH_SIZE", "40", "SOLVER.EPOCHS", "1", "SOLVER.AMP", amp]
+    losses = []
+    for place, bank in (("off", "off"), ("bank", "full")):
+        folder = run(opts, tmp_path / place, TEACHER_BANK=bank, TEACHER_BANK_DTYPE=dtype,
+                     TEACHER_BANK_FOLDER=tmp_path / "banks")  # fmt: skip
+        losses.append(outcome(folder)[1][0]["train_loss"])
+    tolerance = 2e-2 if amp == "bf16" else {"float16": 1e-3, "float32": 1e-5}[dtype]
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
+@pytest.mark.parametrize("method", ["NONE", "FITNET", "RKD", "REVIEWKD"])
+def test_other_methods_run_their_teacher_as_ever(small, tmp_path, method):
+    folder = run([*small, "DISTILLER.TYPE", method], tmp_path, TEACHER_BANK="full",
+                 TEACHER_BANK_FOLDER=tmp_path / "banks")  # fmt: skip
+    assert not (tmp_path / "banks").exists()
+    assert "teacher bank" not in (folder / "worklog.txt").read_text()
+
+
+def test_a_plugin_that_runs_its_teacher_itself_is_left_alone(small, tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "import torch\nfrom mdistiller.distillers.KD import KD, kd_loss\n"
+        "from mdistiller.distillers import register_distiller\n"
+        "@register_distiller('OWNPASS', defaults={'A': 1.0})\nclass OwnPass(KD):\n"
+        "    def forward_train(self, image, target, **kwargs):\n"
+        "        v, _ = self.student(image)\n"
+        "        with torch.no_grad():\n            u, _ = self.teacher(image)\n"
+        "        return v, {'kd': kd_loss(v, u, 4.0)}\n"
+    )
+    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "OWNPASS", "TEACHER_BANK", "full"]
+    folder = run(opts, tmp_path, TEACHER_BANK_FOLDER=tmp_path / "banks")
+    assert not (tmp_path / "banks").exists()
+    assert np.isfinite(outcome(folder)[1][-1]["train_loss"])
+
+
+def bank_of(opts, tmp_path, **changes):
+    """The folder of the bank that a run makes."""
+    run(opts, tmp_path / "run", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "banks", SOLVER__EPOCHS=1,
+        **changes)  # fmt: skip
+    (folder,) = (tmp_path / "banks").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("SOLVER__AMP", "bf16"), ("DATASET__AUGMENT", "crop_flip"), ("TEACHER_BANK_DTYPE", "float32"), ("teacher", 2)],
+)
+def test_a_bank_is_of_one_teacher_one_augmentation_one_precision(small, tmp_path, key, value):
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    first = bank_of(opts, tmp_path / "a")
+    if key == "teacher":
+        torch.manual_seed(value)
+        file = tmp_path / "teacher"
+        torch.save({"model": cifar_model_dict["resnet14"][0](num_classes=10).state_dict()}, file)
+        second = bank_of(opts, tmp_path / "b", DISTILLER__TEACHER_CKPT=file)
+    else:
+        second = bank_of(opts, tmp_path / "b", **{key: value})
+    assert first.name != second.name
+    assert bank_of(opts, tmp_path / "c", SEED=5, SOLVER__BATCH_SIZE=8, DISTILLER__TYPE="DTKD").name == first.name
+
+
+def test_a_bank_under_another_ones_name_is_refused(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    first = bank_of(opts, tmp_path / "a")
+    second = bank_of(opts, tmp_path / "b", SOLVER__AMP="bf16")
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    with pytest.raises(UserError, match="precision"):
+        bank_of(opts, tmp_path / "b", SOLVER__AMP="bf16")
+
+
+def test_another_run_beside_it_reads_what_is_there(small, tmp_path, expected, capsys):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    folder = bank_of(opts, tmp_path)
+    size = (folder / "rows.bin").stat().st_size
+    cfg = config.load(None, changed(opts, tmp_path))
+    data = builder.Common(cfg, 1)
+    distiller = builder.build_distiller(cfg, data.data, builder.find_teacher(cfg, tmp_path, False), CPU)
+    plan = SimpleNamespace(path=tmp_path / "x", teacher_file=None)
+    assert builder.build_trainer(cfg, distiller, data, plan)[0].teacher is None, "without a file there is no bank"
+    header = json.loads((folder / "header.json").read_text())
+    with RowStore(folder, *(header[key] for key in ("description", "rows", "width", "dtype"))):
+        again = run(opts, tmp_path / "again", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "banks")
+    assert same(outcome(again), expected("DTKD"))
+    assert "only reads" in capsys.readouterr().out
+    assert (folder / "rows.bin").stat().st_size == size
+
+
+def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkeypatch):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    passes = []
+    real = TeacherLogits.compute
+
+    def counted(self, rows, check=lambda: None):
+        for part in real(self, rows, check):
+            passes.append(len(part))
+            if len(passes) == 5:
+                self_stop.signal = "SIGTERM"
+            yield part
+
+    class Kept(builder.Stop):
+        def __init__(self):
+            super().__init__()
+            nonlocal self_stop
+            self_stop = self
+
+    self_stop = None
+    monkeypatch.setattr(builder, "Stop", Kept)
+    monkeypatch.setattr(TeacherLogits, "compute", counted)
+    with pytest.raises(Preempted, match="SIGTERM"):
+        run(opts, tmp_path)
+    assert len(passes) == 5
+    monkeypatch.setattr(builder, "Stop", builder.Stop.__mro__[1])
+    folder = run(opts, tmp_path, resume="auto")
+    assert same(outcome(folder), expected("DTKD"))
+    assert sum(passes) == 40 * 81, "no view came twice"
+
+
+def test_a_full_disk_ends_the_growth_not_the_run(small, tmp_path, expected, monkeypatch, capsys):
+    def full(self, rows, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RowStore, "add", full)
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    assert same(outcome(run(opts, tmp_path)), expected("DTKD"))
+    assert capsys.readouterr().out.count("the teacher bank grows no further") == 1
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    with pytest.raises(UserError, match="disk space"):
+        run(opts, tmp_path, TEACHER_BANK="full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_logits_beyond_float16_are_named(small, tmp_path):
+    file = save_teacher(tmp_path / "teacher", "resnet14")
+    state = torch.load(file)["model"]
+    state["fc.bias"][3] = 1e5
+    torch.save({"model": state}, file)
+    opts = [*small, "DISTILLER.TYPE", "KD", "DISTILLER.TEACHER_CKPT", str(file)]
+    with pytest.raises(RunFailed, match="1e\\+05.*TEACHER_BANK_DTYPE float32"):
+        run(opts, tmp_path)
+    run(opts, tmp_path, TEACHER_BANK_DTYPE="float32")
+
+
+@pytest.mark.parametrize(
+    ("views", "draws", "held", "cuda", "mode"),
+    [
+        (162, 240, 0.0, False, "lazy"),
+        (162, 240, 0.0, True, "full"),
+        (162, 12, 0.0, False, "none"),
+        (162, 12, 0.5, False, "lazy"),
+        (162, 60, 0.0, True, "none"),
+        (162, 60 * 5, 0.0, True, "full"),
+        (162, 12, 1.0, True, "full"),
+        (1, 2, 0.0, False, "lazy"),
+        (1, 1, 0.0, False, "none"),
+    ],
+)
+def test_auto_counts_the_teachers_passes(views, draws, held, cuda, mode):
+    assert choose("auto", views, draws, held, cuda).mode == mode
+
+
+def test_the_share_of_passes_that_is_said_is_that_of_a_run(small):
+    """Against a simulation: draws of the plan, counted when they are new."""
+    data, seen, passes = batches("crop", n=50), set(), 0
+    for epoch in range(1, 61):
+        fresh = set(data.row_numbers(data.plan(epoch)).tolist()) - seen
+        passes += len(fresh)
+        seen |= fresh
+    said = choose("auto", 81, 60, 0.0, False).reason
+    assert math.isclose(passes / (60 * 50), float(said.split(" leave ")[1].split(" %")[0]) / 100, abs_tol=0.03)
+
+
+def test_memory_stays_that_of_the_pieces(small):
+    """What is asked for together comes in parts of a fixed size."""
+    data = batches(n=6)
+    sizes = []
+    model = lambda image: (sizes.append(len(image)), torch.zeros(len(image), 10))[1]  # noqa: E731
+    TeacherLogits(data, model)(data.plan_of(torch.arange(6 * 162)))
+    assert set(sizes) == {teacher.CHUNK["cpu"]}
