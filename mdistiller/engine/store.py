@@ -165,7 +165,9 @@ class RowStore:
         asked = {**self._fields, **{f"description.{k}": v for k, v in self._fields["description"].items()}}
         del there["description"], asked["description"]
         for name in [*asked, *there]:
-            then, now = (json.dumps(fields[name], sort_keys=True) if name in fields else "nothing" for fields in (there, asked))
+            then, now = (
+                json.dumps(fields[name], sort_keys=True) if name in fields else "nothing" for fields in (there, asked)
+            )
             if then != now:
                 name = name.removeprefix("description.")
                 raise UserError(f"{self.folder}: was made with {name} {then}, asked for is {now}; {ADVICE}")
@@ -269,7 +271,9 @@ class RowStore:
 
     def _mapped(self, count: int) -> np.ndarray:
         """At least the first `count` records, (n, size / 4) int32."""
-        if os.fstat(self._file).st_size < count * self._size:  # reading behind the end would be a SIGBUS
+        if self._file is None:
+            raise RuntimeError(f"{self.folder}: is closed")
+        if os.fstat(self._file).st_size < self._end * self._size:  # reading behind the file's end would be a SIGBUS
             raise self._changed()
         if count > len(self._records):
             # a map costs what was read through the one before it, so there may be a new one after every add
@@ -291,7 +295,7 @@ class RowStore:
         once. Raises OSError where the disk is full: then some of the rows may be held, and nothing else is changed.
         """
         if not self.writable:
-            raise RuntimeError(f"{self.folder}: another process adds to it, or it cannot be written")
+            raise RuntimeError(f"{self.folder}: is closed, or another process adds to it, or it cannot be written")
         rows, values = np.asarray(rows), np.asarray(values)
         if values.shape != (len(rows), self.width) or values.dtype != self.dtype:
             raise ValueError(f"values {values.shape} {values.dtype} for {len(rows)} rows of {self.width} {self.dtype}")
@@ -353,7 +357,7 @@ class RowStore:
         self._release()
 
     def _release(self) -> None:
-        self._records = self._records[:0].copy()
+        self._records = None
         for name in ("_file", "_lock"):
             if getattr(self, name) is not None:
                 os.close(getattr(self, name))
