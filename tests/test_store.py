@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from mdistiller.engine import store as module
 from mdistiller.engine.store import SEAL, RowStore, check_space, record_size, space_needed
 from mdistiller.errors import DamagedFile, UserError
 
-KILLS = int(os.environ.get("KILLS", "12"))
+KILLS = int(os.environ.get("KILLS", "12"))  # of each kind
+STRIDE = 5 if KILLS < 100 else 1  # bits from one flip to the next: in every byte or so, each of its bits in turn
 DESCRIPTION = {"teacher": "resnet56", "sha256": "0123", "views": 162, "mean": [0.5, 0.25]}
 ROWS, WIDTH = 12, 3  # of the small store
 CHUNKS = ([3], [7, 0, 11], [1, 2], [10, 9, 8, 6])  # what it holds, add by add
@@ -198,14 +200,14 @@ def test_memory_holds_the_table_and_not_the_file(tmp_path):
 
 
 CHANGES = {
-    "rows": (dict(rows=13), "rows 12, asked for is 13"),
-    "width": (dict(width=4), "width 3, asked for is 4"),
-    "dtype": (dict(dtype="float32"), 'dtype "float16", asked for is "float32"'),
-    "text": (dict(description={**DESCRIPTION, "teacher": "x"}), 'teacher "resnet56", asked for is "x"'),
-    "kind": (dict(description={**DESCRIPTION, "views": 162.0}), "views 162, asked for is 162.0"),
-    "list": (dict(description={**DESCRIPTION, "mean": [0.5]}), r"mean \[0.5, 0.25\], asked for is \[0.5\]"),
-    "more": (dict(description={**DESCRIPTION, "new": 1}), "new nothing, asked for is 1"),
-    "fewer": (dict(description={"teacher": "resnet56"}), 'sha256 "0123", asked for is nothing'),
+    "rows": ({"rows": 13}, "rows 12, asked for is 13"),
+    "width": ({"width": 4}, "width 3, asked for is 4"),
+    "dtype": ({"dtype": "float32"}, 'dtype "float16", asked for is "float32"'),
+    "text": ({"description": {**DESCRIPTION, "teacher": "x"}}, 'teacher "resnet56", asked for is "x"'),
+    "kind": ({"description": {**DESCRIPTION, "views": 162.0}}, "views 162, asked for is 162.0"),
+    "list": ({"description": {**DESCRIPTION, "mean": [0.5]}}, r"mean \[0.5, 0.25\], asked for is \[0.5\]"),
+    "more": ({"description": {**DESCRIPTION, "new": 1}}, "new nothing, asked for is 1"),
+    "fewer": ({"description": {"teacher": "resnet56"}}, 'sha256 "0123", asked for is nothing'),
 }
 
 
@@ -305,7 +307,7 @@ def test_truncated_at_every_byte(small, capsys):
 def test_every_flipped_bit_of_the_rows_is_noticed(small, capsys):
     data = (small / "rows.bin").read_bytes()
     ends = np.cumsum([len(rows) + 1 for rows in CHUNKS]) * 12
-    for bit in range(8 * len(data)):
+    for bit in range(0, 8 * len(data), STRIDE):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         (small / "rows.bin").write_bytes(damaged)
@@ -315,8 +317,8 @@ def test_every_flipped_bit_of_the_rows_is_noticed(small, capsys):
 
 def test_every_flipped_bit_of_the_header_is_refused_or_means_nothing(small):
     data = (small / "header.json").read_bytes()
-    refused = 0
-    for bit in range(8 * len(data)):
+    refused = []
+    for bit in range(0, 8 * len(data), STRIDE):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         (small / "header.json").write_bytes(damaged)
@@ -324,9 +326,8 @@ def test_every_flipped_bit_of_the_header_is_refused_or_means_nothing(small):
             with opened(small) as store:
                 assert len(held(store)) == 10
         except UserError as error:
-            assert len(error.lines) == 1 and "\n" not in str(error)
-            refused += 1
-    assert refused > 6 * len(data)
+            refused.append(error.lines)
+    assert all(len(lines) == 1 for lines in refused) and len(refused) > 6 * len(data) / STRIDE
 
 
 def test_a_flip_that_makes_a_header_fit_another_store_is_refused(small):
@@ -384,7 +385,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(OPERATIONS)
 def test_any_history_agrees_with_a_set(operations):
     """`there`: what is held; `safe`: what a power loss leaves at least."""
@@ -427,9 +428,9 @@ def test_any_history_agrees_with_a_set(operations):
                 assert safe <= left <= there
                 there = left
             elif name == "full" and new:
-                with disk_of(path, path.stat().st_size + generator.randrange(16 * (len(new) + 1))):
-                    with pytest.raises(OSError, match="No space"):
-                        add(store, new)
+                room = generator.randrange(16 * (len(new) + 1))
+                with disk_of(path, path.stat().st_size + room), pytest.raises(OSError, match="No space"):
+                    add(store, new)
             elif name == "sync" and there > safe:
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(os, "fsync", failing(errno.EIO))
@@ -625,7 +626,7 @@ def test_the_second_process_reads(small, capsys):
         os.read(theirs[0], 1)
         add(store, [4])
         os.write(ours[1], b"x")
-        time.sleep(60)
+        time.sleep(20)
 
     child = forked(work)
     os.read(ours[0], 1)
@@ -673,7 +674,7 @@ def test_a_forgotten_store_gives_the_lock_back(small):
 
 def test_a_child_that_lives_on_does_not_keep_the_lock(small):
     store = opened(small)
-    child = forked(lambda: time.sleep(60))
+    child = forked(lambda: time.sleep(20))
     store.close()
     with opened(small) as store:
         assert store.writable
@@ -707,9 +708,9 @@ def test_where_nothing_can_be_written_a_store_can_be_read(small, monkeypatch, ca
         opened(small, 13)
 
 
-def test_permissions(small, tmp_path):
+def test_permissions(small, tmp_path, monkeypatch):
     """Of a folder and files that another user made: readable, not writable; then not even readable."""
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
     def as_stranger(work):
         def change():
@@ -779,6 +780,10 @@ def history(folder, generator, report=lambda *_: None):
                 report(store.filled, os.stat(folder / "rows.bin").st_size)
 
 
+def tell(sink, rows, size):
+    os.write(sink, struct.pack("<qq", rows, size))
+
+
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
 def test_kill_9_at_random_moments(tmp_path, power):
     """What was committed is there, and all that is there is right; `power` takes pages behind the last commit away."""
@@ -794,7 +799,7 @@ def test_kill_9_at_random_moments(tmp_path, power):
             seed = int(generator.integers(1 << 30))
 
             def work(folder=folder, sink=sink, seed=seed):
-                history(folder, np.random.default_rng(seed), lambda *said: os.write(sink, struct.pack("<qq", *said)))
+                history(folder, np.random.default_rng(seed), partial(tell, sink))
 
             child = forked(work)
             time.sleep(generator.uniform(0, seconds))

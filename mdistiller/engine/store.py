@@ -90,7 +90,7 @@ class RowStore:
         self._slots = np.full(rows, -1, np.int32)  # where a row's record stands in rows.bin
         self.filled = self._end = self._committed = 0  # `_end`, `_committed`: in records
         self._seal = self._committed_seal = _checksum(self._fields)
-        self._records = np.empty((0, self._size // 4), "<i4")  # rows.bin, as far as it was mapped last
+        self._records = np.empty((0, 1), "<i4")  # rows.bin, as far as it was mapped last
         try:
             self._open()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -357,7 +357,7 @@ class RowStore:
         self._release()
 
     def _release(self) -> None:
-        self._records = None
+        self._records = np.empty((0, 1), "<i4")
         for name in ("_file", "_lock"):
             if getattr(self, name) is not None:
                 os.close(getattr(self, name))
