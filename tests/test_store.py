@@ -711,6 +711,7 @@ def test_where_nothing_can_be_written_a_store_can_be_read(small, monkeypatch, ca
 def test_permissions(small, tmp_path, monkeypatch):
     """Of a folder and files that another user made: readable, not writable; then not even readable."""
     monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o555)  # the folders above it need not be open to the stranger
 
     def as_stranger(work):
         def change():
@@ -735,7 +736,6 @@ def test_permissions(small, tmp_path, monkeypatch):
         for folder in (0o555, 0o777):
             small.chmod(folder)
             assert as_stranger(reads) == 0
-    tmp_path.chmod(0o555)
     assert as_stranger(lambda: refused("new")) == 0
     (small / "rows.bin").chmod(0o000)
     assert as_stranger(lambda: refused("store")) == 0
@@ -745,6 +745,7 @@ def test_permissions(small, tmp_path, monkeypatch):
     small.chmod(0o000)
     assert as_stranger(lambda: refused("store")) == 0
     small.chmod(0o755)
+    tmp_path.chmod(0o755)
 
 
 def test_a_file_that_is_changed_beneath_its_reader(small):
