@@ -790,7 +790,7 @@ def test_kill_9_at_random_moments(tmp_path, power):
     """What was committed is there, and all that is there is right; `power` takes pages behind the last commit away."""
     generator, kills, runs = np.random.default_rng(0), 0, 0
     begin = time.monotonic()
-    waited(forked(lambda: history(tmp_path / "timed", generator)))
+    assert waited(forked(lambda: history(tmp_path / "timed", generator))) == 0
     seconds = time.monotonic() - begin
     while kills < KILLS:
         folder, safe, size, alive = tmp_path / f"store-{runs}", 0, 0, True
@@ -804,8 +804,10 @@ def test_kill_9_at_random_moments(tmp_path, power):
 
             child = forked(work)
             time.sleep(generator.uniform(0, seconds))
-            os.kill(child, signal.SIGKILL)
-            alive = waited(child) == -signal.SIGKILL
+            os.kill(child, signal.SIGKILL)  # it may have ended, and is not waited for yet
+            status = waited(child)
+            assert status in (0, -signal.SIGKILL), "a child failed"
+            alive = status != 0
             kills += alive
             os.close(sink)
             with open(source, "rb") as file:
