@@ -771,10 +771,10 @@ def test_a_file_that_is_changed_beneath_its_reader(small):
 
 
 def history(folder, generator, report=lambda *_: None):
-    """Fill a store of 600 rows in random parts; `report(rows, bytes)` after every commit."""
-    with opened(folder, 600, 20) as store:
+    """Fill a store of 300 rows in random parts; `report(rows, bytes)` after every commit."""
+    with opened(folder, 300, 20) as store:
         while not store.complete:
-            left = store.missing(np.arange(600))
+            left = store.missing(np.arange(300))
             add(store, generator.choice(left, min(len(left), int(generator.integers(1, 60))), replace=False))
             if generator.random() < 0.3:
                 store.commit()
@@ -795,7 +795,7 @@ def test_kill_9_at_random_moments(tmp_path, power):
     while kills < KILLS:
         folder, safe, size, alive = tmp_path / f"store-{runs}", 0, 0, True
         runs += 1
-        while alive:
+        while alive and kills < KILLS:  # on a machine that has become slow none may ever come to its end
             source, sink = os.pipe()
             seed = int(generator.integers(1 << 30))
 
@@ -820,7 +820,7 @@ def test_kill_9_at_random_moments(tmp_path, power):
                     if generator.random() < 0.5:
                         tail[first : first + 512] = bytes(len(tail[first : first + 512]))
                 path.write_bytes(path.read_bytes()[:size] + tail)
-            with opened(folder, 600, 20) as store:
+            with opened(folder, 300, 20) as store:
                 assert store.writable and store.filled >= safe
                 held(store)
                 safe, size = store.filled, path.stat().st_size
