@@ -1,5 +1,5 @@
-"""A model made for inference alone: traced, its BatchNorms folded; on a CPU with oneDNN's fused convolutions, on CUDA as
-one captured graph.
+"""A model made for inference alone: traced, its BatchNorms folded; with oneDNN's fused convolutions on a CPU, as one
+captured graph on CUDA.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Inference:
 
     Built once, it holds weights of its own, those that the model had then or at the last `refresh`; the model is not
     touched. On a CPU, for a batch of one shape, a row's logits do not depend on the other rows or on its place, to the
-    bit; NaN in weights or images gives NaN. A model that torch.fx cannot trace, or whose trace gives other logits on random images of `size` pixels, runs
+    bit. A model that torch.fx cannot trace, or whose trace gives other logits on random images of `size` pixels, runs
     as it is, with its weights of the moment; so does one with hooks.
 
     `folded`: BatchNorms that are part of a convolution now; `fused`: convolutions that run in oneDNN's fused form.
@@ -95,7 +95,7 @@ class Inference:
         if self._captured:
             return self._captured(image)
         if self._graph:
-            # oneDNN's ReLU makes 0 of NaN, which would hide that a model or an image is broken
+            # oneDNN's ReLU makes 0 of NaN, which would hide that weights or an image are broken
             if self._fast and self._sound and image.sum().isfinite():
                 with autocast(self.device, self.amp):
                     return self._fast(image).float()

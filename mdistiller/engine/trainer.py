@@ -26,7 +26,7 @@ from mdistiller.files import link
 KEPT = ("epoch", "last_acc", "best_acc", "best_epoch", "log_bytes")
 
 
-def tests_student(distiller: nn.Module) -> bool:
+def student_is_tested(distiller: nn.Module) -> bool:
     """Whether a test is the student's forward pass alone: the method changes nothing of it, and has no hooks."""
     own = any(
         getattr(getattr(distiller, name, None), "__func__", None) is not getattr(Distiller, name)
@@ -179,7 +179,7 @@ class Trainer:
         """Scores of the student on the test set; of what `forward_test` gives where a method has its own."""
         self.distiller.eval()
         batches = self.stop.watch(self.test_batches)
-        if not tests_student(self.distiller):
+        if not student_is_tested(self.distiller):
             with autocast(self.step.device, self.step.amp):
                 return evaluate(lambda image: self.distiller(image=image), batches)
         if self.inference is None:
