@@ -24,9 +24,9 @@ class Inference:
     """`model` for inference alone: images (B, 3, H, W) -> logits (B, K) in float32, in eval mode, without gradients.
 
     Built once, it holds weights of its own, those that the model had then or at the last `refresh`; the model is not
-    touched. On a CPU, for a batch of one shape, a row's logits do not depend on the other rows or on its place, to the
-    bit. A model that torch.fx cannot trace, or whose trace gives other logits on random images of `size` pixels, runs
-    as it is, with its weights of the moment; so does one with hooks.
+    touched. In oneDNN's form, for finite images in a batch of one shape, a row's logits do not depend on the other rows
+    or on its place, to the bit. A model that torch.fx cannot trace, or whose trace gives other logits on random images
+    of `size` pixels, runs as it is, with its weights of the moment; so does one with hooks.
 
     `folded`: BatchNorms that are part of a convolution now; `fused`: convolutions that run in oneDNN's fused form.
     """
@@ -95,7 +95,8 @@ class Inference:
         if self._captured:
             return self._captured(image)
         if self._graph:
-            # oneDNN's ReLU makes 0 of NaN, which would hide that weights or an image are broken
+            # oneDNN's ReLU makes 0 of NaN, which would hide that weights or an image are broken (and does hide it where
+            # finite ones overflow)
             if self._fast and self._sound and image.sum().isfinite():
                 with autocast(self.device, self.amp):
                     return self._fast(image).float()
@@ -375,13 +376,14 @@ class _Captured:
 
 
 def _capture_cuda_graph(function: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Callable]:
-    here, aside = torch.cuda.current_stream(image.device), torch.cuda.Stream(image.device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(3):  # cuDNN chooses its kernels and takes its workspaces, which a capture must not
-            function(image)
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(image)
+    with torch.cuda.device(image.device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # cuDNN chooses its kernels and takes its workspaces, which a capture must not
+                function(image)
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = function(image)
     return output, graph.replay
