@@ -3,8 +3,8 @@
 python3 benchmarks/store.py [--rows 8100000] [--width 100] [--dtype float16] [--folder .] [--json FILE]
 
 Fills a store in a new folder below `folder`, which is removed at the end: one epoch's 50,000 rows in adds of 64 with
-one commit, as in lazy filling, then what is left of it in adds of 65,536 rows with a commit each. Random gathers are the
-median of 2,000, behind as many that bring the file's pages in.
+one commit, as in lazy filling, then what is left of it in adds of 65,536 rows with a commit each. Random gathers are
+the median of 2,000, behind as many that bring the file's pages in.
 """
 
 import argparse

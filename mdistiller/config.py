@@ -59,7 +59,11 @@ KEYS = (
     ("DATASET.ROOT", "./data", "Folder that holds the data set (cifar*), or the .npz file itself (npz)."),
     ("DATASET.AUGMENT", "auto", "auto (as the data set declares), crop_flip, crop or none."),
     ("DATASET.NUM_WORKERS", 2, "Accepted for mdistiller's YAML files; images are held in memory and need no workers."),
-    ("DATASET.TEST.BATCH_SIZE", 64, "Images in an evaluation batch."),
+    (
+        "DATASET.TEST.BATCH_SIZE",
+        64,
+        "Images in an evaluation batch; on CUDA at least 1,000 of 32 x 32 pixels, or as many pixels of larger ones.",
+    ),
     ("DISTILLER.TYPE", "NONE", "Method: a name of distiller_dict. NONE trains the student alone."),
     ("DISTILLER.TEACHER", "ResNet50", "Teacher: a name of cifar_model_dict."),
     ("DISTILLER.STUDENT", "resnet32", "Student: a name of cifar_model_dict."),

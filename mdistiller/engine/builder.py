@@ -21,6 +21,7 @@ from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
+from mdistiller.engine.evaluator import images_together
 from mdistiller.engine.folder import RunFolder, check_writable, in_use, resumable, run_folder
 from mdistiller.engine.recorder import Recorder, require_wandb, start_wandb
 from mdistiller.engine.solver import DOT, MultiStep, sgd
@@ -259,7 +260,8 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, common: Common, plan: RunP
     train_batches = Batches(
         data.train_images, data.train_labels, *statistics, solver.BATCH_SIZE, device, augment, cfg.SEED
     )
-    test_batches = Batches(data.test_images, data.test_labels, *statistics, cfg.DATASET.TEST.BATCH_SIZE, device)
+    together = images_together(cfg.DATASET.TEST.BATCH_SIZE, data.test_images.shape[1], device)
+    test_batches = Batches(data.test_images, data.test_labels, *statistics, together, device)
     parameters = distiller.get_learnable_parameters()
     if solver.TRAINER == "dot":
         optimizer = DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)

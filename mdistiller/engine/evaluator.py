@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from mdistiller.dataset import Batch, Batches, dataset_dict, load_dataset
 from mdistiller.engine.checkpoint import load_weights
-from mdistiller.engine.device import autocast, prepare
+from mdistiller.engine.device import prepare
+from mdistiller.engine.inference import Inference
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict, default_checkpoint
 from mdistiller.registry import unknown
@@ -38,6 +39,13 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) ->
     return Scores(100 * top1, 100 * top5, loss)
 
 
+def images_together(wanted: int, size: int, device: torch.device) -> int:
+    """Images in an evaluation batch of images `size` pixels high: on CUDA at least as many pixels as 1,000 images of
+    32 x 32 have, since fewer leave the device idle.
+    """
+    return max(wanted, 1000 * 32**2 // size**2) if device.type == "cuda" else wanted
+
+
 class Report(NamedTuple):
     """What tools/eval.py shows."""
 
@@ -62,10 +70,11 @@ def evaluate_checkpoint(
     data = load_dataset(dataset, root)
     network = cifar_model_dict[model][0](num_classes=data.num_classes)
     load_weights(network, model, data.num_classes, path)
-    prepare(network, device).eval()
-    batches = Batches(data.test_images, data.test_labels, data.mean, data.std, batch_size, device)
+    prepare(network, device)
+    size = data.test_images.shape[1]
+    images = images_together(batch_size, size, device)
+    batches = Batches(data.test_images, data.test_labels, data.mean, data.std, images, device)
     begin = time.monotonic()
-    with autocast(device, amp):
-        scores = evaluate(lambda image: network(image)[0], batches)
+    scores = evaluate(Inference(network, device, amp, size), batches)
     rate = batches.num_samples / (time.monotonic() - begin)
     return Report(scores, sum(p.numel() for p in network.parameters()), rate)

@@ -90,7 +90,7 @@ class RowStore:
         self._slots = np.full(rows, -1, np.int32)  # where a row's record stands in rows.bin
         self.filled = self._end = self._committed = 0  # `_end`, `_committed`: in records
         self._seal = self._committed_seal = _checksum(self._fields)
-        self._records = np.empty((0, self._size // 4), "<i4")  # rows.bin, as far as it was mapped last
+        self._records = np.empty((0, 1), "<i4")  # rows.bin, as far as it was mapped last
         try:
             self._open()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -275,7 +275,9 @@ class RowStore:
 
     def _mapped(self, count: int) -> np.ndarray:
         """At least the first `count` records, (n, size / 4) int32."""
-        if os.fstat(self._file).st_size < count * self._size:  # reading behind the end would be a SIGBUS
+        if self._file is None:
+            raise RuntimeError(f"{self.folder}: is closed")
+        if os.fstat(self._file).st_size < self._end * self._size:  # reading behind the file's end would be a SIGBUS
             raise self._changed()
         if count > len(self._records):
             # a map costs what was read through the one before it, so there may be a new one after every add
@@ -297,7 +299,7 @@ class RowStore:
         once. Raises OSError where the disk is full: then some of the rows may be held, and nothing else is changed.
         """
         if not self.writable:
-            raise RuntimeError(f"{self.folder}: another process adds to it, or it cannot be written")
+            raise RuntimeError(f"{self.folder}: is closed, or another process adds to it, or it cannot be written")
         rows, values = np.asarray(rows), np.asarray(values)
         if values.shape != (len(rows), self.width) or values.dtype != self.dtype:
             raise ValueError(f"values {values.shape} {values.dtype} for {len(rows)} rows of {self.width} {self.dtype}")
@@ -359,7 +361,7 @@ class RowStore:
         self._release()
 
     def _release(self) -> None:
-        self._records = self._records[:0].copy()
+        self._records = np.empty((0, 1), "<i4")
         for name in ("_file", "_lock"):
             if getattr(self, name) is not None:
                 os.close(getattr(self, name))

@@ -66,6 +66,7 @@ class Bank:
             self.table = torch.empty(self.shape["rows"], self.shape["width"], dtype=dtype, device=self.device)
             for rows, values in self.store.chunks():
                 self.table[torch.from_numpy(rows).to(self.device)] = torch.from_numpy(values).to(self.device)
+            torch.cuda.synchronize(self.device)  # it is read on another stream
 
     @property
     def share(self) -> float:
@@ -130,8 +131,8 @@ class TeacherLogits:
     """Called with a plan (4, n) on the CPU: the teacher's logits on its views, (n, K) float32 on the device.
 
     Rounded to `dtype`, whether or not a bank keeps them, so that a bank changes no number. `batches`: the views;
-    `inference`: the teacher; `whole`: whether the bank is filled before the first step. Raises RunFailed where `dtype`
-    cannot hold a logit.
+    `inference`: the teacher; `whole`: whether the bank is filled before the first step; `stream`: where all who share
+    teacher and bank use them, one after the other. Raises RunFailed where `dtype` cannot hold a logit.
     """
 
     def __init__(
@@ -141,13 +142,26 @@ class TeacherLogits:
         dtype: torch.dtype = torch.float16,
         bank: Bank | None = None,
         whole: bool = False,
+        stream: torch.cuda.Stream | None = None,
     ):
+        self.stream = stream
         self.batches, self.inference, self.dtype, self.bank, self.whole = batches, inference, dtype, bank, whole
         self.device = batches.images.device
         self.chunk = CHUNK.get(self.device.type, LARGE_CHUNK)
 
     def __call__(self, plan: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
         """`check` is called after every pass of the teacher; what it raises loses nothing."""
+        if self.stream is None:
+            return self.look_up(plan, check)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            logits = self.look_up(plan, check)
+        current.wait_stream(self.stream)
+        logits.record_stream(current)
+        return logits
+
+    def look_up(self, plan: Tensor, check: Callable[[], None]) -> Tensor:
         rows = self.batches.row_numbers(plan)
         if self.bank is None:
             return torch.cat(list(self.compute(rows, check))).float()
@@ -186,8 +200,9 @@ class TeacherLogits:
         """What has to be there before the first step."""
         if self.bank is not None:
             self.bank.open()
-        if self.whole:
-            self.fill(check)
+        if self.whole and not self.bank.store.complete:
+            with torch.cuda.stream(self.stream):  # nothing off CUDA, where it is None
+                self.fill(check)
 
     def commit(self) -> None:
         """What the bank has gathered survives a power loss."""
@@ -197,8 +212,6 @@ class TeacherLogits:
     def fill(self, check: Callable[[], None] = lambda: None) -> None:
         """Compute every row that the bank lacks; where `check` raises, what is done by then is kept."""
         store = self.bank.store
-        if store.complete:
-            return
         if not store.writable:
             raise UserError(
                 f"{store.folder}: another process fills this teacher bank; wait for it, or set TEACHER_BANK lazy"
@@ -275,6 +288,7 @@ class Shared:
         self.inferences: dict[str, Inference] = {}
         self.banks: dict[Path, Bank] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
+        self.stream: torch.cuda.Stream | None = None
 
     def logits_of(
         self,
@@ -319,11 +333,18 @@ class Shared:
                     raise
                 mode, reason = "none", error.lines[0]
         if mode == "none":
-            return TeacherLogits(batches, inference, dtype), f"teacher bank: none ({reason})"
+            text = f"teacher bank: none ({reason})"
+            return TeacherLogits(batches, inference, dtype, stream=self.stream_on(device)), text
         text = f"teacher bank: {mode}{f' ({reason})' * bool(reason)}, {100 * bank.share:.1f} % held, in {folder}"
         if bank.store is not None and not bank.store.writable:
             text += "; another process adds to it, this one only reads"
-        return TeacherLogits(batches, inference, dtype, bank, mode == "full"), text
+        return TeacherLogits(batches, inference, dtype, bank, mode == "full", self.stream_on(device)), text
+
+    def stream_on(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The one stream of all that is shared, on CUDA: a captured graph has one input and one output."""
+        if device.type == "cuda" and self.stream is None:
+            self.stream = torch.cuda.Stream(device)
+        return self.stream
 
     def tie(self, teacher: nn.Module, digest: str) -> None:
         """Let teachers of one digest share a copy of their parameters, which nobody changes."""

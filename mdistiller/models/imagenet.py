@@ -110,7 +110,9 @@ class MobileNet(nn.Module):
         x = self.model[0](x)
         feats, preacts = [x], [x]
         for i, layer in enumerate(self.model[1:], 1):
-            preact = layer[:-1](x)
+            preact = x
+            for module in layer[:-1]:  # one by one: a trace finds no name for a slice that is called
+                preact = module(preact)
             x = F.relu(preact)
             if i in self.STAGE_ENDS:
                 feats.append(x)

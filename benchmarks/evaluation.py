@@ -1,0 +1,127 @@
+"""What an evaluation costs beside the epoch of training before it, on the machine at hand.
+
+python3 benchmarks/evaluation.py --teacher resnet32x4 --student resnet8x4 [--rounds 5] [--sizes 64 250]
+
+Seconds for 50,000 training images and for 10,000 test images, from the rate of a few batches. Training is DTKD's step
+on the package's own batches, with the teacher's pass and, the harder case for the evaluation's share, with its logits
+given. The plain evaluation is the student in eval mode under autocast. Each round measures everything once, in turn,
+so that a machine whose speed drifts slows all alike; the table gives medians. Images are random: their content does
+not change the work.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from mdistiller.dataset import Batches
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.cfg import CFG
+from mdistiller.engine.device import autocast, resolve_device
+from mdistiller.engine.evaluator import evaluate
+from mdistiller.engine.inference import Inference
+from mdistiller.engine.solver import set_lr, sgd
+from mdistiller.engine.step import Meter, Step
+
+BATCH, CLASSES, MEAN, STD = 64, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+TRAIN, TEST = 50_000, 10_000
+
+
+class GivenLogits(torch.nn.Module):
+    """A teacher whose logits cost nothing."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        return self.logits[: len(image)], {}
+
+
+def seconds(work: Callable[[], int]) -> float:
+    """Per image, of work that returns how many it has done and ends with the device idle."""
+    begin = time.perf_counter()
+    count = work()
+    return (time.perf_counter() - begin) / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="resnet32x4")
+    parser.add_argument("--student", default="resnet8x4")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=512, help="a round")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 250], help="images in an evaluation batch")
+    parser.add_argument("--device", default="auto")
+    a = parser.parse_args()
+    device = resolve_device(a.device)
+    images = torch.randint(0, 256, (a.images, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.arange(a.images) % CLASSES
+
+    def training(teacher: torch.nn.Module, amp: str) -> tuple[Callable[[], int], torch.nn.Module]:
+        distiller = prepare_parts(distiller_dict["DTKD"](build_model(a.student, CLASSES), teacher, CFG), device)
+        optimizer = sgd(distiller.train().get_learnable_parameters(), 0.9, 5e-4)
+        set_lr(optimizer, 0.01)
+        step = Step(distiller, optimizer, device, amp)
+        batches = Batches(images, labels, MEAN, STD, BATCH, device, "crop_flip")
+
+        def work() -> int:
+            meter = Meter()
+            distiller.train()
+            for batch in batches.epoch(1):
+                step(batch, 20, meter)
+            meter.read()  # waits for the device
+            return meter.images
+
+        return work, distiller
+
+    for amp in ("none", "bf16"):
+        with_teacher, distiller = training(build_model(a.teacher, CLASSES), amp)
+        given, _ = training(GivenLogits(torch.rand(BATCH, CLASSES)), amp)
+        works = {"given": given, "teacher": with_teacher}
+        for size in a.sizes:
+            batches = Batches(images, labels, MEAN, STD, size, device)
+            inference = Inference(distiller.student, device, amp)
+
+            def plain(batches=batches, distiller=distiller, amp=amp) -> int:
+                distiller.eval()
+                with autocast(device, amp):
+                    evaluate(lambda image: distiller(image=image), batches)
+                return len(images)
+
+            def ours(batches=batches, inference=inference) -> int:
+                evaluate(inference, batches)
+                return len(images)
+
+            works |= {f"plain, {size}": plain, f"Inference, {size}": ours}
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for number in range(a.rounds + 1):
+            for name, work in works.items():
+                taken = seconds(work)
+                if number:  # the first round warms up
+                    times[name].append(taken)
+        begin = time.perf_counter()
+        for _ in range(10):
+            inference.refresh()
+        refresh = (time.perf_counter() - begin) / 10
+        median = {name: statistics.median(values) for name, values in times.items()}
+        epochs = {name: TRAIN * median.pop(name) for name in ("given", "teacher")}
+        precision = "float32" if amp == "none" else amp
+        print(
+            f"\n{a.teacher} -> {a.student}, {device}, {torch.get_num_threads()} threads, {precision}, PyTorch "
+            f"{torch.__version__}, {platform.machine()}; an epoch: {epochs['given']:.1f} s with the teacher's logits "
+            f"given, {epochs['teacher']:.1f} s with its pass; a refresh: {1000 * refresh:.1f} ms\n"
+        )
+        print("| evaluation, batch | seconds | of an epoch, logits given | of an epoch with the teacher |")
+        print("| --- | --- | --- | --- |")
+        for name, value in median.items():
+            cost = TEST * value
+            print(f"| {name} | {cost:.2f} | {cost / epochs['given']:.1%} | {cost / epochs['teacher']:.1%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""A model made for inference alone gives what the plain model gives, and leaves it as it is."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mdistiller.dataset import Batches
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict
+from mdistiller.engine import inference as inference_module
+from mdistiller.engine.device import autocast, prepare
+from mdistiller.engine.evaluator import evaluate, images_together
+from mdistiller.engine.inference import Inference, _Captured, _PackedConv
+from mdistiller.engine.solver import MultiStep, sgd
+from mdistiller.engine.step import Step
+from mdistiller.engine.trainer import Trainer, student_is_tested
+from mdistiller.models import cifar_model_dict, imagenet_model_dict
+
+CPU = torch.device("cpu")
+LARGE = ("resnet32", "resnet44", "resnet56", "resnet32x4", "vgg11", "vgg16", "wrn_16_1", "wrn_40_1")  # as their sisters
+ZOO = {name: constructor for name, (constructor, _) in cifar_model_dict.items() if name not in LARGE}
+ZOO |= {f"imagenet/{name}": constructor for name, constructor in imagenet_model_dict.items() if name != "ResNet101"}
+FAMILIES = ("resnet8", "resnet8x4", "vgg8", "wrn_16_2", "MobileNetV2", "ShuffleV1", "ShuffleV2")
+can_fuse = pytest.mark.skipif(not inference_module._can_fuse("bf16"), reason="no fused operators here")
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """As after training, and worse: negative and zero scales, tiny variances."""
+    torch.manual_seed(1)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight, 0.5, 0.4)
+        nn.init.normal_(norm.bias, 0, 0.3)
+        nn.init.normal_(norm.running_mean, 0, 0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        with torch.no_grad():
+            norm.weight[0], norm.weight[1] = 0, -1
+            norm.running_var[2], norm.weight[2] = 1e-9, 1e-3
+    return model
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return lively(prepare(ZOO[name](num_classes=10), CPU))
+
+
+def images(count: int, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def plain(model: nn.Module, image: torch.Tensor, amp: str = "none") -> torch.Tensor:
+    with torch.no_grad(), autocast(CPU, amp):
+        return copy.deepcopy(model).eval()(image)[0].float()
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
+    assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_agrees_and_is_left_alone(name):
+    model, image = build(name).train(), images(3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    fast = Inference(model, CPU, "none")
+    logits = fast(image)
+    fast.refresh()
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert logits.dtype == torch.float32
+    assert not logits.requires_grad
+    assert_close(logits, plain(model, image))
+    assert torch.equal(fast(image), logits)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    if name.startswith("wrn"):  # the norms that begin a block stand behind a sum, but for a widening first block's
+        norms = (norms - 1) // 2 + (model.block1.layer[0].convShortcut is not None)
+    assert fast.folded == norms
+
+
+@can_fuse
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_depends_on_nothing_but_itself(name, amp):
+    model, image = build(name), images(13)
+    fast = Inference(model, CPU, amp)
+    assert fast.fused == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    logits, order = fast(image), torch.randperm(13, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(fast(image[order]), logits[order])
+    others = image.clone()
+    others[:6] = 0
+    assert torch.equal(fast(others)[6:], logits[6:])
+    assert_close(logits, plain(model, image, amp), 1e-4 if amp == "none" else 5e-2)
+    exact = plain(model, image)
+    assert (logits - exact).norm() <= 1.5 * (plain(model, image, amp) - exact).norm() + 1e-4 * exact.norm()
+
+
+@can_fuse
+def test_the_fused_operators_run(monkeypatch):
+    calls, real = [], _PackedConv.forward
+    monkeypatch.setattr(_PackedConv, "forward", lambda *a: calls.append(len(a) - 1) or real(*a))
+    fast = Inference(build("resnet8"), CPU, "none")
+    calls.clear()
+    fast(images(2))
+    assert (calls.count(1), calls.count(2)) == (6, 3)  # three of nine convolutions take a shortcut's sum with them
+    assert sum(isinstance(m, _PackedConv) and m.in_place for m in fast._fast.modules()) == 3
+    assert F.relu not in [node.target for node in fast._fast.graph.nodes]
+
+
+@pytest.mark.parametrize("broken", ["absent", "wrong", "raises"])
+def test_without_sound_operators_the_folded_graph_runs(monkeypatch, broken):
+    def forward(self, x, other=None):
+        if broken == "raises":
+            raise RuntimeError("no such primitive")
+        return torch.zeros(())
+
+    if broken == "absent":
+        monkeypatch.setattr(inference_module, "_can_fuse", lambda amp: False)
+    else:
+        monkeypatch.setattr(_PackedConv, "forward", forward)
+    model = build("resnet8")
+    fast = Inference(model, CPU, "none")
+    assert (fast.fused, fast.folded) == (0, 9)
+    assert_close(fast(images(2)), plain(model, images(2)))
+
+
+def test_refresh_takes_over_the_weights():
+    model, image = build("resnet8"), images(2)
+    fast = Inference(model, CPU, "none")
+    old = fast(image)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.mul_(1.05)
+    assert torch.equal(fast(image), old), "its weights are its own"
+    fast.refresh()
+    assert_close(fast(image), plain(model, image))
+    assert not torch.allclose(fast(image), old)
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64])
+def test_vgg_of_every_size(size):
+    model = build("vgg8")
+    assert_close(Inference(model, CPU, "none")(images(2, size)), plain(model, images(2, size)))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_not_a_number_is_not_hidden(amp):
+    model, image = build("resnet8"), images(2)
+    fast = Inference(model, CPU, amp)
+    image[0, 0, 3, 3] = torch.nan
+    assert fast(image)[0].isnan().all()
+    model.conv1.weight.data[0, 0, 0, 0] = torch.nan
+    fast.refresh()
+    assert fast(images(2)).isnan().all()
+    model.conv1.weight.data[0, 0, 0, 0] = 0.1
+    fast.refresh()
+    assert_close(fast(images(2)), plain(model, images(2)), 1e-4 if amp == "none" else 0.1)
+
+
+class Small(nn.Module):
+    """Convolutions and BatchNorms for `route` to wire."""
+
+    def __init__(self, route):
+        super().__init__()
+        self.stem, self.conv, self.bn, self.bn2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), *map(nn.BatchNorm2d, (8, 8))
+        self.same, self.fc, self.route, self.gain = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4), route, 1.0
+
+    def forward(self, image):
+        x = self.route(self, F.relu(self.stem(image)))
+        return self.fc(x.mean((2, 3))), {"feats": [x]}
+
+
+def add_in_place(m, x):
+    y = m.bn(m.same(x))
+    x += y  # x is the stem's, whose output the line below reads
+    return x + m.bn2(m.same(x))
+
+
+def write_between(m, x):
+    y = m.conv(x)
+    x.mul_(2)
+    return m.bn(y) + m.conv(x)
+
+
+ROUTES = {  # route -> BatchNorms that may be folded
+    "plain": (lambda m, x: m.bn(m.conv(x)), 1),
+    "convolution twice": (lambda m, x: m.bn(m.same(m.bn2(m.same(x)))), 0),
+    "norm twice": (lambda m, x: m.bn(m.conv(m.bn(m.same(x)))), 0),
+    "two readers": (lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)), 0),
+    "read before": (lambda m, x: (lambda y: m.bn(m.same(F.relu(y))) + F.relu(y))(m.bn2(m.same(x))), 0),
+    "two norms": (lambda m, x: (lambda y: m.bn(y) * m.bn2(y))(m.conv(x)), 0),
+    "sum with its own input": (lambda m, x: F.relu(m.bn(m.same(x)) + x), 1),
+    "sum with itself": (lambda m, x: (lambda y: y + y)(m.bn(m.conv(x))), 1),
+    "number": (lambda m, x: F.relu(m.bn(m.conv(x)) + 1.5), 1),
+    "broadcast": (lambda m, x: m.bn(m.same(x)) + x.mean((2, 3), keepdim=True), 1),
+    "alpha": (lambda m, x: torch.add(m.bn(m.same(x)), x, alpha=3), 1),
+    "input read later": (lambda m, x: (lambda y: F.relu(m.same(y) + y) + y)(m.bn(m.conv(x))), 1),
+    "x += y": (add_in_place, 0),
+    "written between": (write_between, 0),
+    "relu in place": (lambda m, x: (lambda y: F.relu(y, inplace=True) + y)(m.bn(m.conv(x))), 1),
+}
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_only_what_may_be_folded_is(route, amp):
+    torch.manual_seed(0)
+    model = lively(Small(ROUTES[route][0]))
+    fast = Inference(model, CPU, amp, 8)
+    assert fast.folded == ROUTES[route][1]
+    assert_close(fast(images(3, 8)), plain(model, images(3, 8)), 1e-4 if amp == "none" else 3e-2)
+
+
+class ByContent(Small):
+    def forward(self, image):
+        if image.sum() > 1e9:
+            raise ArithmeticError
+        return super().forward(image)
+
+
+def test_a_model_that_cannot_be_traced_runs_as_it_is():
+    torch.manual_seed(0)
+    model = lively(ByContent(ROUTES["plain"][0])).train()
+    model.bn.eval()
+    modes, fast = [m.training for m in model.modules()], Inference(model, CPU, "none", 8)
+    assert fast.folded == 0
+    before, logits = copy.deepcopy(model.state_dict()), fast(images(3, 8))
+    assert_close(logits, plain(model, images(3, 8)), 1e-6)
+    assert not logits.requires_grad
+    with pytest.raises(ArithmeticError):
+        fast(images(3, 8) + 1e9)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_hooks_and_settings_are_noticed():
+    torch.manual_seed(0)
+    model, image = lively(Small(lambda m, x: m.gain * m.bn(m.conv(x)))), images(3, 8)
+    fast = Inference(model, CPU, "none", 8)
+    model.gain = 3.0
+    fast.refresh()
+    assert_close(fast(image), plain(model, image))
+    model.conv.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    fast.refresh()
+    assert_close(fast(image), plain(model, image))
+    assert fast.folded == 0
+
+
+def test_a_captured_graph_serves_one_shape():
+    calls = []
+
+    def function(x):
+        calls.append(tuple(x.shape))
+        return 2 * x
+
+    def capture(function, static):
+        output = function(static)
+        return output, lambda: output.copy_(2 * static)
+
+    captured = _Captured(function, capture)
+    batches = [torch.full((4, 1), float(i)) for i in range(3)] + [torch.ones(2, 1)]
+    outputs = [captured(x) for x in batches]
+    assert all(torch.equal(y, 2 * x) for x, y in zip(batches, outputs, strict=True)), "no output is overwritten"
+    assert calls == [(4, 1), (2, 1)]
+
+    def fails(function, static):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    captured = _Captured(function, fails)
+    assert torch.equal(captured(batches[2]), 2 * batches[2])
+    assert torch.equal(captured(batches[3]), 2 * batches[3])
+
+
+def test_images_together():
+    assert images_together(64, 32, CPU) == 64
+    assert images_together(64, 32, torch.device("cuda")) == 1000
+    assert images_together(2048, 32, torch.device("cuda")) == 2048
+    assert images_together(64, 224, torch.device("cuda")) == 64
+
+
+class Doubled(Vanilla):
+    def forward_test(self, image):
+        return 2 * self.student(image)[0]
+
+
+class AsBefore(Vanilla):
+    """The plain path: its own method, the same logits."""
+
+    def forward_test(self, image):
+        return self.student(image)[0]
+
+
+def run(cls, folder, amp):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (150, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    batches = Batches(pixels, torch.arange(150) % 10, (0.5,) * 3, (0.25,) * 3, 64, CPU)
+    distiller = cls(build("resnet8"))
+    optimizer = sgd(distiller.get_learnable_parameters(), 0.9, 5e-4)
+    step = Step(distiller, optimizer, CPU, amp)
+    return Trainer(distiller, step, MultiStep(0.1, (1,), 0.1), batches, batches, 1, folder)
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [("none", 1e-5), ("bf16", 2e-2)])
+def test_evaluation_says_the_same(tmp_path, amp, tolerance):
+    ours, before = run(Vanilla, tmp_path, amp), run(AsBefore, tmp_path, amp)
+    for _ in range(2):
+        a, b = ours.evaluate(), before.evaluate()
+        assert a.loss == pytest.approx(b.loss, rel=tolerance)
+        assert (a.top1, a.top5) == pytest.approx((b.top1, b.top5), abs=0 if amp == "none" else 3)
+        for trainer in (ours, before):
+            trainer.distiller.student.fc.weight.data.mul_(0.5)
+            trainer.distiller.student.bn1.running_mean.add_(0.1)
+    assert ours.inference.folded == 9
+    assert before.inference is None
+
+
+def test_a_methods_own_test_is_kept(tmp_path):
+    trainer = run(Doubled, tmp_path, "none")
+    assert not student_is_tested(trainer.distiller)
+    with torch.no_grad():
+        expected = evaluate(lambda image: 2 * plain(trainer.distiller.student, image), trainer.test_batches)
+    assert trainer.evaluate() == expected
+    assert student_is_tested(Vanilla(nn.Identity()))
+    assert student_is_tested(Distiller(nn.Identity(), nn.Identity()))
+    assert all(cls.forward_test is Distiller.forward_test for cls in distiller_dict.values())
