@@ -208,7 +208,7 @@ def test_the_command_takes_lists_and_ranges(small, tmp_path):
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_set_that_is_killed_goes_on_to_the_same_end(small, tmp_path, number):
     """kill -9 at a random moment, then --resume auto."""
-    opts = unnamed([*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy"])
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy"]
     words = changed(opts, tmp_path / "killed", SOLVER__EPOCHS=6, TEACHER_BANK_FOLDER=tmp_path / "bank")
     command = [sys.executable, str(ROOT / "tools/train_ours.py"), "--seeds", "0", "1", "--resume", "auto", *words]
     moment = random.Random(number)

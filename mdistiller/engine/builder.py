@@ -284,10 +284,15 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, common: Common, plan: RunP
         origin,
         cfg.dump(),
         logits,
-        device.type == "cuda" and solver.STEP != "eager",
+        uses_graph(cfg, device),
         common.stop,
     )
     return trainer, bank
+
+
+def uses_graph(cfg: CfgNode, device: torch.device) -> bool:
+    """fp16's gradient scaler looks at every step, which a graph cannot."""
+    return device.type == "cuda" and cfg.SOLVER.STEP != "eager" and cfg.SOLVER.AMP != "fp16"
 
 
 def check_step(cfg: CfgNode, device: torch.device) -> None:

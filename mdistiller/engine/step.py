@@ -102,10 +102,9 @@ class Step:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
         before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
+        forward = self.distiller if self.forward is None else self.forward  # a compiled module has no truth value
         with autocast(self.device, self.amp):
-            logits, losses = (self.forward or self.distiller)(
-                image=batch.image, target=batch.target, index=batch.index, epoch=epoch, **given
-            )
+            logits, losses = forward(image=batch.image, target=batch.target, index=batch.index, epoch=epoch, **given)
             # a method may return terms of any shape, as mdistiller's loop allows
             losses = {name: value.float().mean() for name, value in losses.items()}
             loss = sum(losses.values())

@@ -1,0 +1,353 @@
+"""Training speed: a plain PyTorch loop, each of our modes, and the floor that the arithmetic sets, in one run.
+
+python3 benchmarks/speed.py [--pairs resnet32x4,resnet8x4 ...] [--rounds 5] [--json results/speed.json]
+
+The plain loop is what the public frameworks do: DataLoader with two workers, PIL transforms, float32, the teacher in
+every step. Ours are the trainer's own steps on DTKD:
+  off      the teacher in every step (TEACHER_BANK off)
+  ahead    its pass made ahead, folded (auto where a bank does not pay)
+  cold     a lazy bank that holds nothing yet: every view is computed and kept
+  warm     a bank that holds every view that comes
+each in float32 and in bf16; on CUDA as graphs, `eager` being the steps without; `compile` with torch.compile;
+`5 seeds` five students side by side on a warm bank, images/s of all together. The floor is the operations of a step
+(torch.utils.flop_counter; the teacher's, where the mode runs it) over the best rate of a square matrix product measured
+here in the same precision. Each round measures every mode once, in turn, so that a machine whose speed drifts slows
+them alike; a ratio is of one round. Images are random: their content does not change the work.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+from mdistiller.dataset import Batches
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.cfg import CFG
+from mdistiller.engine.device import AMP_DTYPES, resolve_device, side_stream
+from mdistiller.engine.inference import Inference
+from mdistiller.engine.solver import MultiStep, set_lr, sgd
+from mdistiller.engine.step import Step
+from mdistiller.engine.teacher import Bank, TeacherLogits
+from mdistiller.engine.trainer import Trainer
+from mdistiller.models import cifar_model_dict
+
+BATCH, CLASSES, EPOCH, MEAN, STD = 64, 100, 50_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+PAIRS = ("resnet32x4,resnet8x4", "vgg13,vgg8", "resnet20,resnet8", "ResNet50,MobileNetV2")
+
+
+class Pictures(Dataset):
+    def __init__(self, images: np.ndarray):
+        self.images = images
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index])), index % CLASSES, index
+
+
+def published_loss(v: torch.Tensor, u: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """DTKD's formula as the paper prints it, at full weight."""
+    max_v, max_u = v.max(1, keepdim=True).values, u.max(1, keepdim=True).values
+    t_v, t_u = 8 * max_v / (max_u + max_v), 8 * max_u / (max_u + max_v)
+    dtkd = F.kl_div(F.log_softmax(v / t_v, 1), F.softmax(u / t_u, 1), reduction="none").sum(1, keepdim=True)
+    kd = F.kl_div(F.log_softmax(v / 4, 1), F.softmax(u / 4, 1), reduction="batchmean") * 16
+    return 3 * (dtkd * t_v * t_u).mean() + kd + F.cross_entropy(v, target)
+
+
+class PlainLoop:
+    def __init__(self, student, teacher, images: np.ndarray, device: torch.device):
+        self.student, self.teacher, self.device = student.to(device).train(), teacher.to(device).eval(), device
+        self.optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.loader = DataLoader(Pictures(images), BATCH, shuffle=True, num_workers=2, drop_last=True)
+
+    def round(self) -> float:
+        """Images per second of one pass, from the first batch on: starting the workers is not counted."""
+        count, begin = 0, 0.0
+        for number, (image, target, _) in enumerate(self.loader):
+            if number == 1:
+                begin = time.perf_counter()
+            image, target = image.to(self.device), target.to(self.device)
+            v, _ = self.student(image)
+            with torch.no_grad():
+                u, _ = self.teacher(image)
+            loss = published_loss(v, u, target)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()  # for the progress bar, as those loops do
+            count += len(target)
+        return (count - BATCH) / (time.perf_counter() - begin)
+
+
+class OurLoop:
+    """`seeds` students trained in turn as the trainer does. `teacher`: off, ahead, cold or warm."""
+
+    def __init__(self, pair, images: np.ndarray, device: torch.device, amp: str, teacher: str, step: str, folder: Path,
+                 seeds: int = 1):  # fmt: skip
+        self.teacher, self.folder, self.epoch, self.number = teacher, folder, 20, 0
+        labels = torch.arange(len(images)) % CLASSES
+        local = torch.from_numpy(images).to(device)
+        self.trainers, self.streams = [], []
+        for seed in range(seeds):
+            batches = Batches(local, labels, MEAN, STD, BATCH, device, "crop_flip", seed)
+            distiller = prepare_parts(distiller_dict["DTKD"](*pair(), CFG), device).train()
+            optimizer = sgd(distiller.get_learnable_parameters(), 0.9, 5e-4)
+            set_lr(optimizer, 0.01)
+            forward = torch.compile(distiller, dynamic=False) if step == "compile" else None
+            logits = None
+            if teacher != "off":
+                if not seed:
+                    inference = Inference(distiller.teacher, device, amp)
+                stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+                logits = TeacherLogits(batches, inference, stream=stream)
+            graph = device.type == "cuda" and step != "eager"
+            work = Step(distiller, optimizer, device, amp, forward=forward)
+            self.trainers.append(
+                Trainer(distiller, work, MultiStep(0.01), batches, batches, 1, folder, teacher=logits, graph=graph)
+            )
+            self.streams.append(side_stream(device))
+        if teacher in ("cold", "warm"):
+            self.new_bank()
+        if teacher == "warm":
+            self.pass_once()  # the views of this epoch, which comes again and again
+
+    def new_bank(self) -> None:
+        if self.trainers[0].teacher.bank is not None:
+            self.trainers[0].teacher.bank.close()
+        batches = self.trainers[0].train_batches
+        shape = {"rows": batches.num_samples * batches.views, "width": CLASSES, "dtype": "float16"}
+        bank = Bank(self.folder / f"{id(self)}-{self.number}", {}, shape, self.trainers[0].step.device)
+        bank.open()
+        self.number += 1
+        for trainer in self.trainers:
+            trainer.teacher.bank = bank
+
+    def pass_once(self) -> None:
+        """An epoch of every student, a step each in turn."""
+        waiting = [
+            (trainer, stream, trainer.plans(self.epoch))
+            for trainer, stream in zip(self.trainers, self.streams, strict=True)
+        ]
+        while waiting:
+            for turn in list(waiting):
+                trainer, stream, plans = turn
+                with stream:
+                    given = next(plans, None)
+                    if given is None:
+                        waiting.remove(turn)
+                        continue
+                    trainer.work(*given, self.epoch)
+                    trainer.step.count(given[0].shape[1], trainer.meter)
+        for trainer in self.trainers:
+            trainer.meter.read()  # waits for the device
+        if getattr(self.trainers[0].work, "refusal", ""):
+            print(f"note: no graph: {self.trainers[0].work.refusal}", file=sys.stderr)
+
+    def round(self) -> float:
+        """Images per second of an epoch, the teacher's passes and the bank's writing included."""
+        if self.teacher != "warm":
+            self.epoch += 1
+        if self.teacher == "cold":
+            self.new_bank()
+        begin = time.perf_counter()
+        self.pass_once()
+        if self.teacher == "cold":
+            self.trainers[0].teacher.commit()
+        return len(self.trainers) * self.trainers[0].train_batches.num_samples / (time.perf_counter() - begin)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some products of square matrices."""
+    best = 0.0
+    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        for attempt in range(6):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if attempt:
+                best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def operations(pair) -> tuple[float, float]:
+    """FLOP an image of the student's training step and of the teacher's forward pass."""
+    student, teacher = pair()
+    image = torch.randn(2, 3, 32, 32)
+    with FlopCounterMode(display=False) as step:
+        F.cross_entropy(student.train()(image)[0], torch.tensor([0, 1])).backward()
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        teacher.eval()(image)
+    return step.get_total_flops() / 2, forward.get_total_flops() / 2
+
+
+def hardware(device: torch.device) -> dict:
+    chip = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        chip = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else chip,
+        "cpu": chip,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
+        "bf16": bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def modes_of(pair, images: np.ndarray, device: torch.device, folder: Path, compiled: bool) -> dict:
+    """name -> (loop, precision, whether it runs the teacher)"""
+    modes = {"plain loop, float32": (PlainLoop(*pair(), images, device), "none", True)}
+    for amp in ("none", "bf16"):
+        name = "float32" if amp == "none" else amp
+        if device.type == "cuda":
+            modes[f"eager off, {name}"] = (OurLoop(pair, images, device, amp, "off", "eager", folder), amp, True)
+        for teacher in ("off", "ahead", "cold", "warm"):
+            loop = OurLoop(pair, images, device, amp, teacher, "graph", folder)
+            modes[f"{teacher}, {name}"] = (loop, amp, teacher != "warm")
+    if compiled:
+        modes["compile warm, bf16"] = (OurLoop(pair, images, device, "bf16", "warm", "compile", folder), "bf16", False)
+    modes["5 seeds warm, bf16"] = (OurLoop(pair, images, device, "bf16", "warm", "graph", folder, 5), "bf16", False)
+    return modes
+
+
+def measure(names: str, rounds: int, steps: int, device: torch.device, compiled: bool, peak: dict) -> dict:
+    teacher, student = names.split(",")
+    images = np.random.RandomState(0).randint(0, 256, (BATCH * steps, 32, 32, 3)).astype(np.uint8)
+
+    def pair():
+        torch.manual_seed(0)
+        return build_model(student, CLASSES), build_model(teacher, CLASSES)
+
+    own, teachers = operations(pair)
+    with tempfile.TemporaryDirectory() as folder:
+        modes = modes_of(pair, images, device, Path(folder), compiled)
+        rates: dict[str, list[float]] = {name: [] for name in modes}
+        for number in range(rounds + 1):
+            for name, (loop, *_) in modes.items():
+                rate = loop.round()
+                if number:  # the first round warms up
+                    rates[name].append(rate)
+    plain, rows = rates["plain loop, float32"], []
+    for name, (_, amp, with_teacher) in modes.items():
+        values = rates[name]
+        ratios = [value / base for value, base in zip(values, plain, strict=True)]
+        floor = peak[amp] / (own + teachers * with_teacher)  # images/s
+        middle = statistics.median(values)
+        rows.append(
+            {
+                "mode": name,
+                "images_per_second": middle,
+                "range": [min(values), max(values)],
+                "seconds_an_epoch": EPOCH / middle,
+                "times_plain": statistics.median(ratios),
+                "times_plain_range": [min(ratios), max(ratios)],
+                "floor_seconds_an_epoch": EPOCH / floor,
+                "share_of_floor": middle / floor,
+            }
+        )
+    return {
+        "teacher": teacher,
+        "student": student,
+        "steps": steps,
+        "flop_an_image": {"student_step": own, "teacher_forward": teachers},
+        "rows": rows,
+    }
+
+
+def table(result: dict) -> list[str]:
+    """A Markdown table that reads as one in a terminal too."""
+    names = ("mode", "images/s", "range", "s an epoch", "x plain", "range", "floor, s", "of floor")
+    widths = (20, 8, 15, 10, 7, 13, 8, 8)
+
+    def line(cells: tuple) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return " | ".join([f"| {first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]) + " |"
+
+    lines = [f"{result['teacher']} -> {result['student']}", "", line(names)]
+    lines.append("|".join(["|-" + "-" * widths[0] + "-", *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")
+    for row in result["rows"]:
+        cells = (
+            row["mode"],
+            f"{row['images_per_second']:,.0f}",
+            "{:,.0f} - {:,.0f}".format(*row["range"]),
+            f"{row['seconds_an_epoch']:,.1f}",
+            f"{row['times_plain']:.2f}",
+            "{:.2f} - {:.2f}".format(*row["times_plain_range"]),
+            f"{row['floor_seconds_an_epoch']:,.2f}",
+            f"{100 * row['share_of_floor']:.0f} %",
+        )
+        lines.append(line(cells))
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="TEACHER,STUDENT")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="batches an epoch")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure torch.compile as well: a minute a pair, at first"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", help="write the figures there too")
+    a = parser.parse_args()
+    device = resolve_device(a.device)
+    for names in a.pairs:
+        if len(names.split(",")) != 2 or not set(names.split(",")) <= set(cifar_model_dict):
+            parser.error(f"{names}: write TEACHER,STUDENT, two of {', '.join(cifar_model_dict)}")
+    peak = {amp: product_rate(device, AMP_DTYPES[amp] or torch.float32) for amp in ("none", "bf16")}
+    machine = hardware(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"batch {BATCH}, {a.rounds} rounds of {a.steps} steps; matrix products: float32 {peak['none'] / 1e9:,.0f}, "
+          f"bf16 {peak['bf16'] / 1e9:,.0f} GFLOP/s\n")  # fmt: skip
+    results = []
+    for names in a.pairs:
+        results.append(measure(names, a.rounds, a.steps, device, a.compile, peak))
+        print("\n".join(table(results[-1])), flush=True)
+        if a.json:
+            body = {
+                "machine": machine,
+                "batch": BATCH,
+                "rounds": a.rounds,
+                "matrix_product_flop_per_s": peak,
+                "pairs": results,
+            }
+            Path(a.json).write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Captured steps: a graph replays what the step does. With a stand-in for CUDA's graphs, and on a GPU with them."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import run
+from torch import nn
+
+from mdistiller import config
+from mdistiller.dataset import Batches
+from mdistiller.distillers import LogitDistiller, distiller_dict
+from mdistiller.distillers._common import warmup
+from mdistiller.distillers.CTKD import curriculum
+from mdistiller.distillers.KD import KD
+from mdistiller.engine import graph, trainer
+from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.graph import WARM_UP, GraphStep
+from mdistiller.engine.inference import Inference
+from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, sgd, state_of
+from mdistiller.engine.step import Step
+from mdistiller.engine.teacher import TeacherLogits
+from mdistiller.engine.trainer import Trainer
+
+config.load()
+METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
+CPU = torch.device("cpu")
+DRAWING = ("CRD", "MLKD")  # on the device, which is the host in these tests
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+
+
+class Recording:
+    """Stands in for a CUDA graph: recording does nothing, a replay does the work on what was recorded."""
+
+    made = 0
+
+    def __init__(self, work):
+        Recording.made += 1
+        self.replay = work
+
+
+def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samples=72, plugin=None, given=None):
+    """A Trainer of resnet14 -> resnet8 on random images; batches of 16, the last one of 8."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    data = Batches(images, torch.arange(samples) % 10, (0.5,) * 3, (0.25,) * 3, 16, device, "crop_flip", seed)
+    torch.manual_seed(seed)
+    student, teacher = build_model("resnet8", 10), build_model("resnet14", 10)
+    cfg = config.CFG.clone()
+    cfg.CRD.NCE.K, cfg.CRD.FEAT.DIM = 8, 8
+    extra = {"num_data": samples} if method == "CRD" else {}
+    cls = plugin or distiller_dict[method]
+    distiller = cls(student) if method == "NONE" else cls(student, teacher, cfg, **extra)
+    distiller = prepare_parts(distiller, device).train()
+    parameters = distiller.get_learnable_parameters()
+    optimizer = DOT(parameters, 0.9, 5e-4, 0.075) if dot else sgd(parameters, 0.9, 5e-4)
+    step = Step(distiller, optimizer, device, amp)
+    logits = None
+    if given if given is not None else isinstance(distiller, LogitDistiller):
+        logits = TeacherLogits(data, Inference(teacher, device, amp))
+    made = Trainer(distiller, step, MultiStep(0.02, (2,)), data, data, 9, None, temperature="samples", teacher=logits)
+    if as_graph:
+        made.work = GraphStep(made.compute, distiller, device, *([Recording] if device == CPU else []))
+    return made
+
+
+def train(made, epochs):
+    """The loss after every step, and the student's weights at the end."""
+    losses = []
+    for epoch in range(1, epochs + 1):
+        made._start_epoch()
+        set_lr(made.step.optimizer, made.schedule.at(epoch))
+        made.step.temperatures = made.buffer
+        for plan, logits in made.plans(epoch):
+            before = made.meter.read().get("loss", 0.0), made.meter.images
+            made.work(plan, logits, epoch)
+            made.step.count(plan.shape[1], made.meter)
+            means = made.meter.read()
+            before = 0.0 if math.isnan(before[0]) else before[0] * before[1]
+            losses.append((means["loss"] * made.meter.images - before) / plan.shape[1])
+    return losses, made.distiller.student.state_dict()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWING])
+def test_replaying_is_stepping(method):
+    """Everything that a step reads or writes lies where a graph finds it: the same weights, bit for bit but for the
+    epoch's rounding, over epochs, batches of two sizes, a falling rate and a rising weight.
+    """
+    Recording.made = 0
+    eager, replayed = (train(make(method, as_graph=as_graph), 5) for as_graph in (False, True))
+    assert Recording.made == 2, "one graph for each batch size"
+    assert eager[0] == pytest.approx(replayed[0], rel=1e-4)
+    for key, value in eager[1].items():
+        torch.testing.assert_close(replayed[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_the_record_is_gathered_by_replays():
+    eager, replayed = make("DTKD"), make("DTKD", as_graph=True)
+    for made in (eager, replayed):
+        train(made, 5)
+    assert torch.equal(eager.buffer.values.isnan(), replayed.buffer.values.isnan())
+    torch.testing.assert_close(eager.buffer.values, replayed.buffer.values, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+class Draws(KD):
+    def losses(self, logits_student, logits_teacher, target, **kwargs):
+        losses = super().losses(logits_student, logits_teacher, target, **kwargs)
+        return {name: value * self.draw() for name, value in losses.items()}
+
+
+class Counts(KD):
+    calls = 0
+
+    def losses(self, *args, **kwargs):
+        self.calls = self.calls + 1
+        return super().losses(*args, **kwargs)
+
+
+class Replaces(KD):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("running", torch.zeros(()))
+
+    def losses(self, logits_student, *args, **kwargs):
+        self.running = 0.9 * self.running + 0.1 * logits_student.detach().mean()
+        return super().losses(logits_student, *args, **kwargs)
+
+
+class NeedsANumber(KD):
+    def losses(self, *args, epoch, **kwargs):
+        if not isinstance(epoch, int):
+            raise TypeError("an epoch is a number")
+        return super().losses(*args, epoch=epoch, **kwargs)
+
+
+def drawing(draw):
+    return type("Drawing", (Draws,), {"draw": staticmethod(draw)})
+
+
+REFUSED = {
+    "numpy": (drawing(lambda: np.random.rand()), "random numbers on the host"),
+    "python": (drawing(lambda: random.random()), "random numbers on the host"),
+    "torch": (drawing(lambda: torch.rand(())), "random numbers on the host"),
+    "counter": (Counts, "replaces calls"),
+    "buffer": (Replaces, "replaces running"),
+    "number": (NeedsANumber, "an epoch is a number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_graph_would_not_repeat_is_found_and_stepped(case):
+    plugin, reason = REFUSED[case]
+    made = make("KD", as_graph=True, plugin=plugin)
+    seeded = np.random.seed, random.seed, torch.manual_seed
+    for seed in seeded:
+        seed(0)
+    graphed = train(made, 3)
+    assert reason in made.work.refusal
+    for seed in seeded:
+        seed(0)
+    eager = train(make("KD", plugin=plugin), 3)
+    if case != "torch":  # building the models draws as well
+        assert eager[0] == pytest.approx(graphed[0], rel=1e-4)
+
+
+def test_a_capture_that_fails_leaves_the_step(monkeypatch):
+    def fails(work):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    made = make("DKD")
+    made.work = GraphStep(made.compute, made.distiller, CPU, fails)
+    graphed, eager = train(made, 3), train(make("DKD"), 3)
+    assert "not permitted when stream is capturing" in made.work.refusal
+    assert eager[0] == pytest.approx(graphed[0], rel=1e-5)
+
+
+def test_a_mistake_of_the_method_is_not_hidden():
+    class Wrong(KD):
+        def losses(self, *args, **kwargs):
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(make("KD", as_graph=True, plugin=Wrong), 1)
+
+
+def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypatch):
+    class Fails:
+        def __init__(self, work):
+            raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(trainer, "GraphStep", lambda work, module, device: GraphStep(work, module, device, Fails))
+    monkeypatch.setattr("mdistiller.engine.builder.uses_graph", lambda cfg, device: True)
+    folder = run([*small, "DISTILLER.TYPE", "KD"], tmp_path)
+    assert (folder / "worklog.txt").read_text().count("not as a graph: no graphs here") == 1
+
+
+def test_steps_before_a_graph_are_as_many_as_libraries_need():
+    made = make("NONE", as_graph=True)
+    Recording.made = 0
+    train(made, 1)  # four batches of 16, one of 8
+    assert Recording.made == 1
+    assert made.work.calls == {16: 4, 8: 1}
+    assert WARM_UP == 3
+
+
+@pytest.mark.parametrize("length", [0, 1, 20])
+def test_epoch_weights_take_tensors(length):
+    for epoch in (1, 7, 20, 300):
+        assert float(warmup(torch.tensor(float(epoch)), length)) == pytest.approx(warmup(epoch, length))
+        assert float(curriculum(torch.tensor(float(epoch)), length, 1.0)) == pytest.approx(
+            curriculum(epoch, length, 1.0), abs=1e-6
+        )
+
+
+def test_dot_leaves_a_step_out_on_the_device():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    optimizer = DOT(layer.parameters(), 0.9, 1e-3, 0.05)
+    set_lr(optimizer, 0.1)
+    states = []
+    for number, bad in enumerate((False, True, False)):
+        layer(torch.full((4, 3), float("nan") if bad else 1.0 + number)).sum().backward()
+        gradients = [p.grad * 0.3 for p in layer.parameters()]
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step(gradients)
+        optimizer.zero_grad()
+        states.append([p.detach().clone() for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
+    assert all(p.isfinite().all() for p in states[2])
+    assert not torch.equal(states[1][0], states[2][0])
+
+
+def test_a_rate_that_is_a_tensor_is_kept_and_stored_as_a_number():
+    """As on CUDA: fused kernels with the rate in a tensor."""
+    weights = {}
+    for kind in ("number", "tensor"):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        lr = torch.zeros(()) if kind == "tensor" else 0.0
+        optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9, fused=kind == "tensor")
+        for rate in (0.5, 0.25):
+            set_lr(optimizer, rate)
+            layer(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+            state = state_of(optimizer)
+            assert state["param_groups"][0]["lr"] == rate
+            load_state(optimizer, state)
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == (kind == "tensor")
+        weights[kind] = layer.weight.detach()
+    torch.testing.assert_close(weights["number"], weights["tensor"])
+
+
+def test_generators_that_moved_are_noticed():
+    before = graph.host_generators()
+    assert before == graph.host_generators()
+    for draw in (np.random.rand, random.random, lambda: torch.rand(1)):
+        draw()
+        assert graph.host_generators() != before
+        before = graph.host_generators()
+
+
+# On a GPU
+
+
+@gpu
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fifty_steps_of_a_graph_are_fifty_steps(method, amp):
+    """The losses, within rounding; methods that draw on the device are compared by their first steps' scale alone."""
+    device = torch.device("cuda")
+    results = []
+    for as_graph in (False, True):
+        made = make(method, device, as_graph, amp=amp)
+        with trainer.side_stream(device):
+            results.append(train(made, 10))
+        assert not as_graph or method == "KDSVD" or not made.work.refusal, made.work.refusal
+    tolerance = 0.1 if amp == "bf16" or method in DRAWING else 2e-2
+    assert results[0][0] == pytest.approx(results[1][0], rel=tolerance)
+
+
+@gpu
+def test_dot_is_captured():
+    device = torch.device("cuda")
+    results = []
+    for as_graph in (False, True):
+        made = make("KD", device, as_graph, dot=True)
+        with trainer.side_stream(device):
+            results.append(train(made, 10)[0])
+        assert not as_graph or not made.work.refusal, made.work.refusal
+    assert results[0] == pytest.approx(results[1], rel=2e-2)
+
+
+@gpu
+def test_a_wait_for_the_device_is_found():
+    class Waits(KD):
+        def losses(self, logits_student, *args, **kwargs):
+            losses = super().losses(logits_student, *args, **kwargs)
+            return {name: value * (1 + 0 * float(logits_student.sum())) for name, value in losses.items()}
+
+    device = torch.device("cuda")
+    made = make("KD", device, True, plugin=Waits)
+    with trainer.side_stream(device):
+        train(made, 2)
+    assert "waits for the device" in made.work.refusal
+
+
+@gpu
+def test_students_on_streams_of_their_own_are_those_alone():
+    device = torch.device("cuda")
+    alone, together = [], [make("DTKD", device, True, seed=seed) for seed in (0, 1, 2)]
+    for seed in (0, 1, 2):
+        with trainer.side_stream(device):
+            alone.append(train(make("DTKD", device, True, seed=seed), 4)[0])
+    streams = [trainer.side_stream(device) for _ in together]
+    losses = [[] for _ in together]
+    for epoch in range(1, 5):
+        turns = []
+        for made, stream in zip(together, streams, strict=True):
+            with stream:
+                made._start_epoch()
+                set_lr(made.step.optimizer, made.schedule.at(epoch))
+                turns.append((made, stream, made.plans(epoch)))
+        for _ in range(5):
+            for made, stream, plans in turns:
+                with stream:
+                    plan, logits = next(plans)
+                    made.work(plan, logits, epoch)
+                    made.step.count(plan.shape[1], made.meter)
+        for number, (made, stream, _) in enumerate(turns):
+            with stream:
+                losses[number].append(made.meter.read()["loss"])
+    for single, many in zip(alone, losses, strict=True):
+        means = [np.average(single[5 * e : 5 * e + 5], weights=[16, 16, 16, 16, 8]) for e in range(4)]
+        assert means == pytest.approx(many, rel=2e-2)
