@@ -21,7 +21,6 @@ import torch
 from mdistiller.config import load
 from mdistiller.dataset import ImageSet
 from mdistiller.engine import builder
-from mdistiller.engine.device import resolve_device
 from mdistiller.engine.evaluator import Scores
 from mdistiller.engine.recorder import Recorder
 from mdistiller.engine.solver import set_lr
@@ -38,8 +37,8 @@ def build(teacher: str, student: str, amp: str, folder: Path) -> Trainer:
     images = [torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8) for n in (TRAIN, TEST)]
     labels = [torch.arange(n) % CLASSES for n in (TRAIN, TEST)]
     data = ImageSet(images[0], labels[0], images[1], labels[1], CLASSES, (0.5,) * 3, (0.25,) * 3)
-    device = resolve_device("auto")
-    trainer = builder.build_trainer(cfg, builder.build_distiller(cfg, data, None, device), data, device, folder)
+    common = builder.Common(cfg, data=data)
+    trainer, _ = builder.build_trainer(cfg, builder.build_distiller(cfg, data, None, common.device), common, folder)
     set_lr(trainer.step.optimizer, 1e-3)
     trainer.distiller.train()
     return trainer

@@ -1,6 +1,6 @@
 """Training speed: a plain PyTorch loop, each of our modes, and the floor that the arithmetic sets, in one run.
 
-python3 benchmarks/speed.py [--pairs resnet32x4,resnet8x4 ...] [--rounds 5] [--json results/speed.json]
+python3 benchmarks/speed.py [--pairs resnet32x4,resnet8x4 ...] [--rounds 5] [--out results/speed]
 
 The plain loop is what the public frameworks do: DataLoader with two workers, PIL transforms, float32, the teacher in
 every step. Ours are the trainer's own steps on DTKD:
@@ -323,7 +323,7 @@ def main() -> None:
         "--compile", action="store_true", help="measure torch.compile as well: a minute a pair, at first"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", help="write the figures there too")
+    parser.add_argument("--out", help="write the figures to OUT.json and OUT.md")
     a = parser.parse_args()
     device = resolve_device(a.device)
     for names in a.pairs:
@@ -331,22 +331,24 @@ def main() -> None:
             parser.error(f"{names}: write TEACHER,STUDENT, two of {', '.join(cifar_model_dict)}")
     peak = {amp: product_rate(device, AMP_DTYPES[amp] or torch.float32) for amp in ("none", "bf16")}
     machine = hardware(device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"batch {BATCH}, {a.rounds} rounds of {a.steps} steps; matrix products: float32 {peak['none'] / 1e9:,.0f}, "
-          f"bf16 {peak['bf16'] / 1e9:,.0f} GFLOP/s\n")  # fmt: skip
-    results = []
+    intro = [
+        ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None),
+        "",
+        f"Batch {BATCH}, {a.rounds} rounds of {a.steps} steps. Matrix products here: float32 {peak['none'] / 1e9:,.0f}, "
+        f"bf16 {peak['bf16'] / 1e9:,.0f} GFLOP/s.",
+        "",
+    ]
+    print("\n".join(intro))
+    results, lines = [], []
     for names in a.pairs:
         results.append(measure(names, a.rounds, a.steps, device, a.compile, peak))
+        lines += table(results[-1])
         print("\n".join(table(results[-1])), flush=True)
-        if a.json:
-            body = {
-                "machine": machine,
-                "batch": BATCH,
-                "rounds": a.rounds,
-                "matrix_product_flop_per_s": peak,
-                "pairs": results,
-            }
-            Path(a.json).write_text(json.dumps(body, indent=1) + "\n")
+        if a.out:  # after every pair: a run takes a while
+            body = {"machine": machine, "batch": BATCH, "rounds": a.rounds, "matrix_product_flop_per_s": peak}
+            Path(f"{a.out}.json").write_text(json.dumps(body | {"pairs": results}, indent=1) + "\n")
+            title = ["# Speed", "", f"`python3 benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`", ""]
+            Path(f"{a.out}.md").write_text("\n".join([*title, *intro, *lines]).rstrip() + "\n")
 
 
 if __name__ == "__main__":

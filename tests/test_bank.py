@@ -175,10 +175,10 @@ def test_another_run_beside_it_reads_what_is_there(small, tmp_path, expected, ca
     folder = bank_of(opts, tmp_path)
     size = (folder / "rows.bin").stat().st_size
     cfg = config.load(None, changed(opts, tmp_path))
-    data = builder.Common(cfg, 1)
-    distiller = builder.build_distiller(cfg, data.data, builder.find_teacher(cfg, tmp_path, False), CPU)
-    plan = SimpleNamespace(path=tmp_path / "x", teacher_file=None)
-    assert builder.build_trainer(cfg, distiller, data, plan)[0].teacher is None, "without a file there is no bank"
+    common = builder.Common(cfg)
+    distiller = builder.build_distiller(cfg, common.data, None, CPU)
+    trainer, _ = builder.build_trainer(cfg, distiller, common, tmp_path / "x")
+    assert trainer.teacher is None, "a teacher that is in no file has no bank"
     header = json.loads((folder / "header.json").read_text())
     with RowStore(folder, *(header[key] for key in ("description", "rows", "width", "dtype"))):
         again = run(opts, tmp_path / "again", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "banks")

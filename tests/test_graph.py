@@ -44,7 +44,7 @@ class Recording:
         self.replay = work
 
 
-def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samples=72, plugin=None, given=None):
+def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samples=40, plugin=None, given=None):
     """A Trainer of resnet14 -> resnet8 on random images; batches of 16, the last one of 8."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8, generator=generator)
@@ -92,7 +92,7 @@ def test_replaying_is_stepping(method):
     epoch's rounding, over epochs, batches of two sizes, a falling rate and a rising weight.
     """
     Recording.made = 0
-    eager, replayed = (train(make(method, as_graph=as_graph), 5) for as_graph in (False, True))
+    eager, replayed = (train(make(method, as_graph=as_graph), 4) for as_graph in (False, True))
     assert Recording.made == 2, "one graph for each batch size"
     assert eager[0] == pytest.approx(replayed[0], rel=1e-4)
     for key, value in eager[1].items():
@@ -102,7 +102,7 @@ def test_replaying_is_stepping(method):
 def test_the_record_is_gathered_by_replays():
     eager, replayed = make("DTKD"), make("DTKD", as_graph=True)
     for made in (eager, replayed):
-        train(made, 5)
+        train(made, 4)
     assert torch.equal(eager.buffer.values.isnan(), replayed.buffer.values.isnan())
     torch.testing.assert_close(eager.buffer.values, replayed.buffer.values, rtol=1e-4, atol=1e-4, equal_nan=True)
 
@@ -202,9 +202,9 @@ def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypat
 def test_steps_before_a_graph_are_as_many_as_libraries_need():
     made = make("NONE", as_graph=True)
     Recording.made = 0
-    train(made, 1)  # four batches of 16, one of 8
+    train(made, 2)  # of two batches of 16 and one of 8
     assert Recording.made == 1
-    assert made.work.calls == {16: 4, 8: 1}
+    assert made.work.calls == {16: 4, 8: 2}
     assert WARM_UP == 3
 
 
@@ -277,7 +277,7 @@ def test_fifty_steps_of_a_graph_are_fifty_steps(method, amp):
     for as_graph in (False, True):
         made = make(method, device, as_graph, amp=amp)
         with trainer.side_stream(device):
-            results.append(train(made, 10))
+            results.append(train(made, 17))
         assert not as_graph or method == "KDSVD" or not made.work.refusal, made.work.refusal
     tolerance = 0.1 if amp == "bf16" or method in DRAWING else 2e-2
     assert results[0][0] == pytest.approx(results[1][0], rel=tolerance)
@@ -290,7 +290,7 @@ def test_dot_is_captured():
     for as_graph in (False, True):
         made = make("KD", device, as_graph, dot=True)
         with trainer.side_stream(device):
-            results.append(train(made, 10)[0])
+            results.append(train(made, 17)[0])
         assert not as_graph or not made.work.refusal, made.work.refusal
     assert results[0] == pytest.approx(results[1], rel=2e-2)
 
@@ -325,7 +325,7 @@ def test_students_on_streams_of_their_own_are_those_alone():
                 made._start_epoch()
                 set_lr(made.step.optimizer, made.schedule.at(epoch))
                 turns.append((made, stream, made.plans(epoch)))
-        for _ in range(5):
+        for _ in range(3):
             for made, stream, plans in turns:
                 with stream:
                     plan, logits = next(plans)
@@ -335,5 +335,5 @@ def test_students_on_streams_of_their_own_are_those_alone():
             with stream:
                 losses[number].append(made.meter.read()["loss"])
     for single, many in zip(alone, losses, strict=True):
-        means = [np.average(single[5 * e : 5 * e + 5], weights=[16, 16, 16, 16, 8]) for e in range(4)]
+        means = [np.average(single[3 * e : 3 * e + 3], weights=[16, 16, 8]) for e in range(4)]
         assert means == pytest.approx(many, rel=2e-2)

@@ -44,7 +44,7 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
     """
     plan = RunPlan(cfg, opts)
     plan.check(resume)
-    common = Common(cfg, 1)
+    common = Common(cfg)
     plan.find_teacher(resume)
     with failures(cfg), contextlib.ExitStack() as closing:
         closing.callback(common.teachers.close)
@@ -81,9 +81,9 @@ class RunPlan:
 class Common:
     """What the `students` runs of one process share: the device, the images on it, teachers and their banks."""
 
-    def __init__(self, cfg: CfgNode, students: int):
+    def __init__(self, cfg: CfgNode, students: int = 1, data: ImageSet | None = None):
         self.device = resolve_device(cfg.DEVICE)
-        self.data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        self.data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
         self.digest = self.data.digest()
         names = ("train_images", "train_labels", "test_images", "test_labels")
         self.local = dataclasses.replace(
@@ -103,7 +103,7 @@ def open_run(
     set_determinism(cfg.DETERMINISTIC)
     seed_everything(cfg.SEED)
     distiller = build_distiller(cfg, common.data, plan.teacher_file, device)
-    trainer, bank = build_trainer(cfg, distiller, common, plan)
+    trainer, bank = build_trainer(cfg, distiller, common, plan.path, plan.teacher_file)
     folder = RunFolder(plan.path, resume)
     closing.callback(folder.close)
     if folder.resumed:
@@ -252,7 +252,9 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     return cifar_model_dict[name][0](num_classes=num_classes)
 
 
-def build_trainer(cfg: CfgNode, distiller: nn.Module, common: Common, plan: RunPlan) -> tuple[Trainer, str]:
+def build_trainer(
+    cfg: CfgNode, distiller: nn.Module, common: Common, folder: Path, teacher_file: Path | None = None
+) -> tuple[Trainer, str]:
     """The trainer, and a line about its teacher's bank."""
     solver, teacher, data, device = cfg.SOLVER, getattr(distiller, "teacher", None), common.local, common.device
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
@@ -268,7 +270,7 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, common: Common, plan: RunP
     else:
         optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
     origin = {"data": common.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher is not None else ""}
-    logits, bank = common.teachers.logits_of(cfg, distiller, train_batches, plan.teacher_file, origin, solver.EPOCHS)
+    logits, bank = common.teachers.logits_of(cfg, distiller, train_batches, teacher_file, origin, solver.EPOCHS)
     forward = torch.compile(distiller, dynamic=False) if solver.STEP == "compile" else None
     trainer = Trainer(
         distiller,
@@ -277,7 +279,7 @@ def build_trainer(cfg: CfgNode, distiller: nn.Module, common: Common, plan: RunP
         train_batches,
         test_batches,
         solver.EPOCHS,
-        plan.path,
+        folder,
         cfg.LOG.SAVE_CHECKPOINT_FREQ,
         cfg.LOG.TENSORBOARD_FREQ,
         cfg.LOG.TEMPERATURE,

@@ -55,7 +55,7 @@ class Bank:
         self.table: Tensor | None = None
         self.full_disk = False
         if os.path.exists(folder):
-            self.open()
+            self.store = RowStore(folder, description, **shape)
 
     def open(self) -> None:
         """Make the store where there is none; on CUDA what it holds goes into device memory."""
@@ -73,14 +73,25 @@ class Bank:
         """Of all rows, the part that is held."""
         return self.store.filled / self.store.rows if self.store else 0.0
 
-    def check(self, whole: bool) -> None:
-        """Raises UserError where it could not be made, or filled if `whole`."""
+    def share_of_draws(self, batches: Batches, epochs: int) -> float:
+        """Of the views that `epochs` epochs will draw, the part that is held: other runs of a seed draw the same."""
+        if not self.share:
+            return 0.0
+        some = range(1, epochs + 1, -(-epochs // 8))
+        shares = [self.store.holds(batches.row_numbers(batches.plan(epoch)).numpy()).mean() for epoch in some]
+        return float(np.mean(shares))
+
+    def check(self, whole: bool, rows: int) -> None:
+        """Raises UserError where it could not be made, or not take `rows` rows; or, if `whole`, not be filled now."""
         if self.shape["rows"] >= 2**30:
             raise UserError(f"TEACHER_BANK: {self.shape['rows']:,} views are too many to keep; set TEACHER_BANK off")
         if self.store is None:
             check_writable(self.folder, "TEACHER_BANK_FOLDER")
-        if whole:
-            check_space(self.folder, **self.shape)
+        elif whole and not self.store.writable and not self.store.complete:
+            raise UserError(
+                f"{self.folder}: another process fills this teacher bank; wait for it, or set TEACHER_BANK lazy"
+            )
+        check_space(self.folder, **(self.shape | {"rows": rows}))
         if self.device.type == "cuda" and self.table is None:
             size = self.shape["rows"] * self.shape["width"] * np.dtype(self.shape["dtype"]).itemsize
             free, _ = torch.cuda.mem_get_info(self.device)
@@ -212,10 +223,7 @@ class TeacherLogits:
     def fill(self, check: Callable[[], None] = lambda: None) -> None:
         """Compute every row that the bank lacks; where `check` raises, what is done by then is kept."""
         store = self.bank.store
-        if not store.writable:
-            raise UserError(
-                f"{store.folder}: another process fills this teacher bank; wait for it, or set TEACHER_BANK lazy"
-            )
+        self.bank.check(True, store.rows)  # once more: others may have come first
         title = f"teacher bank, {store.rows:,} views"
         with unbroken():
             terminal = sys.stdout.isatty()
@@ -262,17 +270,21 @@ class Choice(NamedTuple):
     reason: str
 
 
+def met(views: int, draws: int, whole: bool) -> float:
+    """How many of an image's `views` a bank comes to hold: all if `whole`, else those met in `draws` draws."""
+    return views if whole else views * (1 - (1 - 1 / views) ** draws)
+
+
 def choose(wanted: str, views: int, draws: int, held: float, cuda: bool) -> Choice:
     """What TEACHER_BANK `wanted` comes to where `draws` views of each image are to be met (epochs times students), out
-    of `views` different ones, of which the bank holds the share `held`.
+    of `views` different ones, and the bank holds the share `held` of those that matter.
 
     auto counts the teacher's passes: without a bank one for every draw; filled on use one for every view that is met
     for the first time; filled beforehand one for every view, which is CUDA's way, for a look-up would stall it.
     """
     if wanted != "auto":
         return Choice(wanted, "")
-    met = views if cuda else views * (1 - (1 - 1 / views) ** draws)
-    share = (1 - held) * met / max(draws, 1)
+    share = (1 - held) * met(views, draws, cuda) / max(draws, 1)
     text = f"{100 * share:.0f} % of the teacher's passes" if share <= 1 else f"{share:.1f} times the teacher's passes"
     text = f"{draws} draws from an image's {views} views leave {text}"
     if share >= PAYS:
@@ -322,12 +334,12 @@ class Shared:
         if folder not in self.banks:
             self.banks[folder] = Bank(folder, key, shape, device)
         bank = self.banks[folder]
-        mode, reason = choose(
-            cfg.TEACHER_BANK, batches.views, epochs * self.students, bank.share, device.type == "cuda"
-        )
+        draws, cuda = epochs * self.students, device.type == "cuda"
+        held = bank.share if cuda else bank.share_of_draws(batches, epochs)
+        mode, reason = choose(cfg.TEACHER_BANK, batches.views, draws, held, cuda)
         if mode != "none":
             try:
-                bank.check(mode == "full")
+                bank.check(mode == "full", int(batches.num_samples * met(batches.views, draws, mode == "full")))
             except UserError as error:
                 if cfg.TEACHER_BANK != "auto":
                     raise
