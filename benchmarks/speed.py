@@ -334,7 +334,7 @@ def main() -> None:
     intro = [
         ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None),
         "",
-        f"Batch {BATCH}, {a.rounds} rounds of {a.steps} steps. Matrix products here: float32 {peak['none'] / 1e9:,.0f}, "
+        f"Batch {BATCH}, {a.rounds} rounds of {a.steps} steps. Matrix products: float32 {peak['none'] / 1e9:,.0f}, "
         f"bf16 {peak['bf16'] / 1e9:,.0f} GFLOP/s.",
         "",
     ]
