@@ -65,7 +65,7 @@ def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samp
         logits = TeacherLogits(data, Inference(teacher, device, amp))
     made = Trainer(distiller, step, MultiStep(0.02, (2,)), data, data, 9, None, temperature="samples", teacher=logits)
     if as_graph:
-        made.work = GraphStep(made.compute, distiller, device, *([Recording] if device == CPU else []))
+        made.work = GraphStep(made.compute, distiller, device, True, *([Recording] if device == CPU else []))
     return made
 
 
@@ -173,7 +173,7 @@ def test_a_capture_that_fails_leaves_the_step(monkeypatch):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     made = make("DKD")
-    made.work = GraphStep(made.compute, made.distiller, CPU, fails)
+    made.work = GraphStep(made.compute, made.distiller, CPU, True, fails)
     graphed, eager = train(made, 3), train(make("DKD"), 3)
     assert "not permitted when stream is capturing" in made.work.refusal
     assert eager[0] == pytest.approx(graphed[0], rel=1e-5)
@@ -193,7 +193,7 @@ def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypat
         def __init__(self, work):
             raise RuntimeError("no graphs here")
 
-    monkeypatch.setattr(trainer, "GraphStep", lambda work, module, device: GraphStep(work, module, device, Fails))
+    monkeypatch.setattr(trainer, "GraphStep", lambda *given: GraphStep(*given, Fails))
     monkeypatch.setattr("mdistiller.engine.builder.uses_graph", lambda cfg, device: True)
     folder = run([*small, "DISTILLER.TYPE", "KD"], tmp_path)
     assert (folder / "worklog.txt").read_text().count("not as a graph: no graphs here") == 1
@@ -262,6 +262,16 @@ def test_generators_that_moved_are_noticed():
         draw()
         assert graph.host_generators() != before
         before = graph.host_generators()
+
+
+def test_a_compiler_that_fails_leaves_the_step():
+    def broken(**kwargs):
+        raise RuntimeError("no C++ compiler")
+
+    compiled, plain = make("DTKD"), make("DTKD")
+    compiled.step.forward = broken
+    assert train(compiled, 2)[0] == train(plain, 2)[0]
+    assert compiled.step.refusal == "no C++ compiler"
 
 
 # On a GPU

@@ -287,6 +287,7 @@ def build_trainer(
         cfg.dump(),
         logits,
         uses_graph(cfg, device),
+        common.teachers.students == 1,
         common.stop,
     )
     return trainer, bank

@@ -30,7 +30,8 @@ class GraphStep:
     `plan` (4, B), `logits` (B, K) or None and `epoch` are put where the graph reads them, the epoch as a 0-dim tensor;
     everything else that `work` reads or writes has to stay where it is. What a replay would not repeat is found out
     beforehand: a wait for the device, random numbers drawn on the host, a tensor or number of `module` that is
-    replaced. Then `refusal` says so, and `work` runs as it is, the epoch a number.
+    replaced. Then `refusal` says so, and `work` runs as it is, the epoch a number. `alone`: whether no other graph runs
+    at the same time; all graphs read the device's generator from one place.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class GraphStep:
         work: Callable[[Tensor, Tensor | None, int | Tensor], None],
         module: nn.Module,
         device: torch.device,
+        alone: bool = True,
         capture: Callable[[Callable[[], None]], CudaGraph] = CudaGraph,
     ):
+        self.alone = alone
         self.work, self.module, self.capture = work, module, capture
         self.refusal = ""
         self.epoch = torch.zeros((), device=device)
@@ -83,7 +86,7 @@ class GraphStep:
 
     def _watch(self, plan: Tensor, logits: Tensor | None) -> str:
         """Run the step; returns what a replay of it would miss, empty if nothing."""
-        state, drawn = self._state(), host_generators()
+        state, drawn, on_device = self._state(), host_generators(), device_generator()
         with warnings.catch_warnings(record=True) as caught, waits_are_warnings():
             warnings.simplefilter("always")
             self.work(plan, logits, self.epoch)
@@ -92,6 +95,8 @@ class GraphStep:
             return f"it waits for the device ({waits[0].splitlines()[0]})"
         if drawn != host_generators():
             return "it draws random numbers on the host"
+        if not self.alone and on_device != device_generator():
+            return "it draws random numbers on the device, beside other students"
         changed = [name for name, value in self._state().items() if state.get(name) != value]
         return f"it replaces {changed[0]}, which a graph would not" if changed else ""
 
@@ -111,6 +116,10 @@ def host_generators() -> tuple:
     """What changes where a random number is drawn on the host."""
     kind, keys, *rest = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), (kind, keys.tobytes(), *rest), random.getstate()
+
+
+def device_generator() -> bytes:
+    return torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else b""
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class Step:
     are put back, and training goes on. Off the CPU a look at every loss would stall the device: there the decision is
     taken on the device, and under "stop" no later step changes a parameter either, until `bad_step` is read.
 
-    `forward`: what is called in the distiller's place, such as its compiled form.
+    `forward`: the distiller's compiled form, where it is to be tried; `refusal` says why it is not used any more.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Step:
     ):
         self.distiller, self.optimizer = distiller, optimizer
         self.device, self.amp = device, amp
-        self.forward = forward
+        self.forward, self.refusal = forward, ""
         self.skip = nan_policy == "skip"
         fp16 = AMP_DTYPES[amp] is torch.float16
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
@@ -102,9 +102,9 @@ class Step:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
         before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
-        forward = self.distiller if self.forward is None else self.forward  # a compiled module has no truth value
+        given |= {"image": batch.image, "target": batch.target, "index": batch.index, "epoch": epoch}
         with autocast(self.device, self.amp):
-            logits, losses = forward(image=batch.image, target=batch.target, index=batch.index, epoch=epoch, **given)
+            logits, losses = self._forward(given)
             # a method may return terms of any shape, as mdistiller's loop allows
             losses = {name: value.float().mean() for name, value in losses.items()}
             loss = sum(losses.values())
@@ -119,6 +119,20 @@ class Step:
             terms = {f"loss/{name}": n * value.detach() for name, value in losses.items()}
             meter.add(n, sound, loss=n * loss.detach(), correct=correct, **terms)
             self._number += 1
+
+    def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.forward is not None:
+            epoch = given["epoch"]
+            if not isinstance(epoch, Tensor):  # each number would be compiled anew
+                epoch = torch.full((), float(epoch), device=self.device)
+            try:
+                return self.forward(**given | {"epoch": epoch})
+            except (RuntimeError, TypeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                # a mistake that is not the compiler's comes again below
+                self.forward, self.refusal = None, " ".join(str(error).split())[:200]
+        return self.distiller(**given)
 
     def _update(self, loss: Tensor, extra: tuple) -> Tensor:
         """Update the parameters where loss and gradients are finite; returns whether they are, a 0-dim bool."""

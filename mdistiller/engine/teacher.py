@@ -165,8 +165,7 @@ class TeacherLogits:
         if self.stream is None:
             return self.look_up(plan, check)
         current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream):  # beside the steps that are queued: it needs nothing of them
             logits = self.look_up(plan, check)
         current.wait_stream(self.stream)
         logits.record_stream(current)

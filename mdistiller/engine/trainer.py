@@ -43,8 +43,9 @@ class Trainer:
     """Trains `distiller` for `epochs` epochs and keeps its run in `folder`.
 
     `teacher`: gives the teacher's logits of a plan, so that the step needs no pass of it; `graph`: whether a step is
-    captured (CUDA); `origin`: digests of what the run starts from (its data, its teacher), which a resumed run must
-    share; `config`: the configuration as text, for the dump of a batch whose loss is not finite.
+    captured (CUDA), `alone`: whether no other trainer takes turns with this one; `origin`: digests of what the run
+    starts from (its data, its teacher), which a resumed run must share; `config`: the configuration as text, for the
+    dump of a batch whose loss is not finite.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Trainer:
         config: str = "",
         teacher: TeacherLogits | None = None,
         graph: bool = False,
+        alone: bool = True,
         stop: Stop | None = None,
     ):
         self.distiller, self.step, self.schedule = distiller, step, schedule
@@ -76,7 +78,7 @@ class Trainer:
         self.record: RecordFile | None = None
         self.meter = Meter()
         self.buffer = EpochBuffer(train.num_samples, step.device) if self.temperature != "off" else None
-        self.work: Callable = GraphStep(self.compute, distiller, step.device) if graph else self.compute
+        self.work: Callable = GraphStep(self.compute, distiller, step.device, alone) if graph else self.compute
         self.epoch = 0  # epochs that are finished
         self.last_acc = self.best_acc = -1.0
         self.best_epoch = 0
@@ -162,6 +164,9 @@ class Trainer:
             if getattr(self.work, "refusal", ""):
                 recorder.say(f"steps run one operation at a time, not as a graph: {self.work.refusal}")
                 self.work = self.compute
+            if self.step.refusal:
+                recorder.say(f"steps run as they are, not compiled: {self.step.refusal}")
+                self.step.refusal = ""
             self.seconds = time.monotonic() - begin
             yield
         means = self.meter.read()
