@@ -80,6 +80,8 @@ def analyse(
     """
     check_opts(opts)
     check_out(out)
+    # the summaries that --seeds leaves lie among the runs, where PROJECT/* names them as well
+    folders = [f for f in folders if not (f.suffix == ".json" and f.is_file())] or folders
     unique = list(dict.fromkeys(Path(os.path.realpath(f)) if os.path.exists(f) else f for f in folders))
     groups, notes = group_runs([read_run(folder, opts) for folder in unique])
     table = results.results_table(groups, results.read_published(published))
