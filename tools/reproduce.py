@@ -9,7 +9,6 @@ done; 1 a run failed; 2 a mistake in the input; 75 stopped, or out of budget, wi
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from mdistiller.campaign import command
@@ -26,15 +25,21 @@ def main() -> None:
         "--only", metavar="PATTERN", action="append", default=[],
         help="runs that match, with their teachers: words between commas, such as DTKD,resnet20,resnet8 or 'res*,KD'",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="say what would run, how long and how large; write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would run, how long and how large; write nothing"
+    )
     parser.add_argument("--budget", metavar="TIME", help="such as 2h, 90m, 1h30m: start nothing that will not fit")
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument(
         "--slurm", metavar="KEY=VALUE", nargs="+", default=[],
         help="submitit's parameters, such as slurm_partition=gpu gpus_per_node=1 timeout_min=240",
     )  # fmt: skip
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="in place of the plan's: runs.jsonl, tables, charts")
-    parser.add_argument("--published", type=Path, default=ROOT / "results/published.json", help="figures to compare with")
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="in place of the plan's: runs.jsonl, tables, charts"
+    )
+    parser.add_argument(
+        "--published", type=Path, default=ROOT / "results/published.json", help="figures to compare with"
+    )
     words, opts = parser.parse_known_args()
     flags = [word for word in opts if word.startswith("--")]
     if flags:

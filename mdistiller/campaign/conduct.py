@@ -5,10 +5,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mdistiller.campaign import ledger as book
 from mdistiller.campaign.estimate import Estimates
-from mdistiller.campaign.executors import Job
+from mdistiller.campaign.executors import Executor, Job
 from mdistiller.campaign.ledger import Ledger
 from mdistiller.campaign.plan import Cell, Trial
 from mdistiller.engine.folder import RunFolder, in_use
@@ -59,13 +60,30 @@ class Running:
     marks: dict[str, int]  # when each of their checkpoints was written
 
 
+class View(Protocol):
+    """Shows what happens; entered while a campaign runs."""
+
+    def say(self, text: str) -> None: ...
+
+    def update(self, campaign: "Campaign") -> None: ...
+
+
 class Campaign:
-    """Runs `cells` by `executor`. `deadline`, on the monotonic clock: nothing is started that would not be done by
-    then, and what still runs then is stopped with a checkpoint.
+    """Runs `cells` of the plan `name` by `executor`. `deadline`, on the monotonic clock: nothing is started that would
+    not be done by then, and what still runs then is stopped with a checkpoint.
     """
 
-    def __init__(self, cells: Sequence[Cell], ledger: Ledger, executor, estimates: Estimates, view, deadline=None):
-        self.cells, self.ledger, self.executor = cells, ledger, executor
+    def __init__(
+        self,
+        name: str,
+        cells: Sequence[Cell],
+        ledger: Ledger,
+        executor: Executor,
+        estimates: Estimates,
+        view: View,
+        deadline: float | None = None,
+    ):
+        self.name, self.cells, self.ledger, self.executor = name, cells, ledger, executor
         self.estimates, self.view, self.deadline = estimates, view, deadline
         self.jobs: list[Running] = []
         self.progress = {trial.name: Progress(trial) for cell in cells for trial in cell.trials}
@@ -145,7 +163,9 @@ class Campaign:
                 continue
             for p in todo:
                 p.status, p.reason = "running", ""
-            self.view.say(f"start    {cell.name}, seed{'s' * (len(todo) > 1)} {', '.join(str(p.trial.seed) for p in todo)}")
+            self.view.say(
+                f"start    {cell.name}, seed{'s' * (len(todo) > 1)} {', '.join(str(p.trial.seed) for p in todo)}"
+            )
             trials = [p.trial for p in todo]
             marks = {trial.name: _mark(trial) for trial in trials}
             self.jobs.append(Running(self.executor.start(cell, trials), cell, trials, marks))
@@ -190,7 +210,7 @@ class Campaign:
     def _keep(self, p: Progress) -> None:
         """A finished trial goes on record."""
         p.look()
-        self.ledger.append(book.record_of(p.trial))
+        self.ledger.append(book.record_of(p.trial, self.name))
         self.estimates.observe(p.trial.cell, p.rows)
         p.status, p.reason, p.active, p.again = "done", "", False, False
         row = p.rows[-1]

@@ -27,6 +27,12 @@ class Job(Protocol):
         """What it has said on stderr."""
 
 
+class Executor(Protocol):
+    slots: int  # jobs at a time
+
+    def start(self, cell: Cell, trials: Sequence[Trial]) -> Job: ...
+
+
 class LocalJob:
     """A process that the campaign holds by a pipe: it stops when the campaign is gone, whatever ended it."""
 

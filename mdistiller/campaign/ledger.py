@@ -19,7 +19,7 @@ from mdistiller.engine.recorder import read_metrics
 from mdistiller.errors import UserError
 from mdistiller.files import sync_folder
 
-NEEDED = ("cell", "seed", "config", "teacher", "epochs", "curve", "last", "best")
+NEEDED = ("plan", "cell", "seed", "config", "teacher", "epochs", "curve", "last", "best")
 
 
 class Ledger:
@@ -158,14 +158,15 @@ def _train_images(kind: str, root: str) -> int:
     return len(load_dataset(kind, root).train_labels)
 
 
-def record_of(trial: Trial) -> dict:
-    """The line of a finished trial."""
+def record_of(trial: Trial, plan: str) -> dict:
+    """The line of a finished trial of the plan."""
     rows = read_metrics(trial.folder)
     environment = json.loads((trial.folder / "environment.json").read_text())
     sessions = environment["sessions"]
     teacher = trial.cell.teacher
     images = trial.epochs * _train_images(trial.cfg.DATASET.TYPE, trial.cfg.DATASET.ROOT)
     return {
+        "plan": plan,
         "cell": trial.cell.name,
         "seed": trial.seed,
         "hash": trial.hash,

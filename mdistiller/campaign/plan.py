@@ -92,11 +92,11 @@ class Cell:
         return protocol(self.trials[0].settings, self.trials[0].teacher_settings)
 
     def command(self, seed: int | str) -> list[str]:
-        """Trains one of its trials by hand; places are left to who types it."""
+        """Trains one of its trials by hand, from the teacher's file $TEACHER; other places are left to who types it."""
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
         words = [word for key, value in pairs if not key.startswith(PLACE) for word in (key, value)]
         file = Path(*self.file.parts[self.file.parts.index("configs") :]) if "configs" in self.file.parts else self.file
-        teacher = ["DISTILLER.TEACHER_CKPT", f"the student_latest of {self.teacher.name}"] * bool(self.teacher)
+        teacher = ["DISTILLER.TEACHER_CKPT", '"$TEACHER"'] if self.teacher else []
         return ["python3", "tools/train_ours.py", "--cfg", str(file), *words, *teacher, "SEED", str(seed)]
 
 
@@ -116,22 +116,14 @@ class Plan:
         return [trial for cell in self.cells for trial in cell.trials]
 
     def select(self, patterns: Sequence[str]) -> list[Cell]:
-        """The cells that any of `patterns` names, with the teachers that they need. A pattern is words between commas,
-        each of which is to match one part of the cell's name, * and ? as in a shell. Raises UserError where one names
+        """The cells that any of `patterns` names, with the teachers that they need. Raises UserError where one names
         none.
         """
-        chosen = {cell.name for cell in self.cells} if not patterns else set()
         for pattern in patterns:
-            words = pattern.lower().split(",")
-            hits = [
-                cell.name
-                for cell in self.cells
-                if all(any(fnmatchcase(part, word) for part in cell.name.lower().split(",")) for word in words)
-            ]
-            if not hits:
+            if not any(matches(cell.name, [pattern]) for cell in self.cells):
                 known = " ".join(cell.name for cell in self.cells)
                 raise UserError(f"--only {pattern}: names nothing in the plan {self.name}, which has {known}")
-            chosen.update(hits)
+        chosen = {cell.name for cell in self.cells if not patterns or matches(cell.name, patterns)}
         needed = {cell.teacher.cell.name: cell.teacher for cell in self.cells if cell.name in chosen and cell.teacher}
         kept = []
         for cell in self.cells:
@@ -141,6 +133,16 @@ class Plan:
                 teacher = needed[cell.name]
                 kept.append(Cell(cell.name, cell.file, cell.opts, None, [teacher]))
         return kept
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any of `patterns` names the cell: words between commas, each of which is to match one part of the cell's
+    name, with * and ? as in a shell.
+    """
+    parts = name.lower().split(",")
+    return any(
+        all(any(fnmatchcase(p, word) for p in parts) for word in pattern.lower().split(",")) for pattern in patterns
+    )
 
 
 def find(name: str, folder: Path) -> Path:
@@ -190,7 +192,9 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
     for key, value in tree.items():
         if key not in KEYS:
             close = registry.nearest(key, KEYS)
-            problems.append(f"{key}: unknown key; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(KEYS)}")
+            problems.append(
+                f"{key}: unknown key; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(KEYS)}"
+            )
         elif not isinstance(value, dict if KEYS[key][0] == {} else type(KEYS[key][0])) or isinstance(value, bool):
             kinds = {str: "text", int: "a whole number", list: "a list, [...]", dict: "a mapping of configuration keys"}
             problems.append(f"{key}: must be {kinds[type(KEYS[key][0])]}, {KEYS[key][1]}; got {value!r}")
