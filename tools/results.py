@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="a Markdown page with markers")
     words = parser.parse_args()
     if words.page:
-        command.fill(words.page, ROOT / "configs/plans", words.published, words.results)
+        command.fill(words.page, ROOT / "configs/plans", words.published, words.results or ROOT / "results")
     elif words.what:
         print(command.show(words.what, ROOT / "configs/plans", words.results, words.out, words.published, words.only))
     else:

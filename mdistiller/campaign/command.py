@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdistiller import config
+import yaml
+
 from mdistiller.analysis.results import read_published
 from mdistiller.campaign import ledger as book
 from mdistiller.campaign import plan as plans
@@ -51,7 +52,7 @@ def parse_parameters(words: Sequence[str]) -> dict[str, object]:
     wrong = [word for word in words if "=" not in word]
     if wrong:
         raise UserError(f"--slurm {wrong[0]}: takes KEY=VALUE, such as slurm_partition=gpu")
-    return {key: config._decode(value) for key, _, value in (word.partition("=") for word in words)}
+    return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
 
 
 def reproduce(
@@ -87,11 +88,13 @@ def reproduce(
         say(f"{kept} of {len(campaign.progress)} runs are on record in {ledger.path}; --results FOLDER starts another")
     status = campaign.run()
     say("")
-    say(report(told, ledger, out, figures))
+    report = report_of(told, ledger, figures)
+    report.write(out)
+    say(report.markdown)
     for p in campaign.progress.values():
         if p.status not in ("done", "running"):
             say(f"{p.status:<8} {p.trial.name}" + f": {p.reason}" * bool(p.reason))
-    say(f"{campaign.summary()}, in {duration(time.monotonic() - begin)}; tables and charts: {out}/{told.name}.*")
+    say(f"{campaign.summary()}, in {duration(time.monotonic() - begin)}; tables and charts in {out / told.name}")
     if status:
         say("the same command goes on with what is left")
     return status
@@ -130,47 +133,59 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
     say(f"{count} runs, {epochs_left:,} epochs left: about {duration(total)} one after the other, {disk / 1e9:.2f} GB")
 
 
-def report(plan: Plan, ledger: Ledger, out: Path, published: dict) -> str:
-    """Write the plan's tables and charts; returns the table."""
+def report_of(plan: Plan, ledger: Ledger, published: dict) -> tables.Report:
     rows, notes = tables.of_plan(plan, ledger.records.values())
-    return tables.write(rows, plan.title or plan.name, out, plan.name, published, notes)
+    return tables.report(rows, plan.title or plan.name, plan.name, published, [*[plan.note] * bool(plan.note), *notes])
 
 
 def show(
     what: list[str], folder: Path, results: Path | None, out: Path | None, published: Path, only: list[str]
 ) -> str:
-    """The tables and charts of a plan, or of all runs in some runs.jsonl; returns the table."""
+    """Write tables and charts of a plan, or of all runs in some runs.jsonl, into `out`; returns the table."""
     figures = read_published(published if published.exists() else None)
     files = [Path(word) for word in what if word.endswith(".jsonl")]
     if not files and len(what) == 1:
         plan = plans.load(plans.find(what[0], folder))
         plan.cells = plan.select(only)
-        results = results or plan.results
-        return report(plan, Ledger(results / "runs.jsonl"), out or results, figures)
-    if len(files) != len(what):
+        home = results or plan.results
+        report = report_of(plan, Ledger(home / "runs.jsonl"), figures)
+    elif len(files) == len(what):
+        home, report = files[0].parent, _report_of_files(files, only, figures)
+    else:
         raise UserError("give one plan, or files named *.jsonl")
-    gone = [file for file in files if not file.is_file()]
-    if gone:
-        raise UserError(f"{gone[0]}: is no file; pass the runs.jsonl of a campaign")
+    check_writable(out or home, "--out")
+    report.write(out or home)
+    return report.markdown
+
+
+def _report_of_files(files: Sequence[Path], only: Sequence[str], published: dict) -> tables.Report:
     records: dict[str, dict] = {}
     for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: is no file; pass the runs.jsonl of a campaign")
         records = Ledger(file).records | records
     chosen = [record for record in records.values() if not only or plans.matches(record["cell"], only)]
     if not chosen:
         raise UserError("nothing to show: no run on record" + f" matches --only {' '.join(only)}" * bool(only))
-    rows = tables.of_records(chosen)
-    return tables.write(rows, "Results", out or files[0].parent, "results", figures)
+    return tables.report(tables.of_records(chosen), "Results", "all", published)
 
 
-def fill(page: Path, folder: Path, published: Path, results: Path | None = None) -> None:
-    """Rewrite what stands between `<!-- results of PLAN -->` and `<!-- end of results -->` in the page, and the files
-    that go with it.
+def fill(page: Path, folder: Path, published: Path, results: Path, write: bool = True) -> str:
+    """The page with a plan's table and charts of today wherever it has `<!-- results of PLAN -->` and
+    `<!-- end of results -->`; written there, and the files in `results` with it, if `write`.
     """
     figures = read_published(published)
 
-    def table(match: re.Match) -> str:
-        plan = plans.load(plans.find(match[2], folder))
-        home = results or page.parent.parent / plan.results
-        return f"{match[1]}\n{report(plan, Ledger(home / 'runs.jsonl'), home, figures)}\n{match[3]}"
+    def filled(match: re.Match) -> str:
+        report = report_of(plans.load(plans.find(match[2], folder)), Ledger(results / "runs.jsonl"), figures)
+        if write:
+            report.write(results)
+        pictures = "".join(
+            f"\n![{c.title.splitlines()[0]}](../results/{report.name}/{c.name}.png)\n" for c in report.charts
+        )
+        return f"{match[1]}\n{report.markdown}{pictures}\n{match[3]}"
 
-    write_atomic(page, MARKERS.sub(table, page.read_text(encoding="utf-8")).encode())
+    text = MARKERS.sub(filled, page.read_text(encoding="utf-8"))
+    if write:
+        write_atomic(page, text.encode())
+    return text

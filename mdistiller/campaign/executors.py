@@ -41,9 +41,9 @@ class LocalJob:
         self.log = log
         with open(log, "ab") as file:
             self.begin = file.tell()
-            # a group of its own: Ctrl-C reaches the campaign alone, which passes it on once
+            # a session of its own: Ctrl-C reaches the campaign alone, which passes it on once
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=file, stderr=file, process_group=0, env=environment()
+                command, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True, env=environment()
             )
 
     def poll(self) -> int | None:

@@ -191,10 +191,7 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
     values = {key: default for key, (default, _) in KEYS.items()}
     for key, value in tree.items():
         if key not in KEYS:
-            close = registry.nearest(key, KEYS)
-            problems.append(
-                f"{key}: unknown key; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(KEYS)}"
-            )
+            problems.append(registry.unknown("key", key, [*KEYS, "_BASE_"]))
         elif not isinstance(value, dict if KEYS[key][0] == {} else type(KEYS[key][0])) or isinstance(value, bool):
             kinds = {str: "text", int: "a whole number", list: "a list, [...]", dict: "a mapping of configuration keys"}
             problems.append(f"{key}: must be {kinds[type(KEYS[key][0])]}, {KEYS[key][1]}; got {value!r}")
@@ -253,7 +250,7 @@ class _Grid:
     """Cells as they come up; what is wrong with one of them is added to `problems`."""
 
     def __init__(self, file: Path, values: dict, opts: Sequence[str], problems: list[str]):
-        self.plan, self.values, self.opts, self.problems = file.stem, values, list(opts), problems
+        self.values, self.opts, self.problems = values, list(opts), problems
         self.folder = Path(os.path.normpath(file.parent / values["configs"]))
         self.cells: dict[str, Cell] = {}
         self.files: dict[str, dict[tuple, Path]] = {}  # of each method: (teacher, student) -> YAML
@@ -285,7 +282,7 @@ class _Grid:
             changes |= {key: v for key, v in self.values["overrides"].items() if self._read_by(method, key)}
             changes |= {"TEMPERATURE.RULE": rule} if rule else {}
             tag = re.sub(r"\W", "_", method.lower()) + f",{teacher}" * bool(teacher) + f",{student}"
-            places = {"EXPERIMENT.PROJECT": self.plan, "EXPERIMENT.TAG": tag}
+            places = {"EXPERIMENT.PROJECT": f"campaign/{self.folder.name}", "EXPERIMENT.TAG": tag}
             places |= {"DISTILLER.TEACHER_CKPT": str(source.weights)} if source else {}
             words = [str(word).replace(" ", "") for pair in changes.items() for word in pair]
             words += [word for pair in places.items() for word in pair]

@@ -219,71 +219,58 @@ def _notes(rows: Sequence[Row], away: Sequence[str]) -> list[str]:
     return notes
 
 
-def chart_of(rows: Sequence[Row], title: str, name: str, note: str = "") -> list[Chart]:
-    """Grouped bars, one chart for each student that several teachers share, else one of all pairs: a group of bars for
-    each teacher, a bar for each method, the student alone as a level; error bars are one standard deviation.
+def charts_of(rows: Sequence[Row], title: str, note: str = "") -> list[Chart]:
+    """Grouped bars, a group for each teacher, a bar for each method, the student alone as a level: one chart for each
+    student, where each has several teachers or there is one; else one chart with a group for each pair.
     """
-    filled = [(row, row.group) for row in rows if row.records]
-    taught = [(row, group) for row, group in filled if group.method != "NONE"]
-    alone = {group.cfg.DISTILLER.STUDENT: group for _, group in filled if group.method == "NONE"}
-    students = list(dict.fromkeys(group.cfg.DISTILLER.STUDENT for _, group in taught))
-    teachers = {s: {g.cfg.DISTILLER.TEACHER for _, g in taught if g.cfg.DISTILLER.STUDENT == s} for s in students}
-    if len(students) == 1 or (teachers and min(map(len, teachers.values())) > 1):
-        return [
-            _chart(
-                [(row, g) for row, g in taught if g.cfg.DISTILLER.STUDENT == s],
-                [(g.cfg.DISTILLER.TEACHER, "") for row, g in taught if g.cfg.DISTILLER.STUDENT == s],
-                alone.get(s), f"{title}: {s}", f"{name}-{s}", note, "teacher",
-            )
-            for s in students
-        ]  # fmt: skip
-    both = [(row, g) for row, g in filled if g.method != "NONE" or g.cfg.DISTILLER.STUDENT in teachers]
-    places = []
-    for _, g in both:
-        s = g.cfg.DISTILLER.STUDENT
-        places.append((f"{g.cfg.DISTILLER.TEACHER} → {s}", "") if g.method != "NONE" else ("", s))
-    return [_chart(both, places, None, title, name, note, "")] if both else []
+    filled = [(row, row.group, row.group.cfg.DISTILLER) for row in rows if row.records]
+    taught = [(row, group, names) for row, group, names in filled if names.TYPE != "NONE"]
+    alone = {names.STUDENT: (row, group) for row, group, names in filled if names.TYPE == "NONE"}
+    teachers: dict[str, set] = {}
+    for _, _, names in taught:
+        teachers.setdefault(names.STUDENT, set()).add(names.TEACHER)
+    title += f" ({note})" * bool(note)
+    if len(teachers) == 1 or (teachers and min(map(len, teachers.values())) > 1):
+        charts = []
+        for student in teachers:
+            bars = [(_method(row), [names.TEACHER], group) for row, group, names in taught if names.STUDENT == student]
+            _, level = alone.get(student, (None, None))
+            charts.append(_chart(bars, level, f"{title}: {student}", f"chart-{student}", "teacher"))
+        return charts
+    bars = [(_method(row), [group.pair], group) for row, group, _ in taught]
+    pairs = dict.fromkeys((names.STUDENT, group.pair) for _, group, names in taught)
+    singles = [("alone", [pair for of, pair in pairs if of == student], g) for student, (_, g) in alone.items()]
+    bars = [bar for bar in singles if bar[1]] + bars
+    return [_chart(bars, None, title, "chart", "")] if bars else []
 
 
-def _chart(some, places, baseline: Group | None, title: str, name: str, note: str, axis: str) -> Chart:
-    """`places`: of each cell its place on the axis; or, of a student alone, "" and the student, for all its places."""
-    names = list(dict.fromkeys(place for place, _ in places if place))
-    methods = list(dict.fromkeys(_method(row) for row, _ in some))
-    panels = []
+def _chart(
+    bars: Sequence[tuple[str, list[str], Group]], level: Group | None, title: str, name: str, axis: str
+) -> Chart:
+    """`bars`: of each the method, its places on the axis, and its runs."""
+    places = list(dict.fromkeys(place for _, own, _ in bars for place in own))
+    methods = list(dict.fromkeys(method for method, _, _ in bars))
+    counts = sorted({len(group.runs) for _, _, group in bars})
+    seeds = "–".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) + " seed" + "s" * (counts[-1] > 1)
+    chart = Chart(name, "", title, "", [], wide=1)
     for which in ("best", "last"):
-        panel = Panel(f"{which} epoch", axis, "top-1 (%)")
+        panel = Panel(f"{which} epoch, mean ± standard deviation over {seeds}", axis, "top-1 (%)")
         for number, method in enumerate(methods):
-            means = {}
-            for (row, group), (place, student) in zip(some, places, strict=True):
-                if _method(row) == method:
-                    own = [place] if place else [n for n in names if n.endswith(f"→ {student}")]
-                    means |= dict.fromkeys(own, getattr(group, which))
-            y = np.array([means[n].mean if n in means else np.nan for n in names])
-            sd = np.array([(means[n].std or 0.0) if n in means else np.nan for n in names])
-            few = len(names) * len(methods) <= MOST_LABELS
-            text = [f"{value:.1f}" for value in y] if few else []
-            label = "the student alone" if method == "NONE" else method
+            means = {place: getattr(group, which) for kind, own, group in bars if kind == method for place in own}
+            y = np.array([means[place].mean if place in means else np.nan for place in places])
+            sd = np.array([(means[place].std or 0.0) if place in means else np.nan for place in places])
+            text = [f"{value:.1f}" for value in y] if len(places) * len(methods) <= MOST_LABELS else []
             bands = {("minus_sd", "plus_sd"): (y - sd, y + sd)}
-            panel.series.append(Series(label, None, names, y, "bars", bands, text=text, colour=COLOURS[number]))
-        if baseline:
-            mean = getattr(baseline, which)
-            sd = mean.std or 0.0
-            bands = {("minus_sd", "plus_sd"): ([mean.mean - sd], [mean.mean + sd])}
-            label = f"{baseline.cfg.DISTILLER.STUDENT} alone"
+            panel.series.append(Series(method, None, places, y, "bars", bands, text=text, colour=COLOURS[number]))
+        if level:
+            mean = getattr(level, which)
+            bands = {("minus_sd", "plus_sd"): tuple([mean.mean + sign * (mean.std or 0.0)] for sign in (-1, 1))}
+            label = f"{level.pair} alone, {mean}"
             panel.series.append(Series(label, None, [axis], [mean.mean], "level", bands, dashed=True, colour="#444444"))
-        ends = np.concatenate([np.asarray(v, float) for s in panel.series for pair in s.bands.values() for v in pair])
-        ends = ends[np.isfinite(ends)]
-        low, high = float(ends.min()), float(ends.max())
-        span = max(high - low, 1.0)
-        panel.y_range = (max(low - 0.3 * span, 0.0), high + 0.15 * span)
-        panels.append(panel)
-    seeds = sorted({len(row.records) for row, _ in some})
-    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    heading = (
-        f"{title}\nmean ± standard deviation over {count} seed{'s' * (seeds[-1] > 1)}; the axis does not start at 0"
-    )
-    chart = Chart(name, "", heading + f"\n{note}" * bool(note), "", panels)
-    chart.wide = 1
+        ends = [v for s in panel.series for pair in s.bands.values() for values in pair for v in values if v == v]
+        span = max(max(ends) - min(ends), 1.0)
+        panel.y_range = (max(min(ends) - 0.3 * span, 0.0), max(ends) + 0.15 * span)  # bars that start at 0 look alike
+        chart.panels.append(panel)
     return chart
 
 
@@ -291,28 +278,42 @@ def _method(row: Row) -> str:
     return row.name.split(",")[0]
 
 
-def write(rows: Sequence[Row], title: str, out: Path, name: str, published: Mapping, notes: Sequence[str] = ()) -> str:
-    """OUT/NAME.md, .tex, .csv, and the charts; returns the Markdown. Raises UserError where protocols would mix."""
+@dataclass
+class Report:
+    """A campaign's table, the notes below it and its charts, under the name that their files have."""
+
+    name: str
+    title: str
+    table: Table
+    notes: list[str]
+    charts: list[Chart]
+
+    @property
+    def markdown(self) -> str:
+        if not self.table.rows:
+            return "Nothing of it is on record yet.\n"
+        return results.markdown(self.table) + "".join(f"\n{line}\n" for line in self.notes)
+
+    def write(self, out: Path) -> None:
+        """OUT/NAME/table.md, .tex and .csv, and the charts as PNG and SVG; nothing where nothing is on record."""
+        if not self.table.rows:
+            return
+        folder = out / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "table.md", f"# {self.title}\n\n{self.markdown}".encode())
+        comments = "".join(f"% {line}\n" for line in self.notes)
+        write_atomic(folder / "table.tex", (comments + results.latex(self.table)).encode())
+        write_csv(folder / "table.csv", self.table)
+        for chart in self.charts:
+            drawing.draw(chart, folder, [])
+
+
+def report(rows: Sequence[Row], title: str, name: str, published: Mapping, notes: Sequence[str] = ()) -> Report:
+    """Raises UserError where protocols would mix."""
     check_shared(rows)
     table, below = table_of(rows, title, published)
-    text = markdown(table, [*below, *notes])
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{name}.md", f"# {title}\n\n{text}".encode())
-    comments = "".join(f"% {line}\n" for line in (*below, *notes))
-    write_atomic(out / f"{name}.tex", (comments + results.latex(table)).encode())
-    write_csv(out / f"{name}.csv", table)
-    away = next((line.replace("**", "") for line in below if line.startswith("**")), "")
-    for chart in chart_of(rows, title, name, away):
-        drawing.draw(chart, out, [])
-    return text
-
-
-def markdown(table: Table, notes: Sequence[str]) -> str:
-    return results.markdown(table) + "".join(f"\n{line}\n" for line in notes) if table.rows else _nothing(notes)
-
-
-def _nothing(notes: Sequence[str]) -> str:
-    return "Nothing of this is on record yet.\n" + "".join(f"\n{line}\n" for line in notes)
+    away = "not the published protocol" if any(line.startswith("**") for line in below) else ""
+    return Report(name, title, table, [*below, *notes], charts_of(rows, title, away))
 
 
 def write_csv(path: Path, table: Table) -> None:

@@ -16,7 +16,7 @@ from mdistiller.engine.terminal import say
 MINUTE = 60.0  # seconds between two plain lines about what runs
 REDRAW = 0.5
 STYLE = {"done": "green", "failed": "bold red", "blocked": "red", "running": "bold", "in use": "yellow"}
-ORDER = ("running", "failed", "blocked", "in use", "done", "waiting")
+URGENT = ("running", "failed", "in use", "blocked")
 
 
 def duration(seconds: float | None) -> str:
@@ -91,11 +91,12 @@ class Board:
         """As many runs as the terminal has lines for: those that train, then what failed, the latest done, the next."""
         rows = list(campaign.progress.values())
         room = max(self.console.height - 8, 3)
-        shown, done = [], sum(p.status == "done" for p in rows)
-        for status in ORDER:
-            some = [p for p in rows if p.status == status]
-            shown += some[-max(room // 3, 1) :] if status == "done" and len(rows) > room else some
-        kept = {id(p) for p in shown[:room]}
+        done, waiting = ([p for p in rows if p.status == status] for status in ("done", "waiting"))
+        shown = [p for status in URGENT for p in rows if p.status == status][:room]
+        rest = room - len(shown)
+        soon = waiting[: max(rest - len(done), rest // 2)]
+        shown += soon + done[len(done) - min(rest - len(soon), len(done)) :]
+        kept = {id(p) for p in shown}
         table = Table("run", box=None, pad_edge=False, header_style="dim", expand=False)
         for name in ("epoch", "last", "best", "img/s", "left"):
             table.add_column(name, justify="right")
@@ -107,6 +108,6 @@ class Board:
             note = "next seed" if queued and p.rows == [] else p.reason or p.status
             table.add_row(Text(p.trial.name), *figures(p), left, Text(note), style=style)
         hidden = f", {len(rows) - len(kept)} not shown" if len(rows) > len(kept) else ""
-        head = Text(f"{self.title}: {done} of {len(rows)} runs done", style="bold")
+        head = Text(f"{self.title}: {len(done)} of {len(rows)} runs done", style="bold")
         foot = Text(f"{campaign.summary()}{hidden}; left for the plan: about {duration(campaign.total_left())}")
         return Group(Text(""), head, table, foot)
