@@ -1,6 +1,7 @@
 """Plans of many runs: what they hold, that nothing of them is lost or done twice, and the tables that come of it."""
 
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -30,7 +31,6 @@ from mdistiller.campaign.view import Board
 from mdistiller.dataset import load_dataset
 from mdistiller.engine import trainer
 from mdistiller.engine.folder import RunFolder
-from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.stop import Stop
 from mdistiller.errors import ConfigError, UserError
 
@@ -743,19 +743,25 @@ def test_slurm_says_what_it_needs(small, monkeypatch):
 # Kills
 
 
-def started(*words, cwd):
-    """tools/reproduce.py, its output in log.txt."""
-    line = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *map(str, words)]
-    with open(cwd / "log.txt", "ab") as log:
-        return subprocess.Popen(
-            line, cwd=cwd, stdout=log, stderr=log, start_new_session=True, env=executors.environment()
-        )
+def forked(work):
+    """A child of this process that does `work()`, its output in log.txt; a fresh one would import torch for seconds."""
+
+    def quietly():
+        log = os.open("log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.exit(work())
+
+    child = multiprocessing.get_context("fork").Process(target=quietly)
+    child.start()
+    return child
 
 
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
+def wait_for(condition, process=None):
+    deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "the campaign has ended"
+        assert process is None or process.is_alive(), Path("log.txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -772,51 +778,76 @@ def is_alive(number):
         return False
 
 
-def test_signals_and_kill_9_cost_nothing(small):
-    """SIGTERM to the campaign, kill -9 to it, kill -9 to its child; each time the same command goes on."""
+def test_signals_and_kill_9_end_a_campaign_and_the_same_command_goes_on(small):
     conduct(small, only=["NONE"])
     told = figures()
     Path("results").rename("undisturbed")
     Path("output").rename("undisturbed-output")
-    trial = plans.load(small).trials[0]
-    words = ("small.yaml", "--only", "NONE")
-    for number, whom in ((signal.SIGTERM, "campaign"), (signal.SIGKILL, "campaign"), (signal.SIGKILL, "child")):
-        process = started(*words, cwd=small.parent)
-        rows = len(read_metrics(trial.folder)) if trial.folder.exists() else 0
-        wait_for(lambda rows=rows: trial.folder.exists() and children(process) or rows, process)  # noqa: B023
-        wait_for(lambda: children(process), process)  # noqa: B023
-        (child,) = children(process)
-        os.kill(process.pid if whom == "campaign" else child, number)
-        status = process.wait(60)
-        assert status == {("campaign", 15): 75, ("campaign", 9): -9}.get((whom, number), status)
-        deadline = time.monotonic() + 30
-        while is_alive(child):
-            assert time.monotonic() < deadline, "a child outlives its campaign"
-            time.sleep(0.05)
-    process = started(*words, cwd=small.parent)
-    assert process.wait(120) == 0, Path("log.txt").read_text()
+
+    def campaign():
+        process = forked(lambda: reproduce("small.yaml", "--only", "NONE"))
+        wait_for(lambda: children(process), process)
+        return process, children(process)
+
+    process, (child,) = campaign()
+    os.kill(child, signal.SIGKILL)  # of the first of two cells
+    wait_for(lambda: children(process) not in ([], [child]), process)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 75
+    assert "FAILED   NONE,resnet8,seed0: ended by signal 9" in Path("log.txt").read_text()
+    assert "stopped by SIGTERM" in Path("log.txt").read_text()
+
+    process, (child,) = campaign()
+    process.kill()
+    process.join()
+    wait_for(lambda: not is_alive(child))  # or it would train on beside its successor
+
+    process, _ = campaign()
+    process.join(120)
+    assert process.exitcode == 0, Path("log.txt").read_text()
     assert figures() == told
     assert Path("results/small/table.md").exists()
+
+
+def test_kill_9_at_random_moments_changes_nothing(small):
+    begin = time.monotonic()
+    conduct(small, only=["KD"])
+    seconds, told = time.monotonic() - begin, figures()
+    trials = [trial for trial in plans.load(small).trials if trial.folder.exists()]
+    expected = {trial.name: outcome(trial.folder) for trial in trials}
+    generator, kills, status = random.Random(0), 0, None
+    Path("results").rename("undisturbed")
+    Path("output").rename("undisturbed-output")
+    while status != 0:
+        child = forked(lambda: conduct(small, only=["KD"])[0])
+        child.join(generator.uniform(0, seconds / 2))
+        child.kill()
+        child.join()
+        status = child.exitcode
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
+    assert kills
+    assert figures() == told
+    assert all(same(outcome(trial.folder), expected[trial.name]) for trial in trials)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not KILLS, reason="minutes; CAMPAIGN_KILLS=3 runs it")
 def test_quick_killed_gives_the_same_numbers(tmp_path):
-    generator = random.Random(0)
-    process = started("quick", cwd=tmp_path)
+    line = [sys.executable, str(ROOT / "tools" / "reproduce.py"), "quick"]
     begin = time.monotonic()
-    assert process.wait(1800) == 0, (tmp_path / "log.txt").read_text()
+    subprocess.run(line, cwd=tmp_path, check=True)
     seconds = time.monotonic() - begin
     told = figures(tmp_path / "output/results/runs.jsonl")
     table = (tmp_path / "output/results/quick/table.csv").read_text()
     (tmp_path / "output").rename(tmp_path / "undisturbed")
+    generator = random.Random(0)
     for _ in range(KILLS):
-        process = started("quick", cwd=tmp_path)
-        time.sleep(generator.uniform(0.1, 0.9) * seconds / KILLS)
-        process.kill()
-        process.wait()
-    process = started("quick", cwd=tmp_path)
-    assert process.wait(1800) == 0, (tmp_path / "log.txt").read_text()
+        with subprocess.Popen(line, cwd=tmp_path) as process:
+            time.sleep(generator.uniform(0.1, 0.9) * seconds / KILLS)
+            process.kill()
+    subprocess.run(line, cwd=tmp_path, check=True)
     assert figures(tmp_path / "output/results/runs.jsonl") == told
     assert (tmp_path / "output/results/quick/table.csv").read_text() == table
     print(f"{KILLS} kills, {len(told)} runs, 0 differences; {seconds:.0f} s undisturbed")
