@@ -202,7 +202,7 @@ def _notes(rows: Sequence[Row], away: Sequence[str]) -> list[str]:
         )
         hours = sum(r["seconds"] for r in records) / 3600
         notes.append(
-            f"{len(records)} runs, {hours:.2f} hours of training and evaluation in all, on {'; '.join(machines)}; "
+            f"{len(records)} run{'s' * (len(records) > 1)}, {hours:.2f} hours of training and evaluation in all, on {'; '.join(machines)}; "
             f"commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'unknown'}."
         )
     for row in rows:

@@ -66,6 +66,7 @@ class Board:
         self.title, self.console = title, console or Console(file=sys.stdout)
         self.live = Live(console=self.console, auto_refresh=False)
         self._time = -REDRAW
+        self._shown: Campaign | None = None
 
     def __enter__(self) -> "Board":
         self.live.start()
@@ -73,6 +74,8 @@ class Board:
 
     def __exit__(self, *_) -> None:
         with contextlib.suppress(OSError):  # the terminal may be gone
+            if self._shown:
+                self.live.update(self.draw(self._shown))
             self.live.stop()
 
     def say(self, text: str) -> None:
@@ -83,7 +86,7 @@ class Board:
     def update(self, campaign: Campaign) -> None:
         if time.monotonic() - self._time < REDRAW:
             return
-        self._time = time.monotonic()
+        self._time, self._shown = time.monotonic(), campaign
         with contextlib.suppress(OSError):
             self.live.update(self.draw(campaign), refresh=True)
 
