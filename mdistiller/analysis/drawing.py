@@ -20,6 +20,8 @@ STYLE = {
     "xtick.color": "#444", "ytick.color": "#444", "axes.labelcolor": "#222", "legend.frameon": False,
     "lines.linewidth": 1.7, "svg.hashsalt": "mdistiller",
 }  # fmt: skip
+# of a figure that stands among bars and lines
+FIGURE = {"fontsize": 6.5, "bbox": {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.4}}
 MOST_NAMES = 12  # so many names fit beside points and along a matrix
 
 
@@ -143,7 +145,7 @@ def draw_bars(axes: Axes, s: Series, number: int, count: int) -> None:
     tops = y if errors is None else y + np.nan_to_num(errors[1])
     for place, top, text in zip(x_bar, tops, s.text, strict=False):
         if np.isfinite(top):
-            axes.annotate(plain(text), (place, top), (0, 2), textcoords="offset points", fontsize=6.5, ha="center")
+            axes.annotate(plain(text), (place, top), (0, 2), textcoords="offset points", ha="center", **FIGURE)
     if isinstance(s.x[0], str):
         axes.set_xticks(x, [plain(name) for name in s.x])
 
@@ -153,6 +155,9 @@ def draw_level(axes: Axes, s: Series) -> None:
     axes.axhline(s.y[0], color=shade, linewidth=1.2, linestyle="--" if s.dashed else "-")
     for low, high in s.bands.values():
         axes.axhspan(low[0], high[0], color=shade, alpha=0.13, linewidth=0)
+    for text in s.text:
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(plain(text), (1, s.y[0]), (-2, 2), **place, **FIGURE)
 
 
 def draw_matrix(axes: Axes, panel: Panel) -> None:

@@ -202,8 +202,8 @@ def _notes(rows: Sequence[Row], away: Sequence[str]) -> list[str]:
         )
         hours = sum(r["seconds"] for r in records) / 3600
         notes.append(
-            f"{len(records)} run{'s' * (len(records) > 1)}, {hours:.2f} hours of training and evaluation in all, on {'; '.join(machines)}; "
-            f"commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'unknown'}."
+            f"{len(records)} run{'s' * (len(records) > 1)}, {hours:.2f} hours of training and evaluation in all, on "
+            f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'unknown'}."
         )
     for row in rows:
         teachers = {record["teacher"]["sha256"] for record in row.records if record["teacher"]}
@@ -265,8 +265,8 @@ def _chart(
         if level:
             mean = getattr(level, which)
             bands = {("minus_sd", "plus_sd"): tuple([mean.mean + sign * (mean.std or 0.0)] for sign in (-1, 1))}
-            label = f"{level.pair} alone, {mean}"
-            panel.series.append(Series(label, None, [axis], [mean.mean], "level", bands, dashed=True, colour="#444444"))
+            look = {"dashed": True, "colour": "#444444", "text": [f"{mean.mean:.1f}"]}
+            panel.series.append(Series(f"{level.pair} alone", None, [axis], [mean.mean], "level", bands, **look))
         ends = [v for s in panel.series for pair in s.bands.values() for values in pair for v in values if v == v]
         span = max(max(ends) - min(ends), 1.0)
         panel.y_range = (max(min(ends) - 0.3 * span, 0.0), max(ends) + 0.15 * span)  # bars that start at 0 look alike
