@@ -117,7 +117,7 @@ class Slurm:
         import submitit
 
         try:
-            self.executor = submitit.AutoExecutor(folder=folder / "%j", cluster=cluster)
+            self.executor = submitit.AutoExecutor(folder=folder.resolve() / "%j", cluster=cluster)
             self.executor.update_parameters(**parameters)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise UserError(f"--executor slurm: {error}") from None
