@@ -1,10 +1,10 @@
-# make quickstart | test | lint | docs
+# make quickstart | test | lint | docs | results
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DIGITS := output/digits
 
-.PHONY: install quickstart test browser lint docs
+.PHONY: install quickstart test browser lint docs results
 
 install: $(VENV)/.installed
 
@@ -38,3 +38,7 @@ lint: install
 
 docs: install
 	$(BIN)/python tools/document.py docs
+
+# Tables and charts of every campaign on record, and the page that shows them.
+results: install
+	$(BIN)/python tools/results.py --page docs/reproduction.md

@@ -16,5 +16,8 @@ setup(
     package_data={"mdistiller.analysis": ["page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=requirements,
-    extras_require={"dev": ["pytest>=8", "pytest-xdist", "ruff>=0.6", "hypothesis", "selenium>=4.15"]},
+    extras_require={
+        "slurm": ["submitit>=1.5"],
+        "dev": ["pytest>=8", "pytest-xdist", "ruff>=0.6", "hypothesis", "selenium>=4.15", "submitit>=1.5"],
+    },
 )

@@ -16,9 +16,9 @@ import torch
 
 from mdistiller import config
 from mdistiller.analysis.statistics import mean_and_std
-from mdistiller.distillers import distiller_dict
+from mdistiller.campaign.identity import computing
 from mdistiller.engine.builder import train
-from mdistiller.engine.folder import PLACE, run_folder
+from mdistiller.engine.folder import run_folder
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.errors import UserError, run_command
 
@@ -44,17 +44,10 @@ def rows_of(opts: list[str]) -> list[dict]:
     cfg = config.load(CFG, opts)
     folder = run_folder(cfg, opts)
     rows = read_metrics(folder)
-    if len(rows) != cfg.SOLVER.EPOCHS or differs(cfg, config.read(folder / "config.yaml")):
+    if len(rows) != cfg.SOLVER.EPOCHS or computing(cfg) != computing(config.read(folder / "config.yaml")):
         train(cfg, opts, resume="auto")
         rows = read_metrics(folder)
     return rows
-
-
-def differs(now: config.CfgNode, then: config.CfgNode) -> bool:
-    """Whether the two would compute different things; sections of methods that neither uses do not count."""
-    other = tuple(f"{name}." for name in distiller_dict if name != now.DISTILLER.TYPE)
-    now, then = config.leaves(config.CfgNode.load_cfg(now.dump())), config.leaves(then)
-    return any(now[key] != then[key] for key in now.keys() & then.keys() if not key.startswith((*PLACE, *other)))
 
 
 def line(name: str, runs: list[list[dict]]) -> str:

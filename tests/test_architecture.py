@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "dataset": {"errors", "files", "registry", "config", "download"},
     "engine": {"errors", "files", "registry", "config", "models", "distillers", "dataset"},
     "analysis": {"errors", "files", "registry", "config", "models", "distillers", "dataset", "engine"},
+    "campaign": {"errors", "files", "registry", "config", "models", "distillers", "dataset", "engine", "analysis"},
 }
 
 

@@ -23,19 +23,20 @@ def colour(group: int | None) -> str:
 
 @dataclass
 class Series:
-    """One line, set of points or set of bars of the group number `group`; None: always shown, in grey.
+    """One line, set of points, set of bars or level of the group number `group`; None: always shown, in grey.
 
-    `x` holds numbers or names; `bands` maps the names of two columns to two arrays beside `y`, the widest band first.
+    `x` holds numbers or names; `bands` maps the names of two columns to two arrays beside `y`, the widest band first:
+    shaded beside a line or level, the error bars of bars. A level is one figure across the whole panel.
     """
 
     name: str
     group: int | None
     x: Sequence
     y: Sequence
-    kind: str = "line"  # line, points or bars
+    kind: str = "line"  # line, points, bars or level
     bands: dict[tuple[str, str], tuple[Sequence, Sequence]] = field(default_factory=dict)
     dashed: bool = False
-    text: Sequence[str] = ()  # one for each point, shown on hover
+    text: Sequence[str] = ()  # one for each point, shown on hover; above bars
     colour: str = ""  # the group's where it is empty
 
 

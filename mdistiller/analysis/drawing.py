@@ -20,6 +20,8 @@ STYLE = {
     "xtick.color": "#444", "ytick.color": "#444", "axes.labelcolor": "#222", "legend.frameon": False,
     "lines.linewidth": 1.7, "svg.hashsalt": "mdistiller",
 }  # fmt: skip
+# of a figure that stands among bars and lines
+FIGURE = {"fontsize": 6.5, "bbox": {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.4}}
 MOST_NAMES = 12  # so many names fit beside points and along a matrix
 
 
@@ -70,8 +72,8 @@ def legend_of(chart: Chart, figures: Sequence[str]) -> list[tuple[str, Line2D]]:
     entries: dict[tuple, Line2D] = {}
     for panel in chart.panels:
         for s in panel.series:
-            look = {"line": "-", "points": "", "bars": ""}[s.kind] if not s.dashed else "--"
-            marker = "" if s.kind == "line" else "o" if s.kind == "points" else "s"
+            look = {"line": "-", "points": "", "bars": "", "level": "-"}[s.kind] if not s.dashed else "--"
+            marker = "" if s.kind in ("line", "level") else "o" if s.kind == "points" else "s"
             shade = s.colour or colour(s.group)
             name = s.name if s.group is None or chart.group is not None else f"{s.name}: {figures[s.group]}"
             entries[name, shade, look] = Line2D([], [], color=shade, linestyle=look or "none", marker=marker)
@@ -89,6 +91,8 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     for s in panel.series:
         if s.kind == "bars":
             draw_bars(axes, s, bars.index(s), len(bars))
+        elif s.kind == "level":
+            draw_level(axes, s)
         else:
             draw_series(axes, s)
     if panel.diagonal:
@@ -134,9 +138,26 @@ def draw_bars(axes: Axes, s: Series, number: int, count: int) -> None:
     width = 0.8 / count
     x = places(s.x)
     step = 1.0 if isinstance(s.x[0], str) else float(np.diff(x).min()) if len(x) > 1 else 1.0
-    axes.bar(x + (number - (count - 1) / 2) * width * step, s.y, width * step, color=s.colour or colour(s.group))
+    x_bar, y = x + (number - (count - 1) / 2) * width * step, np.asarray(s.y, float)
+    errors = [np.abs(y - np.asarray(ends, float)) for ends in next(iter(s.bands.values()), ())] or None
+    look = {"ecolor": "#333", "capsize": 2, "error_kw": {"linewidth": 1}}
+    axes.bar(x_bar, y, width * step, color=s.colour or colour(s.group), yerr=errors, **look)
+    tops = y if errors is None else y + np.nan_to_num(errors[1])
+    for place, top, text in zip(x_bar, tops, s.text, strict=False):
+        if np.isfinite(top):
+            axes.annotate(plain(text), (place, top), (0, 2), textcoords="offset points", ha="center", **FIGURE)
     if isinstance(s.x[0], str):
         axes.set_xticks(x, [plain(name) for name in s.x])
+
+
+def draw_level(axes: Axes, s: Series) -> None:
+    shade = s.colour or colour(s.group)
+    axes.axhline(s.y[0], color=shade, linewidth=1.2, linestyle="--" if s.dashed else "-")
+    for low, high in s.bands.values():
+        axes.axhspan(low[0], high[0], color=shade, alpha=0.13, linewidth=0)
+    for text in s.text:
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(plain(text), (1, s.y[0]), (-2, 2), **place, **FIGURE)
 
 
 def draw_matrix(axes: Axes, panel: Panel) -> None:

@@ -180,7 +180,7 @@ def environment(device: torch.device) -> dict:
         "numpy": np.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({platform.machine()})",
+        "device": device_name(device),
         "capability": torch.cuda.get_device_capability(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
@@ -192,14 +192,22 @@ def environment(device: torch.device) -> dict:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's, or the kind of processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
 def _git() -> dict | None:
-    """Commit of the package's own checkout and whether its tree was clean; None outside one."""
+    """Commit of the package's own checkout and whether its tree was clean, results/ apart, which runs themselves add
+    to; None outside one.
+    """
 
     def ask(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "clean": not ask("status", "--porcelain", "--untracked-files=no")}
+        changed = ask("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
+        return {"commit": ask("rev-parse", "HEAD"), "clean": not changed}
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,0 +1,283 @@
+"""Running a plan: teachers before their students, what is done left alone, what fails reported, nothing lost."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mdistiller.campaign import ledger as book
+from mdistiller.campaign.estimate import Estimates
+from mdistiller.campaign.executors import Executor, Job
+from mdistiller.campaign.ledger import Ledger
+from mdistiller.campaign.plan import Cell, Trial
+from mdistiller.engine.folder import RunFolder, in_use
+from mdistiller.engine.recorder import read_metrics
+from mdistiller.engine.stop import Stop
+from mdistiller.errors import Preempted
+
+PAUSE = 0.2  # seconds between two looks at the jobs
+LOOK = 2.0  # ... at what another process trains
+STATUSES = ("done", "running", "waiting", "in use", "failed", "blocked")  # blocked: its teacher failed
+
+
+@dataclass
+class Progress:
+    """How far a trial has come."""
+
+    trial: Trial
+    status: str = "waiting"  # one of STATUSES
+    reason: str = ""
+    rows: list[dict] = field(default_factory=list)
+    active: bool = False  # whether a process is at it, where its job has several seeds
+    again: bool = False  # on record, but its network is gone and is needed
+    changed: float = 0.0  # when its last row came, by the monotonic clock
+    stamp: int = 0  # of the file that holds them
+
+    @property
+    def epochs(self) -> int:
+        """That are finished."""
+        return self.rows[-1]["epoch"] if self.rows else 0
+
+    def look(self) -> None:
+        """Read the rows, if there are new ones."""
+        try:
+            stamp = (self.trial.folder / "metrics.jsonl").stat().st_mtime_ns
+        except OSError:
+            stamp = 0
+        if stamp != self.stamp:
+            self.rows, self.stamp, self.changed = read_metrics(self.trial.folder), stamp, time.monotonic()
+
+
+@dataclass
+class Running:
+    """A job and the trials that it is to train."""
+
+    job: Job
+    cell: Cell
+    trials: list[Trial]
+    marks: dict[str, int]  # when each of their checkpoints was written
+
+
+class View(Protocol):
+    """Shows what happens; entered while a campaign runs."""
+
+    def say(self, text: str) -> None: ...
+
+    def update(self, campaign: "Campaign") -> None: ...
+
+
+class Campaign:
+    """Runs `cells` of the plan `name` by `executor`. `deadline`, on the monotonic clock: nothing is started that would
+    not be done by then, and what still runs then is stopped with a checkpoint.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cells: Sequence[Cell],
+        ledger: Ledger,
+        executor: Executor,
+        estimates: Estimates,
+        view: View,
+        deadline: float | None = None,
+    ):
+        self.name, self.cells, self.ledger, self.executor = name, cells, ledger, executor
+        self.estimates, self.view, self.deadline = estimates, view, deadline
+        self.jobs: list[Running] = []
+        self.progress = {trial.name: Progress(trial) for cell in cells for trial in cell.trials}
+        self._looked: dict[str, float] = {}
+        self._sweep()
+
+    def run(self) -> int:
+        """Returns the exit status: 0 all is done, 1 a run failed, 75 something is left to do."""
+        with Stop() as stop, self.view:
+            try:
+                while True:
+                    self._collect()
+                    over = self.deadline is not None and time.monotonic() > self.deadline
+                    if stop.signal or (over and self.jobs):
+                        self._halt(f"stopped by {stop.signal}" if stop.signal else "the budget is used up")
+                        break
+                    self._start()
+                    self.view.update(self)
+                    if not self.jobs and not self.count("in use"):
+                        break
+                    time.sleep(PAUSE)
+            except BaseException:  # a second Ctrl-C among them
+                for running in self.jobs:
+                    running.job.stop(at_once=True)
+                raise
+        if self.count("waiting", "in use"):
+            return Preempted.status
+        return 1 if self.count("failed", "blocked") else 0
+
+    def count(self, *statuses: str) -> int:
+        return sum(p.status in statuses for p in self.progress.values())
+
+    def summary(self) -> str:
+        counts = Counter(p.status for p in self.progress.values())
+        return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+
+    def left(self, p: Progress) -> float | None:
+        """Seconds that the trial will take; for a cell that nothing is known of, as long as the mean of the others'
+        epochs. None where nothing is known at all.
+        """
+        epoch = self.estimates.epoch(p.trial.cell)
+        if epoch is None and self.estimates.seen:
+            epoch = sum(self.estimates.seen.values()) / len(self.estimates.seen)
+        if epoch is None:
+            return None
+        inside = min(time.monotonic() - p.changed, epoch) if p.active and p.rows else 0
+        return max(epoch * (p.trial.epochs - p.epochs) - inside, 0)
+
+    def total_left(self) -> float | None:
+        """Seconds that all the rest will take, one after the other."""
+        parts = [self.left(p) for p in self.progress.values() if p.status in ("waiting", "running", "in use")]
+        return None if None in parts else sum(parts)
+
+    def _sweep(self) -> None:
+        """What is done already. A teacher on record whose network is gone is trained again, if it is still needed."""
+        for p in self.progress.values():
+            if p.trial.hash in self.ledger.records:
+                p.status, p.reason = "done", "on record"
+            elif book.state(p.trial) in ("half-done", "finished"):
+                p.look()
+        for cell in self.cells:
+            teacher = self.progress[cell.teacher.name] if cell.teacher and self._open(cell) else None
+            if teacher and teacher.status == "done" and not book.has_weights(teacher.trial):
+                teacher.status, teacher.again = "waiting", True
+
+    def _open(self, cell: Cell) -> list[Progress]:
+        found = [self.progress[trial.name] for trial in cell.trials]
+        return [p for p in found if p.status in ("waiting", "in use")]
+
+    def _start(self) -> None:
+        """Jobs for the first cells that are ready, as many as the executor takes."""
+        for cell in self.cells:
+            if len(self.jobs) >= self.executor.slots:
+                return
+            todo = [] if any(running.cell is cell for running in self.jobs) else self._ready(cell)
+            if not todo or not self._fits(todo):
+                continue
+            for p in todo:
+                p.status, p.reason = "running", ""
+            self.view.say(
+                f"start    {cell.name}, seed{'s' * (len(todo) > 1)} {', '.join(str(p.trial.seed) for p in todo)}"
+            )
+            trials = [p.trial for p in todo]
+            marks = {trial.name: _mark(trial) for trial in trials}
+            self.jobs.append(Running(self.executor.start(cell, trials), cell, trials, marks))
+
+    def _ready(self, cell: Cell) -> list[Progress]:
+        """Trials of the cell that can be started now."""
+        todo, teacher = self._open(cell), self.progress[cell.teacher.name] if cell.teacher else None
+        if not todo or time.monotonic() - self._looked.get(cell.name, -LOOK) < LOOK:
+            return []
+        if teacher and teacher.status in ("failed", "blocked"):
+            for p in todo:
+                p.status, p.reason = "blocked", f"its teacher {teacher.trial.name} failed"
+        if teacher and teacher.status != "done":
+            return []
+        ready = []
+        for p in todo:
+            p.status, p.reason, state = "waiting", "", book.state(p.trial)
+            if state == "finished":
+                self._keep(p)
+            elif p.trial.hash in self.ledger.records and not p.again:  # another campaign's work
+                p.status, p.reason = "done", "on record"
+            elif state == "in use":
+                p.status, p.reason = "in use", "another process trains it"
+                self._looked[cell.name] = time.monotonic()
+            else:
+                if state == "another":  # it is kept, under another name
+                    RunFolder(p.trial.folder).close()
+                ready.append(p)
+        return ready
+
+    def _fits(self, todo: Sequence[Progress]) -> bool:
+        """Whether all of it would be done before the deadline."""
+        if self.deadline is None:
+            return True
+        needed = [self.left(p) for p in todo]
+        if None not in needed and time.monotonic() + sum(needed) <= self.deadline:
+            return True
+        for p in todo:
+            p.reason = "does not fit the budget"
+        return False
+
+    def _keep(self, p: Progress) -> None:
+        """A finished trial goes on record."""
+        p.look()
+        self.ledger.append(book.record_of(p.trial, self.name))
+        self.estimates.observe(p.trial.cell, p.rows)
+        p.status, p.reason, p.active, p.again = "done", "", False, False
+        row = p.rows[-1]
+        self.view.say(
+            f"done     {p.trial.name}: last {row['test_acc']:.2f}, best {row['best_acc']:.2f} @ {row['best_epoch']}"
+        )
+
+    def _collect(self) -> None:
+        """How far the jobs have come, and what has become of those that ended."""
+        for running in list(self.jobs):
+            status = running.job.poll()  # before the look: what it has written by then is seen
+            for trial in running.trials:
+                p = self.progress[trial.name]
+                p.look()
+                p.active = trial.folder.is_dir() and in_use(trial.folder)
+                self.estimates.observe(trial.cell, p.rows)
+                if p.status == "running" and p.epochs == trial.epochs and book.state(trial) == "finished":
+                    self._keep(p)
+            if status is not None:
+                self.jobs.remove(running)
+                self._judge(running, status)
+
+    def _judge(self, running: Running, status: int) -> None:
+        """What the trials that an ended job has left unfinished come to."""
+        came_on = any(_mark(trial) != running.marks[trial.name] for trial in running.trials)
+        for p in (self.progress[trial.name] for trial in running.trials):
+            if p.status != "running":
+                continue
+            if p.active:
+                p.status, p.reason = "in use", "another process trains it"
+            elif came_on and (status < 0 or status == Preempted.status):  # from outside: it goes on
+                p.status = "waiting"
+                self.view.say(f"stopped  {p.trial.name}; it is started again")
+            else:
+                p.status, p.reason = "failed", _reason(running.job.complaints(), p.trial.seed, status)
+                self.view.say(f"FAILED   {p.trial.name}: {p.reason}")
+
+    def _halt(self, why: str) -> None:
+        """Every job keeps a checkpoint and ends."""
+        self.view.say(why + "; what runs keeps a checkpoint" * bool(self.jobs))
+        for running in self.jobs:
+            running.job.stop()
+        while self.jobs:
+            for running in [running for running in self.jobs if running.job.poll() is not None]:
+                self.jobs.remove(running)
+                for p in (self.progress[trial.name] for trial in running.trials):
+                    p.look()
+                    if p.status == "running":
+                        p.status, p.active = "waiting", False
+                        if book.state(p.trial) == "finished":
+                            self._keep(p)
+            self.view.update(self)
+            time.sleep(PAUSE)
+
+
+def _mark(trial: Trial) -> int:
+    try:
+        return (trial.folder / "latest").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _reason(complaints: str, seed: int, status: int) -> str:
+    """The line about the seed, else the last one, else how the job ended."""
+    lines = [line.strip() for line in complaints.splitlines() if line.strip()]
+    own = [line for line in lines if re.match(rf"error: seed {seed}\b", line)]
+    if own:
+        return own[-1].removeprefix("error: ")
+    ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
+    return f"{ended}; {lines[-1]}" if lines and status > 0 else ended

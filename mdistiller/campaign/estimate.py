@@ -1,0 +1,142 @@
+"""How long runs take and how much disk: from their own epochs, from records of this device, or from a measured step."""
+
+import itertools
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mdistiller.campaign.ledger import Ledger, state
+from mdistiller.campaign.plan import Cell, Trial
+from mdistiller.dataset import ImageSet, load_dataset
+from mdistiller.engine.builder import build_distiller, build_trainer
+from mdistiller.engine.cfg import load
+from mdistiller.engine.device import autocast, resolve_device
+from mdistiller.engine.folder import device_name
+from mdistiller.engine.recorder import read_metrics
+from mdistiller.engine.step import Meter
+from mdistiller.errors import UserError
+
+SIZES = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}  # which nothing has to be fetched for
+TIMED = 1.0  # seconds of steps
+
+
+@dataclass(frozen=True)
+class Measured:
+    step: float  # seconds
+    epoch: float  # seconds, with its evaluation
+    checkpoint: int  # bytes of `latest`
+    student: int  # bytes of `student_latest`
+
+
+def measure(file: Path, opts: list[str]) -> Measured | str:
+    """One cell's step, on its device; a text where it cannot be run."""
+    try:
+        return _measure(file, opts)
+    except UserError as error:
+        return error.lines[0]
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+
+
+def _measure(file: Path, opts: list[str]) -> Measured:
+    cfg = load(file, opts)
+    device = resolve_device(cfg.DEVICE)
+    if cfg.DATASET.TYPE in SIZES:
+        train, test, classes = SIZES[cfg.DATASET.TYPE]
+        few = torch.randint(256, (max(1024, 2 * cfg.SOLVER.BATCH_SIZE), 32, 32, 3), dtype=torch.uint8)
+        labels = torch.arange(len(few)) % classes
+        data = ImageSet(few, labels, few, labels, classes, (0.5,) * 3, (0.25,) * 3)
+    else:
+        data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        train, test = len(data.train_labels), len(data.test_labels)
+    distiller = build_distiller(cfg, data, None, device)
+    trainer = build_trainer(cfg, distiller, data, device, Path())
+    meter = Meter()
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.monotonic()
+
+    def timed(batches: Callable[[], Iterable], work: Callable) -> float:
+        """Seconds a batch: after two that warm up, batches until TIMED has passed."""
+        endless = itertools.chain.from_iterable(batches() for _ in itertools.count())
+        for batch in itertools.islice(endless, 2):
+            work(batch)
+        begin = wait()
+        for count, batch in enumerate(endless, 1):
+            work(batch)
+            if time.monotonic() - begin > TIMED:
+                return (wait() - begin) / count
+
+    distiller.train()
+    step = timed(lambda: trainer.train_batches.epoch(1), lambda batch: trainer.step(batch, 1, meter))
+    distiller.eval()
+    with torch.no_grad(), autocast(device, cfg.SOLVER.AMP):
+        look = timed(lambda: trainer.test_batches, lambda batch: distiller(image=batch.image))
+    epoch = step * -(-train // cfg.SOLVER.BATCH_SIZE) + look * -(-test // cfg.DATASET.TEST.BATCH_SIZE)
+    student = sum(value.nbytes for value in distiller.student.state_dict().values())
+    return Measured(step, epoch, 2 * student, student)  # weights and momenta
+
+
+class Estimates:
+    """Of the trials of a plan. `told`: what has been measured, by the name of the cell."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+        self.told: dict[str, Measured] = {}
+        self.seen: dict[str, float] = {}  # seconds an epoch, as runs had it
+
+    def measure(self, cells: Iterable[Cell]) -> dict[str, str]:
+        """Measure a step of each cell in a process of its own, which gives the device back; returns what could not be
+        measured, and why.
+        """
+        wanted = {cell.name: cell for cell in cells if cell.name not in self.told}
+        if not wanted:
+            return {}
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            done = pool.map(measure, [c.file for c in wanted.values()], [c.opts for c in wanted.values()])
+            found = dict(zip(wanted, done, strict=True))
+        self.told |= {name: value for name, value in found.items() if isinstance(value, Measured)}
+        return {name: value for name, value in found.items() if isinstance(value, str)}
+
+    def observe(self, cell: Cell, rows: list[dict]) -> None:
+        """Take note of how long epochs took."""
+        if rows:
+            self.seen[cell.name] = sum(row["epoch_seconds"] for row in rows[-5:]) / len(rows[-5:])
+
+    def recall(self, cells: Iterable[Cell]) -> None:
+        """Take note of what is on record, of this device only, or lies in folders."""
+        for cell in cells:
+            here = device_name(resolve_device(cell.cfg.DEVICE))
+            for trial in cell.trials:
+                record = self.ledger.records.get(trial.hash)
+                if record and record["device"] == here:
+                    self.seen[cell.name] = record["seconds"] / record["epochs"]
+                elif state(trial) == "half-done":
+                    self.observe(cell, read_metrics(trial.folder))
+
+    def epoch(self, cell: Cell) -> float | None:
+        """Seconds; None where nothing is known."""
+        if cell.name in self.seen:
+            return self.seen[cell.name]
+        return self.told[cell.name].epoch if cell.name in self.told else None
+
+    def left(self, trial: Trial, done: int) -> float | None:
+        """Seconds for all but `done` epochs."""
+        epoch = self.epoch(trial.cell)
+        return None if epoch is None else epoch * (trial.epochs - done)
+
+    def disk(self, trial: Trial) -> int | None:
+        """Bytes of a whole run's folder: `latest`, the one before, the best, and every epoch_N."""
+        measured = self.told.get(trial.cell.name)
+        if measured is None:
+            return None
+        kept = trial.epochs // trial.cfg.LOG.SAVE_CHECKPOINT_FREQ
+        return (3 + kept) * measured.checkpoint + (2 + kept) * measured.student

@@ -1,0 +1,204 @@
+"""results/runs.jsonl: one line a finished run, appended, synced, never twice; and what a finished run's line holds."""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from mdistiller import config
+from mdistiller.campaign.identity import computing, identity
+from mdistiller.campaign.plan import Trial
+from mdistiller.dataset import load_dataset
+from mdistiller.engine import checkpoint
+from mdistiller.engine.folder import in_use, resumable
+from mdistiller.engine.recorder import read_metrics
+from mdistiller.errors import UserError
+from mdistiller.files import sync_folder
+
+NEEDED = ("plan", "cell", "seed", "config", "teacher", "epochs", "curve", "last", "best")
+
+
+class Ledger:
+    """The finished runs in `path`, by their hash. Several campaigns may share the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._stamp = None
+        self._records: dict[str, dict] = {}
+
+    @property
+    def records(self) -> dict[str, dict]:
+        """{hash: record}, in the order of the file. The hash is computed anew: a key of the configuration that was
+        added since has its default. Raises UserError that names a line which is no record.
+        """
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return {}
+        if self._stamp != (status.st_size, status.st_mtime_ns):
+            data = self.path.read_bytes()
+            lines = data[: len(_whole(data))].decode(errors="replace").splitlines()
+            self._records = {}
+            for number, line in enumerate(lines, 1):
+                record = _parse(line)
+                if record is None:
+                    raise UserError(f"{self.path}, line {number}: is no record of a run; mend or remove that line")
+                self._records.setdefault(hash_of(record), record)
+            self._stamp = (status.st_size, status.st_mtime_ns)
+        return self._records
+
+    def append(self, record: dict) -> bool:
+        """Add `record`, unless its run is there; returns whether it was added. What a crash has left of a line goes."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            data = file.read()
+            kept = _whole(data)
+            if len(kept) < len(data):
+                file.truncate(len(kept))
+            if hash_of(record) in self.records:
+                return False
+            begin = b"\n" * bool(kept and not kept.endswith(b"\n"))
+            file.write(begin + json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.path.parent)
+        return True
+
+
+def _whole(data: bytes) -> bytes:
+    """`data` without a last line that was cut short; one that lacks nothing but its end stays."""
+    end = data.rfind(b"\n") + 1
+    return data if _parse(data[end:].decode(errors="replace")) else data[:end]
+
+
+def _parse(line: str) -> dict | None:
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        record = json.loads(line)
+        if all(key in record for key in NEEDED) and hash_of(record):
+            return record
+    return None
+
+
+def hash_of(record: dict) -> str:
+    """As of today's configuration."""
+    return identity(*settings_of(record))
+
+
+def settings_of(record: dict) -> tuple[dict, dict | None]:
+    """What the run computes, and its teacher's run."""
+    teacher = record["teacher"]
+    return computing(record["config"]), computing(teacher["config"]) if teacher else None
+
+
+def state(trial: Trial) -> str:
+    """Of the trial's folder: missing, half-done, finished, another (it holds another run) or in use (a process trains
+    there).
+    """
+    if not os.path.isdir(trial.folder):
+        return "missing"
+    if in_use(trial.folder):
+        return "in use"
+    if not resumable(trial.folder):
+        return "missing"
+    if not _is_this(trial):
+        return "another"
+    return "finished" if is_finished(trial) else "half-done"
+
+
+def is_finished(trial: Trial) -> bool:
+    """Whether its last epoch is kept: the row of an epoch is written before its checkpoint."""
+    if not (trial.folder / "latest").exists() or len(read_metrics(trial.folder)) != trial.epochs:
+        return False
+    try:
+        return checkpoint.load(trial.folder / "latest").get("epoch") == trial.epochs
+    except UserError:
+        return False
+
+
+def has_weights(trial: Trial) -> bool:
+    """Whether its folder has the last epoch's network, for students to learn from."""
+    return trial.weights.exists() and _is_this(trial) and is_finished(trial)
+
+
+def _is_this(trial: Trial) -> bool:
+    """Whether the folder's run was started with the trial's settings, and with the teacher's weights of today."""
+    try:
+        then = computing(config.read(trial.folder / "config.yaml"))
+    except (UserError, KeyError, TypeError, AttributeError):
+        return False
+    if trial.cell.teacher is None:
+        return then == trial.settings
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: training compares them once more
+        teacher = json.loads((trial.folder / "environment.json").read_text())["sha256"]["teacher"]
+        return then == trial.settings and teacher == weights_digest(trial.cell.teacher)
+    return then == trial.settings
+
+
+def weights_digest(trial: Trial) -> str:
+    """Of the network that the trial has trained; empty where it is not there."""
+    try:
+        return _digest(trial.weights, os.stat(trial.weights).st_mtime_ns)
+    except (OSError, UserError):
+        return ""
+
+
+@cache
+def _digest(path: Path, _changed: int) -> str:
+    return checkpoint.digest(checkpoint.model_state(checkpoint.load(path), path))
+
+
+@cache
+def _train_images(kind: str, root: str) -> int:
+    return len(load_dataset(kind, root).train_labels)
+
+
+def record_of(trial: Trial, plan: str) -> dict:
+    """The line of a finished trial of the plan."""
+    rows = read_metrics(trial.folder)
+    environment = json.loads((trial.folder / "environment.json").read_text())
+    sessions = environment["sessions"]
+    teacher = trial.cell.teacher
+    images = trial.epochs * _train_images(trial.cfg.DATASET.TYPE, trial.cfg.DATASET.ROOT)
+    return {
+        "plan": plan,
+        "cell": trial.cell.name,
+        "seed": trial.seed,
+        "hash": trial.hash,
+        "last": rows[-1]["test_acc"],
+        "best": rows[-1]["best_acc"],
+        "best_epoch": rows[-1]["best_epoch"],
+        "epochs": trial.epochs,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(sum(row["epoch_seconds"] for row in rows), 2),
+        "images": images,
+        "device": environment["device"],
+        "threads": environment["threads"],
+        "versions": {key: environment[key] for key in ("mdistiller", "python", "torch", "numpy", "cuda", "cudnn")},
+        "git": list(_once(session["git"] for session in sessions)),
+        "command": " ".join(trial.cell.command(trial.seed)),
+        "sha256": {"data": environment["sha256"]["data"], "student": weights_digest(trial)},
+        "config": trial.settings,
+        "teacher": {
+            "run": teacher.name,
+            "hash": teacher.hash,
+            "sha256": environment["sha256"]["teacher"],
+            "config": teacher.settings,
+        }
+        if teacher
+        else None,
+        "curve": [row["test_acc"] for row in rows],
+    }
+
+
+def _once(values: Iterator) -> Iterator:
+    seen = []
+    for value in values:
+        if value not in seen:
+            seen.append(value)
+            yield value

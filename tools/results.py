@@ -1,0 +1,37 @@
+"""Tables (Markdown, LaTeX, CSV) and bar charts (PNG, SVG) of finished campaigns.
+
+python3 tools/results.py dtkd_charts                      the plan's, from results/runs.jsonl, into results/
+python3 tools/results.py mine/runs.jsonl --only 'KD,resnet8'   of whatever is on record there, if its protocol is one
+python3 tools/results.py --page docs/reproduction.md       the tables between that page's markers
+"""
+
+import argparse
+from pathlib import Path
+
+from mdistiller.campaign import command
+from mdistiller.errors import UserError, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help="a plan, or runs.jsonl files")
+    parser.add_argument("--only", metavar="PATTERN", action="append", default=[], help="as in tools/reproduce.py")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where a plan's runs.jsonl lies")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; beside the runs.jsonl")
+    parser.add_argument(
+        "--published", type=Path, default=ROOT / "results/published.json", help="figures to compare with"
+    )
+    parser.add_argument("--page", type=Path, help="a Markdown page with markers")
+    words = parser.parse_args()
+    if words.page:
+        command.fill(words.page, ROOT / "configs/plans", words.published, words.results or ROOT / "results")
+    elif words.what:
+        print(command.show(words.what, ROOT / "configs/plans", words.results, words.out, words.published, words.only))
+    else:
+        raise UserError("give a plan such as dtkd_charts, runs.jsonl files, or --page docs/reproduction.md")
+
+
+if __name__ == "__main__":
+    run_command(main)
