@@ -211,7 +211,6 @@ class Campaign:
         """A finished trial goes on record."""
         p.look()
         self.ledger.append(book.record_of(p.trial, self.name))
-        self.estimates.observe(p.trial.cell, p.rows)
         p.status, p.reason, p.active, p.again = "done", "", False, False
         row = p.rows[-1]
         self.view.say(
@@ -226,7 +225,7 @@ class Campaign:
                 p = self.progress[trial.name]
                 p.look()
                 p.active = trial.folder.is_dir() and in_use(trial.folder)
-                self.estimates.observe(trial.cell, p.rows)
+                self.estimates.observe(trial.cell, p.rows, len(running.trials))
                 if p.status == "running" and p.epochs == trial.epochs and book.state(trial) == "finished":
                     self._keep(p)
             if status is not None:

@@ -13,7 +13,7 @@ import torch
 from mdistiller.campaign.ledger import Ledger, state
 from mdistiller.campaign.plan import Cell, Trial
 from mdistiller.dataset import ImageSet, load_dataset
-from mdistiller.engine.builder import build_distiller, build_trainer
+from mdistiller.engine.builder import Common, build_distiller, build_trainer
 from mdistiller.engine.cfg import load
 from mdistiller.engine.device import autocast, resolve_device
 from mdistiller.engine.folder import device_name
@@ -55,7 +55,7 @@ def _measure(file: Path, opts: list[str]) -> Measured:
         data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
         train, test = len(data.train_labels), len(data.test_labels)
     distiller = build_distiller(cfg, data, None, device)
-    trainer = build_trainer(cfg, distiller, data, device, Path())
+    trainer, _ = build_trainer(cfg, distiller, Common(cfg, data=data), Path())
     meter = Meter()
 
     def wait() -> float:
@@ -106,10 +106,10 @@ class Estimates:
         self.told |= {name: value for name, value in found.items() if isinstance(value, Measured)}
         return {name: value for name, value in found.items() if isinstance(value, str)}
 
-    def observe(self, cell: Cell, rows: list[dict]) -> None:
-        """Take note of how long epochs took."""
+    def observe(self, cell: Cell, rows: list[dict], students: int = 1) -> None:
+        """Take note of how long epochs took, of so many students side by side."""
         if rows:
-            self.seen[cell.name] = sum(row["epoch_seconds"] for row in rows[-5:]) / len(rows[-5:])
+            self.seen[cell.name] = sum(row["epoch_seconds"] for row in rows[-5:]) / len(rows[-5:]) / students
 
     def recall(self, cells: Iterable[Cell]) -> None:
         """Take note of what is on record, of this device only, or lies in folders."""
@@ -118,7 +118,7 @@ class Estimates:
             for trial in cell.trials:
                 record = self.ledger.records.get(trial.hash)
                 if record and record["device"] == here:
-                    self.seen[cell.name] = record["seconds"] / record["epochs"]
+                    self.seen[cell.name] = record["seconds"] / record["epochs"] / record["students"]
                 elif state(trial) == "half-done":
                     self.observe(cell, read_metrics(trial.folder))
 

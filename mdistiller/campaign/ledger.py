@@ -176,6 +176,7 @@ def record_of(trial: Trial, plan: str) -> dict:
         "epochs": trial.epochs,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(sum(row["epoch_seconds"] for row in rows), 2),
+        "students": max(session.get("students", 1) for session in sessions),  # side by side: these shared the seconds
         "images": images,
         "device": environment["device"],
         "threads": environment["threads"],

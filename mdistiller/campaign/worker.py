@@ -1,4 +1,4 @@
-"""The process that trains one cell's seeds, one after the other, for the campaign that has started it.
+"""The process that trains one cell's seeds, side by side, for the campaign that has started it.
 
 python3 -m mdistiller.campaign.worker --cfg FILE --seeds N [N ...] [-- KEY VALUE ...]
 
@@ -16,32 +16,30 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdistiller.engine.builder import train
 from mdistiller.engine.cfg import load
+from mdistiller.engine.seeds import train_seeds
 from mdistiller.errors import Preempted, UserError
 
 
 def run(file: str | Path, opts: Sequence[str], seeds: Sequence[int]) -> int:
-    """Train what is left of each seed; returns the exit status. What went wrong is said on stderr, seed by seed."""
-    status = 0
-    for seed in seeds:
-        words = [*opts, "SEED", str(seed)]
-        try:
-            stopped = train(load(file, words), words, resume="auto")["signal"]
-        except Preempted as error:
-            print(f"seed {seed}: {error.lines[0]}", file=sys.stderr, flush=True)
-            return error.status
-        except UserError as error:
-            print(f"error: seed {seed}: {'; '.join(error.lines)}", file=sys.stderr, flush=True)
-            status = 1
-        except Exception as error:
-            traceback.print_exc()
-            print(f"error: seed {seed}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            status = 1
-        else:
-            if stopped:
-                return Preempted.status
-    return status
+    """Train what is left of each seed, side by side; returns the exit status. What went wrong is said on stderr, with
+    the seed where one alone was lost.
+    """
+    words = list(opts)
+    try:
+        train_seeds(load(file, words), seeds, words, resume="auto")
+    except Preempted as error:
+        print(error.lines[0], file=sys.stderr, flush=True)
+        return error.status
+    except UserError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 def leash(descriptor: int = 0) -> None:

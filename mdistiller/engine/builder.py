@@ -110,7 +110,7 @@ def open_run(
         folder.check_config(cfg)
         restore(trainer, plan.path)
     folder.write_config(cfg, plan.teacher_file)
-    folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin)
+    folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin, common.teachers.students)
     wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, plan.path.name, cfg) if cfg.LOG.WANDB else None
     recorder = Recorder(
         plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place

@@ -155,14 +155,18 @@ class RunFolder:
         found.DISTILLER.TEACHER_CKPT = str(teacher_file or "")
         write_atomic(self.path / "config.yaml", found.dump().encode())
 
-    def write_environment(self, device: torch.device, seed: int, resume: bool, origin: dict[str, str]) -> None:
-        """environment.json: what has to be known to run this again. A resumed run adds to `sessions`."""
+    def write_environment(
+        self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], students: int = 1
+    ) -> None:
+        """environment.json: what has to be known to run this again. A resumed run adds to `sessions`. `students`: how
+        many train side by side.
+        """
         file = self.path / "environment.json"
         sessions = []
         if resume:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: nothing depends on it
                 sessions = [dict(session) for session in json.loads(file.read_text())["sessions"]]
-        sessions.append(environment(device))
+        sessions.append(environment(device) | {"students": students})
         body = {**sessions[0], "seed": seed, "sha256": origin, "sessions": sessions}
         write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")
 
