@@ -200,9 +200,10 @@ def _notes(rows: Sequence[Row], away: Sequence[str]) -> list[str]:
         commits = sorted(
             {g["commit"][:12] + " (with changes)" * (not g["clean"]) for r in records for g in r["git"] if g}
         )
-        hours = sum(r["seconds"] for r in records) / 3600
+        minutes = sum(r["seconds"] for r in records) / 60
+        time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
         notes.append(
-            f"{len(records)} run{'s' * (len(records) > 1)}, {hours:.2f} hours of training and evaluation in all, on "
+            f"{len(records)} run{'s' * (len(records) > 1)}, {time} of training and evaluation in all, on "
             f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'unknown'}."
         )
     for row in rows:
