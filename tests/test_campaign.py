@@ -29,7 +29,7 @@ from mdistiller.campaign.identity import computing, differing, identity
 from mdistiller.campaign.ledger import Ledger, hash_of, state
 from mdistiller.campaign.view import Board
 from mdistiller.dataset import load_dataset
-from mdistiller.engine import trainer
+from mdistiller.engine import builder
 from mdistiller.engine.folder import RunFolder
 from mdistiller.engine.stop import Stop
 from mdistiller.errors import ConfigError, UserError
@@ -359,7 +359,7 @@ def test_half_done_runs_go_on_and_finished_seeds_are_left_alone(small, monkeypat
                     self.signal = "SIGTERM"
                 yield item
 
-    monkeypatch.setattr(trainer, "Stop", Late)
+    monkeypatch.setattr(builder, "Stop", Late)
     status, campaign, executor = conduct(small, only=["KD"])
     assert status == 0, campaign.view.lines
     assert any(line.startswith("stopped  NONE,resnet14,seed0") for line in campaign.view.lines)
