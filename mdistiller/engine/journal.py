@@ -1,4 +1,4 @@
-"""What a run has done since its last checkpoint, kept after every training step: so a kill -9 costs a step, not an epoch.
+"""What a run has done since its last checkpoint, kept after every training step: a kill -9 costs a step, no epoch.
 
 Two files, `journal.a` and `journal.b`, are written over in turn and never synced: what a process has written outlives
 it, though not a power cut. A digest tells a file whose write was cut short; the other one is whole then. A file:
