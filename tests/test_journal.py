@@ -25,7 +25,7 @@ from mdistiller.errors import DamagedFile, Preempted, UserError
 
 config.load()
 METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
-KILLS = int(os.environ.get("KILLS", "6"))
+KILLS = int(os.environ.get("KILLS", "4"))
 STEPS = 3  # an epoch, in a small run
 
 
@@ -99,7 +99,7 @@ def test_kills_in_every_epoch(small, tmp_path, method):
 @pytest.fixture(scope="module")
 def undisturbed(small, tmp_path_factory):
     """Options of a run, its outcome, its record, and the seconds that a child takes for it."""
-    opts = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.EPOCHS", "4"]
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.EPOCHS", "3"]
     folder = run(opts, tmp_path_factory.mktemp("undisturbed"))
     begin = time.monotonic()
     killed(forked(lambda: run(opts, tmp_path_factory.mktemp("timed"))))
@@ -164,7 +164,7 @@ def test_kill_9_at_random_moments_costs_a_step_at_most(undisturbed, tmp_path):
 def test_a_kill_inside_a_write_costs_that_step(undisturbed, tmp_path):
     """A child dies in its nth write, a part of which has reached the file."""
     opts, _, _, _ = undisturbed
-    opts = [*opts, "SOLVER.EPOCHS", "2"]
+    opts = [*opts, "SOLVER.EPOCHS", "1"]
     expected = outcome(run(opts, tmp_path / "whole"))
     prefix, generator, real = tmp_path / "hurt", random.Random(0), os.pwrite
 
@@ -182,7 +182,7 @@ def test_a_kill_inside_a_write_costs_that_step(undisturbed, tmp_path):
         os.pwrite = pwrite  # in the child alone
         counting(opts, prefix)
 
-    writes = 2 * 2 * STEPS
+    writes = 2 * STEPS  # of the tensors and of the text
     for write in range(1, writes + 1, max(1, 20 // KILLS)):
         generator.random()
         assert killed(forked(functools.partial(dies_in, write)))
