@@ -153,8 +153,9 @@ def restore(trainer: Trainer, path: Path) -> str:
     kept, problem = trainer.journal.read()
     if has_checkpoint(path):
         load_checkpoint(trainer, path)
-    elif kept is None:
-        raise UserError(f"--resume: {problem}, and there is no checkpoint; start a new run without --resume")
+    elif kept is None or kept["epoch"] >= trainer.epochs:
+        reason = problem or f"{path}: its journal is of an epoch behind SOLVER.EPOCHS {trainer.epochs}"
+        raise UserError(f"--resume: {reason}, and there is no checkpoint; start a new run without --resume")
     if kept is None:
         if problem:
             say(f"warning: {problem}; going on from the last checkpoint")

@@ -51,18 +51,18 @@ class Journal:
         self._turn = 0
         self._kinds: list[Kind] | None = None
         self._costs: deque[float] = deque(maxlen=5)  # their median: a stall of the machine must not end the writing
-        self._last = time.perf_counter()
+        self._begin = self._last = time.perf_counter()
 
     def due(self) -> bool:
-        """Whether a write now keeps to the share."""
+        """Whether a write now keeps to the share; what the state's making takes from here on counts."""
         expected = statistics.median(self._costs) if self._costs else 0.0
-        return time.perf_counter() - self._last >= max(self.interval, expected / self.share)
+        self._begin = time.perf_counter()
+        return self._begin - self._last >= max(self.interval, expected / self.share)
 
     def write(self, state: dict) -> None:
         """Keep `state`: dictionaries and lists of tensors and what JSON knows. Raises OSError where the disk does not
         take it, KeyError or TypeError where it holds something else.
         """
-        begin = time.perf_counter()
         tensors: list[Tensor] = []
         kinds: list[Kind] = []
         tree = describe(state, tensors, kinds)
@@ -76,7 +76,7 @@ class Journal:
         write_at(file, len(self._bytes), text)
         self._turn = 1 - self._turn
         self._last = time.perf_counter()
-        self._costs.append(self._last - begin)
+        self._costs.append(self._last - self._begin)
 
     def _stage(self, tensors: list[Tensor], kinds: list[Kind]) -> None:
         """Copy the tensors into the buffer that is written, which stays while their kinds do."""
