@@ -1,9 +1,11 @@
-"""What a run's records cost: the temperature record in every step, and all that is kept at an epoch's end.
+"""What a run's records cost: the temperature record and the journal in every step, and all that is kept at an epoch's
+end.
 
 python3 benchmarks/overhead.py [--pair resnet20 resnet8] [--amp bf16] [--folder .] [--json FILE]
 
 Random images in CIFAR-100's numbers, DTKD, batch 64. Each round times `steps` steps without and with LOG.TEMPERATURE
-samples, in turn; the cost is the median over rounds of their ratio. Then an epoch's end is timed as often, in a folder
+samples, in turn; the cost is the median over rounds of their ratio. Then the journal is written after each of as many
+steps, the record on, and timed beside them. Then an epoch's end is timed as often, in a folder
 on the disk at hand: the record's figures and its block of the file, rows, log and checkpoints, with metrics.jsonl and
 worklog.txt as long as those of a run of 240 epochs are on average, 120 rows. An epoch is 782 steps.
 """
@@ -58,6 +60,23 @@ def step_seconds(trainer: Trainer, steps: int, recording: bool) -> float:
     return (time.perf_counter() - begin) / steps
 
 
+def journal_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
+    """Of a step that records, and of a journal's write behind it: medians."""
+    trainer.step.temperatures = trainer.buffer
+    times = []
+    for batch, _ in zip(trainer.train_batches.epoch(1), range(steps), strict=False):
+        begin = time.perf_counter()
+        trainer.step(batch, 20, trainer.meter)
+        trainer.done += 1
+        trainer.meter.read()  # waits for the device
+        middle = time.perf_counter()
+        trainer.journal.write(trainer.state())
+        times.append((middle - begin, time.perf_counter() - middle))
+    trainer.done = 0
+    step, write = map(statistics.median, zip(*times, strict=True))
+    return step, write
+
+
 def end_seconds(trainer: Trainer, recorder: Recorder, record: RecordFile) -> tuple[float, float]:
     """Of the record's part of an epoch's end, and of the rest."""
     row = {"epoch": trainer.epoch + 1, "lr": 0.1, "train_loss": 1.0, "train_acc": 1.0, "images_per_second": 1.0}
@@ -90,9 +109,13 @@ def main() -> None:
         pairs = [
             [step_seconds(trainer, a.steps, recording) for recording in (False, True)] for _ in range(a.rounds + 1)
         ]
+        journal = [journal_seconds(trainer, a.steps) for _ in range(a.rounds + 1)][1:]
+        size = sum(path.stat().st_size for path in trainer.journal.paths)
+        trainer.journal.remove()
         recorder, record = Recorder(Path(name), 240), RecordFile(Path(name) / "temperatures.bin", TRAIN)
         ends = [end_seconds(trainer, recorder, record) for _ in range(a.rounds + 1)][1:]
         sizes = {file: (Path(name) / file).stat().st_size for file in ("latest", "student_latest", "temperatures.bin")}
+    sizes["journal.a, journal.b"] = size
     sizes["temperatures.bin"] = sizes["temperatures.bin"] // (a.rounds + 1) * 240  # its header of 4 KB aside
     ratios = sorted(100 * (on / off - 1) for off, on in pairs[1:])
     epoch = len(trainer.train_batches) * statistics.median(off for off, _ in pairs[1:])
@@ -102,6 +125,10 @@ def main() -> None:
     print(head := head + f"{torch.get_num_threads()} threads")
     print(f"an epoch's training          {epoch:8.1f} s")
     print(f"the record in a step         {statistics.median(ratios):8.2f} %    {ratios[0]:.2f} - {ratios[-1]:.2f}")
+    writes = sorted(100 * write / step for step, write in journal)
+    ms = sorted(1000 * write for _, write in journal)
+    title = f"{statistics.median(writes):8.2f} %    {writes[0]:.2f} - {writes[-1]:.2f}, {statistics.median(ms):.2f} ms"
+    print(f"the journal after a step     {title}")
     shares = {}
     for title, times in zip(("the record at its end", "rows, log, checkpoints"), zip(*ends, strict=True), strict=True):
         ms = sorted(1000 * t for t in times)
@@ -111,6 +138,7 @@ def main() -> None:
         print(f"{file + ', 240 epochs' * (file[0] == 't'):<29}{size / 1e6:8.2f} MB")
     if a.json:
         figures = {"measured": head, "epoch_s": epoch, "step_cost_percent": ratios, "share_percent": shares}
+        figures |= {"journal_percent": writes, "journal_ms": ms}
         a.json.write_text(json.dumps(figures | {"bytes": sizes}, indent=1) + "\n")
 
 

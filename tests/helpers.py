@@ -1,5 +1,7 @@
 """What several test files use."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +85,26 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def forked(work) -> int:
+    """Run `work()` in a forked child with its output thrown away; returns the child's process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")  # noqa: SIM115
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def killed(child: int) -> bool:
+    """Wait for the child; whether a SIGKILL ended it. It must not have failed."""
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL), "a resumed run failed"
+    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL

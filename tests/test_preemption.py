@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, outcome, run, same, save_teacher, tool
+from helpers import ROOT, forked, killed, outcome, run, same, save_teacher, tool
 
 from mdistiller import config
 from mdistiller.dataset import Batch
@@ -159,29 +159,6 @@ def test_what_nohup_ignores_stays_ignored():
 
 
 # Kills: a fresh process each time would spend its life importing torch, so children are forked.
-
-
-def forked(work) -> int:
-    """Run `work()` in a forked child with its output thrown away; returns the child's process id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        for descriptor in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")  # noqa: SIM115
-        work()
-        status = 0
-    finally:
-        os._exit(status)
-
-
-def killed(child: int) -> bool:
-    """Wait for the child; whether a SIGKILL ended it. It must not have failed."""
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL), "a resumed run failed"
-    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")

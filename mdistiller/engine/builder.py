@@ -22,7 +22,8 @@ from mdistiller.engine.cfg import describe
 from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
 from mdistiller.engine.evaluator import images_together
-from mdistiller.engine.folder import RunFolder, check_writable, in_use, resumable, run_folder
+from mdistiller.engine.folder import RunFolder, check_writable, has_checkpoint, identity, in_use, resumable, run_folder
+from mdistiller.engine.journal import INTERVAL, SHARE, Journal, place
 from mdistiller.engine.recorder import Recorder, require_wandb, start_wandb
 from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
@@ -82,7 +83,7 @@ class Common:
     """What the `students` runs of one process share: the device, the images on it, teachers and their banks."""
 
     def __init__(self, cfg: CfgNode, students: int = 1, data: ImageSet | None = None):
-        self.device = resolve_device(cfg.DEVICE)
+        self.device, self.students = resolve_device(cfg.DEVICE), students
         self.data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
         self.digest = self.data.digest()
         names = ("train_images", "train_labels", "test_images", "test_labels")
@@ -106,17 +107,19 @@ def open_run(
     trainer, bank = build_trainer(cfg, distiller, common, plan.path, plan.teacher_file)
     folder = RunFolder(plan.path, resume)
     closing.callback(folder.close)
+    closing.callback(trainer.journal.close)
+    source = ""
     if folder.resumed:
         folder.check_config(cfg)
-        restore(trainer, plan.path)
+        source = restore(trainer, plan.path)
     folder.write_config(cfg, plan.teacher_file)
-    folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin, common.teachers.students)
+    folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin, common.students)
     wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, plan.path.name, cfg) if cfg.LOG.WANDB else None
     recorder = Recorder(
         plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place
     )
     closing.callback(recorder.close)
-    introduce(cfg, recorder, trainer, common.data, device, plan.teacher_file, bank)
+    introduce(cfg, recorder, trainer, common.data, device, plan.teacher_file, bank, source)
     return trainer, recorder
 
 
@@ -143,7 +146,34 @@ def failures(cfg: CfgNode) -> Iterator[None]:
         raise
 
 
-def restore(trainer: Trainer, path: Path) -> None:
+def restore(trainer: Trainer, path: Path) -> str:
+    """Bring `trainer` to where the run in the folder `path` has come: to its journal's step, where that is ahead of the
+    newest whole checkpoint, else to that. Returns words about the former.
+    """
+    kept, problem = trainer.journal.read()
+    if has_checkpoint(path):
+        load_checkpoint(trainer, path)
+    elif kept is None or kept["epoch"] >= trainer.epochs:
+        reason = problem or f"{path}: its journal is of an epoch behind SOLVER.EPOCHS {trainer.epochs}"
+        raise UserError(f"--resume: {reason}, and there is no checkpoint; start a new run without --resume")
+    if kept is None:
+        if problem:
+            say(f"warning: {problem}; going on from the last checkpoint")
+        return ""
+    if not (trainer.epoch, trainer.done) < place(kept) or kept["epoch"] >= trainer.epochs:
+        return ""
+    try:
+        trainer.load_state(kept, trainer.journal.paths[0].with_suffix(""))
+    except UserError as error:
+        if not has_checkpoint(path):
+            raise
+        say(f"warning: {error.lines[0]}; going on from the last checkpoint")
+        load_checkpoint(trainer, path)
+        return ""
+    return ", from the journal"
+
+
+def load_checkpoint(trainer: Trainer, path: Path) -> None:
     """Bring `trainer` to the newest checkpoint in the run folder `path` that is whole: `latest`, else `previous`."""
     try:
         trainer.load_state(checkpoint.load(path / "latest"), path / "latest")
@@ -169,11 +199,12 @@ def introduce(
     device: torch.device,
     teacher_file: Path | None,
     bank: str,
+    source: str = "",
 ) -> None:
     say_once = recorder.log if recorder.place else recorder.say  # what is true of all students of the process
     if trainer.epoch or trainer.done:
         inside = f", {trainer.done} steps into the next" * bool(trainer.done)
-        recorder.say(f"resumed after epoch {trainer.epoch} of {trainer.epochs}{inside}")
+        recorder.say(f"resumed after epoch {trainer.epoch} of {trainer.epochs}{inside}{source}")
     else:
         method, teacher = cfg.DISTILLER.TYPE, cfg.DISTILLER.TEACHER
         pair = cfg.DISTILLER.STUDENT if method == "NONE" else f"{teacher} -> {cfg.DISTILLER.STUDENT}"
@@ -287,8 +318,9 @@ def build_trainer(
         cfg.dump(),
         logits,
         uses_graph(cfg, device),
-        common.teachers.students == 1,
+        common.students == 1,
         common.stop,
+        Journal(folder, identity(cfg), SHARE / common.students, 0.0 if device.type == "cpu" else INTERVAL),
     )
     return trainer, bank
 

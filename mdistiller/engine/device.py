@@ -102,7 +102,7 @@ def rng_state() -> dict:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
+        "python": [version, torch.tensor(internal), gauss_next],
     }
 
 
@@ -113,4 +113,5 @@ def set_rng_state(state: dict) -> None:
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
+    internal = internal.tolist() if isinstance(internal, torch.Tensor) else internal  # older checkpoints: a list
     random.setstate((version, tuple(internal), gauss_next))

@@ -16,6 +16,7 @@ import torch
 from yacs.config import CfgNode
 
 from mdistiller import __version__, config, files
+from mdistiller.engine import checkpoint, journal
 from mdistiller.engine.terminal import say
 from mdistiller.errors import FolderInUse, UserError
 from mdistiller.files import remove_leftovers, write_atomic
@@ -53,8 +54,18 @@ def check_writable(path: Path, key: str) -> None:
 
 
 def resumable(path: Path) -> bool:
-    """Whether the run in the folder `path` has come to its first checkpoint."""
+    """Whether the run in the folder `path` has left something to go on from: a checkpoint, or a journal."""
+    return has_checkpoint(path) or journal.exists(path)
+
+
+def has_checkpoint(path: Path) -> bool:
     return any(os.path.exists(path / name) for name in ("latest", "previous"))
+
+
+def identity(cfg: CfgNode) -> str:
+    """The same for two configurations that compute the same, but for data, teacher and the number of epochs."""
+    settings = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
+    return checkpoint.digest({k: v for k, v in sorted(settings.items()) if not k.startswith((*PLACE, "SOLVER.EPOCHS"))})
 
 
 def in_use(path: Path) -> bool:

@@ -73,7 +73,9 @@ class Recorder:
     def log(self, *lines: str) -> None:
         """Add to worklog.txt."""
         self.text += "".join(line + "\n" for line in lines)
-        write_atomic(self.folder / "worklog.txt", self.text.encode())
+        data = self.text.encode()
+        write_atomic(self.folder / "worklog.txt", data)
+        self.size = len(data)
 
     def _write_rows(self) -> None:
         write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
@@ -112,6 +114,7 @@ class Recorder:
         """A point inside an epoch, for TensorBoard alone: means from the epoch's start to here."""
         if math.isfinite(means["loss"]):  # NaN: every step so far was skipped
             self.events.scalar("step/train_loss", means["loss"], step)
+            self.events.flush()  # before the journal holds this step: a resumed run does not repeat it
 
     def histograms(self, epoch: int, temperatures: EpochBuffer) -> None:
         """Both temperatures of every sample, into TensorBoard."""

@@ -17,12 +17,14 @@ from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import Scores, evaluate
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.inference import Inference
+from mdistiller.engine.journal import Journal
 from mdistiller.engine.recorder import Recorder
 from mdistiller.engine.solver import MultiStep, load_state, set_lr, state_of
 from mdistiller.engine.step import Meter, Step
 from mdistiller.engine.stop import Stop, StopRequested
 from mdistiller.engine.teacher import WINDOW, TeacherLogits
 from mdistiller.engine.temperature import EpochBuffer, RecordFile
+from mdistiller.engine.terminal import say
 from mdistiller.errors import Preempted, TrainingDiverged, UserError
 from mdistiller.files import link
 
@@ -45,7 +47,7 @@ class Trainer:
     `teacher`: gives the teacher's logits of a plan, so that the step needs no pass of it; `graph`: whether a step is
     captured (CUDA), `alone`: whether no other trainer takes turns with this one; `origin`: digests of what the run
     starts from (its data, its teacher), which a resumed run must share; `config`: the configuration as text, for the
-    dump of a batch whose loss is not finite.
+    dump of a batch whose loss is not finite; `journal`: keeps what was done since the last checkpoint.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Trainer:
         graph: bool = False,
         alone: bool = True,
         stop: Stop | None = None,
+        journal: Journal | None = None,
     ):
         self.distiller, self.step, self.schedule = distiller, step, schedule
         self.train_batches, self.test_batches = train, test
@@ -73,7 +76,9 @@ class Trainer:
         self.save_every, self.point_every = save_every, point_every
         self.temperature = temperature if isinstance(distiller, RuleDistiller) else "off"
         self.origin, self.config = origin or {}, config
-        self.teacher, self.stop = teacher, stop or Stop()
+        self.teacher, self.stop, self.journal = teacher, stop or Stop(), journal
+        owner = getattr(distiller, "teacher", None)
+        self._frozen = owner is not None and {*owner.parameters()}.isdisjoint(step.parameters)
         self.inference: Inference | None = None  # the student's, from the first evaluation on
         self.record: RecordFile | None = None
         self.meter = Meter()
@@ -136,6 +141,8 @@ class Trainer:
             self._start_epoch()
             self.save(recorder)
             seconds.append(time.monotonic() - begin)
+        if self.journal is not None:
+            self.journal.remove()
         result = self.result()
         recorder.finish(result)
         return result | {"signal": self.stop.signal}
@@ -168,6 +175,8 @@ class Trainer:
                 recorder.say(f"steps run as they are, not compiled: {self.step.refusal}")
                 self.step.refusal = ""
             self.seconds = time.monotonic() - begin
+            if self.journal is not None and self.journal.due():
+                self.keep(recorder)
             yield
         means = self.meter.read()
         seconds = time.monotonic() - begin  # after the read: the device has finished
@@ -204,6 +213,8 @@ class Trainer:
 
     def diverged(self, epoch: int) -> NoReturn:
         """Say what went bad in the step that the device has marked, and keep what runs it again."""
+        if self.journal is not None:
+            self.journal.remove()  # with it, a run that goes on would meet this step at once
         number = self.done - (self.step.steps - self.step.bad_step())  # from 0, in this epoch
         batch, logits = self.current
         if number != self.done - 1 or self.work != self.compute:
@@ -274,7 +285,23 @@ class Trainer:
         recorder.events.flush()
         recorder.log(f"stopped by {self.stop.signal} in {where}")
         self.save(recorder)
+        if self.journal is not None:
+            self.journal.remove()
         raise Preempted(f"stopped by {self.stop.signal} in {where}; the same command with --resume auto goes on there")
+
+    def keep(self, recorder: Recorder) -> None:
+        """Keep this step in the journal. Where that fails, training goes on without one."""
+        if self.step.bad_step() >= 0:  # on the device, steps behind it have done nothing
+            return
+        self.log_bytes = recorder.size
+        try:
+            self.journal.write(self.state())
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            self.journal.remove()
+            self.journal = None
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            # not to the worklog: the disk may be full
+            say(f"{recorder.label}warning: no journal is kept ({reason}); kill -9 costs what follows a checkpoint")
 
     def save(self, recorder: Recorder) -> None:
         """latest, and at an epoch's end student_latest; best and student_best where this epoch is the best; epoch_N,
@@ -282,7 +309,7 @@ class Trainer:
 
         `latest` comes last: what a resumed run starts from never names a file that is not there yet.
         """
-        self.log_bytes = len(recorder.text.encode())
+        self.log_bytes = recorder.size
         names = ["latest"]
         if self.teacher is not None:
             self.teacher.commit()
@@ -298,16 +325,26 @@ class Trainer:
         checkpoint.save(self.state(), *(self.folder / name for name in names))
 
     def teacher_is_frozen(self) -> bool:
-        teacher = getattr(self.distiller, "teacher", None)
-        return teacher is not None and {*teacher.parameters()}.isdisjoint(self.step.parameters)
+        return self._frozen
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The method's state_dict, without a teacher that is frozen."""
+        modules, plain = self.distiller._modules, type(self.distiller).state_dict is nn.Module.state_dict
+        if not (self._frozen and plain):
+            state = self.distiller.state_dict()
+            return {key: value for key, value in state.items() if not (self._frozen and key.startswith("teacher."))}
+        teacher, modules["teacher"] = modules["teacher"], None  # a deep one takes longer than all the rest
+        try:
+            return dict(self.distiller.state_dict())
+        finally:
+            modules["teacher"] = teacher
 
     def state(self) -> dict:
         """All that the run's future depends on, but for a teacher whose parameters stay: `origin` tells whether it is
         the same. (OFD's gathers BatchNorm statistics, which nothing reads.)
         """
-        model, frozen = self.distiller.state_dict(), self.teacher_is_frozen()
         return {
-            "model": {key: value for key, value in model.items() if not (frozen and key.startswith("teacher."))},
+            "model": self.model_state(),
             "optimizer": state_of(self.step.optimizer),
             "scaler": self.step.scaler.state_dict(),
             "rng": rng_state(),
@@ -338,6 +375,8 @@ class Trainer:
             self.done, self.seconds = progress["done"], progress["seconds"]
             self.meter.images = progress["images"]
             self.meter.sums = {name: value.to(self.step.device) for name, value in progress["sums"].items()}
+            if self.buffer is not None:
+                self.buffer.reset()
             if self.buffer is not None and progress["temperatures"] is not None:
                 self.buffer.values.copy_(progress["temperatures"])
             for key in KEPT:
