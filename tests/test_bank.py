@@ -195,7 +195,7 @@ def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkey
     def counted(self, rows, check=lambda: None):
         for part in real(self, rows, check):
             passes.append(len(part))
-            if len(passes) == 5:
+            if len(passes) == 6:
                 self_stop.signal = "SIGTERM"
             yield part
 
@@ -208,13 +208,93 @@ def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkey
     self_stop = None
     monkeypatch.setattr(builder, "Stop", Kept)
     monkeypatch.setattr(TeacherLogits, "compute", counted)
+    monkeypatch.setattr(teacher, "BLOCK", 128)  # two whole ones are done by then
+    monkeypatch.setattr(TeacherLogits, "compare", lambda self: None)  # which asks the teacher too
     with pytest.raises(Preempted, match="SIGTERM"):
         run(opts, tmp_path)
-    assert len(passes) == 5
+    assert len(passes) == 6
     monkeypatch.setattr(builder, "Stop", builder.Stop.__mro__[1])
     folder = run(opts, tmp_path, resume="auto")
     assert same(outcome(folder), expected("DTKD"))
-    assert sum(passes) == 40 * 81, "no view came twice"
+    assert sum(passes) == 40 * 81 + 2 * 64, "no view came twice, but for the pass that tells the number of classes"
+
+
+def test_a_teacher_whose_code_has_changed_is_noticed(small, tmp_path, monkeypatch):
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    bank_of(opts, tmp_path / "a")
+    real = teacher.Inference.__call__
+    monkeypatch.setattr(teacher.Inference, "__call__", lambda self, image: 1.1 * real(self, image))
+    with pytest.raises(UserError, match="other logits than this teacher gives"):
+        run(opts, tmp_path / "a", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "a" / "banks")
+
+
+@pytest.mark.parametrize("how", ["learns", "moves", "trains"])
+def test_a_teacher_that_changes_is_not_asked_ahead(small, tmp_path, how):
+    body = {
+        "learns": "    def get_learnable_parameters(self):\n"
+        "        return [*super().get_learnable_parameters(), *self.teacher.parameters()]\n",
+        "moves": "    def losses(self, *args, **kwargs):\n        with torch.no_grad():\n"
+        "            self.teacher.fc.bias += 1\n        return super().losses(*args, **kwargs)\n",
+        "trains": "    def train(self, mode=True):\n        super().train(mode)\n        self.teacher.train(mode)\n"
+        "        return self\n",
+    }[how]
+    plugin = tmp_path / f"changing_{how}.py"
+    plugin.write_text(
+        "import torch\nfrom mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
+        f"@register_distiller('CHANGING_{how.upper()}', defaults={{'A': 1.0}})\nclass Changing(KD):\n{body}"
+    )
+    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", f"CHANGING_{how.upper()}"]
+    if how == "moves":
+        with pytest.raises(RunFailed, match="set TEACHER_BANK off"):
+            run(opts, tmp_path)
+        run(opts, tmp_path, TEACHER_BANK="off")
+    else:
+        folder = run(opts, tmp_path, TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "banks")
+        assert not (tmp_path / "banks").exists()
+        assert "needs more of its teacher" in (folder / "worklog.txt").read_text()
+
+
+def test_what_auto_leaves_alone_stays_open_to_others(small, tmp_path, expected):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    folder = bank_of(opts, tmp_path, SEED=9)
+    header = json.loads((folder / "header.json").read_text())
+    ask = TeacherLogits.__call__
+
+    def another_takes_it(self, *args):
+        with RowStore(folder, *(header[key] for key in ("description", "rows", "width", "dtype"))) as store:
+            assert store.writable
+        return ask(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherLogits, "__call__", another_takes_it)
+        again = run(opts, tmp_path / "again", TEACHER_BANK="auto", TEACHER_BANK_FOLDER=tmp_path / "banks")
+    assert same(outcome(again), expected("DTKD"))
+
+
+def test_a_damaged_bank_stops_only_who_asks_for_it(small, tmp_path, expected, capsys):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    folder = bank_of([*small, "DISTILLER.TYPE", "DTKD"], tmp_path)
+    (folder / "header.json").write_text("{")
+    assert same(outcome(run(opts, tmp_path / "auto")), expected("DTKD"))
+    assert "teacher bank: none" in capsys.readouterr().out
+    with pytest.raises(UserError):
+        run(opts, tmp_path / "lazy", TEACHER_BANK="lazy")
+
+
+def test_a_run_of_before_the_bank_goes_on_with_its_own_teacher(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    folder = run(opts, tmp_path, TEACHER_BANK="off", SOLVER__EPOCHS=1)
+    file = folder / "config.yaml"
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if "TEACHER_BANK" not in line))
+    with pytest.raises(UserError, match="TEACHER_BANK is 'auto', but this run was started with 'off'"):
+        run(opts, tmp_path, resume=True)
+    run(opts, tmp_path, resume=True, TEACHER_BANK="off")
+
+
+def test_the_kind_of_bank_may_change_when_a_run_goes_on(small, tmp_path, expected):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    run(opts, tmp_path, TEACHER_BANK="lazy", SOLVER__EPOCHS=1)
+    assert same(outcome(run(opts, tmp_path, resume=True, TEACHER_BANK="full")), expected("DTKD"))
 
 
 def test_a_full_disk_ends_the_growth_not_the_run(small, tmp_path, expected, monkeypatch, capsys):

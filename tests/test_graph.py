@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class Recording:
 
     made = 0
 
-    def __init__(self, work):
+    def __init__(self, work, beside=None):
         Recording.made += 1
         self.replay = work
 
@@ -131,6 +132,13 @@ class Replaces(KD):
         return super().losses(logits_student, *args, **kwargs)
 
 
+class CountsInAList(KD):
+    def losses(self, *args, **kwargs):
+        self.seen = getattr(self, "seen", {"steps": [0]})
+        self.seen["steps"][0] += 1
+        return super().losses(*args, **kwargs)
+
+
 class NeedsANumber(KD):
     def losses(self, *args, epoch, **kwargs):
         if not isinstance(epoch, int):
@@ -147,6 +155,7 @@ REFUSED = {
     "python": (drawing(lambda: random.random()), "random numbers on the host"),
     "torch": (drawing(lambda: torch.rand(())), "random numbers on the host"),
     "counter": (Counts, "replaces calls"),
+    "container": (CountsInAList, "replaces seen['steps'][0]"),
     "buffer": (Replaces, "replaces running"),
     "number": (NeedsANumber, "an epoch is a number"),
 }
@@ -169,7 +178,7 @@ def test_what_a_graph_would_not_repeat_is_found_and_stepped(case):
 
 
 def test_a_capture_that_fails_leaves_the_step(monkeypatch):
-    def fails(work):
+    def fails(work, beside):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     made = make("DKD")
@@ -190,7 +199,7 @@ def test_a_mistake_of_the_method_is_not_hidden():
 
 def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypatch):
     class Fails:
-        def __init__(self, work):
+        def __init__(self, work, beside):
             raise RuntimeError("no graphs here")
 
     monkeypatch.setattr(trainer, "GraphStep", lambda *given: GraphStep(*given, Fails))
@@ -253,6 +262,33 @@ def test_a_rate_that_is_a_tensor_is_kept_and_stored_as_a_number():
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == (kind == "tensor")
         weights[kind] = layer.weight.detach()
     torch.testing.assert_close(weights["number"], weights["tensor"])
+
+
+def test_torchs_own_remark_about_waits_is_no_wait():
+    """What it says once, when the mode that finds waits is switched on."""
+
+    class Remarks(KD):
+        text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+
+        def losses(self, *args, **kwargs):
+            warnings.warn(self.text, stacklevel=1)
+            return super().losses(*args, **kwargs)
+
+    made = make("KD", as_graph=True, plugin=Remarks)
+    train(made, 2)
+    assert not made.work.refusal
+    Remarks.text = "called a synchronizing CUDA operation"
+    made = make("KD", as_graph=True, plugin=Remarks)
+    train(made, 2)
+    assert "waits for the device" in made.work.refusal
+
+
+def test_a_step_that_fails_in_a_graphs_way_leaves_no_trace():
+    graphed, eager = make("KD", as_graph=True, plugin=NeedsANumber), make("KD", plugin=NeedsANumber)
+    for made in (graphed, eager):
+        train(made, 1)
+    for key, value in eager.distiller.student.state_dict().items():
+        assert torch.equal(value, graphed.distiller.student.state_dict()[key]), key
 
 
 def test_generators_that_moved_are_noticed():

@@ -1,5 +1,6 @@
 """Several students in one process: each is the one that its seed gives alone."""
 
+import fcntl
 import json
 import os
 import random
@@ -17,9 +18,9 @@ from helpers import ROOT, changed, outcome, run, same, tool
 from mdistiller import config
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine import builder, seeds
-from mdistiller.engine.seeds import table, train_seeds
+from mdistiller.engine.seeds import summary_file, table, train_seeds
 from mdistiller.engine.stop import Stop
-from mdistiller.errors import Preempted, RunFailed, UserError
+from mdistiller.errors import FolderInUse, Preempted, RunFailed, UserError
 
 config.load()
 METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
@@ -135,16 +136,16 @@ def test_one_lost_student_does_not_stop_the_others(small, tmp_path, monkeypatch)
         real(self, batch, epoch, meter, logits)
 
     victim = []
-    opened = seeds.open_run
+    opened = seeds.Run
 
     def remember(plan, *args):
         made = opened(plan, *args)
         if plan.cfg.SEED == 1:
-            victim.append(id(made[0].step))
+            victim.append(id(made.trainer.step))
         return made
 
     monkeypatch.setattr(builder.Step, "compute", call)
-    monkeypatch.setattr(seeds, "open_run", remember)
+    monkeypatch.setattr(seeds, "Run", remember)
     with pytest.raises(RunFailed, match="seed 1: epoch 2, step 2"):
         run_set(small, tmp_path / "set", [0, 1, 2], DISTILLER__TYPE="KD")
     monkeypatch.undo()
@@ -163,16 +164,16 @@ def test_a_name_of_ones_own_gets_the_seed(small, tmp_path):
 
 
 def test_teachers_share_their_parameters(small, tmp_path, monkeypatch):
-    trainers = []
-    opened = seeds.open_run
+    runs = []
+    opened = seeds.Run
 
     def remember(*args):
-        trainers.append(opened(*args))
-        return trainers[-1]
+        runs.append(opened(*args))
+        return runs[-1]
 
-    monkeypatch.setattr(seeds, "open_run", remember)
+    monkeypatch.setattr(seeds, "Run", remember)
     run_set(small, tmp_path, [0, 1], DISTILLER__TYPE="FITNET", SOLVER__EPOCHS=1)
-    pointers = [{p.data_ptr() for p in trainer.distiller.teacher.parameters()} for trainer, _ in trainers]
+    pointers = [{p.data_ptr() for p in run.trainer.distiller.teacher.parameters()} for run in runs]
     assert pointers[0] == pointers[1]
 
 
@@ -181,10 +182,12 @@ def test_teachers_share_their_parameters(small, tmp_path, monkeypatch):
     [
         (["--seeds"], "no seed follows"),
         (["--seeds", "0", "0"], "given twice"),
+        (["--seeds", "0", "--seeds", "1"], "given twice"),
+        (["--seed", "3"], "unknown option --seed"),
+        (["--seeds", "0-5000"], "1,000 at most"),
         (["--seeds", "3-1"], "the smaller one first"),
         (["--seeds", "4294967296"], "2**32"),
         (["--seeds=1.5"], "is no seed"),
-        (["--seeds", "0-99999999"], "the smaller one first"),
         (["--seeds", "0", "1", "SEED", "3"], "give one of them"),
         (["--seeds", "0", "LOG.WANDB", "True"], "LOG.WANDB False"),
     ],
@@ -227,6 +230,27 @@ def test_a_set_that_is_killed_goes_on_to_the_same_end(small, tmp_path, number):
         expected, expected_rows = outcome(Path(folder))
         assert same(state, expected)
         assert same(rows, expected_rows)
+
+
+def test_a_summary_of_many_seeds_has_a_short_name(small, tmp_path):
+    words = changed(unnamed(small), tmp_path, DISTILLER__TYPE="NONE")
+    cfg = config.load(None, words)
+    assert summary_file(cfg, range(100), words).name.endswith("+SEED:0-99.json")
+    assert summary_file(cfg, [0, 1, 2, 9], words).name.endswith("+SEED:0,1,2,9.json")
+    scattered = [7 * seed + seed**2 for seed in range(200)]
+    assert len(summary_file(cfg, scattered, words).name) < 255
+
+
+def test_a_seed_in_use_is_found_before_another_ones_run_is_touched(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.EPOCHS", "1"]
+    _, folders = run_set(opts, tmp_path, [0, 1])
+    before = outcome(Path(folders[0]))
+    with open(Path(folders[1]) / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FolderInUse, match="SEED:1"):
+            run_set(opts, tmp_path, [0, 1])
+    assert same(outcome(Path(folders[0])), before)
+    assert not list((tmp_path / "distill").glob("*~1"))
 
 
 def test_run_alone_is_not_touched_by_the_driver(small, tmp_path):

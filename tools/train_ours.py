@@ -17,7 +17,9 @@ from mdistiller.errors import UserError, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--cfg", default=None, help="YAML file; without it, every key has its default")
     parser.add_argument(
         "--resume", nargs="?", choices=["auto", "last"],
@@ -62,9 +64,11 @@ def take_seeds(words: list[str]) -> list[int] | None:
         if not match:
             raise UserError(f"--seeds: {word} is no seed; write 0 1 2, or 0-2")
         low, high = int(match[1]), int(match[2] or match[1])
-        if high >= 2**32 or not 0 <= high - low < 1000:
-            raise UserError(f"--seeds: {word}: seeds are whole numbers from 0 to 2**32 - 1, the smaller one first")
+        if high >= 2**32 or high < low or high - low >= 1000:
+            raise UserError(f"--seeds: {word}: seeds are below 2**32, the smaller one first, and 1,000 at most")
         seeds += range(low, high + 1)
+    if take_seeds(words) is not None:
+        raise UserError("--seeds: is given twice; write all seeds behind one")
     if not seeds:
         raise UserError("--seeds: no seed follows; write --seeds 0 1 2, or --seeds 0-2")
     if len(set(seeds)) < len(seeds):

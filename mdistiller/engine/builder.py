@@ -47,10 +47,9 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
     plan.check(resume)
     common = Common(cfg)
     plan.find_teacher(resume)
-    with failures(cfg), contextlib.ExitStack() as closing:
-        closing.callback(common.teachers.close)
-        trainer, recorder = open_run(plan, resume, common, closing)
-        return trainer.fit(recorder) | {"folder": str(plan.path)}
+    with failures(cfg), common.entered() as closing:
+        run = Run(plan, resume, common, closing)
+        return run.trainer.fit(run.start()) | {"folder": str(plan.path)}
 
 
 class RunPlan:
@@ -90,37 +89,54 @@ class Common:
         self.local = dataclasses.replace(
             self.data, **{name: getattr(self.data, name).to(self.device) for name in names}
         )
-        self.teachers = Shared(students)
+        self.teachers = Shared()
         self.stop = Stop()
 
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[contextlib.ExitStack]:
+        """While the runs train: what they open is closed at the end, and their device is CUDA's current one."""
+        with contextlib.ExitStack() as closing:
+            if self.device.type == "cuda":
+                closing.enter_context(torch.cuda.device(self.device))
+            closing.callback(self.teachers.close)
+            yield closing
 
-def open_run(
-    plan: RunPlan, resume: bool | str, common: Common, closing: contextlib.ExitStack
-) -> tuple[Trainer, Recorder]:
-    """The trainer of `plan`, ready or brought back to where it stopped, and the recorder in its folder. `closing` gives
-    back what they hold.
+
+class Run:
+    """The trainer of `plan`, ready or brought back to where it stopped, with its folder's lock. Nothing that an earlier
+    run left is changed before `start`, unless it is set aside. `closing` gives back what is held.
     """
-    cfg, device = plan.cfg, common.device
-    set_determinism(cfg.DETERMINISTIC)
-    seed_everything(cfg.SEED)
-    distiller = build_distiller(cfg, common.data, plan.teacher_file, device)
-    trainer, bank = build_trainer(cfg, distiller, common, plan.path, plan.teacher_file)
-    folder = RunFolder(plan.path, resume)
-    closing.callback(folder.close)
-    closing.callback(trainer.journal.close)
-    source = ""
-    if folder.resumed:
-        folder.check_config(cfg)
-        source = restore(trainer, plan.path)
-    folder.write_config(cfg, plan.teacher_file)
-    folder.write_environment(device, cfg.SEED, folder.resumed, trainer.origin, common.students)
-    wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, plan.path.name, cfg) if cfg.LOG.WANDB else None
-    recorder = Recorder(
-        plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place
-    )
-    closing.callback(recorder.close)
-    introduce(cfg, recorder, trainer, common.data, device, plan.teacher_file, bank, source)
-    return trainer, recorder
+
+    def __init__(self, plan: RunPlan, resume: bool | str, common: Common, closing: contextlib.ExitStack):
+        self.plan, self.common, self.closing = plan, common, closing
+        cfg = plan.cfg
+        set_determinism(cfg.DETERMINISTIC)
+        seed_everything(cfg.SEED)
+        distiller = build_distiller(cfg, common.data, plan.teacher_file, common.device)
+        self.trainer, self.bank = build_trainer(cfg, distiller, common, plan.path, plan.teacher_file)
+        self.folder = RunFolder(plan.path, resume)
+        closing.callback(self.folder.close)
+        closing.callback(self.trainer.journal.close)
+        self.source = ""
+        if self.folder.resumed:
+            self.folder.check_config(cfg)
+            self.source = restore(self.trainer, plan.path)
+
+    def start(self) -> Recorder:
+        """Write what the run is, and say it."""
+        plan, cfg, trainer, common = self.plan, self.plan.cfg, self.trainer, self.common
+        self.folder.write_config(cfg, plan.teacher_file)
+        resumed, origin = self.folder.resumed, trainer.origin
+        self.folder.write_environment(common.device, cfg.SEED, resumed, origin, common.students)
+        wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, plan.path.name, cfg) if cfg.LOG.WANDB else None
+        recorder = Recorder(
+            plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place
+        )
+        self.closing.callback(recorder.close)
+        introduce(cfg, recorder, trainer, common.data, common.device, plan.teacher_file, self.bank, self.source)
+        if common.device.type == "cuda" and cfg.SOLVER.AMP == "fp16" and cfg.SOLVER.STEP != "eager":
+            recorder.say("steps run one operation at a time, not as a graph: fp16's scaler looks at every one")
+        return recorder
 
 
 OUT_OF_MEMORY = "out of memory|CPUAllocator|STATUS_ALLOC_FAILED"

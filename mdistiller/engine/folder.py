@@ -16,6 +16,7 @@ import torch
 from yacs.config import CfgNode
 
 from mdistiller import __version__, config, files
+from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine import checkpoint, journal
 from mdistiller.engine.terminal import say
 from mdistiller.errors import FolderInUse, UserError
@@ -65,7 +66,14 @@ def has_checkpoint(path: Path) -> bool:
 def identity(cfg: CfgNode) -> str:
     """The same for two configurations that compute the same, but for data, teacher and the number of epochs."""
     settings = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
-    return checkpoint.digest({k: v for k, v in sorted(settings.items()) if not k.startswith((*PLACE, "SOLVER.EPOCHS"))})
+    ignored = (*PLACE, "SOLVER.EPOCHS", "SOLVER.STEP")
+    return checkpoint.digest({k: v for k, v in sorted(_by_effect(settings).items()) if not k.startswith(ignored)})
+
+
+def _by_effect(settings: dict[str, object]) -> dict[str, object]:
+    """All kinds of TEACHER_BANK give the same numbers but off, which is what a run was before there was the key."""
+    bank = settings.get("TEACHER_BANK", "off")
+    return settings | {"TEACHER_BANK": bank if bank == "off" else "auto"}
 
 
 def in_use(path: Path) -> bool:
@@ -146,9 +154,11 @@ class RunFolder:
         bad = config.misfit(then)
         if bad:
             raise UserError(f"--resume: {file}: {bad} holds a value of another kind; start a new run without --resume")
-        then = config.leaves(then)
-        now = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
-        ignored = (*PLACE, "SOLVER.EPOCHS")
+        then = _by_effect(config.leaves(then))
+        if not issubclass(distiller_dict[cfg.DISTILLER.TYPE], LogitDistiller):
+            del then["TEACHER_BANK"]
+        now = _by_effect(config.leaves(CfgNode.load_cfg(cfg.dump())))  # YAML knows lists only, no tuples
+        ignored = (*PLACE, "SOLVER.EPOCHS", "SOLVER.STEP")
         if cfg.DISTILLER.TYPE == "NONE":  # reads no method's section
             now = {k: v for k, v in now.items() if k.startswith(("SOLVER.", "DATASET.", "DISTILLER.", "SEED"))}
             ignored += ("DISTILLER.TEACHER",)

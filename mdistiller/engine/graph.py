@@ -9,15 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.engine.device import generators, set_generators
+
 WARM_UP = 3  # steps of each batch size that run one operation at a time, so that every library has made its choices
 
 
 class CudaGraph:
-    """What `work` does on the device, to be done again by `replay`. Raises RuntimeError where it cannot be recorded."""
+    """What `work` does on the device, to be done again by `replay`. Raises RuntimeError where it cannot be recorded.
 
-    def __init__(self, work: Callable[[], None]):
+    `beside`: a graph that never runs at the same time, whose memory this one may use.
+    """
+
+    def __init__(self, work: Callable[[], None], beside: "CudaGraph | None" = None):
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+        pool = beside.graph.pool() if beside else None
+        with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.current_stream()):
             work()
 
     def replay(self) -> None:
@@ -40,7 +46,7 @@ class GraphStep:
         module: nn.Module,
         device: torch.device,
         alone: bool = True,
-        capture: Callable[[Callable[[], None]], CudaGraph] = CudaGraph,
+        capture: Callable[[Callable[[], None], CudaGraph | None], CudaGraph] = CudaGraph,
     ):
         self.alone = alone
         self.work, self.module, self.capture = work, module, capture
@@ -56,6 +62,7 @@ class GraphStep:
         self.epoch.fill_(epoch)
         size = plan.shape[1]
         self.calls[size] = self.calls.get(size, 0) + 1
+        before = None if size in self.graphs else ([(b, b.clone()) for b in self.module.buffers()], generators())
         try:
             if self.calls[size] < WARM_UP:
                 self.work(plan, logits, self.epoch)
@@ -69,13 +76,17 @@ class GraphStep:
             if isinstance(error, torch.OutOfMemoryError) or size in self.graphs:
                 raise
             # the step has not come to its update: it may run again, and a mistake that is no graph's comes again
+            for buffer, value in before[0]:
+                buffer.copy_(value)
+            set_generators(before[1])
             self.refusal = " ".join(str(error).split())[:200] or type(error).__name__
             self.work(plan, logits, epoch)
 
     def _record(self, plan: Tensor, logits: Tensor | None) -> None:
         """Recording runs nothing: what the step would do is done by the replay that follows."""
         held, given = plan.clone(), None if logits is None else logits.clone()
-        self.graphs[plan.shape[1]] = self.capture(lambda: self.work(held, given, self.epoch)), held, given
+        beside = next((graph for graph, *_ in self.graphs.values()), None)
+        self.graphs[plan.shape[1]] = self.capture(lambda: self.work(held, given, self.epoch), beside), held, given
 
     def _replay(self, plan: Tensor, logits: Tensor | None) -> None:
         graph, held, given = self.graphs[plan.shape[1]]
@@ -90,7 +101,7 @@ class GraphStep:
         with warnings.catch_warnings(record=True) as caught, waits_are_warnings():
             warnings.simplefilter("always")
             self.work(plan, logits, self.epoch)
-        waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
         if waits:
             return f"it waits for the device ({waits[0].splitlines()[0]})"
         if drawn != host_generators():
@@ -101,14 +112,25 @@ class GraphStep:
         return f"it replaces {changed[0]}, which a graph would not" if changed else ""
 
     def _state(self) -> dict[str, object]:
-        """By name, the identity of every tensor and the value of every number that the modules hold."""
-        held = {}
+        """By name, the identity of every tensor and the value of every number that the modules hold, in lists, tuples
+        and dicts too.
+        """
+        held: dict[str, object] = {}
+
+        def look(name: str, value: object, depth: int) -> None:
+            if isinstance(value, Tensor):
+                held[name] = id(value), value.data_ptr()
+            elif isinstance(value, (bool, int, float)):
+                held[name] = value
+            elif isinstance(value, (dict, list, tuple)) and depth < 3:
+                held[f"{name}'s length"] = len(value)
+                for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                    look(f"{name}[{key!r}]", item, depth + 1)
+
         for path, module in self.module.named_modules():
             for name, value in {**module.__dict__, **module._buffers, **module._parameters}.items():
-                if isinstance(value, Tensor):
-                    held[f"{path}.{name}".lstrip(".")] = id(value), value.data_ptr()
-                elif isinstance(value, (bool, int, float)):
-                    held[f"{path}.{name}".lstrip(".")] = value
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    look(f"{path}.{name}".lstrip("."), value, 0)
         return held
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from mdistiller.engine.builder import Common, RunPlan, failures, open_run
+from mdistiller.engine import checkpoint
+from mdistiller.engine.builder import Common, Run, RunPlan, failures
 from mdistiller.engine.device import generators, set_generators, side_stream
-from mdistiller.engine.folder import run_folder
-from mdistiller.engine.recorder import Recorder
+from mdistiller.engine.folder import check_writable, in_use, run_folder
 from mdistiller.engine.stop import Stop
 from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
-from mdistiller.errors import Preempted, RunFailed, TrainingDiverged, UserError
+from mdistiller.errors import FolderInUse, Preempted, RunFailed, TrainingDiverged, UserError
 from mdistiller.files import write_atomic
 
 
@@ -42,17 +42,22 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), re
         plans.append(RunPlan(own, [*opts, "SEED", str(seed)], f"seed {seed:>{width}}  ", place))
     for plan in plans:
         plan.check(resume)
+        if plan.path.is_dir() and in_use(plan.path):  # before the first of them is touched
+            raise FolderInUse(f"{plan.path}: another process trains there; wait for it, or leave that seed out")
+    file = summary_file(cfg, seeds, opts)
+    check_writable(file, "LOG.PREFIX")
     common = Common(cfg, len(seeds))
     for plan in plans:
         plan.find_teacher(resume)
+        common.teachers.files.append(plan.teacher_file)
 
-    with failures(cfg), contextlib.ExitStack() as closing:
-        closing.callback(common.teachers.close)
+    with failures(cfg), common.entered() as closing:
         students = [Student(plan, resume, common, closing) for plan in plans]
+        for student in students:
+            student.start()
         take_turns(students, common.stop)
-    summary = summarise(cfg, students)
-    file = summary_file(cfg, seeds, opts)
-    write_atomic(file, json.dumps(summary, indent=2).encode() + b"\n")
+        summary = summarise(cfg, students)
+        write_atomic(file, json.dumps(summary, indent=2).encode() + b"\n")
     for line in table(summary):
         say(line)
     say(f"summary: {file}")
@@ -69,14 +74,15 @@ class Student:
         self.seed, self.label, self.folder = plan.cfg.SEED, plan.label, plan.path
         self.result: dict | None = None
         self.error: UserError | None = None
-        self.trainer: Trainer
-        self.recorder: Recorder
-        self.trainer, self.recorder = open_run(plan, resume, common, closing)
+        self.run = Run(plan, resume, common, closing)
+        self.trainer: Trainer = self.run.trainer
+        self.random = generators()
         if self.trainer.teacher_is_frozen():
             common.teachers.tie(self.trainer.distiller.teacher, self.trainer.origin["teacher"])
         self.stream = side_stream(common.device)
-        self.steps = self.trainer.steps(self.recorder)
-        self.random = generators()
+
+    def start(self) -> None:
+        self.steps = self.trainer.steps(self.run.start())
 
     @property
     def training(self) -> bool:
@@ -113,9 +119,19 @@ def take_turns(students: Sequence[Student], stop: Stop) -> None:
 
 
 def summary_file(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = ()) -> Path:
-    """NAME-or-TAG[+overrides]+SEED:0,1,2.json, beside the runs' folders."""
+    """NAME-or-TAG[+overrides]+SEED:0,1,2.json, beside the runs' folders; longer ranges as 0-99."""
     folder = run_folder(cfg, list(opts))
-    return folder.with_name(f"{folder.name}+SEED:{','.join(map(str, seeds))}.json")
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    texts = [f"{part[0]}-{part[-1]}" if len(part) > 3 else ",".join(map(str, part)) for part in parts]
+    text = ",".join(texts)
+    if len(folder.name.encode()) + len(text) > 235:
+        text = f"{len(seeds)}-seeds-{checkpoint.digest(list(seeds))[:8]}"
+    return folder.with_name(f"{folder.name}+SEED:{text}.json")
 
 
 def summarise(cfg: CfgNode, students: Sequence[Student]) -> dict:

@@ -106,3 +106,6 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, own, strict=True):
         group |= kept
+        for parameter in group["params"] if group.get("fused") else ():  # none yet: the state was an eager one's
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

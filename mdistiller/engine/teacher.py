@@ -34,16 +34,21 @@ WINDOW = 1024  # views that are looked up together, some steps ahead
 # never on which, so that a bank filled in any order by any run holds the same numbers.
 CHUNK = {"cpu": 64}
 LARGE_CHUNK = 1024
+BLOCK = 2**16  # views that a precomputation looks up together
+CODE = 1  # raised where a view or a row comes to another number than before
 PAYS = 0.8  # a bank is made where it leaves less than this share of the teacher's passes
 SECONDS_LOST = 30  # by an interrupted precomputation, at most
 
 
 def takes_logits(distiller: nn.Module) -> bool:
-    """Whether the method can do without a teacher's pass of its own on the batch."""
-    return (
-        isinstance(distiller, LogitDistiller)
-        and "logits_teacher" in inspect.signature(distiller.forward_train).parameters
-    )
+    """Whether the method can do without a teacher's pass of its own on the batch: it says so, and its teacher neither
+    learns nor leaves eval mode.
+    """
+    if not isinstance(distiller, LogitDistiller):
+        return False
+    given = "logits_teacher" in inspect.signature(distiller.forward_train).parameters
+    learns = not {*distiller.teacher.parameters()}.isdisjoint(distiller.get_learnable_parameters())
+    return given and not learns and not distiller.train().teacher.training
 
 
 class Bank:
@@ -54,8 +59,12 @@ class Bank:
         self.store: RowStore | None = None
         self.table: Tensor | None = None
         self.full_disk = False
-        if os.path.exists(folder):
-            self.store = RowStore(folder, description, **shape)
+        self.sound = False  # whether it was compared with the teacher
+
+    def find(self) -> None:
+        """Open the store if it is there. Raises UserError where something else is."""
+        if self.store is None and os.path.exists(self.folder):
+            self.store = RowStore(self.folder, self.description, **self.shape)
 
     def open(self) -> None:
         """Make the store where there is none; on CUDA what it holds goes into device memory."""
@@ -81,16 +90,25 @@ class Bank:
         shares = [self.store.holds(batches.row_numbers(batches.plan(epoch)).numpy()).mean() for epoch in some]
         return float(np.mean(shares))
 
-    def check(self, whole: bool, rows: int) -> None:
-        """Raises UserError where it could not be made, or not take `rows` rows; or, if `whole`, not be filled now."""
+    def wait(self, check: Callable[[], None]) -> None:
+        """Until it is complete, or this process may add to it."""
+        said = False
+        while not (self.store.writable or self.store.complete):
+            if not said:
+                say(f"another process fills {self.folder}; waiting for it")
+                said = True
+            for _ in range(100):  # opening reads it all
+                time.sleep(0.1)
+                check()
+            self.close()
+            self.open()
+
+    def check(self, rows: int) -> None:
+        """Raises UserError where it could not be made, or not take `rows` rows."""
         if self.shape["rows"] >= 2**30:
             raise UserError(f"TEACHER_BANK: {self.shape['rows']:,} views are too many to keep; set TEACHER_BANK off")
         if self.store is None:
             check_writable(self.folder, "TEACHER_BANK_FOLDER")
-        elif whole and not self.store.writable and not self.store.complete:
-            raise UserError(
-                f"{self.folder}: another process fills this teacher bank; wait for it, or set TEACHER_BANK lazy"
-            )
         check_space(self.folder, **(self.shape | {"rows": rows}))
         if self.device.type == "cuda" and self.table is None:
             size = self.shape["rows"] * self.shape["width"] * np.dtype(self.shape["dtype"]).itemsize
@@ -106,6 +124,7 @@ class Bank:
         if self.store is not None:
             with contextlib.suppress(OSError):  # has been said
                 self.store.close()
+        self.store = self.table = None
 
     def read(self, rows: Tensor) -> Tensor:
         """Logits (n, K) of held rows (n,), both on the CPU or the former on the device."""
@@ -191,7 +210,7 @@ class TeacherLogits:
     @torch.no_grad()
     def compute(self, rows: Tensor, check: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
         """The logits of `rows` (n,), see Batches.row_numbers, in parts of `chunk`, in `dtype`, on the device."""
-        for part in rows.split(self.chunk):
+        for part in rows.split(self.chunk) if len(rows) else ():
             padded = part
             if self.device.type == "cpu":
                 padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
@@ -207,9 +226,12 @@ class TeacherLogits:
             check()
 
     def prepare(self, check: Callable[[], None]) -> None:
-        """What has to be there before the first step."""
+        """What has to be there before the first step. Raises UserError where the bank holds other numbers than the
+        teacher gives: its code may have changed, which no digest of its weights tells.
+        """
         if self.bank is not None:
             self.bank.open()
+            self.compare()
         if self.whole and not self.bank.store.complete:
             with torch.cuda.stream(self.stream):  # nothing off CUDA, where it is None
                 self.fill(check)
@@ -219,10 +241,31 @@ class TeacherLogits:
         if self.bank is not None:
             self.bank.commit()
 
+    @torch.no_grad()
+    def compare(self) -> None:
+        """A few rows of the bank with the teacher's own, once."""
+        if self.bank.sound or not self.bank.store.filled:
+            return
+        rows, values = next(self.bank.store.chunks())
+        some = slice(None, None, -(-len(rows) // self.chunk))
+        there = torch.from_numpy(values[some]).float().to(self.device)
+        own = torch.cat([part.float() for part in self.compute(torch.from_numpy(rows[some]))])
+        rounding = 1e-2 if self.inference.amp == "none" else 5e-2  # other processors round otherwise
+        if not bool((own - there).abs().max() <= rounding * own.abs().max()):
+            raise UserError(
+                f"{self.bank.folder}: holds other logits than this teacher gives, whose code may have changed; remove "
+                "that folder, or set TEACHER_BANK_FOLDER to another one"
+            )
+        self.bank.sound = True
+
     def fill(self, check: Callable[[], None] = lambda: None) -> None:
-        """Compute every row that the bank lacks; where `check` raises, what is done by then is kept."""
+        """Compute every row that the bank lacks; where `check` raises, what is done by then is kept. Where another
+        process is at it, wait for that.
+        """
+        self.bank.wait(check)
         store = self.bank.store
-        self.bank.check(True, store.rows)  # once more: others may have come first
+        if store.complete:
+            return
         title = f"teacher bank, {store.rows:,} views"
         with unbroken():
             terminal = sys.stdout.isatty()
@@ -239,8 +282,8 @@ class TeacherLogits:
         begin = kept = time.monotonic()
         before = store.filled
         try:
-            for start in range(0, store.rows, 2**16):
-                rows = torch.from_numpy(store.missing(np.arange(start, min(start + 2**16, store.rows))))
+            for start in range(0, store.rows, BLOCK):
+                rows = torch.from_numpy(store.missing(np.arange(start, min(start + BLOCK, store.rows))))
                 for part, logits in zip(rows.split(self.chunk), self.compute(rows, check), strict=True):
                     store.add(part.numpy(), logits.cpu().numpy())
                     if self.bank.table is not None:
@@ -294,8 +337,8 @@ def choose(wanted: str, views: int, draws: int, held: float, cuda: bool) -> Choi
 class Shared:
     """The teachers and banks of a process, by file: students that have one in common share it."""
 
-    def __init__(self, students: int = 1):
-        self.students = students
+    def __init__(self):
+        self.files: list[Path | None] = []  # the teacher's, of each student
         self.inferences: dict[str, Inference] = {}
         self.banks: dict[Path, Bank] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
@@ -316,40 +359,41 @@ class Shared:
 
         Raises UserError where a bank is asked for that does not fit, or that is another teacher's.
         """
-        if cfg.TEACHER_BANK == "off" or file is None or not takes_logits(distiller):
+        if cfg.TEACHER_BANK == "off" or file is None:
             return None, ""
+        if not takes_logits(distiller):
+            asked = cfg.TEACHER_BANK != "auto"
+            return None, f"teacher bank: none ({cfg.DISTILLER.TYPE} needs more of its teacher than logits)" * asked
         device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
         if origin["teacher"] not in self.inferences:
             self.inferences[origin["teacher"]] = Inference(distiller.teacher, device, cfg.SOLVER.AMP)
         inference = self.inferences[origin["teacher"]]
-        with torch.no_grad():
-            classes = inference(
-                batches.batch(batches.plan_of(torch.zeros(1, dtype=torch.int64)).to(device)).image
-            ).shape[1]
+        logits = TeacherLogits(batches, inference, dtype, stream=self.stream_on(device))
+        classes = next(logits.compute(torch.zeros(logits.chunk, dtype=torch.int64))).shape[1]
         shape = {"rows": batches.num_samples * batches.views, "width": classes, "dtype": cfg.TEACHER_BANK_DTYPE}
         key = description(cfg, batches, origin)
         root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else file.absolute().parent
         folder = root / f"{file.stem}.bank-{checkpoint.digest(key)[:12]}"
-        if folder not in self.banks:
-            self.banks[folder] = Bank(folder, key, shape, device)
-        bank = self.banks[folder]
-        draws, cuda = epochs * self.students, device.type == "cuda"
-        held = bank.share if cuda else bank.share_of_draws(batches, epochs)
-        mode, reason = choose(cfg.TEACHER_BANK, batches.views, draws, held, cuda)
-        if mode != "none":
-            try:
-                bank.check(mode == "full", int(batches.num_samples * met(batches.views, draws, mode == "full")))
-            except UserError as error:
-                if cfg.TEACHER_BANK != "auto":
-                    raise
-                mode, reason = "none", error.lines[0]
+        bank = self.banks.setdefault(folder, Bank(folder, key, shape, device))
+        draws, cuda, auto = epochs * max(1, self.files.count(file)), device.type == "cuda", cfg.TEACHER_BANK == "auto"
+        try:
+            bank.find()
+            held = bank.share if cuda else bank.share_of_draws(batches, epochs)
+            mode, reason = choose(cfg.TEACHER_BANK, batches.views, draws, held, cuda)
+            if mode != "none":
+                bank.check(int(batches.num_samples * met(batches.views, draws, mode == "full")))
+        except UserError as error:
+            if not auto:
+                raise
+            mode, reason = "none", error.lines[0]
         if mode == "none":
-            text = f"teacher bank: none ({reason})"
-            return TeacherLogits(batches, inference, dtype, stream=self.stream_on(device)), text
+            bank.close()  # another process may want to add to it
+            return logits, f"teacher bank: none ({reason})"
+        logits.bank, logits.whole = bank, mode == "full"
         text = f"teacher bank: {mode}{f' ({reason})' * bool(reason)}, {100 * bank.share:.1f} % held, in {folder}"
         if bank.store is not None and not bank.store.writable:
             text += "; another process adds to it, this one only reads"
-        return TeacherLogits(batches, inference, dtype, bank, mode == "full", self.stream_on(device)), text
+        return logits, text
 
     def stream_on(self, device: torch.device) -> torch.cuda.Stream | None:
         """The one stream of all that is shared, on CUDA: a captured graph has one input and one output."""
@@ -374,9 +418,11 @@ def description(cfg: CfgNode, batches: Batches, origin: dict[str, str]) -> dict[
         "teacher": cfg.DISTILLER.TEACHER,
         "weights": origin["teacher"],
         "data": origin["data"],
+        "code": CODE,
         "augment": str(batches.augment),
         "views": batches.views,
-        "scale": " ".join(f"{value:.8g}" for value in (*batches.scale.tolist(), *batches.shift.tolist())),
+        "padding": batches.padding,
+        "scale": " ".join(f"{value:.9g}" for value in (*batches.scale.tolist(), *batches.shift.tolist())),
         "precision": cfg.SOLVER.AMP,
         "stored": cfg.TEACHER_BANK_DTYPE,
         "device": batches.images.device.type,

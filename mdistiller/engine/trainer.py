@@ -25,7 +25,7 @@ from mdistiller.engine.stop import Stop, StopRequested
 from mdistiller.engine.teacher import WINDOW, TeacherLogits
 from mdistiller.engine.temperature import EpochBuffer, RecordFile
 from mdistiller.engine.terminal import say
-from mdistiller.errors import Preempted, TrainingDiverged, UserError
+from mdistiller.errors import Preempted, RunFailed, TrainingDiverged, UserError
 from mdistiller.files import link
 
 KEPT = ("epoch", "last_acc", "best_acc", "best_epoch", "log_bytes")
@@ -124,7 +124,12 @@ class Trainer:
                 if self.teacher is not None:
                     self.teacher.prepare(self.stop.check)
                 begin = time.monotonic() - self.seconds
+                before = self.teacher_versions()
                 row = yield from self.train_epoch(self.epoch + 1, recorder)
+                if self.teacher is not None and self.teacher_versions() != before:
+                    raise RunFailed(
+                        "the method changes its teacher, whose logits were taken ahead; set TEACHER_BANK off"
+                    )
                 scores = self.evaluate()
             except StopRequested:
                 self.leave(recorder)
@@ -323,6 +328,11 @@ class Trainer:
         if (self.folder / "latest").exists():
             link(self.folder / "latest", self.folder / "previous")
         checkpoint.save(self.state(), *(self.folder / name for name in names))
+
+    def teacher_versions(self) -> list[int]:
+        """What rises where a parameter of the teacher is written to."""
+        teacher = getattr(self.distiller, "teacher", None)
+        return [p._version for p in teacher.parameters()] if teacher is not None else []
 
     def teacher_is_frozen(self) -> bool:
         return self._frozen
