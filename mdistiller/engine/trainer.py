@@ -127,9 +127,7 @@ class Trainer:
                 before = self.teacher_versions()
                 row = yield from self.train_epoch(self.epoch + 1, recorder)
                 if self.teacher is not None and self.teacher_versions() != before:
-                    raise RunFailed(
-                        "the method changes its teacher, whose logits were taken ahead; set TEACHER_BANK off"
-                    )
+                    raise RunFailed("the method changes its teacher, which was asked ahead; set TEACHER_BANK off")
                 scores = self.evaluate()
             except StopRequested:
                 self.leave(recorder)
