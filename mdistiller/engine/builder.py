@@ -317,7 +317,9 @@ def build_trainer(
     else:
         optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
     origin = {"data": common.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher is not None else ""}
-    logits, bank = common.teachers.logits_of(cfg, distiller, train_batches, teacher_file, origin, solver.EPOCHS)
+    logits, bank = common.teachers.logits_of(
+        cfg, distiller, train_batches, teacher_file, origin, solver.EPOCHS, data.num_classes
+    )
     forward = torch.compile(distiller, dynamic=False) if solver.STEP == "compile" else None
     trainer = Trainer(
         distiller,

@@ -30,8 +30,8 @@ from mdistiller.errors import RunFailed, UserError
 from mdistiller.files import expand
 
 WINDOW = 1024  # views that are looked up together, some steps ahead
-# Images of a teacher's pass. On a CPU always as many: the bits of a row may depend on how many it is computed with,
-# never on which, so that a bank filled in any order by any run holds the same numbers.
+# Images of a teacher's pass, always as many: the bits of a row may depend on how many it is computed with, on a CPU
+# never on which, so that a bank filled in any order by any run holds the same numbers; and a graph has one shape.
 CHUNK = {"cpu": 64}
 LARGE_CHUNK = 1024
 BLOCK = 2**16  # views that a precomputation looks up together
@@ -210,10 +210,8 @@ class TeacherLogits:
     @torch.no_grad()
     def compute(self, rows: Tensor, check: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
         """The logits of `rows` (n,), see Batches.row_numbers, in parts of `chunk`, in `dtype`, on the device."""
-        for part in rows.split(self.chunk) if len(rows) else ():
-            padded = part
-            if self.device.type == "cpu":
-                padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
+        for part in rows.split(self.chunk):
+            padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
             plan = self.batches.plan_of(padded).to(self.device)
             exact = self.inference(self.batches.batch(plan).image)[: len(part)]
             logits = exact.to(self.dtype)
@@ -284,6 +282,8 @@ class TeacherLogits:
         try:
             for start in range(0, store.rows, BLOCK):
                 rows = torch.from_numpy(store.missing(np.arange(start, min(start + BLOCK, store.rows))))
+                if not len(rows):
+                    continue
                 for part, logits in zip(rows.split(self.chunk), self.compute(rows, check), strict=True):
                     store.add(part.numpy(), logits.cpu().numpy())
                     if self.bank.table is not None:
@@ -352,10 +352,11 @@ class Shared:
         file: Path | None,
         origin: dict[str, str],
         epochs: int,
+        classes: int,
     ) -> tuple[TeacherLogits | None, str]:
         """The logits of the teacher in `file` for `epochs` epochs of each student, as TEACHER_BANK says, and a line
         that says what it has come to; (None, "") where the teacher runs within the step. `origin`: digests of its
-        weights ("teacher") and of the data ("data").
+        weights ("teacher") and of the data ("data"), of so many `classes`.
 
         Raises UserError where a bank is asked for that does not fit, or that is another teacher's.
         """
@@ -369,7 +370,6 @@ class Shared:
             self.inferences[origin["teacher"]] = Inference(distiller.teacher, device, cfg.SOLVER.AMP)
         inference = self.inferences[origin["teacher"]]
         logits = TeacherLogits(batches, inference, dtype, stream=self.stream_on(device))
-        classes = next(logits.compute(torch.zeros(logits.chunk, dtype=torch.int64))).shape[1]
         shape = {"rows": batches.num_samples * batches.views, "width": classes, "dtype": cfg.TEACHER_BANK_DTYPE}
         key = description(cfg, batches, origin)
         root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else file.absolute().parent
