@@ -200,7 +200,7 @@ def _notes(rows: Sequence[Row], away: Sequence[str]) -> list[str]:
         commits = sorted(
             {g["commit"][:12] + " (with changes)" * (not g["clean"]) for r in records for g in r["git"] if g}
         )
-        minutes = sum(r["seconds"] for r in records) / 60
+        minutes = sum(r["seconds"] / r.get("students", 1) for r in records) / 60  # side by side they share them
         time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
         notes.append(
             f"{len(records)} run{'s' * (len(records) > 1)}, {time} of training and evaluation in all, on "
