@@ -47,6 +47,8 @@ from mdistiller.engine.trainer import Trainer
 from mdistiller.models import cifar_model_dict
 
 BATCH, CLASSES, EPOCH, MEAN, STD = 64, 100, 50_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+NAMES = {"none": "float32", "bf16": "bf16"}
+ROUND = 8e11  # operations of a round's plain steps on a CPU: seconds
 AHEAD = 5  # two workers hold two batches each
 PAIRS = ("resnet32x4,resnet8x4", "vgg13,vgg8", "resnet20,resnet8", "ResNet50,MobileNetV2")
 
@@ -224,7 +226,7 @@ def hardware(device: torch.device) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
@@ -232,7 +234,7 @@ def modes_of(pair, images: np.ndarray, device: torch.device, folder: Path, compi
     """name -> (loop, precision, whether it runs the teacher)"""
     modes = {"plain loop, float32": (PlainLoop(*pair(), images, device), "none", True)}
     for amp in ("none", "bf16"):
-        name = "float32" if amp == "none" else amp
+        name = NAMES[amp]
         if device.type == "cuda":
             modes[f"eager off, {name}"] = (OurLoop(pair, images, device, amp, "off", "eager", folder), amp, True)
         for teacher in ("off", "ahead", "cold", "warm"):
@@ -244,15 +246,17 @@ def modes_of(pair, images: np.ndarray, device: torch.device, folder: Path, compi
     return modes
 
 
-def measure(names: str, rounds: int, steps: int, device: torch.device, compiled: bool, peak: dict) -> dict:
+def measure(names: str, rounds: int, steps: int | None, device: torch.device, compiled: bool, peak: dict) -> dict:
     teacher, student = names.split(",")
-    images = np.random.RandomState(0).randint(0, 256, (BATCH * steps, 32, 32, 3)).astype(np.uint8)
 
     def pair():
         torch.manual_seed(0)
         return build_model(student, CLASSES), build_model(teacher, CLASSES)
 
     own, teachers = operations(pair)
+    if steps is None:
+        steps = 400 if device.type == "cuda" else max(10, round(ROUND / BATCH / (own + teachers)))
+    images = np.random.RandomState(0).randint(0, 256, (BATCH * steps, 32, 32, 3)).astype(np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         modes = modes_of(pair, images, device, Path(folder), compiled)
         rates: dict[str, list[float]] = {name: [] for name in modes}
@@ -300,8 +304,9 @@ def table(result: dict) -> list[str]:
         first, *rest = zip(cells, widths, strict=True)
         return " | ".join([f"| {first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]) + " |"
 
-    rates = [f"{name} {rate / 1e9:,.0f}" for name, rate in result["matrix_product_flop_per_s"].items()]
-    title = f"**{result['teacher']} -> {result['student']}** (matrix products, GFLOP/s: {', '.join(rates)})"
+    rates = [f"{NAMES[name]} {rate / 1e9:,.0f}" for name, rate in result["matrix_product_flop_per_s"].items()]
+    title = f"**{result['teacher']} -> {result['student']}**, {result['steps']} steps a round"
+    title += f" (matrix products, GFLOP/s: {', '.join(rates)})"
     lines = [title, "", line(names)]
     lines.append("|".join(["|-" + "-" * widths[0] + "-", *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")
     for row in result["rows"]:
@@ -323,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="TEACHER,STUDENT")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="batches an epoch; 14, on CUDA 400")
+    parser.add_argument("--steps", type=int, help="batches a round; 10 or more, by the pair's operations; on CUDA 400")
     parser.add_argument(
         "--compile", action="store_true", help="measure torch.compile as well: a minute a pair, at first"
     )
@@ -331,7 +336,8 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to OUT.json and OUT.md")
     a = parser.parse_args()
     device = resolve_device(a.device)
-    a.steps = a.steps or (400 if device.type == "cuda" else 14)
+    if a.steps is not None and a.steps <= AHEAD:
+        parser.error(f"--steps {a.steps}: give {AHEAD + 1} or more")
     for names in a.pairs:
         if len(names.split(",")) != 2 or not set(names.split(",")) <= set(cifar_model_dict):
             parser.error(f"{names}: write TEACHER,STUDENT, two of {', '.join(cifar_model_dict)}")
@@ -340,7 +346,7 @@ def main() -> None:
     intro = [
         ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None),
         "",
-        f"Batch {BATCH}, {a.rounds} rounds of {a.steps} steps.",
+        f"Batch {BATCH}, {a.rounds} rounds.",
         "",
     ]
     print("\n".join(intro))

@@ -369,6 +369,35 @@ def test_half_done_runs_go_on_and_finished_seeds_are_left_alone(small, monkeypat
         assert same(outcome(trial.folder), expected[trial.name]), trial.name
 
 
+def test_a_run_that_is_killed_in_its_first_epoch_is_started_again(small, monkeypatch):
+    class Stuck(Stop):
+        def watch(self, items):
+            for number, item in enumerate(super().watch(items)):
+                if number == 2:
+                    Path("stuck").touch()
+                    time.sleep(600)
+                yield item
+
+    class Killing(Here):
+        def start(self, cell, trials):
+            if self.asked:
+                return super().start(cell, trials)
+            self.asked.append((cell.name, [trial.seed for trial in trials]))
+            with monkeypatch.context() as patch:
+                patch.setattr(builder, "Stop", Stuck)
+                child = forked(lambda: worker.run(cell.file, cell.opts, self.asked[0][1]))
+            wait_for(Path("stuck").exists, child)
+            child.kill()
+            child.join()
+            return Ended(-signal.SIGKILL, "")
+
+    status, campaign, executor = conduct(small, Killing(), only=["NONE,resnet8"])
+    assert status == 0, campaign.view.lines
+    assert executor.asked == [("NONE,resnet8", [0, 1])] * 2
+    assert any(line.startswith("stopped  NONE,resnet8,seed0") for line in campaign.view.lines)
+    assert "from the journal" in (plans.load(small).trials[0].folder / "worklog.txt").read_text()
+
+
 def test_a_failing_run_does_not_stop_the_rest(small):
     write(
         Path("configs/kd/bad.yaml"), _BASE_="../none/resnet8.yaml", SOLVER={"LR": 1e18},

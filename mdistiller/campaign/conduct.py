@@ -1,5 +1,6 @@
 """Running a plan: teachers before their students, what is done left alone, what fails reported, nothing lost."""
 
+import contextlib
 import re
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from mdistiller.campaign.estimate import Estimates
 from mdistiller.campaign.executors import Executor, Job
 from mdistiller.campaign.ledger import Ledger
 from mdistiller.campaign.plan import Cell, Trial
+from mdistiller.engine import journal
 from mdistiller.engine.folder import RunFolder, in_use
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.stop import Stop
@@ -265,11 +267,13 @@ class Campaign:
             time.sleep(PAUSE)
 
 
-def _mark(trial: Trial) -> int:
-    try:
-        return (trial.folder / "latest").stat().st_mtime_ns
-    except OSError:
-        return 0
+def _mark(trial: Trial) -> list[int]:
+    """Changes with every step that the trial keeps."""
+    marks = []
+    for name in ("latest", *journal.NAMES):
+        with contextlib.suppress(OSError):
+            marks.append((trial.folder / name).stat().st_mtime_ns)
+    return marks
 
 
 def _reason(complaints: str, seed: int, status: int) -> str:
