@@ -1,5 +1,6 @@
 """One contract over the whole zoo, and the reference's keys and figures."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mdistiller.engine.device import autocast, prepare
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
 GOLDEN = reference.golden()
@@ -133,3 +135,35 @@ def test_golden_figures(name):
     assert set(recorded) <= set(ours)
     for key in recorded:
         np.testing.assert_allclose(np.asarray(ours[key]), GOLDEN[f"model/{name}/{key}"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(2, 8), (1, 2), (1, 8)])
+def test_depthwise_convolutions_under_bf16_give_what_float32_gives(stride, size):
+    """Those that bfloat16 would slow down run in float32, in training alone; copies have weights of their own."""
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    conv = nn.Conv2d(16, 16, 3, stride, 1, groups=16, bias=False)
+    network = nn.Sequential(conv)
+    plain = copy.deepcopy(conv)
+    prepare(network, device)
+    network._forward_hooks.clear()  # of logits, which these are not
+    x = torch.randn(4, 16, size, size)
+    image = x.clone().requires_grad_()
+    with autocast(device, "bf16"):
+        out = network(image)
+        with torch.no_grad():
+            still = network(image)
+    assert out.dtype == still.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    exact = x.clone().requires_grad_()
+    expected = plain(exact)
+    expected.square().sum().backward()
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(still, out, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(image.grad, exact.grad, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(conv.weight.grad, plain.weight.grad, rtol=0.05, atol=0.5)
+    other = copy.deepcopy(network)
+    nn.init.zeros_(other[0].weight)
+    assert not other(x).any() and network(x).any()
+    torch.testing.assert_close(network(x), plain(x))
+    assert list(network.state_dict()) == ["0.weight"]
