@@ -35,8 +35,8 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) ->
         batch = torch.stack([hit[:, 0].sum().float(), hit.sum().float(), loss])
         counts = batch if counts is None else counts + batch
         samples += len(target)
-    top1, top5, loss = (counts / samples).tolist()
-    return Scores(100 * top1, 100 * top5, loss)
+    top1, top5, loss = counts.tolist()
+    return Scores(100 * top1 / samples, 100 * top5 / samples, loss / samples)
 
 
 def images_together(wanted: int, size: int, device: torch.device) -> int:

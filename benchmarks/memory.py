@@ -1,0 +1,101 @@
+"""Peak memory of each way to train, beside the plain loop's: every one in a process of its own.
+
+python3 benchmarks/memory.py [--teacher resnet32x4 --student resnet8x4] [--steps 6] [--device auto]
+
+On CUDA what the allocator has handed out at most, graphs and bank included; on a CPU what the process has occupied at
+most, less what it had before there was a network. The bank of a CPU lies on the disk and counts as far as it is mapped.
+`activations`: what one plain step keeps for its backward pass.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from speed import BATCH, CLASSES, OurLoop, PlainLoop
+from torch.nn import functional as F
+
+from mdistiller.engine.builder import build_model
+from mdistiller.engine.device import resolve_device
+
+MB = 2**20
+WAYS = {
+    "plain loop, float32": None,
+    "off, float32": ("none", "off"),
+    "ahead, float32": ("none", "ahead"),
+    "cold, float32": ("none", "cold"),
+    "warm, float32": ("none", "warm"),
+    "off, bf16": ("bf16", "off"),
+    "ahead, bf16": ("bf16", "ahead"),
+    "cold, bf16": ("bf16", "cold"),
+    "warm, bf16": ("bf16", "warm"),
+}
+
+
+def peak(device: torch.device) -> float:
+    """MB so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def use(way: tuple[str, str] | None, teacher: str, student: str, steps: int, device: torch.device) -> float:
+    """MB that training takes at most."""
+    images = np.random.RandomState(0).randint(0, 256, (BATCH * steps, 32, 32, 3)).astype(np.uint8)
+
+    def pair():
+        torch.manual_seed(0)
+        return build_model(student, CLASSES), build_model(teacher, CLASSES)
+
+    F.conv2d(torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3))  # libraries are loaded
+    before = peak(device)
+    with tempfile.TemporaryDirectory() as folder:
+        if way is None:
+            loop = PlainLoop(*pair(), images, device)
+        else:
+            loop = OurLoop(pair, images, device, *way, "graph", Path(folder))
+        loop.round()
+        return peak(device) - before
+
+
+def activations(student: str) -> float:
+    """MB that the backward pass of a batch needs."""
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        network = build_model(student, CLASSES).train()
+        loss = F.cross_entropy(network(torch.randn(BATCH, 3, 32, 32))[0], torch.zeros(BATCH, dtype=torch.long))
+    loss.backward()
+    return sum(kept.values()) / MB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="resnet32x4")
+    parser.add_argument("--student", default="resnet8x4")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--device", default="auto")
+    a = parser.parse_args()
+    device = resolve_device(a.device)
+    print(f"{a.teacher} -> {a.student}, batch {BATCH}: activations {activations(a.student):,.0f} MB\n")
+    print(f"| {'mode':<20} | {'peak, MB':>8} | {'beyond plain':>12} |")
+    print(f"|-{'-' * 20}-|-{'-' * 8}:|-{'-' * 12}:|")
+    plain = None
+    for name, way in WAYS.items():
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            value = pool.submit(use, way, a.teacher, a.student, a.steps, device).result()
+        plain = plain or value
+        print(f"| {name:<20} | {value:>8,.0f} | {value - plain:>+12,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
