@@ -38,7 +38,7 @@ from mdistiller.dataset import Batches
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.builder import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.device import AMP_DTYPES, resolve_device, side_stream
+from mdistiller.engine.device import AMP_DTYPES, has_bf16, resolve_device, side_stream
 from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import MultiStep, set_lr, sgd
 from mdistiller.engine.step import Step
@@ -222,7 +222,7 @@ def hardware(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
-        "bf16": bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()),
+        "bf16": has_bf16(torch.device("cpu")),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),

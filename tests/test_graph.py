@@ -208,6 +208,17 @@ def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypat
     assert (folder / "worklog.txt").read_text().count("not as a graph: no graphs here") == 1
 
 
+def test_emulated_bfloat16_is_said(small, tmp_path, monkeypatch):
+    words = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.EPOCHS", "1"]
+    said = {}
+    for present in (True, False):
+        monkeypatch.setattr("mdistiller.engine.builder.has_bf16", lambda device, present=present: present)
+        for amp in ("none", "bf16"):
+            folder = run([*words, "SOLVER.AMP", amp], tmp_path / f"{present}{amp}")
+            said[present, amp] = "SOLVER.AMP none would be several times faster" in (folder / "worklog.txt").read_text()
+    assert said == {(True, "none"): False, (True, "bf16"): False, (False, "none"): False, (False, "bf16"): True}
+
+
 def test_steps_before_a_graph_are_as_many_as_libraries_need():
     made = make("NONE", as_graph=True)
     Recording.made = 0

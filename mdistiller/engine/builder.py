@@ -19,7 +19,7 @@ from mdistiller.dataset import Batch, Batches, ImageSet, load_dataset
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import describe
-from mdistiller.engine.device import check_amp, prepare, resolve_device, seed_everything, set_determinism
+from mdistiller.engine.device import check_amp, has_bf16, prepare, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
 from mdistiller.engine.evaluator import images_together
 from mdistiller.engine.folder import RunFolder, check_writable, has_checkpoint, identity, in_use, resumable, run_folder
@@ -230,6 +230,8 @@ def introduce(
         )
         if teacher_file:
             say_once(f"teacher: {teacher_file}")
+    if cfg.SOLVER.AMP == "bf16" and not has_bf16(device):
+        say_once(f"this {device.type} has no bfloat16 arithmetic: SOLVER.AMP none would be several times faster")
     if bank and trainer.epoch < trainer.epochs:
         say_once(bank)
     if not (trainer.epoch or trainer.done):

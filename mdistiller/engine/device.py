@@ -35,6 +35,14 @@ def check_amp(amp: str, device: torch.device) -> None:
         raise UserError(f"SOLVER.AMP: fp16 needs CUDA, and the device is {device.type}; set SOLVER.AMP bf16 or none")
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is arithmetic of the device's own. What emulates it can be ten times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # no public interface
+    return known() if device.type == "cpu" and known else True
+
+
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     dtype = AMP_DTYPES[amp]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
