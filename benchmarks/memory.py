@@ -1,6 +1,6 @@
 """Peak memory of each way to train, beside the plain loop's: every one in a process of its own.
 
-python3 benchmarks/memory.py [--teacher resnet32x4 --student resnet8x4] [--steps 6] [--device auto]
+python3 benchmarks/memory.py [--teacher resnet32x4 --student resnet8x4] [--steps 12] [--device auto]
 
 On CUDA what the allocator has handed out at most, graphs and bank included; on a CPU what the process has occupied at
 most, less what it had before there was a network. The bank of a CPU lies on the disk and counts as far as it is mapped.
@@ -16,24 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from speed import BATCH, CLASSES, OurLoop, PlainLoop
+from speed import BATCH, CLASSES, NAMES, OurLoop, PlainLoop, precisions
 from torch.nn import functional as F
 
 from mdistiller.engine.builder import build_model
 from mdistiller.engine.device import resolve_device
 
 MB = 2**20
-WAYS = {
-    "plain loop, float32": None,
-    "off, float32": ("none", "off"),
-    "ahead, float32": ("none", "ahead"),
-    "cold, float32": ("none", "cold"),
-    "warm, float32": ("none", "warm"),
-    "off, bf16": ("bf16", "off"),
-    "ahead, bf16": ("bf16", "ahead"),
-    "cold, bf16": ("bf16", "cold"),
-    "warm, bf16": ("bf16", "warm"),
-}
 
 
 def peak(device: torch.device) -> float:
@@ -89,8 +78,11 @@ def main() -> None:
     print(f"{a.teacher} -> {a.student}, batch {BATCH}: activations {activations(a.student):,.0f} MB\n")
     print(f"| {'mode':<20} | {'peak, MB':>8} | {'beyond plain':>12} |")
     print(f"|-{'-' * 20}-|-{'-' * 8}:|-{'-' * 12}:|")
+    ways = {
+        f"{way}, {NAMES[amp]}": (amp, way) for amp in precisions(device) for way in ("off", "ahead", "cold", "warm")
+    }
     plain = None
-    for name, way in WAYS.items():
+    for name, way in ({"plain loop, float32": None} | ways).items():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             value = pool.submit(use, way, a.teacher, a.student, a.steps, device).result()
         plain = plain or value

@@ -8,11 +8,11 @@ every step. Ours are the trainer's own steps on DTKD:
   ahead    its pass made ahead, folded (auto where a bank does not pay)
   cold     a lazy bank that holds nothing yet: every view is computed and kept
   warm     a bank that holds every view that comes
-each in float32 and in bf16; on CUDA as graphs, `eager` being the steps without; `compile` with torch.compile;
-`5 seeds` five students side by side on a warm bank, images/s of all together. The floor is the operations of a step
-(torch.utils.flop_counter; the teacher's, where the mode runs it) over the best rate of a square matrix product measured
-here in the same precision. Each round measures every mode once, in turn, so that a machine whose speed drifts slows
-them alike; a ratio is of one round. Images are random: their content does not change the work.
+each in float32 and, where the device has it, in bf16; on CUDA as graphs, `eager` being the steps without; `compile`
+with torch.compile; `5 seeds` five students side by side on a warm bank, images/s of all together. The floor is the
+operations of a step (torch.utils.flop_counter; the teacher's, where the mode runs it) over the best rate of a square
+matrix product measured here in the same precision. Each round measures every mode once, in turn, so that a machine
+whose speed drifts slows them alike; a ratio is of one round. Images are random: their content does not change the work.
 """
 
 import argparse
@@ -230,19 +230,24 @@ def hardware(device: torch.device) -> dict:
     }
 
 
+def precisions(device: torch.device) -> list[str]:
+    return ["none"] + ["bf16"] * has_bf16(device)
+
+
 def modes_of(pair, images: np.ndarray, device: torch.device, folder: Path, compiled: bool) -> dict:
     """name -> (loop, precision, whether it runs the teacher)"""
     modes = {"plain loop, float32": (PlainLoop(*pair(), images, device), "none", True)}
-    for amp in ("none", "bf16"):
+    amps = precisions(device)
+    for amp in amps:
         name = NAMES[amp]
         if device.type == "cuda":
             modes[f"eager off, {name}"] = (OurLoop(pair, images, device, amp, "off", "eager", folder), amp, True)
         for teacher in ("off", "ahead", "cold", "warm"):
             loop = OurLoop(pair, images, device, amp, teacher, "graph", folder)
             modes[f"{teacher}, {name}"] = (loop, amp, teacher != "warm")
-    if compiled:
-        modes["compile warm, bf16"] = (OurLoop(pair, images, device, "bf16", "warm", "compile", folder), "bf16", False)
-    modes["5 seeds warm, bf16"] = (OurLoop(pair, images, device, "bf16", "warm", "graph", folder, 5), "bf16", False)
+    for way, step, seeds in [("compile", "compile", 1)] * compiled + [("5 seeds", "graph", 5)]:
+        loop = OurLoop(pair, images, device, amps[-1], "warm", step, folder, seeds)
+        modes[f"{way} warm, {NAMES[amps[-1]]}"] = (loop, amps[-1], False)
     return modes
 
 
@@ -341,7 +346,7 @@ def main() -> None:
     for names in a.pairs:
         if len(names.split(",")) != 2 or not set(names.split(",")) <= set(cifar_model_dict):
             parser.error(f"{names}: write TEACHER,STUDENT, two of {', '.join(cifar_model_dict)}")
-    peak = {amp: product_rate(device, AMP_DTYPES[amp] or torch.float32) for amp in ("none", "bf16")}
+    peak = {amp: product_rate(device, AMP_DTYPES[amp] or torch.float32) for amp in precisions(device)}
     machine = hardware(device)
     intro = [
         ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None),

@@ -1,5 +1,6 @@
 """The pages keep their promises: code blocks run as they stand, commands and files exist."""
 
+import json
 import re
 
 import pytest
@@ -64,3 +65,13 @@ def test_readme_yaml_is_a_valid_configuration(tmp_path):
     cfg = load(folder / "x.yaml")
     assert yaml.safe_load(text)["DISTILLER"]["STUDENT"] == cfg.DISTILLER.STUDENT
     assert cfg.SOLVER.EPOCHS == 240
+
+
+def test_the_page_on_speed_shows_what_was_measured():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    modes = re.search(r"times the plain loop's images/s \| (.*) \| warm, bf16: of the floor", page)[1].split(" | ")
+    for pair in json.loads((ROOT / "results" / "speed.json").read_text())["pairs"]:
+        rows = {row["mode"]: row for row in pair["rows"]}
+        cells = [f"{rows[mode]['times_plain']:.1f}" for mode in modes]
+        cells.append(f"{100 * rows['warm, bf16']['share_of_floor']:.0f} %")
+        assert f"| {pair['teacher']} -> {pair['student']} | {' | '.join(cells)} |\n" in page
