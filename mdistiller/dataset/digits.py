@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from mdistiller.dataset._images import ImageSet, channel_statistics
 from mdistiller.dataset._registry import register_dataset
@@ -13,6 +12,8 @@ from mdistiller.dataset._registry import register_dataset
 @register_dataset("digits")
 def digits(root: Path) -> ImageSet:
     """Nothing is read from `root`. Every fifth image of each class is for testing: fixed, stratified."""
+    from sklearn.datasets import load_digits  # slow to import, and not needed for any other data
+
     data = load_digits()
     grey = np.kron(data.images, np.ones((4, 4))) * 255 / 16  # (N, 32, 32)
     images = torch.from_numpy(grey.astype(np.uint8)).unsqueeze(3).repeat(1, 1, 1, 3)

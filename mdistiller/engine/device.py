@@ -87,7 +87,8 @@ def set_determinism(deterministic: bool) -> None:
     """The same bits from the same seed on the same machine. A CPU gives them anyway, for a given number of threads;
     on CUDA it takes slower kernels, and operations that have none raise RuntimeError.
     """
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports a compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
