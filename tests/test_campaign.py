@@ -527,7 +527,7 @@ def record(method="KD", teacher="resnet20", student="resnet8", seed=0, last=60.0
     torch = {"torch": "2"}
     return json.loads(json.dumps({
         "plan": plan, "cell": cell, "seed": seed, "hash": "", "last": last, "best": best, "best_epoch": 1,
-        "epochs": own["SOLVER.EPOCHS"], "seconds": 60.0, "images": 1, "device": "cpu (x)", "threads": 1,
+        "epochs": own["SOLVER.EPOCHS"], "seconds": 60.0, "students": 1, "images": 1, "device": "cpu (x)", "threads": 1,
         "versions": torch, "git": [{"commit": "0" * 40, "clean": True}], "sha256": {"data": "d", "student": "s"},
         "config": own, "curve": [last],
         "teacher": None if method == "NONE" else {"run": "t", "hash": "", "sha256": "t", "config": source},
@@ -658,7 +658,7 @@ def test_the_page_shows_what_the_results_give():
         (["small.yaml", "--seeds", "4-1"], "--seeds 4-1: give a range such as 0-4"),
         (["small.yaml", "--budget", "soon"], "--budget soon: give a time such as 2h"),
         (["small.yaml", "--only", "DKD"], "--only DKD: names nothing in the plan"),
-        (["small.yaml", "SOLVER.LR", "1"], "SOLVER.LR: takes pairs of KEY VALUE, and says only where"),
+        (["small.yaml", "SOLVER.LR", "1"], "SOLVER.LR: pairs of KEY VALUE say only where"),
         (["small.yaml", "--sedes", "1"], "unknown option --sedes"),
     ],
 )

@@ -1,7 +1,7 @@
 """Run a plan of configs/plans, or what is left of it, to its tables and charts.
 
 python3 tools/reproduce.py quick
-python3 tools/reproduce.py dtkd_charts --only resnet20,resnet8 --seeds 0-4 --budget 2h [LOG.PREFIX /scratch ...]
+python3 tools/reproduce.py dtkd_charts --only KD,resnet20 --seeds 0-4 --budget 2h [LOG.PREFIX /scratch ...]
 
 The same command goes on after anything, kill -9 included: finished runs are in RESULTS/runs.jsonl and are left alone,
 half-done ones go on where they were, a run that another process trains is waited for. Exit status: 0 all is
@@ -15,6 +15,7 @@ from mdistiller.campaign import command
 from mdistiller.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "results" / "published.json"
 
 
 def main() -> None:
@@ -23,7 +24,8 @@ def main() -> None:
     parser.add_argument("--seeds", help="in place of the plan's: 0-4, or 0,2,5")
     parser.add_argument(
         "--only", metavar="PATTERN", action="append", default=[],
-        help="runs that match, with their teachers: words between commas, such as DTKD,resnet20,resnet8 or 'res*,KD'",
+        help="runs that match, with their teachers: words between commas, such as DTKD,resnet20,resnet8 or 'res*,KD'; "
+        "may be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would run, how long and how large; write nothing"
@@ -38,7 +40,7 @@ def main() -> None:
         "--results", type=Path, metavar="FOLDER", help="in place of the plan's: runs.jsonl, tables, charts"
     )
     parser.add_argument(
-        "--published", type=Path, default=ROOT / "results/published.json", help="figures to compare with"
+        "--published", type=Path, default=PUBLISHED if PUBLISHED.exists() else None, help="figures to compare with"
     )
     words, opts = parser.parse_known_args()
     flags = [word for word in opts if word.startswith("--")]

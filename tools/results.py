@@ -12,6 +12,7 @@ from mdistiller.campaign import command
 from mdistiller.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "results" / "published.json"
 
 
 def main() -> None:
@@ -21,10 +22,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where a plan's runs.jsonl lies")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; beside the runs.jsonl")
     parser.add_argument(
-        "--published", type=Path, default=ROOT / "results/published.json", help="figures to compare with"
+        "--published", type=Path, default=PUBLISHED if PUBLISHED.exists() else None, help="figures to compare with"
     )
     parser.add_argument("--page", type=Path, help="a Markdown page with markers")
     words = parser.parse_args()
+    if words.page and (words.what or words.only or words.out):
+        raise UserError("--page: goes with --results and --published alone; its markers name the plans")
     if words.page:
         command.fill(words.page, ROOT / "configs/plans", words.published, words.results or ROOT / "results")
     elif words.what:

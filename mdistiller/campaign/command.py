@@ -12,7 +12,7 @@ from mdistiller.analysis.results import read_published
 from mdistiller.campaign import ledger as book
 from mdistiller.campaign import plan as plans
 from mdistiller.campaign import tables
-from mdistiller.campaign.conduct import Campaign
+from mdistiller.campaign.conduct import Campaign, lost_teachers
 from mdistiller.campaign.estimate import Estimates
 from mdistiller.campaign.executors import Local, Slurm
 from mdistiller.campaign.ledger import Ledger
@@ -52,21 +52,26 @@ def parse_parameters(words: Sequence[str]) -> dict[str, object]:
     wrong = [word for word in words if "=" not in word]
     if wrong:
         raise UserError(f"--slurm {wrong[0]}: takes KEY=VALUE, such as slurm_partition=gpu")
-    return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+    except yaml.YAMLError:
+        raise UserError(f"--slurm {' '.join(words)}: takes values as YAML has them; quote what is none") from None
 
 
 def reproduce(
     plan: str, seeds: str | None, only: list[str], dry_run: bool, budget: str | None, executor: str, slurm: list[str],
-    results: Path | None, published: Path, folder: Path, opts: list[str],
+    results: Path | None, published: Path | None, folder: Path, opts: list[str],
 ) -> int:  # fmt: skip
     """Run the plan, or what `only` names of it; returns the exit status. `folder`: where plans lie."""
     begin = time.monotonic()
-    seconds = parse_time(budget) if budget else None
-    told = plans.load(plans.find(plan, folder), opts, parse_seeds(seeds) if seeds else None)
+    seconds = None if budget is None else parse_time(budget)
+    told = plans.load(plans.find(plan, folder), opts, None if seeds is None else parse_seeds(seeds))
     cells = told.select(only)
     out = results or told.results
-    figures = read_published(published if published.exists() else None)
+    figures = read_published(published)
     parameters = parse_parameters(slurm)
+    if slurm and executor != "slurm":
+        raise UserError("--slurm: add --executor slurm")
     ledger = Ledger(out / "runs.jsonl")
     ledger.records  # noqa: B018  (what is wrong with it is said before anything runs)
     estimates = Estimates(ledger)
@@ -77,10 +82,15 @@ def reproduce(
     prefix = cells[0].trials[0].folder.parent
     check_writable(prefix, "LOG.PREFIX")
     check_writable(out, "--results")
+    check_data(_unfinished(cells, ledger))
     jobs = Local() if executor == "local" else Slurm(prefix / ".slurm", parameters)
     view = Board(told.title or told.name) if sys.stdout.isatty() else Plain()
     if seconds is not None:
-        estimates.measure(cell for cell in _unfinished(cells, ledger) if estimates.epoch(cell) is None)
+        unknown = [cell for cell in _unfinished(cells, ledger) if estimates.epoch(cell) is None]
+        if unknown:
+            say(f"measuring a step of {len(unknown)} cells")
+        for name, why in estimates.measure(unknown).items():
+            say(f"{name} could not be measured: {why}")
     deadline = None if seconds is None else begin + seconds
     campaign = Campaign(told.name, cells, ledger, jobs, estimates, view, deadline)
     kept = campaign.count("done")
@@ -88,34 +98,43 @@ def reproduce(
         say(f"{kept} of {len(campaign.progress)} runs are on record in {ledger.path}; --results FOLDER starts another")
     status = campaign.run()
     say("")
-    report = report_of(told, ledger, figures)
+    report = report_of(told, ledger, figures, folder)
     report.write(out)
     say(report.markdown)
     for p in campaign.progress.values():
         if p.status not in ("done", "running"):
             say(f"{p.status:<8} {p.trial.name}" + f": {p.reason}" * bool(p.reason))
-    say(f"{campaign.summary()}, in {duration(time.monotonic() - begin)}; tables and charts in {out / told.name}")
+    written = f"; tables and charts in {out / told.name}" * bool(report.table.rows)
+    say(f"{campaign.summary()}, in {duration(time.monotonic() - begin)}{written}")
     if status:
         say("the same command goes on with what is left")
     return status
 
 
 def _unfinished(cells: Sequence[Cell], ledger: Ledger) -> list[Cell]:
-    return [cell for cell in cells if any(trial.hash not in ledger.records for trial in cell.trials)]
+    lost = lost_teachers(cells, ledger)
+    return [c for c in cells if any(t.hash not in ledger.records or t.name in lost for t in c.trials)]
+
+
+def check_data(cells: Sequence[Cell]) -> None:
+    """Raises UserError where a data set that the cells need cannot be had."""
+    for kind, root in dict.fromkeys((cell.cfg.DATASET.TYPE, cell.cfg.DATASET.ROOT) for cell in cells):
+        book.train_images(kind, root)
 
 
 def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> None:
     """Say what would run, and about how long and how large it would be."""
-    cells_left = _unfinished(cells, ledger)
+    cells_left, lost = _unfinished(cells, ledger), lost_teachers(cells, ledger)
     if cells_left:
         say(f"measuring a step of {len(cells_left)} cells")
     failed = estimates.measure(cells_left)
     total, disk, epochs_left = 0.0, 0, 0
     width = max(len(trial.name) for cell in cells for trial in cell.trials)
     say(f"{'run':<{width}}  {'state':<9}  {'epochs':>7}  {'s/epoch':>8}  {'left':>9}  {'disk':>8}")
+    count = 0
     for cell in cells:
         for trial in cell.trials:
-            if trial.hash in ledger.records:
+            if trial.hash in ledger.records and trial.name not in lost:
                 say(f"{trial.name:<{width}}  {'done':<9}  {trial.epochs:>3}/{trial.epochs}")
                 continue
             state = book.state(trial)
@@ -127,30 +146,41 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
                 f"{trial.name:<{width}}  {state:<9}  {done:>3}/{trial.epochs:<3}  {cost}  {duration(left):>9}  {bytes_}"
             )
             total, disk, epochs_left = total + (left or 0), disk + (size or 0), epochs_left + trial.epochs - done
+            count += 1
     for name, why in failed.items():
         say(f"{name} could not be measured: {why}")
-    count = sum(trial.hash not in ledger.records for cell in cells for trial in cell.trials)
-    say(f"{count} runs, {epochs_left:,} epochs left: about {duration(total)} one after the other, {disk / 1e9:.2f} GB")
+    for name in sorted(lost):
+        say(f"{name} is on record, but its network is gone: its students need it trained again")
+    banks = estimates.banks(cells_left)
+    space = f"{disk / 1e9:.2f} GB" + f", and {banks / 1e9:.1f} GB of teachers' banks" * bool(banks)
+    say(f"{count} runs, {epochs_left:,} epochs left: about {duration(total)} one after the other, {space}")
 
 
-def report_of(plan: Plan, ledger: Ledger, published: dict) -> tables.Report:
+def report_of(plan: Plan, ledger: Ledger, published: dict, folder: Path) -> tables.Report:
+    """`folder`: where plans lie, beside the pairs' YAML files."""
     rows, notes = tables.of_plan(plan, ledger.records.values())
-    return tables.report(rows, plan.title or plan.name, plan.name, published, [*[plan.note] * bool(plan.note), *notes])
+    notes = [*[plan.note] * bool(plan.note), *notes]
+    if any(row.records for row in rows):
+        notes.append(f"Made by `python3 tools/reproduce.py {plan.name}`.")
+    title = plan.title or plan.name
+    return tables.report(rows, title, plan.name, published, plans.Shipped(folder.parent / "cifar100"), notes)
 
 
 def show(
-    what: list[str], folder: Path, results: Path | None, out: Path | None, published: Path, only: list[str]
+    what: list[str], folder: Path, results: Path | None, out: Path | None, published: Path | None, only: list[str]
 ) -> str:
     """Write tables and charts of a plan, or of all runs in some runs.jsonl, into `out`; returns the table."""
-    figures = read_published(published if published.exists() else None)
+    figures = read_published(published)
     files = [Path(word) for word in what if word.endswith(".jsonl")]
     if not files and len(what) == 1:
         plan = plans.load(plans.find(what[0], folder))
         plan.cells = plan.select(only)
         home = results or plan.results
-        report = report_of(plan, Ledger(home / "runs.jsonl"), figures)
+        report = report_of(plan, Ledger(home / "runs.jsonl"), figures, folder)
+        if only and out is None:  # the plan's own table has all of it
+            return report.markdown + "\nNothing is written of a part of a plan; give --out FOLDER.\n"
     elif len(files) == len(what):
-        home, report = files[0].parent, _report_of_files(files, only, figures)
+        home, report = files[0].parent, _report_of_files(files, only, figures, folder)
     else:
         raise UserError("give one plan, or files named *.jsonl")
     check_writable(out or home, "--out")
@@ -158,26 +188,30 @@ def show(
     return report.markdown
 
 
-def _report_of_files(files: Sequence[Path], only: Sequence[str], published: dict) -> tables.Report:
+def _report_of_files(files: Sequence[Path], only: Sequence[str], published: dict, folder: Path) -> tables.Report:
     records: dict[str, dict] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: is no file; pass the runs.jsonl of a campaign")
-        records = Ledger(file).records | records
+        records |= {key: record for key, record in Ledger(file).records.items() if key not in records}
     chosen = [record for record in records.values() if not only or plans.matches(record["cell"], only)]
     if not chosen:
         raise UserError("nothing to show: no run on record" + f" matches --only {' '.join(only)}" * bool(only))
-    return tables.report(tables.of_records(chosen), "Results", "all", published)
+    shipped = plans.Shipped(folder.parent / "cifar100")
+    return tables.report(tables.of_records(chosen), "Results", "all", published, shipped)
 
 
-def fill(page: Path, folder: Path, published: Path, results: Path, write: bool = True) -> str:
+def fill(page: Path, folder: Path, published: Path | None, results: Path, write: bool = True) -> str:
     """The page with a plan's table and charts of today wherever it has `<!-- results of PLAN -->` and
     `<!-- end of results -->`; written there, and the files in `results` with it, if `write`.
     """
     figures = read_published(published)
+    if not page.is_file():
+        raise UserError(f"--page {page}: is no file; give a Markdown page")
 
     def filled(match: re.Match) -> str:
-        report = report_of(plans.load(plans.find(match[2], folder)), Ledger(results / "runs.jsonl"), figures)
+        plan = plans.load(plans.find(match[2], folder))
+        report = report_of(plan, Ledger(results / "runs.jsonl"), figures, folder)
         if write:
             report.write(results)
         pictures = "".join(
@@ -185,7 +219,9 @@ def fill(page: Path, folder: Path, published: Path, results: Path, write: bool =
         )
         return f"{match[1]}\n{report.markdown}{pictures}\n{match[3]}"
 
-    text = MARKERS.sub(filled, page.read_text(encoding="utf-8"))
+    text, count = MARKERS.subn(filled, page.read_text(encoding="utf-8"))
+    if not count:
+        raise UserError(f"--page {page}: lacks <!-- results of PLAN --> and <!-- end of results -->, each on its line")
     if write:
         write_atomic(page, text.encode())
     return text

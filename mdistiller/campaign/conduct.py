@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mdistiller.campaign import ledger as book
+from mdistiller.campaign import worker
 from mdistiller.campaign.estimate import Estimates
 from mdistiller.campaign.executors import Executor, Job
 from mdistiller.campaign.ledger import Ledger
@@ -17,7 +18,7 @@ from mdistiller.engine import journal
 from mdistiller.engine.folder import RunFolder, in_use
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.stop import Stop
-from mdistiller.errors import Preempted
+from mdistiller.errors import FolderInUse, Preempted, UserError
 
 PAUSE = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # ... at what another process trains
@@ -99,7 +100,7 @@ class Campaign:
                 while True:
                     self._collect()
                     over = self.deadline is not None and time.monotonic() > self.deadline
-                    if stop.signal or (over and self.jobs):
+                    if stop.signal or (over and (self.jobs or self.count("in use"))):
                         self._halt(f"stopped by {stop.signal}" if stop.signal else "the budget is used up")
                         break
                     self._start()
@@ -134,6 +135,12 @@ class Campaign:
         inside = min(time.monotonic() - p.changed, epoch) if p.active and p.rows else 0
         return max(epoch * (p.trial.epochs - p.epochs) - inside, 0)
 
+    def job_left(self, p: Progress) -> float | None:
+        """Seconds until the trial is done, of which the others of its job take their turns."""
+        names = next((r.trials for r in self.jobs if p.trial in r.trials), [p.trial])
+        parts = [self.left(self.progress[trial.name]) for trial in names]
+        return None if None in parts else sum(parts)
+
     def total_left(self) -> float | None:
         """Seconds that all the rest will take, one after the other."""
         parts = [self.left(p) for p in self.progress.values() if p.status in ("waiting", "running", "in use")]
@@ -146,10 +153,8 @@ class Campaign:
                 p.status, p.reason = "done", "on record"
             elif book.state(p.trial) in ("half-done", "finished"):
                 p.look()
-        for cell in self.cells:
-            teacher = self.progress[cell.teacher.name] if cell.teacher and self._open(cell) else None
-            if teacher and teacher.status == "done" and not book.has_weights(teacher.trial):
-                teacher.status, teacher.again = "waiting", True
+        for name in lost_teachers(self.cells, self.ledger):
+            self.progress[name].status, self.progress[name].again = "waiting", True
 
     def _open(self, cell: Cell) -> list[Progress]:
         found = [self.progress[trial.name] for trial in cell.trials]
@@ -194,7 +199,8 @@ class Campaign:
                 self._looked[cell.name] = time.monotonic()
             else:
                 if state == "another":  # it is kept, under another name
-                    RunFolder(p.trial.folder).close()
+                    with contextlib.suppress(FolderInUse):  # since a moment: the worker will tell
+                        RunFolder(p.trial.folder).close()
                 ready.append(p)
         return ready
 
@@ -206,14 +212,20 @@ class Campaign:
         if None not in needed and time.monotonic() + sum(needed) <= self.deadline:
             return True
         for p in todo:
-            p.reason = "does not fit the budget"
+            p.reason = "its time is not known" if None in needed else "does not fit the budget"
         return False
 
     def _keep(self, p: Progress) -> None:
         """A finished trial goes on record."""
         p.look()
-        self.ledger.append(book.record_of(p.trial, self.name))
-        p.status, p.reason, p.active, p.again = "done", "", False, False
+        p.active = False
+        try:
+            self.ledger.append(book.record_of(p.trial, self.name))
+        except (OSError, ValueError, KeyError, UserError) as error:
+            p.status, p.reason = "failed", f"finished, but could not be put on record: {error}"
+            self.view.say(f"FAILED   {p.trial.name}: {p.reason}")
+            return
+        p.status, p.reason, p.again = "done", "", False
         row = p.rows[-1]
         self.view.say(
             f"done     {p.trial.name}: last {row['test_acc']:.2f}, best {row['best_acc']:.2f} @ {row['best_epoch']}"
@@ -242,6 +254,9 @@ class Campaign:
                 continue
             if p.active:
                 p.status, p.reason = "in use", "another process trains it"
+            elif status == worker.IN_USE:  # one of them, by another process: looked at again soon, each by itself
+                p.status = "waiting"
+                self._looked[running.cell.name] = time.monotonic()
             elif came_on and (status < 0 or status == Preempted.status):  # from outside: it goes on
                 p.status = "waiting"
                 self.view.say(f"stopped  {p.trial.name}; it is started again")
@@ -267,6 +282,14 @@ class Campaign:
             time.sleep(PAUSE)
 
 
+def lost_teachers(cells: Sequence[Cell], ledger: Ledger) -> set[str]:
+    """Names of teachers that are on record, but whose networks are gone and are needed: they are trained again."""
+    needed = {
+        c.teacher.name: c.teacher for c in cells if c.teacher and any(t.hash not in ledger.records for t in c.trials)
+    }
+    return {n for n, t in needed.items() if t.hash in ledger.records and not book.has_weights(t)}
+
+
 def _mark(trial: Trial) -> list[int]:
     """Changes with every step that the trial keeps."""
     marks = []
@@ -277,10 +300,11 @@ def _mark(trial: Trial) -> list[int]:
 
 
 def _reason(complaints: str, seed: int, status: int) -> str:
-    """The line about the seed, else the last one, else how the job ended."""
+    """The line about the seed, else the first that names an error, else how the job ended and its last line."""
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
-    own = [line for line in lines if re.match(rf"error: seed {seed}\b", line)]
-    if own:
-        return own[-1].removeprefix("error: ")
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    own = [line for line in errors if re.match(rf"seed {seed}\b", line)]
+    if own or errors:
+        return own[-1] if own else errors[0]
     ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return f"{ended}; {lines[-1]}" if lines and status > 0 else ended

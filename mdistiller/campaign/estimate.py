@@ -1,10 +1,12 @@
 """How long runs take and how much disk: from their own epochs, from records of this device, or from a measured step."""
 
 import itertools
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from mdistiller.engine.device import autocast, resolve_device
 from mdistiller.engine.folder import device_name
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.step import Meter
+from mdistiller.engine.teacher import choose, met, takes_logits
 from mdistiller.errors import UserError
 
 SIZES = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}  # which nothing has to be fetched for
@@ -31,19 +34,20 @@ class Measured:
     epoch: float  # seconds, with its evaluation
     checkpoint: int  # bytes of `latest`
     student: int  # bytes of `student_latest`
+    bank: int = 0  # bytes of its teacher's bank
 
 
-def measure(file: Path, opts: list[str]) -> Measured | str:
-    """One cell's step, on its device; a text where it cannot be run."""
+def measure(file: Path, opts: list[str], students: int = 1) -> Measured | str:
+    """One cell's step, on its device; a text where it cannot be run. `students`: as many share a bank."""
     try:
-        return _measure(file, opts)
+        return _measure(file, opts, students)
     except UserError as error:
         return error.lines[0]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         return str(error).split("\n")[0]
 
 
-def _measure(file: Path, opts: list[str]) -> Measured:
+def _measure(file: Path, opts: list[str], students: int) -> Measured:
     cfg = load(file, opts)
     device = resolve_device(cfg.DEVICE)
     if cfg.DATASET.TYPE in SIZES:
@@ -81,7 +85,13 @@ def _measure(file: Path, opts: list[str]) -> Measured:
         look = timed(lambda: trainer.test_batches, lambda batch: distiller(image=batch.image))
     epoch = step * -(-train // cfg.SOLVER.BATCH_SIZE) + look * -(-test // cfg.DATASET.TEST.BATCH_SIZE)
     student = sum(value.nbytes for value in distiller.student.state_dict().values())
-    return Measured(step, epoch, 2 * student, student)  # weights and momenta
+    bank = 0
+    if cfg.TEACHER_BANK != "off" and takes_logits(distiller):
+        views, draws = trainer.train_batches.views, cfg.SOLVER.EPOCHS * students
+        mode, _ = choose(cfg.TEACHER_BANK, views, draws, 0.0, device.type == "cuda")
+        rows = int(train * met(views, draws, mode == "full")) if mode != "none" else 0
+        bank = rows * data.num_classes * getattr(torch, cfg.TEACHER_BANK_DTYPE).itemsize
+    return Measured(step, epoch, 2 * student, student, bank)  # weights and momenta
 
 
 class Estimates:
@@ -101,8 +111,12 @@ class Estimates:
             return {}
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            done = pool.map(measure, [c.file for c in wanted.values()], [c.opts for c in wanted.values()])
-            found = dict(zip(wanted, done, strict=True))
+            cells = wanted.values()
+            words = [c.file for c in cells], [c.opts for c in cells], [len(c.trials) for c in cells]
+            try:
+                found = dict(zip(wanted, pool.map(measure, *words), strict=True))
+            except BrokenProcessPool:  # killed, by a machine that is out of memory perhaps
+                found = dict.fromkeys(wanted, "the process that measures was killed")
         self.told |= {name: value for name, value in found.items() if isinstance(value, Measured)}
         return {name: value for name, value in found.items() if isinstance(value, str)}
 
@@ -112,15 +126,16 @@ class Estimates:
             self.seen[cell.name] = sum(row["epoch_seconds"] for row in rows[-5:]) / len(rows[-5:]) / students
 
     def recall(self, cells: Iterable[Cell]) -> None:
-        """Take note of what is on record, of this device only, or lies in folders."""
+        """Take note of what is on record, of this device and as many threads only, or lies in folders."""
         for cell in cells:
-            here = device_name(resolve_device(cell.cfg.DEVICE))
+            device = resolve_device(cell.cfg.DEVICE)
+            here = (device_name(device), torch.get_num_threads() if device.type == "cpu" else None)
             for trial in cell.trials:
                 record = self.ledger.records.get(trial.hash)
-                if record and record["device"] == here:
+                if record and here == (record["device"], record.get("threads") if here[1] else None):
                     self.seen[cell.name] = record["seconds"] / record["epochs"] / record["students"]
                 elif state(trial) == "half-done":
-                    self.observe(cell, read_metrics(trial.folder))
+                    self.observe(cell, read_metrics(trial.folder), _side_by_side(trial.folder))
 
     def epoch(self, cell: Cell) -> float | None:
         """Seconds; None where nothing is known."""
@@ -133,6 +148,15 @@ class Estimates:
         epoch = self.epoch(trial.cell)
         return None if epoch is None else epoch * (trial.epochs - done)
 
+    def banks(self, cells: Iterable[Cell]) -> int:
+        """Bytes of all teachers' banks together, as far as cells have been measured."""
+        largest: dict[str, int] = {}
+        for cell in cells:
+            if cell.teacher and cell.name in self.told:
+                name = cell.teacher.name
+                largest[name] = max(largest.get(name, 0), self.told[cell.name].bank)
+        return sum(largest.values())
+
     def disk(self, trial: Trial) -> int | None:
         """Bytes of a whole run's folder: `latest`, the one before, the best, and every epoch_N."""
         measured = self.told.get(trial.cell.name)
@@ -140,3 +164,11 @@ class Estimates:
             return None
         kept = trial.epochs // trial.cfg.LOG.SAVE_CHECKPOINT_FREQ
         return (3 + kept) * measured.checkpoint + (2 + kept) * measured.student
+
+
+def _side_by_side(folder: Path) -> int:
+    """How many students its latest process has trained in turn."""
+    try:
+        return json.loads((folder / "environment.json").read_text())["sessions"][-1].get("students", 1)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # the estimate is rougher without
+        return 1

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from mdistiller import config
 from mdistiller.engine.cfg import ALWAYS, CFG
-from mdistiller.engine.folder import PLACE
+from mdistiller.engine.folder import PLACE, by_effect
 
 ALONE = ("SOLVER.", "DATASET.", "DISTILLER.TYPE", "DISTILLER.STUDENT", "SEED", "DETERMINISTIC")  # all that NONE reads
 
@@ -17,7 +17,7 @@ def computing(tree: Mapping) -> dict[str, object]:
     run another one.
     """
     defaults = {key: _plain(value) for key, value in config.leaves(CFG).items()}
-    flat = defaults | {key: _plain(value) for key, value in config.leaves(tree).items()}
+    flat = by_effect(defaults | {key: _plain(value) for key, value in config.leaves(tree).items()})
     if flat["DISTILLER.TYPE"] == "NONE":
         return {key: value for key, value in flat.items() if key.startswith(ALONE) and not _is_place(key, flat)}
     used = (*ALWAYS, flat["DISTILLER.TYPE"], "SEED", "DETERMINISTIC")

@@ -19,7 +19,11 @@ from mdistiller.engine.recorder import read_metrics
 from mdistiller.errors import UserError
 from mdistiller.files import sync_folder
 
-NEEDED = ("plan", "cell", "seed", "config", "teacher", "epochs", "curve", "last", "best")
+NEEDED = {  # key of a record: its kind
+    "plan": str, "cell": str, "seed": int, "config": dict, "teacher": (dict, type(None)), "epochs": int, "curve": list,
+    "last": (int, float), "best": (int, float), "seconds": (int, float), "students": int, "device": str,
+    "versions": dict, "git": list, "sha256": dict,
+}  # fmt: skip
 
 
 class Ledger:
@@ -39,6 +43,8 @@ class Ledger:
             status = os.stat(self.path)
         except FileNotFoundError:
             return {}
+        except NotADirectoryError:
+            raise UserError(f"{self.path}: lies in no folder; give a folder for results") from None
         if self._stamp != (status.st_size, status.st_mtime_ns):
             data = self.path.read_bytes()
             lines = data[: len(_whole(data))].decode(errors="replace").splitlines()
@@ -80,7 +86,7 @@ def _whole(data: bytes) -> bytes:
 def _parse(line: str) -> dict | None:
     with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
         record = json.loads(line)
-        if all(key in record for key in NEEDED) and hash_of(record):
+        if all(isinstance(record[key], kind) for key, kind in NEEDED.items()) and hash_of(record):
             return record
     return None
 
@@ -154,7 +160,7 @@ def _digest(path: Path, _changed: int) -> str:
 
 
 @cache
-def _train_images(kind: str, root: str) -> int:
+def train_images(kind: str, root: str) -> int:
     return len(load_dataset(kind, root).train_labels)
 
 
@@ -164,7 +170,7 @@ def record_of(trial: Trial, plan: str) -> dict:
     environment = json.loads((trial.folder / "environment.json").read_text())
     sessions = environment["sessions"]
     teacher = trial.cell.teacher
-    images = trial.epochs * _train_images(trial.cfg.DATASET.TYPE, trial.cfg.DATASET.ROOT)
+    images = trial.epochs * train_images(trial.cfg.DATASET.TYPE, trial.cfg.DATASET.ROOT)
     return {
         "plan": plan,
         "cell": trial.cell.name,

@@ -14,6 +14,7 @@ from mdistiller import config, registry
 from mdistiller.analysis.runs import own_rule
 from mdistiller.campaign.identity import computing, identity, protocol
 from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.engine.cfg import CFG
 from mdistiller.engine.folder import PLACE, run_folder
 from mdistiller.errors import ConfigError, UserError
 
@@ -147,9 +148,11 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 def find(name: str, folder: Path) -> Path:
     """The plan's file: a path, or a name in `folder`."""
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        return Path(name)
     known = sorted(file.stem for file in folder.glob("[!_]*.yaml"))
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        if not Path(name).is_file():
+            raise UserError(f"{name}: is no file; give a plan's YAML file, or one of {', '.join(known)}")
+        return Path(name)
     if name not in known:
         raise UserError(registry.unknown("plan", name, known))
     return folder / f"{name}.yaml"
@@ -161,9 +164,16 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
     Raises ConfigError with one line for each mistake found, all at once.
     """
     tree = config.read(file)
-    problems = [f"{key}: takes pairs of KEY VALUE, and says only where; {_where_to(key)}" for key in _computing(opts)]
     if len(opts) % 2:
-        problems.append(f"{opts[-1]}: has no value; overrides come in pairs: KEY VALUE")
+        raise ConfigError(f"{opts[-1]}: has no value; overrides come in pairs: KEY VALUE")
+    problems = []
+    known = config.leaves(CFG)
+    for key in opts[::2]:
+        if key not in known:
+            problems.append(registry.unknown("key", key, [k for k in known if k.startswith(PLACE)]))
+        elif not key.startswith(PLACE):
+            problems.append(f"{key}: pairs of KEY VALUE say only where; to compute something else, write it below "
+                            "overrides: in a plan of your own, with _BASE_: this one")  # fmt: skip
     values = _checked(tree, problems)
     seeds = list(values["seeds"] if seeds is None else seeds)
     pairs = _pairs(values, problems)
@@ -176,14 +186,6 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
     if problems:
         raise ConfigError(*(f"{file}: {line}" for line in dict.fromkeys(problems)))
     return Plan(file.stem, values["title"], values["note"], Path(values["results"]), seeds, list(grid.cells.values()))
-
-
-def _computing(opts: Sequence[str]) -> list[str]:
-    return [key for key in opts[::2] if not key.startswith(PLACE)]
-
-
-def _where_to(key: str) -> str:
-    return f"to compute something else, write {key} below overrides: in a plan of your own, with _BASE_: this one"
 
 
 def _checked(tree: CfgNode, problems: list[str]) -> dict:
@@ -219,6 +221,9 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
             problems.append(f"rules: {name} takes no temperature rule; give it a plan of its own")
     flat = config.leaves(values["overrides"])
     problems += [f"overrides: {key} is the plan's own business; leave it out" for key in flat if _reserved(key)]
+    if "EXPERIMENT.PLUGINS" not in flat:  # which bring keys of their own
+        known = config.leaves(CFG)
+        problems += [f"overrides: {registry.unknown('key', key, known)}" for key in flat if key not in known]
     values["overrides"] = {key: value for key, value in flat.items() if not _reserved(key)}
     return values
 
@@ -246,6 +251,38 @@ def _pairs(values: dict, problems: list[str]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: order.index(pair[0]))
 
 
+class Shipped:
+    """The pairs' YAML files in `folder`, METHOD/*.yaml."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, dict[tuple, Path]] = {}  # of each method: (teacher, student) -> YAML
+
+    def file(self, method: str, teacher: str, student: str) -> tuple[Path | None, dict[str, str]]:
+        """The pair's YAML file for the method, or the student's own one and the keys that make it the method's."""
+        file = self._index(method).get((teacher, student))
+        if file is not None or method == "NONE":
+            return file, {}
+        return self._index("NONE").get(("", student)), {"DISTILLER.TYPE": method, "DISTILLER.TEACHER": teacher}
+
+    def settings(self, cfg: CfgNode) -> dict[str, object]:
+        """What the file for the method and pair of `cfg` computes; empty where there is none."""
+        names = cfg.DISTILLER
+        file, changes = self.file(names.TYPE, "" if names.TYPE == "NONE" else names.TEACHER, names.STUDENT)
+        return computing(config.load(file, [word for pair in changes.items() for word in pair])) if file else {}
+
+    def _index(self, method: str) -> dict[tuple, Path]:
+        if method not in self.files:
+            found: dict[tuple, Path] = {}
+            for file in sorted((self.folder / method.lower()).glob("[!_]*.yaml")):
+                section = config.read(file).get("DISTILLER", {})
+                if section.get("TYPE") == method:
+                    teacher = "" if method == "NONE" else section.get("TEACHER")
+                    found.setdefault((teacher, section.get("STUDENT")), file)
+            self.files[method] = found
+        return self.files[method]
+
+
 class _Grid:
     """Cells as they come up; what is wrong with one of them is added to `problems`."""
 
@@ -253,7 +290,7 @@ class _Grid:
         self.values, self.opts, self.problems = values, list(opts), problems
         self.folder = Path(os.path.normpath(file.parent / values["configs"]))
         self.cells: dict[str, Cell] = {}
-        self.files: dict[str, dict[tuple, Path]] = {}  # of each method: (teacher, student) -> YAML
+        self.shipped = Shipped(self.folder)
         self.hopeless = not self.folder.is_dir()
         if self.hopeless:
             problems.append(f"configs: there is no folder {self.folder}")
@@ -276,15 +313,18 @@ class _Grid:
         name = ",".join([method + f"+{rule}" * bool(rule), *[teacher] * bool(teacher), student])
         cell = self.cells.get(name)
         if cell is None:
-            file, changes = self._file(method, teacher, student)
+            file, changes = self.shipped.file(method, teacher, student)
             if file is None:
+                self.problems.append(f"configs: {self.folder}/none has no YAML for {student}; add one")
                 return None
             changes |= {key: v for key, v in self.values["overrides"].items() if self._read_by(method, key)}
             changes |= {"TEMPERATURE.RULE": rule} if rule else {}
             tag = re.sub(r"\W", "_", method.lower()) + f",{teacher}" * bool(teacher) + f",{student}"
             places = {"EXPERIMENT.PROJECT": f"campaign/{self.folder.name}", "EXPERIMENT.TAG": tag}
             places |= {"DISTILLER.TEACHER_CKPT": str(source.weights)} if source else {}
-            words = [str(word).replace(" ", "") for pair in changes.items() for word in pair]
+            words = [
+                word if isinstance(word, str) else str(word).replace(" ", "") for w in changes.items() for word in w
+            ]
             words += [word for pair in places.items() for word in pair]
             cell = self.cells[name] = Cell(name, file, [*words, *self.opts], source)
         for seed in seeds:
@@ -303,24 +343,3 @@ class _Grid:
         """Sections of other methods are left out, so that they stand in no run's name."""
         other = distiller_dict.get(key.split(".")[0])
         return other is None or issubclass(distiller_dict[method], other)
-
-    def _file(self, method: str, teacher: str, student: str) -> tuple[Path | None, dict[str, str]]:
-        """The pair's YAML file for the method, or the student's own one and the keys that make it the method's."""
-        file = self._index(method).get((teacher, student))
-        if file is not None:
-            return file, {}
-        file = self._index("NONE").get(("", student))
-        if file is None:
-            self.problems.append(f"configs: {self.folder}/none has no YAML for {student}; add one")
-        return file, {"DISTILLER.TYPE": method, "DISTILLER.TEACHER": teacher}
-
-    def _index(self, method: str) -> dict[tuple, Path]:
-        if method not in self.files:
-            found: dict[tuple, Path] = {}
-            for file in sorted((self.folder / method.lower()).glob("[!_]*.yaml")):
-                section = config.read(file).get("DISTILLER", {})
-                if section.get("TYPE") == method:
-                    teacher = "" if method == "NONE" else section.get("TEACHER")
-                    found.setdefault((teacher, section.get("STUDENT")), file)
-            self.files[method] = found
-        return self.files[method]

@@ -1,5 +1,7 @@
 """Records become tables (Markdown, LaTeX, CSV) and bar charts: every seed on record, and never two protocols."""
 
+import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from mdistiller.analysis import drawing, results
-from mdistiller.analysis.charts import COLOURS, Chart, Panel, Series, Table, write_table
-from mdistiller.analysis.runs import Group, Run
+from mdistiller.analysis.charts import COLOURS, GREY, Chart, Panel, Series, Table, write_table
+from mdistiller.analysis.runs import Group, Run, own_rule
 from mdistiller.analysis.statistics import Mean
-from mdistiller.campaign.identity import differing, protocol
+from mdistiller.campaign.identity import computing, differing, protocol
 from mdistiller.campaign.ledger import settings_of
-from mdistiller.campaign.plan import Plan
+from mdistiller.campaign.plan import Plan, Shipped
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
@@ -37,6 +39,7 @@ PROTOCOL = {
     "momentum": "SOLVER.MOMENTUM",
 }
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+NO_MATTER = ("SEED", "DETERMINISTIC", "SOLVER.STEP", "SOLVER.AMP", "SOLVER.NAN_POLICY", "TEACHER_BANK")  # to figures
 MOST_LABELS = 14  # bars that can have their figure above them
 
 
@@ -133,6 +136,19 @@ def departures(cfg, published: Mapping) -> list[str]:
     return found
 
 
+def changes(group: Group, shipped: Shipped | None) -> list[str]:
+    """The group's hyperparameters that are not those of its pair's YAML file, temperature rules apart: a row's name
+    has those.
+    """
+    theirs = shipped.settings(group.cfg) if shipped else {}
+    ignored = (*NO_MATTER, "TEMPERATURE.RULE", "DATASET.", "DISTILLER.", *PROTOCOL.values(), "SOLVER.LR")
+    return [
+        f"{key} {value} (published: {theirs[key]})"
+        for key, value in computing(group.cfg).items()
+        if theirs.get(key, value) != value and not key.startswith(ignored)
+    ]
+
+
 def published_of(group: Group, published: Mapping) -> tuple[float, float] | None:
     """The published figure and how far it may be off: those of the charts were read by eye."""
     figure = results.published_figure(group, published)
@@ -153,17 +169,23 @@ def verdict(ours: Mean, figure: float, off: float = 0.0) -> str:
     return "above" if figure > ours.mean + reach else "below" if figure < ours.mean - reach else "inside"
 
 
-def table_of(rows: Sequence[Row], title: str, published: Mapping) -> tuple[Table, list[str]]:
-    """The table and the notes below it. Nothing is compared with figures of another protocol."""
+def table_of(
+    rows: Sequence[Row], title: str, published: Mapping, shipped: Shipped | None = None
+) -> tuple[Table, list[str]]:
+    """The table and the notes below it. Nothing is compared with figures of another protocol, no row with figures of
+    other hyperparameters.
+    """
     filled = [(row, row.group) for row in rows if row.records]
     away = list(dict.fromkeys(line for _, group in filled for line in departures(group.cfg, published)))
-    compare = bool(published) and not away and any(published_of(group, published) for _, group in filled)
+    changed = {row.name: changes(group, shipped) for row, group in filled}
+    figures = {r.name: None if changed[r.name] else published_of(group, published) for r, group in filled}
+    compare = bool(published) and not away and any(figures.values())
     lines = []
     for row, group in filled:
         method = group.method if group.method.endswith("+LSKD") or "+" not in row.name else row.name.split(",")[0]
         line = [group.pair, method, len(row.records), group.seeds, group.last, group.best]
         if compare:
-            figure, off = published_of(group, published) or (None, 0.0)
+            figure, off = figures[row.name] or (None, 0.0)
             shown = f"{figure:.2f}" if figure is not None and not off else f"~{figure}" if off else None
             lies = None if figure is None else verdict(group.best, figure, off)
             line += [shown, None if figure is None else group.best.mean - figure, lies]
@@ -171,14 +193,20 @@ def table_of(rows: Sequence[Row], title: str, published: Mapping) -> tuple[Table
     table = Table(
         "table", title, CAPTION + BESIDE_CAPTION * compare, HEAD + BESIDE * compare, lines, list(range(len(lines)))
     )
-    return table, _notes(rows, away)
+    return table, _notes(rows, away, changed)
 
 
-def _notes(rows: Sequence[Row], away: Sequence[str]) -> list[str]:
+def _notes(rows: Sequence[Row], away: Sequence[str], changed: Mapping[str, Sequence[str]]) -> list[str]:
     """Protocol, machine and code of the runs, and what is missing."""
     notes, records = [], [record for row in rows for record in row.records]
     if away:
         notes.append("**Not the published protocol**: " + ", ".join(away) + ".")
+    alike: dict[str, list[str]] = {}
+    for name, keys in changed.items():
+        alike.setdefault(", ".join(keys), []).append(name)
+    notes += [
+        f"**Not the published hyperparameters**: {keys}, in {'; '.join(of)}." for keys, of in alike.items() if keys
+    ]
     if records:
         first = records[0]["config"]
         students = {r["config"]["DISTILLER.STUDENT"]: r["config"]["SOLVER.LR"] for r in records}
@@ -225,6 +253,8 @@ def charts_of(rows: Sequence[Row], title: str, note: str = "") -> list[Chart]:
     student, where each has several teachers or there is one; else one chart with a group for each pair.
     """
     filled = [(row, row.group, row.group.cfg.DISTILLER) for row in rows if row.records]
+    if any("+" in _method(row) for row, _, _ in filled):
+        return _rule_charts(filled, f"{title} ({note})" if note else title)
     taught = [(row, group, names) for row, group, names in filled if names.TYPE != "NONE"]
     alone = {names.STUDENT: (row, group) for row, group, names in filled if names.TYPE == "NONE"}
     teachers: dict[str, set] = {}
@@ -236,6 +266,7 @@ def charts_of(rows: Sequence[Row], title: str, note: str = "") -> list[Chart]:
         for student in teachers:
             bars = [(_method(row), [names.TEACHER], group) for row, group, names in taught if names.STUDENT == student]
             _, level = alone.get(student, (None, None))
+            bars.sort(key=lambda bar: _natural(bar[1][0]))
             charts.append(_chart(bars, level, f"{title}: {student}", f"chart-{student}", "teacher"))
         return charts
     bars = [(_method(row), [group.pair], group) for row, group, _ in taught]
@@ -245,24 +276,45 @@ def charts_of(rows: Sequence[Row], title: str, note: str = "") -> list[Chart]:
     return [_chart(bars, None, title, "chart", "")] if bars else []
 
 
+def _rule_charts(filled: Sequence[tuple], title: str) -> list[Chart]:
+    """One for each pair: a group of bars for each temperature rule, a bar for each method."""
+    alone = {names.STUDENT: group for _, group, names in filled if names.TYPE == "NONE"}
+    pairs: dict[tuple, list] = {}
+    for row, group, names in filled:
+        if names.TYPE != "NONE":
+            method, _, rule = _method(row).partition("+")
+            bar = (method, [rule or own_rule(method)], group)
+            pairs.setdefault((names.TEACHER, names.STUDENT), []).append(bar)
+    return [
+        _chart(bars, alone.get(student), f"{title}: {teacher} → {student}", f"chart-{teacher}-{student}", "rule")
+        for (teacher, student), bars in pairs.items()
+    ]
+
+
+def _natural(name: str) -> list:
+    """resnet20 before resnet110."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def _chart(
     bars: Sequence[tuple[str, list[str], Group]], level: Group | None, title: str, name: str, axis: str
 ) -> Chart:
     """`bars`: of each the method, its places on the axis, and its runs."""
     places = list(dict.fromkeys(place for _, own, _ in bars for place in own))
-    methods = list(dict.fromkeys(method for method, _, _ in bars))
+    methods = sorted(dict.fromkeys(method for method, _, _ in bars), key=lambda name: name != "alone")
+    shades = dict(zip((m for m in sorted(methods) if m != "alone"), itertools.cycle(COLOURS))) | {"alone": GREY}
     counts = sorted({len(group.runs) for _, _, group in bars})
     seeds = "–".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) + " seed" + "s" * (counts[-1] > 1)
     chart = Chart(name, "", title, "", [], wide=1)
     for which in ("best", "last"):
         panel = Panel(f"{which} epoch, mean ± standard deviation over {seeds}", axis, "top-1 (%)")
-        for number, method in enumerate(methods):
+        for method in methods:
             means = {place: getattr(group, which) for kind, own, group in bars if kind == method for place in own}
             y = np.array([means[place].mean if place in means else np.nan for place in places])
             sd = np.array([(means[place].std or 0.0) if place in means else np.nan for place in places])
             text = [f"{value:.1f}" for value in y] if len(places) * len(methods) <= MOST_LABELS else []
             bands = {("minus_sd", "plus_sd"): (y - sd, y + sd)}
-            panel.series.append(Series(method, None, places, y, "bars", bands, text=text, colour=COLOURS[number]))
+            panel.series.append(Series(method, None, places, y, "bars", bands, text=text, colour=shades[method]))
         if level:
             mean = getattr(level, which)
             bands = {("minus_sd", "plus_sd"): tuple([mean.mean + sign * (mean.std or 0.0)] for sign in (-1, 1))}
@@ -271,6 +323,7 @@ def _chart(
         ends = [v for s in panel.series for pair in s.bands.values() for values in pair for v in values if v == v]
         span = max(max(ends) - min(ends), 1.0)
         panel.y_range = (max(min(ends) - 0.3 * span, 0.0), max(ends) + 0.15 * span)  # bars that start at 0 look alike
+        panel.y_label += ", axis cut" * bool(panel.y_range[0] > 0)
         chart.panels.append(panel)
     return chart
 
@@ -305,14 +358,25 @@ class Report:
         comments = "".join(f"% {line}\n" for line in self.notes)
         write_atomic(folder / "table.tex", (comments + results.latex(self.table)).encode())
         write_csv(folder / "table.csv", self.table)
+        made = {chart.name for chart in self.charts}
+        for old in (file for kind in ("png", "svg") for file in folder.glob(f"chart*.{kind}")):
+            if old.stem not in made:  # of a plan that had other pairs
+                old.unlink()
         for chart in self.charts:
             drawing.draw(chart, folder, [])
 
 
-def report(rows: Sequence[Row], title: str, name: str, published: Mapping, notes: Sequence[str] = ()) -> Report:
-    """Raises UserError where protocols would mix."""
+def report(
+    rows: Sequence[Row],
+    title: str,
+    name: str,
+    published: Mapping,
+    shipped: Shipped | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """`shipped`: the YAML files with the published hyperparameters. Raises UserError where protocols would mix."""
     check_shared(rows)
-    table, below = table_of(rows, title, published)
+    table, below = table_of(rows, title, published, shipped)
     away = "not the published protocol" if any(line.startswith("**") for line in below) else ""
     return Report(name, title, table, [*below, *notes], charts_of(rows, title, away))
 
@@ -321,5 +385,12 @@ def write_csv(path: Path, table: Table) -> None:
     """Numbers in full: mean and deviation in columns of their own."""
     split = {i for row in table.rows for i, cell in enumerate(row) if isinstance(cell, Mean)}
     head = [h for i, name in enumerate(table.head) for h in ([name, f"{name} sd"] if i in split else [name])]
-    rows = [[v for cell in row for v in (cell[:2] if isinstance(cell, Mean) else [cell])] for row in table.rows]
+    rows = [
+        [v for cell in row for v in (cell[:2] if isinstance(cell, Mean) else [_number(cell)])] for row in table.rows
+    ]
     write_table(path, head, rows)
+
+
+def _number(cell: object) -> object:
+    """~59.1, which was read off a chart, is a number too."""
+    return cell[1:] if isinstance(cell, str) and re.fullmatch(r"~[\d.]+", cell) else cell

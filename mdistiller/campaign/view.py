@@ -55,7 +55,7 @@ class Plain:
                 epoch, last, best, speed = figures(p)
                 self.say(
                     f"epoch    {p.trial.name}: {epoch}, last {last or '-'}, best {best or '-'}, {speed or '-'} img/s, "
-                    f"left {duration(campaign.left(p))}; the plan {duration(campaign.total_left())}"
+                    f"left {duration(campaign.job_left(p))}; the plan {duration(campaign.total_left())}"
                 )
 
 
@@ -100,15 +100,19 @@ class Board:
         soon = waiting[: max(rest - len(done), rest // 2)]
         shown += soon + done[len(done) - min(rest - len(soon), len(done)) :]
         kept = {id(p) for p in shown}
-        table = Table("run", box=None, pad_edge=False, header_style="dim", expand=False)
+        table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
+        table.add_column(
+            "run", no_wrap=True, overflow="fold", min_width=max((len(p.trial.name) for p in shown), default=3)
+        )
         for name in ("epoch", "last", "best", "img/s", "left"):
-            table.add_column(name, justify="right")
-        table.add_column("")
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, overflow="ellipsis")  # reasons stand above the table in full
         for p in (p for p in rows if id(p) in kept):
             queued = p.status == "running" and not p.active
             style = "" if queued else STYLE.get(p.status, "dim")
-            left = duration(campaign.left(p)) if p.status in ("running", "waiting", "in use") else ""
-            note = "next seed" if queued and p.rows == [] else p.reason or p.status
+            left = duration(campaign.job_left(p)) if p.status in ("running", "waiting", "in use") else ""
+            others = any(q.active for q in rows if q.trial.cell is p.trial.cell)
+            note = ("takes turns" if others else "starting") if queued and p.rows == [] else p.reason or p.status
             table.add_row(Text(p.trial.name), *figures(p), left, Text(note), style=style)
         hidden = f", {len(rows) - len(kept)} not shown" if len(rows) > len(kept) else ""
         head = Text(f"{self.title}: {len(done)} of {len(rows)} runs done", style="bold")

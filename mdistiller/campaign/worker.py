@@ -3,7 +3,8 @@
 python3 -m mdistiller.campaign.worker --cfg FILE --seeds N [N ...] [-- KEY VALUE ...]
 
 Its standard input is a pipe from the campaign: where that ends, the campaign is gone, killed perhaps, and the worker
-stops as on SIGTERM, with a checkpoint. Exit status: as tools/train_ours.py has it; 1 where one of several seeds failed.
+stops as on SIGTERM, with a checkpoint. Exit status: as tools/train_ours.py has it; 1 where one of several seeds failed;
+IN_USE where another process trains in a folder of theirs.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from pathlib import Path
 
 from mdistiller.engine.cfg import load
 from mdistiller.engine.seeds import train_seeds
-from mdistiller.errors import Preempted, UserError
+from mdistiller.errors import FolderInUse, Preempted, UserError
+
+IN_USE = 3
 
 
 def run(file: str | Path, opts: Sequence[str], seeds: Sequence[int]) -> int:
@@ -31,6 +34,8 @@ def run(file: str | Path, opts: Sequence[str], seeds: Sequence[int]) -> int:
     except Preempted as error:
         print(error.lines[0], file=sys.stderr, flush=True)
         return error.status
+    except FolderInUse:
+        return IN_USE
     except UserError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr, flush=True)

@@ -67,10 +67,10 @@ def identity(cfg: CfgNode) -> str:
     """The same for two configurations that compute the same, but for data, teacher and the number of epochs."""
     settings = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
     ignored = (*PLACE, "SOLVER.EPOCHS", "SOLVER.STEP")
-    return checkpoint.digest({k: v for k, v in sorted(_by_effect(settings).items()) if not k.startswith(ignored)})
+    return checkpoint.digest({k: v for k, v in sorted(by_effect(settings).items()) if not k.startswith(ignored)})
 
 
-def _by_effect(settings: dict[str, object]) -> dict[str, object]:
+def by_effect(settings: dict[str, object]) -> dict[str, object]:
     """All kinds of TEACHER_BANK give the same numbers but off, which is what a run was before there was the key."""
     bank = settings.get("TEACHER_BANK", "off")
     return settings | {"TEACHER_BANK": bank if bank == "off" else "auto"}
@@ -78,11 +78,13 @@ def _by_effect(settings: dict[str, object]) -> dict[str, object]:
 
 def in_use(path: Path) -> bool:
     """Whether a process trains in the folder `path`, which exists."""
-    with open(path / ".lock", "a+") as lock:
-        try:
+    try:
+        with open(path / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
     return False
 
 
@@ -154,10 +156,10 @@ class RunFolder:
         bad = config.misfit(then)
         if bad:
             raise UserError(f"--resume: {file}: {bad} holds a value of another kind; start a new run without --resume")
-        then = _by_effect(config.leaves(then))
+        then = by_effect(config.leaves(then))
         if not issubclass(distiller_dict[cfg.DISTILLER.TYPE], LogitDistiller):
             del then["TEACHER_BANK"]
-        now = _by_effect(config.leaves(CfgNode.load_cfg(cfg.dump())))  # YAML knows lists only, no tuples
+        now = by_effect(config.leaves(CfgNode.load_cfg(cfg.dump())))  # YAML knows lists only, no tuples
         ignored = (*PLACE, "SOLVER.EPOCHS", "SOLVER.STEP")
         if cfg.DISTILLER.TYPE == "NONE":  # reads no method's section
             now = {k: v for k, v in now.items() if k.startswith(("SOLVER.", "DATASET.", "DISTILLER.", "SEED"))}
@@ -218,8 +220,14 @@ def environment(device: torch.device) -> dict:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or the kind of processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    """The GPU's, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    chip = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        chip = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{device.type} ({chip})"
 
 
 def _git() -> dict | None:
