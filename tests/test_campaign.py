@@ -483,6 +483,66 @@ def test_the_budget_starts_nothing_that_does_not_fit(small):
     assert campaign.progress["KD,resnet14,resnet8,seed0"].reason == "does not fit the budget"
 
 
+def test_the_budget_ends_the_wait_for_another_process(small):
+    plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
+    estimates = Estimates(ledger)
+    estimates.told = {cell.name: Measured(1, 0.01, 1, 1) for cell in plan.cells}
+    holders = [RunFolder(trial.folder) for trial in plan.cells[0].trials]
+    campaign = Campaign("small", plan.cells[:1], ledger, Here(), estimates, Quiet(), time.monotonic() + 0.5)
+    begin = time.monotonic()
+    assert campaign.run() == 75
+    assert time.monotonic() - begin < 20
+    for holder in holders:
+        holder.close()
+
+
+def test_a_worker_that_finds_a_folder_taken_fails_nobody(small):
+    class Late(Here):
+        """Another campaign takes the second seed between the look and the worker's start."""
+
+        def start(self, cell, trials):
+            if self.asked:
+                return super().start(cell, trials)
+            holder = RunFolder(trials[1].folder)
+            job = super().start(cell, trials)
+            holder.close()
+            return job
+
+    status, campaign, executor = conduct(small, Late(), only=["NONE,resnet8"])
+    assert status == 0, campaign.view.lines
+    assert executor.asked == [("NONE,resnet8", [0, 1])] * 2
+    assert not any(line.startswith("FAILED") for line in campaign.view.lines)
+
+
+def test_a_record_that_cannot_be_kept_fails_that_run_alone(small, monkeypatch):
+    keep = Ledger.append
+
+    def append(self, record):
+        if record["seed"] == 1:
+            raise OSError("disk full")
+        return keep(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", append)
+        status, campaign, _ = conduct(small, only=["NONE,resnet8"])
+    assert (status, campaign.summary()) == (1, "1 done, 1 failed")
+    assert "disk full" in campaign.progress["NONE,resnet8,seed1"].reason
+    status, _, again = conduct(small, only=["NONE,resnet8"])
+    assert (status, again.asked) == (0, []), "it is put on record later, not trained again"
+
+
+def test_a_job_of_several_seeds_says_when_all_its_turns_are_over(small):
+    cell = plans.load(small).cells[0]
+    ledger = Ledger(Path("results/runs.jsonl"))
+    estimates = Estimates(ledger)
+    estimates.told = {cell.name: Measured(1, 10.0, 1, 1)}
+    campaign = Campaign("small", [cell], ledger, Here(), estimates, Quiet())
+    first = campaign.progress["NONE,resnet8,seed0"]
+    assert campaign.job_left(first) == 20.0
+    campaign.jobs.append(conducting.Running(Ended(None, ""), cell, cell.trials, {}))
+    assert campaign.job_left(first) == campaign.total_left() == 40.0
+
+
 # The record
 
 
@@ -636,6 +696,37 @@ def test_pairs_of_different_students_share_one_chart():
     assert [(s.name, list(s.x)) for s in chart.panels[0].series] == [
         (name, ["resnet56 → resnet8", "resnet56 → resnet20"]) for name in ("alone", "KD")
     ]
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in PLANS.glob("*.yaml")))
+def test_every_plan_can_be_reported(name, tmp_path):
+    plan = plans.load(PLANS / f"{name}.yaml")
+    made = []
+    for number, trial in enumerate(plan.trials):
+        cell = trial.cell
+        made.append(record(seed=trial.seed, best=60.0 + number % 5, plan=plan.name) | {
+            "cell": cell.name, "config": trial.settings,
+            "teacher": {"run": "t", "hash": "", "sha256": "t", "config": cell.teacher.settings} if cell.teacher else None,
+        })  # fmt: skip
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    report = command.report_of(plan, Ledger(tmp_path / "runs.jsonl"), PUBLISHED, PLANS)
+    assert len(report.table.rows) == len(plan.cells)
+    assert report.charts
+    if name == "rules":
+        assert [chart.name for chart in report.charts] == ["chart-resnet56-resnet20", "chart-resnet32x4-resnet8x4"]
+        assert all(len(panel.series) == 4 for panel in report.charts[0].panels), "KD, DKD, DTKD, the student alone"
+    if name in ("dtkd_charts", "dtkd_pairs", "rules"):
+        assert not any(line.startswith("**") for line in report.notes), report.notes
+        assert "published (%)" in report.table.head
+
+
+def test_other_hyperparameters_are_named_and_not_compared():
+    runs = [record("KD", seed=0, KD__TEMPERATURE=20.0), record("DTKD", seed=0)]
+    report = tables.report(tables.of_records(runs), "t", "t", PUBLISHED, plans.Shipped(ROOT / "configs/cifar100"))
+    kd, dtkd = report.table.rows
+    column = report.table.head.index("published (%)")
+    assert (kd[column], dtkd[column]) == (None, "~61.9")
+    assert "**Not the published hyperparameters**: KD.TEMPERATURE 20" in " ".join(report.notes)
 
 
 def test_the_page_shows_what_the_results_give():
