@@ -1,4 +1,5 @@
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and what they start inherits this
 
@@ -8,6 +9,8 @@ import torch
 from helpers import digits_opts, save_teacher, small_run
 
 torch.set_num_threads(1)
+# a shell's background job ignores it, and so would what the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

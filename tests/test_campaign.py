@@ -703,11 +703,10 @@ def test_every_plan_can_be_reported(name, tmp_path):
     plan = plans.load(PLANS / f"{name}.yaml")
     made = []
     for number, trial in enumerate(plan.trials):
-        cell = trial.cell
-        made.append(record(seed=trial.seed, best=60.0 + number % 5, plan=plan.name) | {
-            "cell": cell.name, "config": trial.settings,
-            "teacher": {"run": "t", "hash": "", "sha256": "t", "config": cell.teacher.settings} if cell.teacher else None,
-        })  # fmt: skip
+        source = trial.cell.teacher
+        teacher = {"run": "t", "hash": "", "sha256": "t", "config": source.settings} if source else None
+        run = record(seed=trial.seed, best=60.0 + number % 5, plan=plan.name)
+        made.append(run | {"cell": trial.cell.name, "config": trial.settings, "teacher": teacher})
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
     report = command.report_of(plan, Ledger(tmp_path / "runs.jsonl"), PUBLISHED, PLANS)
     assert len(report.table.rows) == len(plan.cells)

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 from helpers import ROOT, digits_opts, tool
 
 from mdistiller import config, registry
-from mdistiller.dataset import digits
 from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import CFG, load
 from mdistiller.engine.trainer import Trainer
@@ -742,7 +742,7 @@ def test_the_corpus_is_no_smaller_than_it_was():
 # the contract
 
 
-load_digits = cache(digits.load_digits)  # the same for every case
+load_digits = cache(sklearn.datasets.load_digits)  # the same for every case
 
 
 @cache
@@ -800,7 +800,7 @@ def check_refusal(stderr: str, says: str) -> None:
 def test_a_bad_input_is_refused(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry.distillers, "data", dict(registry.distillers.data))
-    monkeypatch.setattr(digits, "load_digits", load_digits)
+    monkeypatch.setattr(sklearn.datasets, "load_digits", load_digits)
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("training began"))
     case.make(tmp_path)
     before = tree(tmp_path)

@@ -252,10 +252,8 @@ class Campaign:
         for p in (self.progress[trial.name] for trial in running.trials):
             if p.status != "running":
                 continue
-            if p.active:
+            if p.active or status == worker.IN_USE:  # one of them, perhaps: soon each is looked at by itself
                 p.status, p.reason = "in use", "another process trains it"
-            elif status == worker.IN_USE:  # one of them, by another process: looked at again soon, each by itself
-                p.status = "waiting"
                 self._looked[running.cell.name] = time.monotonic()
             elif came_on and (status < 0 or status == Preempted.status):  # from outside: it goes on
                 p.status = "waiting"
