@@ -85,7 +85,7 @@ KEYS = (
         "SOLVER.STEP",
         "auto",
         "How a step runs: eager, graph (a CUDA graph) or compile (torch.compile; on CUDA in a graph too); auto: graph "
-        "on CUDA, else eager.",
+        "on CUDA, compile on a CPU where that pays, else eager.",
     ),
     ("TEMPERATURE.RULE", "", "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own."),
     ("TEMPERATURE.DETACH", False, "Stop the gradient through the rule's temperatures; published DTKD lets it flow."),

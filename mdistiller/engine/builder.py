@@ -5,6 +5,8 @@ import dataclasses
 import inspect
 import os
 import re
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -139,6 +141,7 @@ class Run:
         return recorder
 
 
+COMPILING = 20_000  # steps: those that compiling saves the time of, three times over (docs/performance.md)
 OUT_OF_MEMORY = "out of memory|CPUAllocator|STATUS_ALLOC_FAILED"
 
 
@@ -232,6 +235,8 @@ def introduce(
             say_once(f"teacher: {teacher_file}")
     if cfg.SOLVER.AMP == "bf16" and not has_bf16(device):
         say_once(f"this {device.type} has no bfloat16 arithmetic: SOLVER.AMP none would be several times faster")
+    if trainer.step.forward is not None:
+        say_once("the first steps are compiled, which takes a minute or two")
     if bank and trainer.epoch < trainer.epochs:
         say_once(bank)
     if not (trainer.epoch or trainer.done):
@@ -322,7 +327,8 @@ def build_trainer(
     logits, bank = common.teachers.logits_of(
         cfg, distiller, train_batches, teacher_file, origin, solver.EPOCHS, data.num_classes
     )
-    forward = torch.compile(distiller, dynamic=False) if solver.STEP == "compile" else None
+    steps = solver.EPOCHS * len(train_batches)
+    forward = torch.compile(distiller, dynamic=False) if uses_compiler(cfg, device, steps) else None
     trainer = Trainer(
         distiller,
         Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward),
@@ -348,6 +354,14 @@ def build_trainer(
 def uses_graph(cfg: CfgNode, device: torch.device) -> bool:
     """fp16's gradient scaler looks at every step, which a graph cannot."""
     return device.type == "cuda" and cfg.SOLVER.STEP != "eager" and cfg.SOLVER.AMP != "fp16"
+
+
+def uses_compiler(cfg: CfgNode, device: torch.device, steps: int) -> bool:
+    """auto: on a CPU, for so many `steps` that faster ones make up for the compiling."""
+    if cfg.SOLVER.STEP != "auto":
+        return cfg.SOLVER.STEP == "compile"
+    own = "clang++" if sys.platform == "darwin" else "g++"  # what torch takes
+    return device.type == "cpu" and steps >= COMPILING and shutil.which(os.environ.get("CXX", own)) is not None
 
 
 def check_step(cfg: CfgNode, device: torch.device) -> None:
