@@ -543,6 +543,53 @@ def test_a_job_of_several_seeds_says_when_all_its_turns_are_over(small):
     assert campaign.job_left(first) == campaign.total_left() == 40.0
 
 
+class Crowded(Here):
+    """Takes `room` jobs, as a queue with a limit does; each stays until the campaign has looked at it twice."""
+
+    slots = 10
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.jobs = room, []
+
+    def start(self, cell, trials):
+        if sum(job.poll() is None for job in self.jobs) >= self.room:
+            raise UserError("cannot be submitted: QOSMaxSubmitJobPerUserLimit")
+        job = super().start(cell, trials)
+        status, looks = job.status, iter([None, None])
+        job.poll = lambda: next(looks, status)
+        self.jobs.append(job)
+        return job
+
+
+def test_a_job_that_is_refused_waits_for_the_others_and_fails_alone(small, monkeypatch):
+    monkeypatch.setattr(conducting, "RETRY", 0.0)
+    status, campaign, _ = conduct(small, Crowded(1), only=["NONE"])
+    assert (status, campaign.summary()) == (0, "3 done"), campaign.view.lines
+    write(small, **yaml.safe_load(small.read_text()) | {"overrides": {"SOLVER": {"LR": 0.01}}})
+    status, campaign, _ = conduct(small, Crowded(0), only=["KD"])
+    assert (status, campaign.summary()) == (1, "1 failed, 2 blocked")
+    assert "QOSMaxSubmitJobPerUserLimit" in campaign.progress["NONE,resnet14,seed0"].reason
+
+
+def test_executors_say_what_cannot_be_started(small, monkeypatch):
+    cell = plans.load(small).cells[0]
+    logs = cell.trials[0].folder.parent / ".logs"
+    write(logs)
+    with pytest.raises(UserError, match="cannot be started: .*: File exists"):
+        executors.Local().start(cell, cell.trials)
+    pytest.importorskip("submitit")
+    from submitit.core.utils import FailedJobError
+
+    def refuse(*_):
+        raise FailedJobError("sbatch: error: invalid\npartition")
+
+    slurm = executors.Slurm(Path("jobs"), {}, "debug")
+    monkeypatch.setattr(slurm.executor, "submit", refuse)
+    with pytest.raises(UserError, match="cannot be submitted: sbatch: error: invalid partition"):
+        slurm.start(cell, cell.trials)
+
+
 # The record
 
 

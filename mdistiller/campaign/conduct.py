@@ -22,6 +22,7 @@ from mdistiller.errors import FolderInUse, Preempted, UserError
 
 PAUSE = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # ... at what another process trains
+RETRY = 30.0  # ... until a job that was refused beside others is tried again
 STATUSES = ("done", "running", "waiting", "in use", "failed", "blocked")  # blocked: its teacher failed
 
 
@@ -91,6 +92,7 @@ class Campaign:
         self.jobs: list[Running] = []
         self.progress = {trial.name: Progress(trial) for cell in cells for trial in cell.trials}
         self._looked: dict[str, float] = {}
+        self._refused = -RETRY  # when a job last was
         self._sweep()
 
     def run(self) -> int:
@@ -162,20 +164,42 @@ class Campaign:
 
     def _start(self) -> None:
         """Jobs for the first cells that are ready, as many as the executor takes."""
+        if self.jobs and time.monotonic() - self._refused < RETRY:
+            return
         for cell in self.cells:
             if len(self.jobs) >= self.executor.slots:
                 return
             todo = [] if any(running.cell is cell for running in self.jobs) else self._ready(cell)
             if not todo or not self._fits(todo):
                 continue
+            trials = [p.trial for p in todo]
+            marks = {trial.name: _mark(trial) for trial in trials}
+            try:
+                job = self.executor.start(cell, trials)
+            except UserError as error:
+                self._refuse(todo, error.lines[0])
+                if self.jobs:
+                    return
+                continue
             for p in todo:
                 p.status, p.reason = "running", ""
             self.view.say(
                 f"start    {cell.name}, seed{'s' * (len(todo) > 1)} {', '.join(str(p.trial.seed) for p in todo)}"
             )
-            trials = [p.trial for p in todo]
-            marks = {trial.name: _mark(trial) for trial in trials}
-            self.jobs.append(Running(self.executor.start(cell, trials), cell, trials, marks))
+            self.jobs.append(Running(job, cell, trials, marks))
+
+    def _refuse(self, todo: Sequence[Progress], why: str) -> None:
+        """No job could be made: a queue that is full has room once one of the others is done."""
+        self._refused = time.monotonic()
+        for p in todo:
+            if self.jobs:
+                p.reason = why
+            else:
+                self._fail(p, why)
+
+    def _fail(self, p: Progress, why: str) -> None:
+        p.status, p.reason, p.active = "failed", why, False
+        self.view.say(f"FAILED   {p.trial.name}: {why}")
 
     def _ready(self, cell: Cell) -> list[Progress]:
         """Trials of the cell that can be started now."""
@@ -222,8 +246,7 @@ class Campaign:
         try:
             self.ledger.append(book.record_of(p.trial, self.name))
         except (OSError, ValueError, KeyError, UserError) as error:
-            p.status, p.reason = "failed", f"finished, but could not be put on record: {error}"
-            self.view.say(f"FAILED   {p.trial.name}: {p.reason}")
+            self._fail(p, f"finished, but could not be put on record: {error}")
             return
         p.status, p.reason, p.again = "done", "", False
         row = p.rows[-1]
@@ -259,8 +282,7 @@ class Campaign:
                 p.status = "waiting"
                 self.view.say(f"stopped  {p.trial.name}; it is started again")
             else:
-                p.status, p.reason = "failed", _reason(running.job.complaints(), p.trial.seed, status)
-                self.view.say(f"FAILED   {p.trial.name}: {p.reason}")
+                self._fail(p, _reason(running.job.complaints(), p.trial.seed, status))
 
     def _halt(self, why: str) -> None:
         """Every job keeps a checkpoint and ends."""
