@@ -263,6 +263,16 @@ def test_seeds_times_and_parameters():
                 parse(text)
 
 
+def test_runs_that_would_share_a_folder_are_refused(small):
+    file = Path("configs/kd/pair.yaml")
+    pair = {"TYPE": "KD", "TEACHER": "resnet14", "STUDENT": "resnet8"}
+    write(file, _BASE_="../none/resnet8.yaml", EXPERIMENT={"NAME": "x"}, DISTILLER=pair)
+    write(Path("configs/dtkd/pair.yaml"), _BASE_="../kd/pair.yaml", DISTILLER={"TYPE": "DTKD"})
+    tree = yaml.safe_load(small.read_text()) | {"overrides": {}}
+    with pytest.raises(ConfigError, match=r"DTKD,resnet14,resnet8,seed1: is not alone in the folder output/"):
+        plans.load(write(small, **tree))
+
+
 # The hash
 
 
@@ -796,6 +806,9 @@ def test_the_page_shows_what_the_results_give():
         (["small.yaml", "--budget", "soon"], "--budget soon: give a time such as 2h"),
         (["small.yaml", "--only", "DKD"], "--only DKD: names nothing in the plan"),
         (["small.yaml", "SOLVER.LR", "1"], "SOLVER.LR: pairs of KEY VALUE say only where"),
+        (["small.yaml", "DISTILLER.TEACHER_CKPT", "x"], "DISTILLER.TEACHER_CKPT: pairs of KEY VALUE say only where"),
+        (["small.yaml", "EXPERIMENT.NAME", "x"], "EXPERIMENT.NAME: pairs of KEY VALUE say only where"),
+        (["small.yaml", "LOG.WANDB", "True"], "LOG.WANDB: pairs of KEY VALUE say only where"),
         (["small.yaml", "--sedes", "1"], "unknown option --sedes"),
     ],
 )

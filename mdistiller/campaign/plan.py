@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -34,7 +35,12 @@ KEYS = {
     "overrides": ({}, "configuration keys over those of the YAML files, for teachers and students alike"),
 }
 SET_BY_THE_PLAN = (
-    "SEED", "EXPERIMENT.", "DISTILLER.", "TEMPERATURE.RULE", "LOG.PREFIX", "DATASET.ROOT", "DEVICE",
+    "SEED", "EXPERIMENT.", "DISTILLER.", "TEMPERATURE.RULE", "LOG.PREFIX", "LOG.WANDB", "DATASET.ROOT", "DEVICE",
+)  # fmt: skip
+# what KEY VALUE pairs may say of all runs alike; the rest of PLACE is each run's own
+ANYWHERE = (
+    "LOG.PREFIX", "LOG.TENSORBOARD_FREQ", "LOG.SAVE_CHECKPOINT_FREQ", "LOG.TEMPERATURE", "DEVICE", "DATASET.ROOT",
+    "DATASET.NUM_WORKERS", "DATASET.TEST.BATCH_SIZE", "TEACHER_BANK_FOLDER",
 )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def find(name: str, folder: Path) -> Path:
 
 
 def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Plan:
-    """The plan in `file`; `opts`: KEY VALUE pairs of PLACE, `seeds`: in place of the plan's own.
+    """The plan in `file`; `opts`: KEY VALUE pairs of ANYWHERE, `seeds`: in place of the plan's own.
 
     Raises ConfigError with one line for each mistake found, all at once.
     """
@@ -170,10 +176,12 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
     known = config.leaves(CFG)
     for key in opts[::2]:
         if key not in known:
-            problems.append(registry.unknown("key", key, [k for k in known if k.startswith(PLACE)]))
-        elif not key.startswith(PLACE):
-            problems.append(f"{key}: pairs of KEY VALUE say only where; to compute something else, write it below "
-                            "overrides: in a plan of your own, with _BASE_: this one")  # fmt: skip
+            problems.append(registry.unknown("key", key, ANYWHERE))
+        elif key not in ANYWHERE:
+            problems.append(
+                f"{key}: pairs of KEY VALUE say only where, by {', '.join(ANYWHERE)}; to compute something else, "
+                "write it below overrides: in a plan of your own, with _BASE_: this one"
+            )
     values = _checked(tree, problems)
     seeds = list(values["seeds"] if seeds is None else seeds)
     pairs = _pairs(values, problems)
@@ -183,6 +191,9 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
             break
         for method in values["methods"]:
             grid.add(method, teacher, student, seeds)
+    trials = [trial for cell in grid.cells.values() for trial in cell.trials]
+    folders = Counter(trial.folder for trial in trials)
+    problems += [f"{t.name}: is not alone in the folder {t.folder}" for t in trials if folders[t.folder] > 1]
     if problems:
         raise ConfigError(*(f"{file}: {line}" for line in dict.fromkeys(problems)))
     return Plan(file.stem, values["title"], values["note"], Path(values["results"]), seeds, list(grid.cells.values()))
