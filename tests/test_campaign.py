@@ -1,5 +1,7 @@
 """Plans of many runs: what they hold, that nothing of them is lost or done twice, and the tables that come of it."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -598,6 +600,26 @@ def test_executors_say_what_cannot_be_started(small, monkeypatch):
     monkeypatch.setattr(slurm.executor, "submit", refuse)
     with pytest.raises(UserError, match="cannot be submitted: sbatch: error: invalid partition"):
         slurm.start(cell, cell.trials)
+
+
+def test_a_damaged_seed_fails_alone(small):
+    trials = plans.load(small).cells[0].trials
+    folder = RunFolder(trials[0].folder)
+    folder.write_config(trials[0].cfg, None)
+    (trials[0].folder / "latest").write_bytes(b"damaged")
+    folder.close()
+
+    class Saying(Here):
+        def start(self, cell, trials):
+            capture = io.StringIO()
+            with contextlib.redirect_stderr(capture):
+                status = super().start(cell, trials).status
+            return Ended(status, capture.getvalue())
+
+    status, campaign, executor = conduct(small, Saying(), only=["NONE,resnet8"])
+    assert (status, campaign.summary()) == (1, "1 done, 1 failed")
+    assert executor.asked == [("NONE,resnet8", seeds) for seeds in ([0, 1], [0], [1])]
+    assert "latest" in campaign.progress["NONE,resnet8,seed0"].reason
 
 
 # The record

@@ -35,6 +35,7 @@ class Progress:
     reason: str = ""
     rows: list[dict] = field(default_factory=list)
     active: bool = False  # whether a process is at it, where its job has several seeds
+    alone: bool = False  # whether its job is to have no other: one with others failed, and it may be their fault
     again: bool = False  # on record, but its network is gone and is needed
     changed: float = 0.0  # when its last row came, by the monotonic clock
     stamp: int = 0  # of the file that holds them
@@ -170,6 +171,7 @@ class Campaign:
             if len(self.jobs) >= self.executor.slots:
                 return
             todo = [] if any(running.cell is cell for running in self.jobs) else self._ready(cell)
+            todo = todo[:1] if any(p.alone for p in todo) else todo
             if not todo or not self._fits(todo):
                 continue
             trials = [p.trial for p in todo]
@@ -272,6 +274,7 @@ class Campaign:
     def _judge(self, running: Running, status: int) -> None:
         """What the trials that an ended job has left unfinished come to."""
         came_on = any(_mark(trial) != running.marks[trial.name] for trial in running.trials)
+        complaints = running.job.complaints()
         for p in (self.progress[trial.name] for trial in running.trials):
             if p.status != "running":
                 continue
@@ -281,8 +284,11 @@ class Campaign:
             elif came_on and (status < 0 or status == Preempted.status):  # from outside: it goes on
                 p.status = "waiting"
                 self.view.say(f"stopped  {p.trial.name}; it is started again")
+            elif len(running.trials) > 1 and status > 0 and not _own(complaints, p.trial.seed):
+                p.status, p.alone = "waiting", True
+                self.view.say(f"stopped  {p.trial.name}; it is started again alone: {_reason(complaints, status)}")
             else:
-                self._fail(p, _reason(running.job.complaints(), p.trial.seed, status))
+                self._fail(p, _own(complaints, p.trial.seed) or _reason(complaints, status))
 
     def _halt(self, why: str) -> None:
         """Every job keeps a checkpoint and ends."""
@@ -319,12 +325,16 @@ def _mark(trial: Trial) -> list[int]:
     return marks
 
 
-def _reason(complaints: str, seed: int, status: int) -> str:
-    """The line about the seed, else the first that names an error, else how the job ended and its last line."""
+def _own(complaints: str, seed: int) -> str:
+    """The line about the seed; empty where there is none."""
+    return next(iter(re.findall(rf"^error: (seed +{seed}\b.*)", complaints, re.M)), "")
+
+
+def _reason(complaints: str, status: int) -> str:
+    """The first line that names an error, else how the job ended and its last line."""
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    own = [line for line in errors if re.match(rf"seed {seed}\b", line)]
-    if own or errors:
-        return own[-1] if own else errors[0]
+    if errors:
+        return errors[0]
     ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return f"{ended}; {lines[-1]}" if lines and status > 0 else ended
