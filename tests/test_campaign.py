@@ -622,6 +622,20 @@ def test_a_damaged_seed_fails_alone(small):
     assert "latest" in campaign.progress["NONE,resnet8,seed0"].reason
 
 
+def test_deaths_without_a_step_are_failures_in_the_end(small):
+    class Deadly(Here):
+        def start(self, cell, trials):
+            self.asked.append((cell.name, [trial.seed for trial in trials]))
+            return Ended(-signal.SIGKILL, "")
+
+    status, campaign, executor = conduct(small, Deadly(), only=["KD"])
+    assert (status, campaign.summary()) == (1, "1 failed, 2 blocked")
+    assert executor.asked == [("NONE,resnet14", [0])] * 4
+    assert campaign.progress["NONE,resnet14,seed0"].reason == "ended by signal 9"
+    _, campaign, executor = conduct(small, Deadly(), only=["NONE,resnet8"])
+    assert [seeds for _, seeds in executor.asked] == [[0, 1]] * 4 + [[0]] * 4 + [[1]] * 4
+
+
 # The record
 
 
@@ -996,7 +1010,8 @@ def test_signals_and_kill_9_end_a_campaign_and_the_same_command_goes_on(small):
     process.terminate()
     process.join(60)
     assert process.exitcode == 75
-    assert "FAILED   NONE,resnet8,seed0: ended by signal 9" in Path("log.txt").read_text()
+    assert "stopped  NONE,resnet8,seed0; it is started again" in Path("log.txt").read_text()
+    assert "FAILED" not in Path("log.txt").read_text()
     assert "stopped by SIGTERM" in Path("log.txt").read_text()
 
     process, (child,) = campaign()

@@ -23,6 +23,7 @@ from mdistiller.errors import FolderInUse, Preempted, UserError
 PAUSE = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # ... at what another process trains
 RETRY = 30.0  # ... until a job that was refused beside others is tried again
+DEATHS = 3  # from outside, in a row and without a step, after which a trial is started again
 STATUSES = ("done", "running", "waiting", "in use", "failed", "blocked")  # blocked: its teacher failed
 
 
@@ -37,6 +38,7 @@ class Progress:
     active: bool = False  # whether a process is at it, where its job has several seeds
     alone: bool = False  # whether its job is to have no other: one with others failed, and it may be their fault
     again: bool = False  # on record, but its network is gone and is needed
+    deaths: int = 0  # from outside, since its last step
     changed: float = 0.0  # when its last row came, by the monotonic clock
     stamp: int = 0  # of the file that holds them
 
@@ -274,18 +276,20 @@ class Campaign:
     def _judge(self, running: Running, status: int) -> None:
         """What the trials that an ended job has left unfinished come to."""
         came_on = any(_mark(trial) != running.marks[trial.name] for trial in running.trials)
+        outside, several = status < 0 or status == Preempted.status, len(running.trials) > 1
         complaints = running.job.complaints()
         for p in (self.progress[trial.name] for trial in running.trials):
             if p.status != "running":
                 continue
+            p.deaths = p.deaths + 1 if outside and not came_on else 0
             if p.active or status == worker.IN_USE:  # one of them, perhaps: soon each is looked at by itself
                 p.status, p.reason = "in use", "another process trains it"
                 self._looked[running.cell.name] = time.monotonic()
-            elif came_on and (status < 0 or status == Preempted.status):  # from outside: it goes on
+            elif outside and p.deaths <= DEATHS:
                 p.status = "waiting"
                 self.view.say(f"stopped  {p.trial.name}; it is started again")
-            elif len(running.trials) > 1 and status > 0 and not _own(complaints, p.trial.seed):
-                p.status, p.alone = "waiting", True
+            elif several and not _own(complaints, p.trial.seed):
+                p.status, p.alone, p.deaths = "waiting", True, 0
                 self.view.say(f"stopped  {p.trial.name}; it is started again alone: {_reason(complaints, status)}")
             else:
                 self._fail(p, _own(complaints, p.trial.seed) or _reason(complaints, status))
