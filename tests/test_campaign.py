@@ -687,6 +687,37 @@ def record(method="KD", teacher="resnet20", student="resnet8", seed=0, last=60.0
     }))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"versions": {}}, {"sha256": {"student": "s"}}, {"teacher": {"run": "t", "config": {}}}, {"students": 0},
+        {"last": float("nan")}, {"curve": ["high"]}, {"config": {"SOLVER.LR": "much"}}, {"git": [{"commit": None}]},
+        {"config": {"SOLVER": 1, "SOLVER.LR": 0.1}}, {"config": {"SOLVER": 1}}, {"epochs": True, "git": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_line_that_no_table_could_be_made_of_is_named(tmp_path, change):
+    file = tmp_path / "runs.jsonl"
+    file.write_text(json.dumps(record()) + "\n\n" + json.dumps(record(seed=1) | change) + "\n")
+    with pytest.raises(UserError, match="line 3: is no record of a run"):
+        Ledger(file).records  # noqa: B018
+    file.write_text(json.dumps(record()) + "\n\n" + json.dumps(record(seed=1)) + "\n")
+    assert len(Ledger(file).records) == 2
+
+
+def test_a_record_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "runs.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"runs.jsonl: cannot be read \(Is a directory\)"):
+        Ledger(tmp_path / "runs.jsonl").records  # noqa: B018
+
+
+def test_records_lack_keys_that_were_added_later():
+    """A configuration without SOLVER.LR had what is the default today."""
+    old = record()
+    del old["config"]["SOLVER.LR"]
+    assert "learning rate 0.05" in tables.report(tables.of_records([old]), "t", "t", {}).markdown
+
+
 # Tables and charts
 
 

@@ -28,6 +28,18 @@ def computing(tree: Mapping) -> dict[str, object]:
     }
 
 
+def tree_of(flat: Mapping[str, object]) -> dict:
+    """{"SOLVER.LR": 0.1} as {"SOLVER": {"LR": 0.1}}."""
+    tree: dict = {}
+    for key, value in flat.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
+
+
 def _is_place(key: str, flat: Mapping) -> bool:
     computes = ["EXPERIMENT.PLUGINS", *["DATASET.ROOT"] * (flat["DATASET.TYPE"] == "npz")]  # the images are that file
     return key.startswith(PLACE) and key not in computes

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from mdistiller import config
-from mdistiller.campaign.identity import computing, identity
+from mdistiller.campaign.identity import computing, identity, tree_of
 from mdistiller.campaign.plan import Trial
 from mdistiller.dataset import load_dataset
 from mdistiller.engine import checkpoint
@@ -41,20 +42,25 @@ class Ledger:
         """
         try:
             status = os.stat(self.path)
+            if self._stamp == (status.st_size, status.st_mtime_ns):
+                return self._records
+            data = self.path.read_bytes()
         except FileNotFoundError:
             return {}
         except NotADirectoryError:
             raise UserError(f"{self.path}: lies in no folder; give a folder for results") from None
-        if self._stamp != (status.st_size, status.st_mtime_ns):
-            data = self.path.read_bytes()
-            lines = data[: len(_whole(data))].decode(errors="replace").splitlines()
-            self._records = {}
-            for number, line in enumerate(lines, 1):
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}); give another folder for results"
+            ) from None
+        self._records = {}
+        for number, line in enumerate(_whole(data).decode(errors="replace").split("\n"), 1):
+            if line.strip():
                 record = _parse(line)
                 if record is None:
                     raise UserError(f"{self.path}, line {number}: is no record of a run; mend or remove that line")
                 self._records.setdefault(hash_of(record), record)
-            self._stamp = (status.st_size, status.st_mtime_ns)
+        self._stamp = (status.st_size, status.st_mtime_ns)
         return self._records
 
     def append(self, record: dict) -> bool:
@@ -86,9 +92,26 @@ def _whole(data: bytes) -> bytes:
 def _parse(line: str) -> dict | None:
     with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
         record = json.loads(line)
-        if all(isinstance(record[key], kind) for key, kind in NEEDED.items()) and hash_of(record):
+        if _is_sound(record) and hash_of(record):
             return record
     return None
+
+
+def _is_sound(record: dict) -> bool:
+    """Whether it has all that tables are made of. Raises KeyError, TypeError where it has not."""
+    teacher = record["teacher"] or {"run": "", "sha256": "", "config": {}}
+    texts = [teacher["run"], teacher["sha256"], *(record["sha256"][key] for key in ("data", "student"))]
+    texts += [record["versions"]["torch"], *(commit["commit"] for commit in record["git"] if commit)]
+    numbers = [record["last"], record["best"], record["seconds"], *record["curve"]]
+    return (
+        all(isinstance(record[key], kind) for key, kind in NEEDED.items())
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(commit["clean"], bool) for commit in record["git"] if commit)
+        and all(map(math.isfinite, numbers))
+        and record["students"] > 0
+        and record["epochs"] > 0
+        and not any(config.misfit(tree_of(settings)) for settings in (record["config"], teacher["config"]))
+    )
 
 
 def hash_of(record: dict) -> str:

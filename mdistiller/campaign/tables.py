@@ -208,8 +208,8 @@ def _notes(rows: Sequence[Row], away: Sequence[str], changed: Mapping[str, Seque
         f"**Not the published hyperparameters**: {keys}, in {'; '.join(of)}." for keys, of in alike.items() if keys
     ]
     if records:
-        first = records[0]["config"]
-        students = {r["config"]["DISTILLER.STUDENT"]: r["config"]["SOLVER.LR"] for r in records}
+        settings = [settings_of(record)[0] for record in records]
+        first, students = settings[0], {s["DISTILLER.STUDENT"]: s["SOLVER.LR"] for s in settings}
         rates = {}
         for student, rate in students.items():
             rates.setdefault(rate, []).append(student)
