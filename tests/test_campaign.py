@@ -944,6 +944,12 @@ def test_results_refuses_and_shows(small, capsys):
             show(*words, only=[])
     with pytest.raises(UserError, match="matches --only DKD"):
         show("mine/runs.jsonl", only=["DKD"])
+    theirs = Ledger(Path("theirs/runs.jsonl"))
+    theirs.append(record(seed=0))
+    assert "| KD | 2 | 0, 1 |" in show("mine/runs.jsonl", "theirs/runs.jsonl", only=[])
+    theirs.append(record(seed=1, last=70.0))
+    with pytest.raises(UserError, match=r"KD,resnet20,resnet8, seed 1: is another run in mine\S+ than in theirs\S+;"):
+        show("mine/runs.jsonl", "theirs/runs.jsonl", only=[])
 
 
 def test_the_board_fits_its_terminal(small):

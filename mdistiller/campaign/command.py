@@ -189,12 +189,20 @@ def show(
 
 
 def _report_of_files(files: Sequence[Path], only: Sequence[str], published: dict, folder: Path) -> tables.Report:
-    records: dict[str, dict] = {}
+    found: dict[str, tuple[dict, Path]] = {}
+    problems = []
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: is no file; pass the runs.jsonl of a campaign")
-        records |= {key: record for key, record in Ledger(file).records.items() if key not in records}
-    chosen = [record for record in records.values() if not only or plans.matches(record["cell"], only)]
+        for key, record in Ledger(file).records.items():
+            first, home = found.setdefault(key, (record, file))
+            if first["curve"] != record["curve"]:
+                name = f"{record['cell']}, seed {record['seed']}"
+                problems.append(f"{name}: is another run in {home} than in {file}; give one of them")
+    if problems:
+        raise UserError(*problems)
+    records = [record for record, _ in found.values()]
+    chosen = [record for record in records if not only or plans.matches(record["cell"], only)]
     if not chosen:
         raise UserError("nothing to show: no run on record" + f" matches --only {' '.join(only)}" * bool(only))
     shipped = plans.Shipped(folder.parent / "cifar100")
