@@ -28,7 +28,7 @@ from mdistiller.campaign import plan as plans
 from mdistiller.campaign.conduct import Campaign
 from mdistiller.campaign.estimate import Estimates, Measured
 from mdistiller.campaign.identity import computing, differing, identity
-from mdistiller.campaign.ledger import Ledger, hash_of, state
+from mdistiller.campaign.ledger import Ledger, hash_of, shortcoming, state
 from mdistiller.campaign.view import Board
 from mdistiller.dataset import load_dataset
 from mdistiller.engine import builder
@@ -455,6 +455,9 @@ def test_a_teacher_whose_network_is_gone_is_trained_again_where_it_is_needed(sma
 
     conduct(small, only=["NONE"])
     text = Path("results/runs.jsonl").read_text()
+    latest = next(t for t in plans.load(small).trials if t.name == "NONE,resnet14,seed0").folder / "latest"
+    latest.unlink()
+    assert conducting.lost_teachers(plans.load(small).cells, Ledger(Path("results/runs.jsonl"))) == set()
     shutil.rmtree("output")
     assert conduct(small, only=["NONE"])[2].asked == []
     status, _, executor = conduct(small, only=["KD"])
@@ -634,6 +637,22 @@ def test_deaths_without_a_step_are_failures_in_the_end(small):
     assert campaign.progress["NONE,resnet14,seed0"].reason == "ended by signal 9"
     _, campaign, executor = conduct(small, Deadly(), only=["NONE,resnet8"])
     assert [seeds for _, seeds in executor.asked] == [[0, 1]] * 4 + [[0]] * 4 + [[1]] * 4
+
+
+def test_a_finished_run_that_cannot_go_on_record_says_why(small):
+    conduct(small, only=["KD"])
+    Path("results/runs.jsonl").unlink()
+    teacher, first, second = (t for t in plans.load(small).trials if t.folder.exists())
+    rows = (first.folder / "metrics.jsonl").read_text().splitlines(True)
+    (first.folder / "metrics.jsonl").write_text(rows[1])
+    status, campaign, _ = conduct(small, only=["KD"])
+    assert (status, campaign.summary()) == (1, "2 done, 1 failed")
+    reason = campaign.progress[first.name].reason
+    assert reason.endswith("metrics.jsonl: has 1 of 2 epochs; remove that folder, and the same command trains it again")
+    (teacher.folder / "student_latest").write_bytes((second.folder / "student_latest").read_bytes())
+    assert "was taught by other weights" in shortcoming(second)
+    (second.folder / "config.yaml").write_text("SEED: 7")
+    assert "holds another run" in shortcoming(second)
 
 
 # The record

@@ -288,6 +288,8 @@ class Campaign:
             elif outside and p.deaths <= DEATHS:
                 p.status = "waiting"
                 self.view.say(f"stopped  {p.trial.name}; it is started again")
+            elif status == 0:
+                self._fail(p, book.shortcoming(p.trial))
             elif several and not _own(complaints, p.trial.seed):
                 p.status, p.alone, p.deaths = "waiting", True, 0
                 self.view.say(f"stopped  {p.trial.name}; it is started again alone: {_reason(complaints, status)}")
@@ -317,7 +319,8 @@ def lost_teachers(cells: Sequence[Cell], ledger: Ledger) -> set[str]:
     needed = {
         c.teacher.name: c.teacher for c in cells if c.teacher and any(t.hash not in ledger.records for t in c.trials)
     }
-    return {n for n, t in needed.items() if t.hash in ledger.records and not book.has_weights(t)}
+    records = ledger.records
+    return {n for n, t in needed.items() if t.hash in records and not book.has_weights(t, records[t.hash])}
 
 
 def _mark(trial: Trial) -> list[int]:

@@ -150,23 +150,47 @@ def is_finished(trial: Trial) -> bool:
         return False
 
 
-def has_weights(trial: Trial) -> bool:
-    """Whether its folder has the last epoch's network, for students to learn from."""
-    return trial.weights.exists() and _is_this(trial) and is_finished(trial)
+def shortcoming(trial: Trial) -> str:
+    """Why a run that has come to its end is not `finished`, and what to do."""
+    rows = len(read_metrics(trial.folder))
+    again = "remove that folder, and the same command trains it again"
+    aside = "the same command keeps it under another name and trains this one"
+    if not _has_settings(trial):
+        return f"{trial.folder}: holds another run; {aside}"
+    if not _has_teacher(trial):
+        return f"{trial.folder}: was taught by other weights than {trial.cell.teacher.weights} has now; {aside}"
+    if rows != trial.epochs:
+        return f"{trial.folder / 'metrics.jsonl'}: has {rows} of {trial.epochs} epochs; {again}"
+    return f"{trial.folder / 'latest'}: is not of its last epoch; {again}"
+
+
+def has_weights(trial: Trial, record: dict) -> bool:
+    """Whether its folder has the last epoch's network, for students to learn from: the one on record, or of another
+    training of the same run.
+    """
+    digest = weights_digest(trial)
+    return digest == record["sha256"]["student"] or (digest != "" and _is_this(trial) and is_finished(trial))
 
 
 def _is_this(trial: Trial) -> bool:
     """Whether the folder's run was started with the trial's settings, and with the teacher's weights of today."""
+    return _has_settings(trial) and _has_teacher(trial)
+
+
+def _has_settings(trial: Trial) -> bool:
     try:
-        then = computing(config.read(trial.folder / "config.yaml"))
+        return computing(config.read(trial.folder / "config.yaml")) == trial.settings
     except (UserError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _has_teacher(trial: Trial) -> bool:
     if trial.cell.teacher is None:
-        return then == trial.settings
+        return True
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: training compares them once more
         teacher = json.loads((trial.folder / "environment.json").read_text())["sha256"]["teacher"]
-        return then == trial.settings and teacher == weights_digest(trial.cell.teacher)
-    return then == trial.settings
+        return teacher == weights_digest(trial.cell.teacher)
+    return True
 
 
 def weights_digest(trial: Trial) -> str:
