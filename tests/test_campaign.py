@@ -20,7 +20,7 @@ from helpers import ROOT, outcome, same, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdistiller import config
+from mdistiller import config, registry
 from mdistiller.analysis.statistics import mean_and_std
 from mdistiller.campaign import command, executors, tables, worker
 from mdistiller.campaign import conduct as conducting
@@ -72,6 +72,16 @@ def write(path, **tree):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+PLUGIN = """
+from mdistiller.distillers.KD import KD
+from mdistiller.distillers import register_distiller
+
+@register_distiller("PLUGGED", defaults={"WEIGHT": 1.0})
+class Plugged(KD):
+    pass
+"""
 
 
 class Quiet:
@@ -655,6 +665,24 @@ def test_a_finished_run_that_cannot_go_on_record_says_why(small):
     assert "holds another run" in shortcoming(second)
 
 
+def test_a_plug_ins_method_can_be_in_a_plan(small):
+    Path("mine.py").write_text(PLUGIN)
+    tree = yaml.safe_load(small.read_text()) | {"methods": ["PLUGGED"], "seeds": [0]}
+    write(small, **tree | {"overrides": {"EXPERIMENT": {"PLUGINS": ["mine.py"]}, "PLUGGED": {"WEIGHT": 2.0}}})
+    try:
+        status, campaign, _ = conduct(small)
+        (found,) = (r for r in campaign.ledger.records.values() if r["cell"] == "PLUGGED,resnet14,resnet8")
+    finally:
+        registry.distillers.pop("PLUGGED", None)
+        config.CFG.pop("PLUGGED", None)
+    assert status == 0, campaign.view.lines
+    assert "EXPERIMENT.PLUGINS ['mine.py']" in found["command"]
+    assert found["config"]["PLUGGED.WEIGHT"] == 2.0
+    assert found["teacher"]["config"]["EXPERIMENT.PLUGINS"] == ["mine.py"]
+    shown = command.show(["results/runs.jsonl"], PLANS, None, None, ROOT / "results/published.json", [])
+    assert "| resnet14 → resnet8 | PLUGGED | 1 |" in shown, "where the plug-in is not loaded"
+
+
 # The record
 
 
@@ -869,6 +897,13 @@ def test_other_hyperparameters_are_named_and_not_compared():
     column = report.table.head.index("published (%)")
     assert (kd[column], dtkd[column]) == (None, "~61.9")
     assert "**Not the published hyperparameters**: KD.TEMPERATURE 20" in " ".join(report.notes)
+
+
+def test_what_is_on_record_is_found_again():
+    """Whatever has been added to the configuration and the hash since it was run."""
+    records = Ledger(ROOT / "results" / "runs.jsonl").records
+    assert {trial.hash for trial in plans.load(PLANS / "cpu_charts.yaml").trials} <= set(records)
+    assert len(records) >= 12
 
 
 def test_the_page_shows_what_the_results_give():

@@ -19,7 +19,9 @@ def computing(tree: Mapping) -> dict[str, object]:
     defaults = {key: _plain(value) for key, value in config.leaves(CFG).items()}
     flat = by_effect(defaults | {key: _plain(value) for key, value in config.leaves(tree).items()})
     if flat["DISTILLER.TYPE"] == "NONE":
-        return {key: value for key, value in flat.items() if key.startswith(ALONE) and not _is_place(key, flat)}
+        kept = [key for key in flat if key.startswith(ALONE) and not _is_place(key, flat)]
+        kept += ["EXPERIMENT.PLUGINS"] * bool(flat["EXPERIMENT.PLUGINS"])  # which may bring the student's model
+        return {key: flat[key] for key in kept}
     used = (*ALWAYS, flat["DISTILLER.TYPE"], "SEED", "DETERMINISTIC")
     return {
         key: value

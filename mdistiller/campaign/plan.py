@@ -101,7 +101,8 @@ class Cell:
     def command(self, seed: int | str) -> list[str]:
         """Trains one of its trials by hand, from the teacher's file $TEACHER; other places are left to who types it."""
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
-        words = [word for key, value in pairs if not key.startswith(PLACE) for word in (key, value)]
+        computed = [(key, value) for key, value in pairs if not key.startswith(PLACE) or key == "EXPERIMENT.PLUGINS"]
+        words = [word for pair in computed for word in pair]
         file = Path(*self.file.parts[self.file.parts.index("configs") :]) if "configs" in self.file.parts else self.file
         teacher = ["DISTILLER.TEACHER_CKPT", '"$TEACHER"'] if self.teacher else []
         return ["python3", "tools/train_ours.py", "--cfg", str(file), *words, *teacher, "SEED", str(seed)]
@@ -219,6 +220,13 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
         twice = [item for i, item in enumerate(values[key]) if item in values[key][:i]]
         if twice:
             problems.append(f"{key}: {twice[0]} stands there twice; remove one")
+    flat = config.leaves(values["overrides"])
+    plugins = flat.get("EXPERIMENT.PLUGINS")
+    if plugins:  # they register what the plan names
+        try:
+            config.load(None, ["EXPERIMENT.PLUGINS", plugins])
+        except ConfigError as error:
+            problems += [f"overrides: {line}" for line in error.lines]
     seeds = [*values["seeds"], values["teacher_seed"]]
     if any(not 0 <= seed < 2**32 for seed in seeds):
         problems.append("seeds: must be in [0, 2**32)")
@@ -230,9 +238,8 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
     for name in values["methods"] if values["rules"] else ():
         if name != "NONE" and not issubclass(distiller_dict[name], RuleDistiller):
             problems.append(f"rules: {name} takes no temperature rule; give it a plan of its own")
-    flat = config.leaves(values["overrides"])
     problems += [f"overrides: {key} is the plan's own business; leave it out" for key in flat if _reserved(key)]
-    if "EXPERIMENT.PLUGINS" not in flat:  # which bring keys of their own
+    if not plugins:  # which bring keys of their own
         known = config.leaves(CFG)
         problems += [f"overrides: {registry.unknown('key', key, known)}" for key in flat if key not in known]
     values["overrides"] = {key: value for key, value in flat.items() if not _reserved(key)}
@@ -279,6 +286,8 @@ class Shipped:
     def settings(self, cfg: CfgNode) -> dict[str, object]:
         """What the file for the method and pair of `cfg` computes; empty where there is none."""
         names = cfg.DISTILLER
+        if names.TYPE not in distiller_dict:  # a plug-in's, which is not here
+            return {}
         file, changes = self.file(names.TYPE, "" if names.TYPE == "NONE" else names.TEACHER, names.STUDENT)
         return computing(config.load(file, [word for pair in changes.items() for word in pair])) if file else {}
 

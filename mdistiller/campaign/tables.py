@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from yacs.config import CfgNode
 
+from mdistiller import config
 from mdistiller.analysis import drawing, results
 from mdistiller.analysis.charts import COLOURS, GREY, Chart, Panel, Series, Table, write_table
 from mdistiller.analysis.runs import Group, Run, own_rule
 from mdistiller.analysis.statistics import Mean
-from mdistiller.campaign.identity import computing, differing, protocol
+from mdistiller.campaign.identity import computing, differing, protocol, tree_of
 from mdistiller.campaign.ledger import settings_of
 from mdistiller.campaign.plan import Plan, Shipped
 from mdistiller.engine.cfg import CFG
@@ -57,13 +59,7 @@ class Row:
 
 
 def _run_of(record: Mapping) -> Run:
-    cfg = CFG.clone()
-    for key, value in record["config"].items():
-        *sections, leaf = key.split(".")
-        node = cfg
-        for section in sections:
-            node = node[section]
-        node[leaf] = value
+    cfg = CfgNode(tree_of(config.leaves(CFG) | record["config"]))
     row = {"epoch": record["epochs"], "test_acc": record["last"], "best_acc": record["best"]}
     return Run(Path(record["cell"]), cfg, [row])
 
