@@ -285,6 +285,28 @@ def test_runs_that_would_share_a_folder_are_refused(small):
         plans.load(write(small, **tree))
 
 
+def test_many_overrides_give_runs_a_short_name(small):
+    tree = yaml.safe_load(small.read_text())
+    before = [trial.folder for trial in plans.load(small).trials]
+    solver = {
+        "LR": 0.0123456789012345,
+        "LR_DECAY_RATE": 0.123456789,
+        "WEIGHT_DECAY": 0.000123456789,
+        "MOMENTUM": 0.8765432109876543,
+        "BATCH_SIZE": 20,
+        "EPOCHS": 2,
+    }
+    many = {"SOLVER": solver | {"NAN_POLICY": "skip"}, "DATASET": {"AUGMENT": "none"}, "DTKD": {"WARMUP": 1}}
+    status, campaign, _ = conduct(write(small, **tree | {"overrides": many}), only=["NONE,resnet8"])
+    assert status == 0, campaign.view.lines
+    names = [trial.folder.name for trial in plans.load(small).trials]
+    assert all(len(name) < 60 and "SOLVER" not in name for name in names), names
+    assert Path("output/campaign/configs").joinpath(names[1], "latest").exists()
+    many["SOLVER"]["LR"] = 0.02
+    assert not {t.folder.name for t in plans.load(write(small, **tree | {"overrides": many})).trials} & set(names)
+    assert [trial.folder for trial in plans.load(write(small, **tree)).trials] == before
+
+
 # The hash
 
 

@@ -1,5 +1,6 @@
 """Plans: a short YAML grid of pairs, methods, rules and seeds becomes the runs that it stands for, in their order."""
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from mdistiller.analysis.runs import own_rule
 from mdistiller.campaign.identity import computing, identity, protocol
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.folder import PLACE, run_folder
+from mdistiller.engine.folder import MOST_BYTES, PLACE, run_folder
 from mdistiller.errors import ConfigError, UserError
 
 # key: its default, by whose type it is checked, and its meaning
@@ -186,7 +187,7 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
     values = _checked(tree, problems)
     seeds = list(values["seeds"] if seeds is None else seeds)
     pairs = _pairs(values, problems)
-    grid = _Grid(file, values, opts, problems)
+    grid = _Grid(file, values, opts, seeds, problems)
     for teacher, student in pairs:
         if problems and grid.hopeless:
             break
@@ -306,8 +307,9 @@ class Shipped:
 class _Grid:
     """Cells as they come up; what is wrong with one of them is added to `problems`."""
 
-    def __init__(self, file: Path, values: dict, opts: Sequence[str], problems: list[str]):
+    def __init__(self, file: Path, values: dict, opts: Sequence[str], seeds: Sequence[int], problems: list[str]):
         self.values, self.opts, self.problems = values, list(opts), problems
+        self.longest = max((str(seed) for seed in [*seeds, values["teacher_seed"]]), key=len)
         self.folder = Path(os.path.normpath(file.parent / values["configs"]))
         self.cells: dict[str, Cell] = {}
         self.shipped = Shipped(self.folder)
@@ -345,6 +347,7 @@ class _Grid:
             words = [
                 word if isinstance(word, str) else str(word).replace(" ", "") for w in changes.items() for word in w
             ]
+            places |= self._short_name(tag, words)
             words += [word for pair in places.items() for word in pair]
             cell = self.cells[name] = Cell(name, file, [*words, *self.opts], source)
         for seed in seeds:
@@ -352,11 +355,22 @@ class _Grid:
                 opts = [*cell.opts, "SEED", str(seed)]
                 try:
                     cfg = config.load(cell.file, opts)
-                    cell.trials.append(Trial(cell, seed, cfg, run_folder(cfg, opts)))
+                    folder = run_folder(cfg, opts)
+                    if "EXPERIMENT.NAME" in opts[::2]:  # as train_seeds has it
+                        folder = folder.with_name(f"{folder.name}+SEED:{seed}")
+                    cell.trials.append(Trial(cell, seed, cfg, folder))
                 except UserError as error:
                     self.problems += [line.replace("(command line)", "(overrides)") for line in error.lines]
         cell.trials.sort(key=lambda trial: trial.seed)
         return cell
+
+    def _short_name(self, tag: str, words: Sequence[str]) -> dict[str, str]:
+        """EXPERIMENT.NAME with a digest of the changes in `words`, where a folder's name cannot hold them."""
+        pairs = zip([*words[::2], "SEED"], [*words[1::2], self.longest], strict=True)
+        changed = ",".join(f"{key}:{value}" for key, value in pairs if not key.startswith(PLACE))
+        if len(f"{tag}+{changed}".encode()) <= MOST_BYTES:
+            return {}
+        return {"EXPERIMENT.NAME": f"{tag}+{hashlib.sha256(' '.join(words).encode()).hexdigest()[:12]}"}
 
     @staticmethod
     def _read_by(method: str, key: str) -> bool:

@@ -29,6 +29,7 @@ PLACE = (
     "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
     "DISTILLER.TRAIN_TEACHER", "TEACHER_BANK_FOLDER",
 )  # fmt: skip
+MOST_BYTES = 200  # of a run's name: what is made of it has to fit 255
 PREFIXES = ("CUDA", "CUBLAS", "CUDNN", "NVIDIA_TF32", "OMP_", "MKL_", "KMP_", "TORCH_")  # variables that change bits
 
 
@@ -42,8 +43,8 @@ def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
     name = "".join("_" if c in "/\\\0" else c for c in name.replace(" ", ""))
     if name.strip(".") == "" or not name.isprintable():
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
-    if len(name.encode()) > 200:
-        raise UserError("the run's name would exceed 200 bytes; give it one with EXPERIMENT.NAME")
+    if len(name.encode()) > MOST_BYTES:
+        raise UserError(f"the run's name would exceed {MOST_BYTES} bytes; give it one with EXPERIMENT.NAME")
     return files.expand(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT / name
 
 
