@@ -530,6 +530,24 @@ def test_the_budget_starts_nothing_that_does_not_fit(small):
     assert campaign.progress["KD,resnet14,resnet8,seed0"].reason == "does not fit the budget"
 
 
+def test_the_budget_takes_as_many_seeds_as_fit(small):
+    plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
+    estimates = Estimates(ledger)
+    estimates.told = {cell.name: Measured(1, 100.0 if cell.teacher is None else 1.0, 1, 1) for cell in plan.cells}
+    campaign = Campaign("small", plan.cells, ledger, Here(), estimates, Quiet(), time.monotonic() + 300)
+    first, second = (campaign.progress[f"NONE,resnet8,seed{seed}"] for seed in (0, 1))
+    second.rows = [{"epoch": 1}]
+    assert campaign._fitting([first, second]) == [second], "100 s are left of it, 200 s of the other; 20 s to start"
+    second.rows = []
+    assert campaign._fitting([first, second]) == [first]
+    assert second.reason == "does not fit the budget"
+    campaign.deadline = time.monotonic() + 200
+    assert campaign.run() == 75
+    assert campaign.progress["KD,resnet14,resnet8,seed0"].reason == (
+        "its teacher NONE,resnet14,seed0 is not trained: does not fit the budget"
+    )
+
+
 def test_the_budget_ends_the_wait_for_another_process(small):
     plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
     estimates = Estimates(ledger)

@@ -23,6 +23,7 @@ from mdistiller.errors import FolderInUse, Preempted, UserError
 PAUSE = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # ... at what another process trains
 RETRY = 30.0  # ... until a job that was refused beside others is tried again
+STARTING = 20.0  # seconds that a job takes to its first step: imports, images, teacher, what the steps warm up
 DEATHS = 3  # from outside, in a row and without a step, after which a trial is started again
 STATUSES = ("done", "running", "waiting", "in use", "failed", "blocked")  # blocked: its teacher failed
 
@@ -174,7 +175,8 @@ class Campaign:
                 return
             todo = [] if any(running.cell is cell for running in self.jobs) else self._ready(cell)
             todo = todo[:1] if any(p.alone for p in todo) else todo
-            if not todo or not self._fits(todo):
+            todo = self._fitting(todo)
+            if not todo:
                 continue
             trials = [p.trial for p in todo]
             marks = {trial.name: _mark(trial) for trial in trials}
@@ -214,6 +216,10 @@ class Campaign:
             for p in todo:
                 p.status, p.reason = "blocked", f"its teacher {teacher.trial.name} failed"
         if teacher and teacher.status != "done":
+            for p in todo if teacher.status == "waiting" else ():
+                p.reason = f"its teacher {teacher.trial.name} is not trained" + f": {teacher.reason}" * bool(
+                    teacher.reason
+                )
             return []
         ready = []
         for p in todo:
@@ -232,16 +238,22 @@ class Campaign:
                 ready.append(p)
         return ready
 
-    def _fits(self, todo: Sequence[Progress]) -> bool:
-        """Whether all of it would be done before the deadline."""
+    def _fitting(self, todo: Sequence[Progress]) -> list[Progress]:
+        """As many of them as would be done before the deadline together, those first that have come furthest."""
         if self.deadline is None:
-            return True
-        needed = [self.left(p) for p in todo]
-        if None not in needed and time.monotonic() + sum(needed) <= self.deadline:
-            return True
-        for p in todo:
-            p.reason = "its time is not known" if None in needed else "does not fit the budget"
-        return False
+            return list(todo)
+        fitting, end = [], time.monotonic() + STARTING
+        for p in sorted(todo, key=lambda p: -p.epochs):
+            needed = self.left(p)
+            if needed is None:
+                p.reason = "its time is not known"
+                continue
+            end += needed
+            if end > self.deadline:
+                p.reason = "does not fit the budget"
+            else:
+                fitting.append(p)
+        return sorted(fitting, key=lambda p: p.trial.seed)
 
     def _keep(self, p: Progress) -> None:
         """A finished trial goes on record."""
