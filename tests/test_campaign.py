@@ -1011,6 +1011,21 @@ def test_dry_run_lists_everything_and_writes_nothing(small, capsys):
     assert sorted(Path().rglob("*")) == before
 
 
+def test_the_first_cell_of_a_teacher_fills_its_bank(small):
+    plan = plans.load(small)
+    *_, kd, dtkd = plan.cells
+    estimates = Estimates(Ledger(Path("results/runs.jsonl")))
+    estimates.told = {cell.name: Measured(1, 10.0, 1, 1, 0, 60.0 * bool(cell.teacher)) for cell in plan.cells}
+    estimates.fillers = {kd.teacher.name: kd.name}
+    campaign = Campaign("small", plan.cells, estimates.ledger, Here(), estimates, Quiet(), time.monotonic() + 90)
+    assert [estimates.filling(cell) for cell in plan.cells] == [0, 0, 60, 0]
+    assert campaign.total_left() == 7 * 2 * 10 + 60
+    assert campaign._fitting([campaign.progress[kd.trials[0].name]]) == []
+    assert campaign._fitting([campaign.progress[dtkd.trials[0].name]]) != []
+    estimates.observe(kd, [{"epoch_seconds": 20.0}])
+    assert [estimates.filling(cell) for cell in plan.cells] == [0, 0, 0, 0], "it is in the epochs of the former"
+
+
 def test_a_step_is_measured(small):
     from mdistiller.campaign.estimate import measure
 
@@ -1019,6 +1034,12 @@ def test_a_step_is_measured(small):
     assert isinstance(found, Measured)
     assert 0 < found.step < found.epoch
     assert 0.2e6 < found.student < 0.5e6
+    assert found.filling == 0, "two draws do not pay for a bank"
+    lazy = measure(cells[2].file, [*cells[2].opts, "TEACHER_BANK", "lazy"], students=2)
+    assert lazy.filling > 0
+    assert lazy.bank > 0
+    off = measure(cells[2].file, [*cells[2].opts, "TEACHER_BANK", "off"])
+    assert off.filling == off.bank == 0
     assert "npz" in measure(cells[0].file, ["DATASET.ROOT", "gone.npz"])
 
 

@@ -151,9 +151,13 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
         say(f"{name} could not be measured: {why}")
     for name in sorted(lost):
         say(f"{name} is on record, but its network is gone: its students need it trained again")
-    banks = estimates.banks(cells_left)
+    banks, filling = estimates.banks(cells_left), sum(map(estimates.filling, cells_left))
+    filled = f" ({duration(filling)} of it for teachers' banks)" * bool(filling)
     space = f"{disk / 1e9:.2f} GB" + f", and {banks / 1e9:.1f} GB of teachers' banks" * bool(banks)
-    say(f"{count} runs, {epochs_left:,} epochs left: about {duration(total)} one after the other, {space}")
+    say(
+        f"{count} runs, {epochs_left:,} epochs left: about {duration(total + filling)} one after the other{filled}, "
+        f"{space}"
+    )
 
 
 def report_of(plan: Plan, ledger: Ledger, published: dict, folder: Path) -> tables.Report:

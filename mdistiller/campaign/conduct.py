@@ -149,7 +149,9 @@ class Campaign:
 
     def total_left(self) -> float | None:
         """Seconds that all the rest will take, one after the other."""
-        parts = [self.left(p) for p in self.progress.values() if p.status in ("waiting", "running", "in use")]
+        open_ = [p for p in self.progress.values() if p.status in ("waiting", "running", "in use")]
+        parts = [self.left(p) for p in open_]
+        parts += [self.estimates.filling(cell) for cell in {p.trial.cell.name: p.trial.cell for p in open_}.values()]
         return None if None in parts else sum(parts)
 
     def _sweep(self) -> None:
@@ -240,9 +242,9 @@ class Campaign:
 
     def _fitting(self, todo: Sequence[Progress]) -> list[Progress]:
         """As many of them as would be done before the deadline together, those first that have come furthest."""
-        if self.deadline is None:
+        if self.deadline is None or not todo:
             return list(todo)
-        fitting, end = [], time.monotonic() + STARTING
+        fitting, end = [], time.monotonic() + STARTING + self.estimates.filling(todo[0].trial.cell)
         for p in sorted(todo, key=lambda p: -p.epochs):
             needed = self.left(p)
             if needed is None:
