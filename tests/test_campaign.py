@@ -530,6 +530,23 @@ def test_the_budget_starts_nothing_that_does_not_fit(small):
     assert campaign.progress["KD,resnet14,resnet8,seed0"].reason == "does not fit the budget"
 
 
+def test_what_never_fits_does_not_hide_a_failure(small):
+    """`while [ $? = 75 ]` must end."""
+    tree = yaml.safe_load(Path("configs/none/resnet8.yaml").read_text())
+    tree["SOLVER"]["LR"] = 1e18
+    write(Path("configs/none/resnet8.yaml"), **tree)
+    plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
+    for seconds, expected in ((1e4, 1), (100.0, 75)):
+        estimates = Estimates(ledger)
+        estimates.told = {
+            cell.name: Measured(1, seconds if "resnet14" in cell.name else 1, 1, 1) for cell in plan.cells
+        }
+        campaign = Campaign("small", plan.cells, ledger, Here(), estimates, Quiet(), time.monotonic() + 150)
+        campaign.budget = 600.0  # and much of it is used up
+        assert campaign.run() == expected
+        assert campaign.summary() == "5 waiting, 2 failed"
+
+
 def test_the_budget_takes_as_many_seeds_as_fit(small):
     plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
     estimates = Estimates(ledger)

@@ -93,6 +93,7 @@ class Campaign:
     ):
         self.name, self.cells, self.ledger, self.executor = name, cells, ledger, executor
         self.estimates, self.view, self.deadline = estimates, view, deadline
+        self.budget = None if deadline is None else deadline - time.monotonic()
         self.jobs: list[Running] = []
         self.progress = {trial.name: Progress(trial) for cell in cells for trial in cell.trials}
         self._looked: dict[str, float] = {}
@@ -100,7 +101,9 @@ class Campaign:
         self._sweep()
 
     def run(self) -> int:
-        """Returns the exit status: 0 all is done, 1 a run failed, 75 something is left to do."""
+        """Returns the exit status: 0 all is done, 1 a run failed and nothing is left that the same command would start,
+        75 something else is left to do.
+        """
         with Stop() as stop, self.view:
             try:
                 while True:
@@ -118,9 +121,20 @@ class Campaign:
                 for running in self.jobs:
                     running.job.stop(at_once=True)
                 raise
-        if self.count("waiting", "in use"):
-            return Preempted.status
-        return 1 if self.count("failed", "blocked") else 0
+        failed, left = self.count("failed", "blocked"), self.count("waiting", "in use")
+        if failed and not any(map(self._startable, self.progress.values())):
+            return 1
+        return Preempted.status if left else 0
+
+    def _startable(self, p: Progress) -> bool:
+        """Whether the same command would get to it, within a budget of its own."""
+        teacher = self.progress[p.trial.cell.teacher.name] if p.trial.cell.teacher else None
+        if p.status not in ("waiting", "in use") or (teacher and teacher.status in ("failed", "blocked")):
+            return False
+        if teacher and teacher.status != "done":
+            return self._startable(teacher)
+        left = self.left(p)
+        return self.budget is None or (left is not None and STARTING + left <= self.budget)
 
     def count(self, *statuses: str) -> int:
         return sum(p.status in statuses for p in self.progress.values())
