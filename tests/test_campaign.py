@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from mdistiller import config, registry
 from mdistiller.analysis.statistics import mean_and_std
-from mdistiller.campaign import command, executors, tables, worker
+from mdistiller.campaign import command, executors, tables, view, worker
 from mdistiller.campaign import conduct as conducting
 from mdistiller.campaign import plan as plans
 from mdistiller.campaign.conduct import Campaign
@@ -502,12 +502,19 @@ def test_a_teacher_whose_network_is_gone_is_trained_again_where_it_is_needed(sma
 def test_a_run_that_another_process_trains_is_waited_for(small):
     trial = plans.load(small).trials[0]
     holder = RunFolder(trial.folder)
-    seen = []
+    row = {"epoch": 1, "test_acc": 50.0, "best_acc": 50.0, "images_per_second": 40.0, "epoch_seconds": 100.0}
+    seen, shown = [], []
 
     class Watching(Quiet):
         def update(self, campaign):
-            seen.append(campaign.progress[trial.name].status)
-            if seen.count("in use") == 2:
+            p = campaign.progress[trial.name]
+            seen.append(p.status)
+            if p.status == "in use":
+                assert p.active
+                shown.append((view.figures(p), round(campaign.left(p) or 0)))
+                (trial.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+            if seen.count("in use") == 3:
+                (trial.folder / "metrics.jsonl").unlink()
                 holder.close()
 
     plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
@@ -517,14 +524,17 @@ def test_a_run_that_another_process_trains_is_waited_for(small):
     )  # fmt: skip
     assert campaign.run() == 0
     assert executor.asked == [("NONE,resnet8", [1]), ("NONE,resnet8", [0])]
+    assert shown[0][0] == ("0/2", "", "", "")
+    assert shown[-1][0] == ("1/2", "50.00", "50.00", "40")
+    assert not campaign.progress[trial.name].active
 
 
 def test_the_budget_starts_nothing_that_does_not_fit(small):
     plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
     estimates = Estimates(ledger)
     estimates.told = {cell.name: Measured(1, 1e4 if "KD" in cell.name else 1, 1, 1) for cell in plan.cells}
-    executor, view = Here(), Quiet()
-    campaign = Campaign("small", plan.cells, ledger, executor, estimates, view, time.monotonic() + 600)
+    executor = Here()
+    campaign = Campaign("small", plan.cells, ledger, executor, estimates, Quiet(), time.monotonic() + 600)
     assert campaign.run() == 75
     assert [name for name, _ in executor.asked] == ["NONE,resnet8", "NONE,resnet14"]
     assert campaign.progress["KD,resnet14,resnet8,seed0"].reason == "does not fit the budget"

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from mdistiller.campaign import ledger as book
 from mdistiller.campaign import worker
-from mdistiller.campaign.estimate import Estimates
+from mdistiller.campaign.estimate import Estimates, side_by_side
 from mdistiller.campaign.executors import Executor, Job
 from mdistiller.campaign.ledger import Ledger
 from mdistiller.campaign.plan import Cell, Trial
@@ -36,7 +36,7 @@ class Progress:
     status: str = "waiting"  # one of STATUSES
     reason: str = ""
     rows: list[dict] = field(default_factory=list)
-    active: bool = False  # whether a process is at it, where its job has several seeds
+    active: bool = False  # whether a process is at it: ours, which may have other seeds to see to, or another's
     alone: bool = False  # whether its job is to have no other: one with others failed, and it may be their fault
     again: bool = False  # on record, but its network is gone and is needed
     deaths: int = 0  # from outside, since its last step
@@ -239,20 +239,23 @@ class Campaign:
             return []
         ready = []
         for p in todo:
-            p.status, p.reason, state = "waiting", "", book.state(p.trial)
+            p.status, p.reason, p.active, state = "waiting", "", False, book.state(p.trial)
             if state == "finished":
                 self._keep(p)
             elif p.trial.hash in self.ledger.records and not p.again:  # another campaign's work
                 p.status, p.reason = "done", "on record"
             elif state == "in use":
-                p.status, p.reason = "in use", "another process trains it"
-                self._looked[cell.name] = time.monotonic()
+                self._wait_for(p)
             else:
                 if state == "another":  # it is kept, under another name
                     with contextlib.suppress(FolderInUse):  # since a moment: the worker will tell
                         RunFolder(p.trial.folder).close()
                 ready.append(p)
         return ready
+
+    def _wait_for(self, p: Progress) -> None:
+        p.status, p.reason, p.active = "in use", "another process trains it", True
+        self._looked[p.trial.cell.name] = time.monotonic()
 
     def _fitting(self, todo: Sequence[Progress]) -> list[Progress]:
         """As many of them as would be done before the deadline together, those first that have come furthest."""
@@ -288,6 +291,11 @@ class Campaign:
 
     def _collect(self) -> None:
         """How far the jobs have come, and what has become of those that ended."""
+        for p in self.progress.values():
+            if p.status == "in use":
+                p.look()
+                if p.rows and self.estimates.epoch(p.trial.cell) is None:
+                    self.estimates.observe(p.trial.cell, p.rows, side_by_side(p.trial.folder))
         for running in list(self.jobs):
             status = running.job.poll()  # before the look: what it has written by then is seen
             for trial in running.trials:
@@ -311,8 +319,7 @@ class Campaign:
                 continue
             p.deaths = p.deaths + 1 if outside and not came_on else 0
             if p.active or status == worker.IN_USE:  # one of them, perhaps: soon each is looked at by itself
-                p.status, p.reason = "in use", "another process trains it"
-                self._looked[running.cell.name] = time.monotonic()
+                self._wait_for(p)
             elif outside and p.deaths <= DEATHS:
                 p.status = "waiting"
                 self.view.say(f"stopped  {p.trial.name}; it is started again")

@@ -163,7 +163,7 @@ class Estimates:
                 if record and here == (record["device"], record.get("threads") if here[1] else None):
                     self._see(cell, record["seconds"] / record["epochs"] / record["students"])
                 elif state(trial) == "half-done":
-                    self.observe(cell, read_metrics(trial.folder), _side_by_side(trial.folder))
+                    self.observe(cell, read_metrics(trial.folder), side_by_side(trial.folder))
 
     def epoch(self, cell: Cell) -> float | None:
         """Seconds; None where nothing is known."""
@@ -201,7 +201,7 @@ class Estimates:
         return (3 + kept) * measured.checkpoint + (2 + kept) * measured.student
 
 
-def _side_by_side(folder: Path) -> int:
+def side_by_side(folder: Path) -> int:
     """How many students its latest process has trained in turn."""
     try:
         return json.loads((folder / "environment.json").read_text())["sessions"][-1].get("students", 1)
