@@ -898,7 +898,11 @@ def test_a_plans_table_has_every_seed_and_says_which_are_missing(small):
     write(small, **yaml.safe_load(small.read_text()) | {"overrides": {"SOLVER": {"LR": 0.01}}})
     rows, notes = tables.of_plan(plans.load(small), records)
     assert not any(row.records for row in rows)
-    assert "left out: NONE,resnet8, seed 0, run by another protocol: SOLVER.LR (0.05 / 0.01)" in notes
+    assert "Left out: NONE,resnet8 (seeds 0, 1), run by another protocol: SOLVER.LR (0.05 / 0.01)." in notes
+    assert len(notes) == 4
+    report = tables.report(rows, "t", "t", {}, notes=notes)
+    assert report.markdown.startswith("Nothing of it is on record yet.\n\nLeft out: NONE,resnet8 (seeds 0, 1)")
+    assert "Not run yet" not in report.markdown
 
 
 def test_charts_have_a_bar_for_each_method_and_a_level_for_the_student(tmp_path):

@@ -74,11 +74,17 @@ def of_plan(plan: Plan, records: Iterable[Mapping]) -> tuple[list[Row], list[str
         seeds = {record["seed"] for record in same}
         missing = [trial.seed for trial in cell.trials if trial.seed not in seeds]
         rows.append(Row(cell.name, sorted(same, key=lambda record: record["seed"]), missing))
+        others: dict[str, list[int]] = {}
         for record, found in records:
             if found != wanted and (record["plan"], record["cell"]) == (plan.name, cell.name):
-                keys = _apart(differing([found, wanted]))
-                notes.append(f"left out: {cell.name}, seed {record['seed']}, run by another protocol: {keys}")
+                others.setdefault(_apart(differing([found, wanted])), []).append(record["seed"])
+        notes += [f"Left out: {cell.name} ({_seeds(of)}), run by another protocol: {k}." for k, of in others.items()]
     return rows, notes
+
+
+def _seeds(numbers: Iterable[int]) -> str:
+    numbers = sorted(set(numbers))
+    return f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def of_records(records: Iterable[Mapping]) -> list[Row]:
@@ -234,12 +240,8 @@ def _notes(rows: Sequence[Row], away: Sequence[str], changed: Mapping[str, Seque
         teachers = {record["teacher"]["sha256"] for record in row.records if record["teacher"]}
         if len(teachers) > 1:
             notes.append(f"{row.name}: its seeds learnt from {len(teachers)} trainings of the teacher.")
-    missing = [
-        f"{row.name} (seed{'s' * (len(row.missing) > 1)} {', '.join(map(str, row.missing))})"
-        for row in rows
-        if row.missing
-    ]
-    if missing:
+    missing = [f"{row.name} ({_seeds(row.missing)})" for row in rows if row.missing]
+    if records and missing:
         notes.append(f"Not run yet: {'; '.join(missing)}.")
     return notes
 
@@ -340,9 +342,8 @@ class Report:
 
     @property
     def markdown(self) -> str:
-        if not self.table.rows:
-            return "Nothing of it is on record yet.\n"
-        return results.markdown(self.table) + "".join(f"\n{line}\n" for line in self.notes)
+        table = results.markdown(self.table) if self.table.rows else "Nothing of it is on record yet.\n"
+        return table + "".join(f"\n{line}\n" for line in self.notes)
 
     def write(self, out: Path) -> None:
         """OUT/NAME/table.md, .tex and .csv, and the charts as PNG and SVG; nothing where nothing is on record."""
