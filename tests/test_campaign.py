@@ -986,6 +986,20 @@ def test_the_page_shows_what_the_results_give():
         assert file.read_text().partition("\n\n")[2] in text
 
 
+def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small):
+    conduct(small)
+    ledger = Ledger(Path("results/runs.jsonl"))
+    records = [json.loads(json.dumps(r)) for r in ledger.records.values()]
+    for r in records:
+        r["sha256"]["data"] = "another" if r["cell"].startswith("KD") else r["sha256"]["data"]
+    ledger.path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    report = command.report_of(plans.load(small), Ledger(ledger.path), {}, PLANS)
+    assert [row[1] for row in report.table.rows] == ["NONE", "NONE", "DTKD"]
+    assert (
+        "Left out: KD,resnet14,resnet8, of another protocol than the other rows: sha256 of the data" in report.markdown
+    )
+
+
 # The commands
 
 

@@ -162,8 +162,9 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
 
 def report_of(plan: Plan, ledger: Ledger, published: dict, folder: Path) -> tables.Report:
     """`folder`: where plans lie, beside the pairs' YAML files."""
-    rows, notes = tables.of_plan(plan, ledger.records.values())
-    notes = [*[plan.note] * bool(plan.note), *notes]
+    rows, left_out = tables.of_plan(plan, ledger.records.values())
+    rows, odd = tables.alike(rows)
+    notes = [*[plan.note] * bool(plan.note), *left_out, *odd]
     if any(row.records for row in rows):
         notes.append(f"Made by `python3 tools/reproduce.py {plan.name}`.")
     title = plan.title or plan.name

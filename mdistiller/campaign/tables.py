@@ -105,17 +105,28 @@ def _apart(keys: Mapping[str, Sequence]) -> str:
     return ", ".join(f"{key} ({' / '.join(map(str, values))})" for key, values in keys.items())
 
 
+def _shared(record: Mapping) -> dict[str, object]:
+    """What all rows of a table must have in common: data and solver, but for the learning rate, which is the student's."""
+    own, _ = settings_of(record)
+    kept = {k: v for k, v in own.items() if k.startswith(("SOLVER.", "DATASET.")) and k != "SOLVER.LR"}
+    return kept | {"sha256 of the data": record["sha256"]["data"]}
+
+
+def alike(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows that can stand in one table with most of the runs, and a line on each that cannot."""
+    found = {row.name: [_shared(record) for record in row.records] for row in rows}
+    every = [shared for some in found.values() for shared in some]
+    most = max(every, key=every.count, default=None)
+    odd = {name: differing([most, *some]) for name, some in found.items() if any(shared != most for shared in some)}
+    notes = [
+        f"Left out: {name}, of another protocol than the other rows: {_apart(keys)}." for name, keys in odd.items()
+    ]
+    return [row for row in rows if row.name not in odd], notes
+
+
 def check_shared(rows: Sequence[Row]) -> None:
-    """Raises UserError where rows of one table differ in data or solver, but for the learning rate, which is the
-    student's.
-    """
-    shared = []
-    for row in rows:
-        for record in row.records:
-            own, _ = settings_of(record)
-            kept = {k: v for k, v in own.items() if k.startswith(("SOLVER.", "DATASET.")) and k != "SOLVER.LR"}
-            shared.append(kept | {"sha256 of the data": record["sha256"]["data"]})
-    keys = differing(shared)
+    """Raises UserError where runs differ in what rows of one table must have in common."""
+    keys = differing(_shared(record) for row in rows for record in row.records)
     if keys:
         raise UserError(f"runs of different protocols in one table: {_apart(keys)}; select with --only, or give a plan")
 
