@@ -910,7 +910,7 @@ def test_charts_have_a_bar_for_each_method_and_a_level_for_the_student(tmp_path)
     for teacher in ("resnet14", "resnet20"):
         runs += [record(m, teacher, seed=s, best=60.0 + s) for m in ("KD", "DTKD") for s in (0, 1)]
     runs = [r for r in runs if (r["cell"], r["seed"]) != ("DTKD,resnet20,resnet8", 1)]
-    report = tables.report(tables.of_records(runs), "T & T", "t", PUBLISHED)
+    report = tables.report(tables.of_records(runs), "T & T", "t", PUBLISHED, notes=["a note\nof two lines"])
     (chart,) = report.charts
     best, last = chart.panels
     assert [(s.name, s.kind, list(s.x)) for s in best.series] == [
@@ -928,6 +928,8 @@ def test_charts_have_a_bar_for_each_method_and_a_level_for_the_student(tmp_path)
     report.write(tmp_path)
     assert before == {name: (folder / name).read_bytes() for name in names}, "the same figures give the same files"
     assert b"\\begin{tabular}" in before["table.tex"]
+    assert b"\\caption{T \\& T. Top-1" in before["table.tex"]
+    assert b"% a note\n% of two lines\n" in before["table.tex"]
     assert before["table.csv"].decode().splitlines()[0].startswith("pair,method,n,seeds,last (%),last (%) sd,")
 
 

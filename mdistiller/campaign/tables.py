@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -363,8 +363,9 @@ class Report:
         folder = out / self.name
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "table.md", f"# {self.title}\n\n{self.markdown}".encode())
-        comments = "".join(f"% {line}\n" for line in self.notes)
-        write_atomic(folder / "table.tex", (comments + results.latex(self.table)).encode())
+        comments = "".join(f"% {line}\n" for note in self.notes for line in note.splitlines())
+        titled = replace(self.table, caption=f"{' '.join(self.title.split())}. {self.table.caption}")
+        write_atomic(folder / "table.tex", (comments + results.latex(titled)).encode())
         write_csv(folder / "table.csv", self.table)
         made = {chart.name for chart in self.charts}
         for old in (file for kind in ("png", "svg") for file in folder.glob(f"chart*.{kind}")):
