@@ -31,6 +31,7 @@ from mdistiller.campaign.identity import computing, differing, identity
 from mdistiller.campaign.ledger import Ledger, hash_of, shortcoming, state
 from mdistiller.campaign.view import Board
 from mdistiller.dataset import load_dataset
+from mdistiller.distillers import distiller_dict
 from mdistiller.engine import builder
 from mdistiller.engine.folder import RunFolder
 from mdistiller.engine.stop import Stop
@@ -931,6 +932,18 @@ def test_charts_have_a_bar_for_each_method_and_a_level_for_the_student(tmp_path)
     assert b"\\caption{T \\& T. Top-1" in before["table.tex"]
     assert b"% a note\n% of two lines\n" in before["table.tex"]
     assert before["table.csv"].decode().splitlines()[0].startswith("pair,method,n,seeds,last (%),last (%) sd,")
+
+
+def test_a_methods_colour_does_not_depend_on_what_else_is_shown():
+    def shades(*methods):
+        runs = [record(m, teacher) for teacher in ("resnet14", "resnet20") for m in methods]
+        series = tables.charts_of(tables.of_records(runs), "t")[0].panels[0].series
+        return {s.name: s.colour for s in series}
+
+    every = [name for name in distiller_dict if name != "NONE"]
+    whole = shades(*every)
+    assert len(set(whole.values())) == len(every)
+    assert shades("KD", "DTKD") | shades("DTKD", "SP") == {name: whole[name] for name in ("KD", "DTKD", "SP")}
 
 
 def test_pairs_of_different_students_share_one_chart():

@@ -1,6 +1,5 @@
 """Records become tables (Markdown, LaTeX, CSV) and bar charts: every seed on record, and never two protocols."""
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from mdistiller.analysis.statistics import Mean
 from mdistiller.campaign.identity import computing, differing, protocol, tree_of
 from mdistiller.campaign.ledger import settings_of
 from mdistiller.campaign.plan import Plan, Shipped
+from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
@@ -106,7 +106,7 @@ def _apart(keys: Mapping[str, Sequence]) -> str:
 
 
 def _shared(record: Mapping) -> dict[str, object]:
-    """What all rows of a table must have in common: data and solver, but for the learning rate, which is the student's."""
+    """What rows of one table have in common: data and solver, but for the learning rate, which is the student's."""
     own, _ = settings_of(record)
     kept = {k: v for k, v in own.items() if k.startswith(("SOLVER.", "DATASET.")) and k != "SOLVER.LR"}
     return kept | {"sha256 of the data": record["sha256"]["data"]}
@@ -311,7 +311,6 @@ def _chart(
     """`bars`: of each the method, its places on the axis, and its runs."""
     places = list(dict.fromkeys(place for _, own, _ in bars for place in own))
     methods = sorted(dict.fromkeys(method for method, _, _ in bars), key=lambda name: name != "alone")
-    shades = dict(zip((m for m in sorted(methods) if m != "alone"), itertools.cycle(COLOURS))) | {"alone": GREY}
     counts = sorted({len(group.runs) for _, _, group in bars})
     seeds = "–".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) + " seed" + "s" * (counts[-1] > 1)
     chart = Chart(name, "", title, "", [], wide=1)
@@ -323,7 +322,7 @@ def _chart(
             sd = np.array([(means[place].std or 0.0) if place in means else np.nan for place in places])
             text = [f"{value:.1f}" for value in y] if len(places) * len(methods) <= MOST_LABELS else []
             bands = {("minus_sd", "plus_sd"): (y - sd, y + sd)}
-            panel.series.append(Series(method, None, places, y, "bars", bands, text=text, colour=shades[method]))
+            panel.series.append(Series(method, None, places, y, "bars", bands, text=text, colour=_shade(method)))
         if level:
             mean = getattr(level, which)
             bands = {("minus_sd", "plus_sd"): tuple([mean.mean + sign * (mean.std or 0.0)] for sign in (-1, 1))}
@@ -335,6 +334,17 @@ def _chart(
         panel.y_label += ", axis cut" * bool(panel.y_range[0] > 0)
         chart.panels.append(panel)
     return chart
+
+
+def _shade(method: str) -> str:
+    """A method's own colour, whatever else is shown: darker ones once COLOURS are used up."""
+    if method == "alone":
+        return GREY
+    first = ("KD", "DKD", "DTKD")
+    order = [*first, *(name for name in distiller_dict if name not in ("NONE", *first))]
+    round_, place = divmod(order.index(method) if method in order else len(order), len(COLOURS))
+    parts = (int(COLOURS[place][i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{int(part * 0.6**round_):02x}" for part in parts)
 
 
 def _method(row: Row) -> str:
