@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -1013,6 +1014,21 @@ def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small):
     assert (
         "Left out: KD,resnet14,resnet8, of another protocol than the other rows: sha256 of the data" in report.markdown
     )
+
+
+def test_a_page_links_the_charts_where_they_are(small):
+    ledger = Ledger(Path("mine/runs.jsonl"))
+    for trial in plans.load(PLANS / "cpu_charts.yaml").trials:
+        source = trial.cell.teacher
+        teacher = {"run": "t", "hash": "", "sha256": "t", "config": source.settings} if source else None
+        cell = {"cell": trial.cell.name, "config": trial.settings, "teacher": teacher, "epochs": 4}
+        ledger.append(json.loads(json.dumps(record(seed=trial.seed) | cell)))
+    page = Path("pages/page.md")
+    page.parent.mkdir()
+    page.write_text("<!-- results of cpu_charts -->\n<!-- end of results -->\n")
+    text = command.fill(page, PLANS, None, Path("mine"))
+    (link,) = re.findall(r"\]\((.*?)\)", text)
+    assert (page.parent / link).is_file()
 
 
 # The commands

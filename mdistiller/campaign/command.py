@@ -1,5 +1,6 @@
 """What tools/reproduce.py and tools/results.py do."""
 
+import os
 import re
 import sys
 import time
@@ -227,9 +228,8 @@ def fill(page: Path, folder: Path, published: Path | None, results: Path, write:
         report = report_of(plan, Ledger(results / "runs.jsonl"), figures, folder)
         if write:
             report.write(results)
-        pictures = "".join(
-            f"\n![{c.title.splitlines()[0]}](../results/{report.name}/{c.name}.png)\n" for c in report.charts
-        )
+        place = Path(os.path.relpath(results / report.name, page.parent)).as_posix()
+        pictures = "".join(f"\n![{c.title.splitlines()[0]}]({place}/{c.name}.png)\n" for c in report.charts)
         return f"{match[1]}\n{report.markdown}{pictures}\n{match[3]}"
 
     text, count = MARKERS.subn(filled, page.read_text(encoding="utf-8"))
