@@ -1047,6 +1047,7 @@ def test_a_page_links_the_charts_where_they_are(small):
         (["small.yaml", "EXPERIMENT.NAME", "x"], "EXPERIMENT.NAME: pairs of KEY VALUE say only where"),
         (["small.yaml", "LOG.WANDB", "True"], "LOG.WANDB: pairs of KEY VALUE say only where"),
         (["small.yaml", "--sedes", "1"], "unknown option --sedes"),
+        (["small.yaml", "--slurm", "a=b", "LOG.PREFIX", "x"], "KEY VALUE pairs stand before --slurm"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(small, words, message):
@@ -1085,6 +1086,18 @@ def test_dry_run_lists_everything_and_writes_nothing(small, capsys):
     assert lines[4].split() == ["NONE,resnet14,seed0", "missing", "0/2", "10.0", "0:00:20", "16", "MB"]
     assert lines[-1] == "5 runs, 10 epochs left: about 0:01:40 one after the other, 0.08 GB"
     assert sorted(Path().rglob("*")) == before
+
+
+def test_dry_run_counts_no_finished_run_among_those_left(small, capsys):
+    conduct(small, only=["NONE,resnet8"])
+    Path("results/runs.jsonl").unlink()
+    capsys.readouterr()
+    cells, ledger = plans.load(small).cells[:1], Ledger(Path("results/runs.jsonl"))
+    command.forecast(cells, ledger, Estimates(ledger))
+    text = capsys.readouterr().out
+    assert "NONE,resnet8,seed0  finished     2/2\n" in text
+    assert "measuring" not in text
+    assert "0 runs, 0 epochs left" in text
 
 
 def test_the_first_cell_of_a_teacher_fills_its_bank(small):

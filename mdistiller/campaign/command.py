@@ -52,7 +52,9 @@ def parse_parameters(words: Sequence[str]) -> dict[str, object]:
     """KEY=VALUE words, as YAML reads the values."""
     wrong = [word for word in words if "=" not in word]
     if wrong:
-        raise UserError(f"--slurm {wrong[0]}: takes KEY=VALUE, such as slurm_partition=gpu")
+        raise UserError(
+            f"--slurm {wrong[0]}: takes KEY=VALUE, such as slurm_partition=gpu; KEY VALUE pairs stand before --slurm"
+        )
     try:
         return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
     except yaml.YAMLError:
@@ -89,7 +91,7 @@ def reproduce(
     if seconds is not None:
         unknown = [cell for cell in _unfinished(cells, ledger) if estimates.epoch(cell) is None]
         if unknown:
-            say(f"measuring a step of {len(unknown)} cells")
+            say(f"measuring a step of {tables.counted(len(unknown), 'cell')}")
         for name, why in estimates.measure(unknown).items():
             say(f"{name} could not be measured: {why}")
     deadline = None if seconds is None else begin + seconds
@@ -125,9 +127,12 @@ def check_data(cells: Sequence[Cell]) -> None:
 
 def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> None:
     """Say what would run, and about how long and how large it would be."""
-    cells_left, lost = _unfinished(cells, ledger), lost_teachers(cells, ledger)
+    lost = lost_teachers(cells, ledger)
+    states = {t.name: book.state(t) for c in cells for t in c.trials}
+    states |= {t.name: "done" for c in cells for t in c.trials if t.hash in ledger.records and t.name not in lost}
+    cells_left = [c for c in cells if any(states[t.name] not in ("done", "finished") for t in c.trials)]
     if cells_left:
-        say(f"measuring a step of {len(cells_left)} cells")
+        say(f"measuring a step of {tables.counted(len(cells_left), 'cell')}")
     failed = estimates.measure(cells_left)
     total, disk, epochs_left = 0.0, 0, 0
     width = max(len(trial.name) for cell in cells for trial in cell.trials)
@@ -135,11 +140,11 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
     count = 0
     for cell in cells:
         for trial in cell.trials:
-            if trial.hash in ledger.records and trial.name not in lost:
-                say(f"{trial.name:<{width}}  {'done':<9}  {trial.epochs:>3}/{trial.epochs}")
+            state = states[trial.name]
+            if state in ("done", "finished"):
+                say(f"{trial.name:<{width}}  {state:<9}  {trial.epochs:>3}/{trial.epochs}")
                 continue
-            state = book.state(trial)
-            done = len(book.read_metrics(trial.folder)) if state in ("half-done", "in use", "finished") else 0
+            done = len(book.read_metrics(trial.folder)) if state in ("half-done", "in use") else 0
             epoch, left, size = estimates.epoch(cell), estimates.left(trial, done), estimates.disk(trial)
             cost = f"{epoch:>8.1f}" if epoch is not None else f"{'?':>8}"
             bytes_ = f"{size / 1e6:>5,.0f} MB" if size else f"{'?':>8}"
@@ -155,10 +160,8 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
     banks, filling = estimates.banks(cells_left), sum(map(estimates.filling, cells_left))
     filled = f" ({duration(filling)} of it for teachers' banks)" * bool(filling)
     space = f"{disk / 1e9:.2f} GB" + f", and {banks / 1e9:.1f} GB of teachers' banks" * bool(banks)
-    say(
-        f"{count} runs, {epochs_left:,} epochs left: about {duration(total + filling)} one after the other{filled}, "
-        f"{space}"
-    )
+    what = f"{tables.counted(count, 'run')}, {tables.counted(epochs_left, 'epoch')} left"
+    say(f"{what}: about {duration(total + filling)} one after the other{filled}, {space}")
 
 
 def report_of(plan: Plan, ledger: Ledger, published: dict, folder: Path) -> tables.Report:

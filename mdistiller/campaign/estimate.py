@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -131,7 +132,8 @@ class Estimates:
         if not wanted:
             return {}
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is the parent's
+        with ProcessPoolExecutor(1, context, **quiet) as pool:
             words = zip(*((c.file, c.opts, len(c.trials)) for c in wanted.values()), strict=True)
             try:
                 found = dict(zip(wanted, pool.map(measure, *words), strict=True))

@@ -82,6 +82,10 @@ def of_plan(plan: Plan, records: Iterable[Mapping]) -> tuple[list[Row], list[str
     return rows, notes
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def _seeds(numbers: Iterable[int]) -> str:
     numbers = sorted(set(numbers))
     return f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
@@ -242,9 +246,9 @@ def _notes(rows: Sequence[Row], away: Sequence[str], changed: Mapping[str, Seque
             {g["commit"][:12] + " (with changes)" * (not g["clean"]) for r in records for g in r["git"] if g}
         )
         minutes = sum(r["seconds"] / r.get("students", 1) for r in records) / 60  # side by side they share them
-        time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        time = counted(round(minutes), "minute") if minutes < 120 else f"{minutes / 60:.1f} hours"
         notes.append(
-            f"{len(records)} run{'s' * (len(records) > 1)}, {time} of training and evaluation in all, on "
+            f"{counted(len(records), 'run')}, {time} of training and evaluation in all, on "
             f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'unknown'}."
         )
     for row in rows:
