@@ -863,6 +863,15 @@ def test_the_verdict_says_where_the_published_figure_lies():
     assert tables.verdict(mean_and_std([70.0]), 80.0) == "one seed"
 
 
+def test_the_caption_says_how_often_an_equally_good_run_lies_outside():
+    draws = np.random.default_rng(0).normal(size=(200_000, 4))
+    for n, percent in ((2, 57), (3, 48)):
+        ours, other = draws[:, :n], draws[:, -1]
+        outside = np.abs(other - ours.mean(1)) > ours.std(1, ddof=1)
+        assert round(100 * outside.mean()) == percent
+        assert f"n = {n}: {percent} %" in tables.BESIDE_CAPTION
+
+
 def test_another_protocol_is_labelled_and_not_compared():
     runs = [record(m, SOLVER__EPOCHS=8, SOLVER__LR_DECAY_STAGES="[5,7]", SOLVER__AMP="bf16") for m in ("NONE", "KD")]
     report = tables.report(tables.of_records(runs), "t", "t", PUBLISHED)
@@ -984,6 +993,7 @@ def test_other_hyperparameters_are_named_and_not_compared():
     column = report.table.head.index("published (%)")
     assert (kd[column], dtkd[column]) == (None, "~61.9")
     assert "**Not the published hyperparameters**: KD.TEMPERATURE 20" in " ".join(report.notes)
+    assert report.charts[0].title == "t (not the published hyperparameters): resnet8"
 
 
 def test_what_is_on_record_is_found_again():

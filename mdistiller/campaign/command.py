@@ -128,8 +128,8 @@ def check_data(cells: Sequence[Cell]) -> None:
 def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> None:
     """Say what would run, and about how long and how large it would be."""
     lost = lost_teachers(cells, ledger)
-    states = {t.name: book.state(t) for c in cells for t in c.trials}
-    states |= {t.name: "done" for c in cells for t in c.trials if t.hash in ledger.records and t.name not in lost}
+    kept = {t.name for c in cells for t in c.trials if t.hash in ledger.records} - lost
+    states = {t.name: "done" if t.name in kept else book.state(t) for c in cells for t in c.trials}
     cells_left = [c for c in cells if any(states[t.name] not in ("done", "finished") for t in c.trials)]
     if cells_left:
         say(f"measuring a step of {tables.counted(len(cells_left), 'cell')}")
