@@ -29,8 +29,8 @@ CAPTION = (
 )
 BESIDE_CAPTION = (
     " Published figures are best epochs; they lie inside, above or below our best epoch's mean ± standard deviation "
-    "(~: read off a chart, and as far outside as that is uncertain). Above or below is not *not reproduced*: with so few "
-    "seeds an equally good run lies outside about half of the time (n = 3: 48 %, n = 2: 57 %)."
+    "(~: read off a chart, and as far outside as that is uncertain). Neither above nor below means that it was not "
+    "reproduced: with so few seeds an equally good run lies outside about half of the time (n = 3: 48 %, n = 2: 56 %)."
 )
 # Published protocol: its key in the table of published figures, and ours
 PROTOCOL = {
