@@ -28,7 +28,7 @@ KEYS = {
     "results": ("results", "folder of runs.jsonl, tables and charts, relative to where the command runs"),
     "pairs": ([], "teacher/student; or teachers and students"),
     "teachers": ([], "each with every one of students"),
-    "students": ([], "of teachers"),
+    "students": ([], "of teachers; all runs of one before the next one's"),
     "methods": ([], "names of distiller_dict; NONE is the student alone"),
     "rules": ([], "temperature rules under each of the methods; none: the method's own"),
     "seeds": ([], "of every student"),
@@ -252,22 +252,23 @@ def _reserved(key: str) -> bool:
 
 
 def _pairs(values: dict, problems: list[str]) -> list[tuple[str, str]]:
-    """(teacher, student), the students of a teacher one after the other."""
+    """(teacher, student): of a list, the students of a teacher one after the other; of a grid, all of a student."""
     if bool(values["pairs"]) == bool(values["teachers"] and values["students"]):
         problems.append("pairs: give either pairs: [teacher/student, ...], or teachers: and students:")
         return []
-    pairs = [(teacher, student) for teacher in values["teachers"] for student in values["students"]]
+    grid = [(teacher, student) for student in values["students"] for teacher in values["teachers"]]
+    pairs = []
     for text in values["pairs"]:
         if text.count("/") != 1:
             problems.append(f"pairs: must be teacher/student, such as resnet56/resnet20; got {text}")
         else:
             pairs.append(tuple(text.split("/")))
     models = registry.cifar_models
-    for name in dict.fromkeys(name for pair in pairs for name in pair if name not in models):
+    for name in dict.fromkeys(name for pair in [*pairs, *grid] for name in pair if name not in models):
         problems.append(f"pairs: {registry.unknown(models.kind, name, models)}")
     order = list(dict.fromkeys(teacher for teacher, _ in pairs))
-    pairs = [(teacher, student) for teacher, student in pairs if teacher in models and student in models]
-    return sorted(pairs, key=lambda pair: order.index(pair[0]))
+    pairs = sorted(pairs, key=lambda pair: order.index(pair[0])) + grid
+    return [(teacher, student) for teacher, student in pairs if teacher in models and student in models]
 
 
 class Shipped:
