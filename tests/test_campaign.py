@@ -768,6 +768,22 @@ def test_a_plug_ins_method_can_be_in_a_plan(small):
     assert "| resnet14 → resnet8 | PLUGGED | 1 |" in shown, "where the plug-in is not loaded"
 
 
+def test_seconds_are_shared_as_long_as_others_are_there(small):
+    conduct(small, only=["NONE,resnet8"])
+    Path("results/runs.jsonl").unlink()
+    trial = plans.load(small).trials[0]
+    file = trial.folder / "environment.json"
+    body = json.loads(file.read_text())
+    assert [(s["students"], s["epoch"]) for s in body["sessions"]] == [(2, 0)]
+    body["sessions"].append(body["sessions"][0] | {"students": 1, "epoch": 1})
+    file.write_text(json.dumps(body))
+    rows = [json.loads(line) | {"epoch_seconds": 8.0} for line in (trial.folder / "metrics.jsonl").open()]
+    (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    conduct(small, only=["NONE,resnet8"])
+    first, _ = Ledger(Path("results/runs.jsonl")).records.values()
+    assert (first["seconds"], first["students"]) == (16.0, 1.33), "4 + 8 of its own"
+
+
 # The record
 
 

@@ -22,7 +22,7 @@ from mdistiller.files import sync_folder
 
 NEEDED = {  # key of a record: its kind
     "plan": str, "cell": str, "seed": int, "config": dict, "teacher": (dict, type(None)), "epochs": int, "curve": list,
-    "last": (int, float), "best": (int, float), "seconds": (int, float), "students": int, "device": str,
+    "last": (int, float), "best": (int, float), "seconds": (int, float), "students": (int, float), "device": str,
     "versions": dict, "git": list, "sha256": dict,
 }  # fmt: skip
 
@@ -217,6 +217,8 @@ def record_of(trial: Trial, plan: str) -> dict:
     environment = json.loads((trial.folder / "environment.json").read_text())
     sessions = environment["sessions"]
     teacher = trial.cell.teacher
+    seconds = sum(row["epoch_seconds"] for row in rows)
+    own = sum(row["epoch_seconds"] / _sharing(sessions, row["epoch"]) for row in rows)
     images = trial.epochs * train_images(trial.cfg.DATASET.TYPE, trial.cfg.DATASET.ROOT)
     return {
         "plan": plan,
@@ -228,8 +230,8 @@ def record_of(trial: Trial, plan: str) -> dict:
         "best_epoch": rows[-1]["best_epoch"],
         "epochs": trial.epochs,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": round(sum(row["epoch_seconds"] for row in rows), 2),
-        "students": max(session.get("students", 1) for session in sessions),  # side by side: these shared the seconds
+        "seconds": round(seconds, 2),
+        "students": round(seconds / own, 2),  # side by side, on average: these shared the seconds
         "images": images,
         "device": environment["device"],
         "threads": environment["threads"],
@@ -248,6 +250,11 @@ def record_of(trial: Trial, plan: str) -> dict:
         else None,
         "curve": [row["test_acc"] for row in rows],
     }
+
+
+def _sharing(sessions: list[dict], epoch: int) -> int:
+    """How many students of its process the run had beside itself in the `epoch`, itself included."""
+    return [session.get("students", 1) for session in sessions if session.get("epoch", 0) < epoch][-1]
 
 
 def _once(values: Iterator) -> Iterator:

@@ -180,17 +180,17 @@ class RunFolder:
         write_atomic(self.path / "config.yaml", found.dump().encode())
 
     def write_environment(
-        self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], students: int = 1
+        self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], students: int = 1, epoch: int = 0
     ) -> None:
         """environment.json: what has to be known to run this again. A resumed run adds to `sessions`. `students`: how
-        many train side by side.
+        many train side by side, from the `epoch` that was finished then.
         """
         file = self.path / "environment.json"
         sessions = []
         if resume:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: nothing depends on it
                 sessions = [dict(session) for session in json.loads(file.read_text())["sessions"]]
-        sessions.append(environment(device) | {"students": students})
+        sessions.append(environment(device) | {"students": students, "epoch": epoch})
         body = {**sessions[0], "seed": seed, "sha256": origin, "sessions": sessions}
         write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")
 
