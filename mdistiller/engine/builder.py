@@ -129,7 +129,7 @@ class Run:
         plan, cfg, trainer, common = self.plan, self.plan.cfg, self.trainer, self.common
         self.folder.write_config(cfg, plan.teacher_file)
         resumed, origin = self.folder.resumed, trainer.origin
-        self.folder.write_environment(common.device, cfg.SEED, resumed, origin, common.students)
+        self.folder.write_environment(common.device, cfg.SEED, resumed, origin, common.students, trainer.epoch)
         wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, plan.path.name, cfg) if cfg.LOG.WANDB else None
         recorder = Recorder(
             plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place
