@@ -177,6 +177,49 @@ def test_teachers_share_their_parameters(small, tmp_path, monkeypatch):
     assert pointers[0] == pointers[1]
 
 
+def fading(small, tmp_path, write, after=0):
+    """Options of a method that writes to its teacher's weights, from the epoch behind `after` on."""
+    name = f"F{len(write)}{after}"
+    plugin = tmp_path / "fading.py"
+    plugin.write_text(
+        "import torch\nfrom mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
+        f"@register_distiller('{name}', defaults={{'A': 1.0}})\nclass Fading(KD):\n"
+        "    def losses(self, *args, epoch, **kwargs):\n        with torch.no_grad():\n"
+        "            for p in self.teacher.parameters():\n"
+        f"                if epoch > {after}:\n                    {write}\n"
+        "        return super().losses(*args, epoch=epoch, **kwargs)\n"
+    )
+    return [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", name, "TEACHER_BANK", "off"]
+
+
+@pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)", "p.data = 0.9 * p.data"])
+def test_a_teacher_that_its_method_writes_to_is_kept_and_not_shared(small, tmp_path, monkeypatch, write):
+    opts = fading(small, tmp_path, write)
+    expected = outcome(Path(alone(opts, tmp_path / "alone", 1)))
+    assert "teacher.fc.weight" in expected[0]["model"]
+    _, folders = run_set(opts, tmp_path / "set", [0, 1])
+    assert same(outcome(Path(folders[1])), expected)
+    monkeypatch.setattr(builder, "Stop", stopping_after(3))
+    with pytest.raises(Preempted):
+        run_set(opts, tmp_path / "parts", [0, 1])
+    monkeypatch.undo()
+    _, folders = run_set(opts, tmp_path / "parts", [0, 1], resume=True)
+    assert same(outcome(Path(folders[1])), expected)
+
+
+@pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)"])
+def test_a_shared_teacher_that_is_written_to_ends_the_set_before_it_is_kept(small, tmp_path, write):
+    opts = fading(small, tmp_path, write, after=1)
+    with pytest.raises(RunFailed, match="run seed by seed"):
+        run_set(opts, tmp_path, [0, 1])
+    expected, rows = outcome(Path(alone(opts, tmp_path / "alone", 0)))
+    (kept,) = (tmp_path / "distill").glob("run*/latest")  # the first one's first epoch; what follows was not kept
+    state, kept_rows = outcome(kept.parent)
+    assert same(kept_rows, rows[:1])
+    assert "teacher.fc.weight" in expected["model"]
+    assert "teacher.fc.weight" not in state["model"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -77,8 +77,7 @@ class Student:
         self.run = Run(plan, resume, common, closing)
         self.trainer: Trainer = self.run.trainer
         self.random = generators()
-        if self.trainer.teacher_is_frozen():
-            common.teachers.tie(self.trainer.distiller.teacher, self.trainer.origin["teacher"])
+        self.teachers = common.teachers
         self.stream = side_stream(common.device)
 
     def start(self) -> None:
@@ -94,11 +93,19 @@ class Student:
         try:
             with self.stream:
                 next(self.steps)
+                self.share_teacher()
         except StopIteration as end:
             self.result = end.value
         except (Preempted, TrainingDiverged) as error:
             self.error = error
         self.random = generators()
+
+    def share_teacher(self) -> None:
+        """After the first step, which tells whether the method writes to its teacher."""
+        teachers, self.teachers = self.teachers, None
+        if teachers is not None and self.trainer.teacher_is_frozen():
+            teachers.tie(self.trainer.distiller.teacher, self.trainer.origin["teacher"])
+            self.trainer.shares_teacher = True
 
 
 def take_turns(students: Sequence[Student], stop: Stop) -> None:
