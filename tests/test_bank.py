@@ -189,6 +189,68 @@ def test_another_run_beside_it_reads_what_is_there(small, tmp_path, expected, ca
     assert (folder / "rows.bin").stat().st_size == size
 
 
+def reopened(folder):
+    header = json.loads((folder / "header.json").read_text())
+    return RowStore(folder, *(header[key] for key in ("description", "rows", "width", "dtype")))
+
+
+def test_a_full_one_does_not_wait_for_a_run_that_adds_what_it_meets(small, tmp_path, expected, monkeypatch, capsys):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    monkeypatch.setattr(teacher.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with reopened(bank_of(opts[:-4], tmp_path)) as store:
+        store.announce("lazy")
+        again = run(opts, tmp_path / "again")
+    assert same(outcome(again), expected("DTKD"))
+    assert capsys.readouterr().out.count("this one computes what is missing") == 1
+
+
+@pytest.mark.parametrize("work", ["full", ""])
+def test_a_full_one_waits_for_another_that_fills(small, tmp_path, expected, monkeypatch, capsys, work):
+    """And fills it itself where that one has ended."""
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    folder = bank_of(opts[:-4], tmp_path)
+    store = reopened(folder)
+    store.announce(work)
+    monkeypatch.setattr(teacher.time, "sleep", lambda seconds: store.close())
+    assert same(outcome(run(opts, tmp_path / "again")), expected("DTKD"))
+    assert capsys.readouterr().out.count("waiting for it") == 1
+    with reopened(folder) as store:
+        assert store.complete
+
+
+def test_a_bank_that_cannot_be_written_is_read_and_not_waited_for(small, tmp_path, expected, monkeypatch, capsys):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    bank_of(opts[:-2], tmp_path)
+    monkeypatch.setattr(RowStore, "_take_lock", refused)
+    with pytest.raises(UserError, match="not complete and cannot be written; set TEACHER_BANK_FOLDER"):
+        run(opts, tmp_path / "full", TEACHER_BANK="full")
+    assert not (tmp_path / "full").exists()
+    assert same(outcome(run(opts, tmp_path / "lazy", TEACHER_BANK="lazy")), expected("DTKD"))
+    assert "it is only read" in capsys.readouterr().out
+    monkeypatch.setattr(teacher, "choose", lambda *given: teacher.Choice("full", "as on CUDA"))
+    assert same(outcome(run(opts, tmp_path / "auto")), expected("DTKD"))
+    assert "teacher bank: none (" in capsys.readouterr().out
+
+
+def test_a_full_disk_while_it_is_filled_names_the_banks_folder(small, tmp_path, monkeypatch):
+    def full(self, rows, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RowStore, "_append", full)
+    opts = [*small, "DISTILLER.TYPE", "KD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    with pytest.raises(RunFailed, match="banks/teacher.bank-.*: No space left on device; what it holds stays"):
+        run(opts, tmp_path)
+
+
+def test_a_checkpoint_with_a_long_name_has_a_bank(small, tmp_path):
+    file = save_teacher(tmp_path / f"{'é' * 125}.pth", "resnet14")
+    folder = bank_of([*small, "DISTILLER.TYPE", "KD", "DISTILLER.TEACHER_CKPT", str(file)], tmp_path)
+    assert len(folder.name.encode()) <= 255
+
+
 def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkeypatch):
     opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
     passes = []
@@ -226,8 +288,13 @@ def test_a_teacher_whose_code_has_changed_is_noticed(small, tmp_path, monkeypatc
     bank_of(opts, tmp_path / "a")
     real = teacher.Inference.__call__
     monkeypatch.setattr(teacher.Inference, "__call__", lambda self, image: 1.1 * real(self, image))
+    before = sorted((tmp_path / "a" / "run").rglob("*"))
     with pytest.raises(UserError, match="other logits than this teacher gives"):
-        run(opts, tmp_path / "a", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "a" / "banks")
+        run(opts, tmp_path / "a" / "run", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "a" / "banks")
+    assert sorted((tmp_path / "a" / "run").rglob("*")) == before
+    monkeypatch.setattr(teacher, "choose", lambda *given: pytest.fail("it was compared too late"))
+    folder = run(opts, tmp_path / "auto", TEACHER_BANK_FOLDER=tmp_path / "a" / "banks")
+    assert "teacher bank: none" in (folder / "worklog.txt").read_text()
 
 
 @pytest.mark.parametrize("how", ["learns", "moves", "trains"])
