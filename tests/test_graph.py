@@ -3,6 +3,8 @@
 import math
 import random
 import warnings
+from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +141,18 @@ class CountsInAList(KD):
         return super().losses(*args, **kwargs)
 
 
+class Holds(KD):
+    """State in an object of its own: made by `make`, changed by `step`, which gives a factor."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.helper = self.make()
+
+    def losses(self, *args, **kwargs):
+        factor = self.step(self.helper)
+        return {name: value * factor for name, value in super().losses(*args, **kwargs).items()}
+
+
 class NeedsANumber(KD):
     def losses(self, *args, epoch, **kwargs):
         if not isinstance(epoch, int):
@@ -150,7 +164,41 @@ def drawing(draw):
     return type("Drawing", (Draws,), {"draw": staticmethod(draw)})
 
 
+def holding(make, step):
+    return type("Holding", (Holds,), {"make": staticmethod(make), "step": staticmethod(step)})
+
+
+def counted(helper):
+    helper.n += 1
+    return helper.n
+
+
+def appended(helper):
+    helper.append(1)
+    return len(helper)
+
+
+def added(helper):
+    helper.add(len(helper))
+    return len(helper)
+
+
+def raised(helper):
+    helper["meter"].values[0] += 1
+    return float(helper["meter"].values[0])
+
+
 REFUSED = {
+    "object": (holding(lambda: SimpleNamespace(n=0), counted), "replaces helper.n"),
+    "object in a dict": (holding(lambda: {"meter": SimpleNamespace(values=np.zeros(2))}, raised), "meter'].values"),
+    "deque": (holding(deque, appended), "replaces helper's length"),
+    "set": (holding(set, added), "replaces helper's length"),
+    "own python": (holding(lambda: random.Random(0), lambda rng: rng.random()), "replaces helper's state"),
+    "own numpy": (holding(lambda: np.random.default_rng(0), lambda rng: rng.random()), "replaces helper's state"),
+    "own torch": (
+        holding(lambda: torch.Generator().manual_seed(0), lambda rng: torch.rand((), generator=rng)),
+        "replaces helper's state",
+    ),
     "numpy": (drawing(lambda: np.random.rand()), "random numbers on the host"),
     "python": (drawing(lambda: random.random()), "random numbers on the host"),
     "torch": (drawing(lambda: torch.rand(())), "random numbers on the host"),
