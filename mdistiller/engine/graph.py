@@ -39,8 +39,8 @@ class GraphStep:
     `plan` (4, B), `logits` (B, K) or None and `epoch` are put where the graph reads them, the epoch as a 0-dim tensor;
     everything else that `work` reads or writes has to stay where it is. What a replay would not repeat is found out
     beforehand: a wait for the device, random numbers drawn on the host, a tensor, number or generator of `module` that
-    changes. Then `refusal` says so, and `work` runs as it is, the epoch a number. `alone`: whether no other graph runs at
-    the same time; all graphs read the device's generator from one place.
+    changes. Then `refusal` says so, and `work` runs as it is, the epoch a number. `alone`: whether no other graph runs
+    at the same time; all graphs read the device's generator from one place.
     """
 
     def __init__(
