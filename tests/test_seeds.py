@@ -119,7 +119,7 @@ def test_resume_auto_starts_what_is_missing_and_leaves_what_is_done(small, tmp_p
     opts = [*small, "DISTILLER.TYPE", "KD"]
     first = Path(alone(opts, tmp_path, 1))
     before = (first / "latest").stat().st_mtime_ns
-    with pytest.raises(UserError, match="--resume auto"):
+    with pytest.raises(UserError, match="no run of seed 0 in .*--resume auto"):
         run_set(opts, tmp_path, [0, 1], resume=True)
     summary, folders = run_set(opts, tmp_path, [0, 1], resume="auto")
     assert Path(folders[1]) == first
@@ -231,6 +231,10 @@ def test_a_shared_teacher_that_is_written_to_ends_the_set_before_it_is_kept(smal
         (["--seeds", "3-1"], "the smaller one first"),
         (["--seeds", "4294967296"], "2**32"),
         (["--seeds=1.5"], "is no seed"),
+        (["--seeds", "0", "-1"], "--seeds: -1 is no seed; write --seeds 0 1 2"),
+        (["--seeds", "0", "-", "2"], "--seeds: - is no seed"),
+        (["--seeds", "0", "1", "x"], "--seeds: x is no seed"),
+        (["--seeds", "0-999", "1000-1999"], "2,000, and 1,000 at most"),
         (["--seeds", "0", "1", "SEED", "3"], "give one of them"),
         (["--seeds", "0", "LOG.WANDB", "True"], "LOG.WANDB False"),
     ],

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from mdistiller.engine import checkpoint
 from mdistiller.engine.builder import Common, Run, RunPlan, failures
 from mdistiller.engine.device import generators, set_generators, side_stream
-from mdistiller.engine.folder import check_writable, in_use, run_folder
+from mdistiller.engine.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.engine.stop import Stop
 from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
@@ -40,6 +40,12 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), re
             own.EXPERIMENT.NAME += f"+SEED:{seed}"
         own.freeze()
         plans.append(RunPlan(own, [*opts, "SEED", str(seed)], f"seed {seed:>{width}}  ", place))
+    missing = [str(plan.cfg.SEED) for plan in plans if resume is True and not resumable(plan.path)]
+    if missing:
+        raise UserError(
+            f"--resume: there is no run of seed {', '.join(missing)} in {plans[0].path.parent}; --resume auto starts "
+            "what is missing and goes on with the others"
+        )
     for plan in plans:
         plan.check(resume)
         if plan.path.is_dir() and in_use(plan.path):  # before the first of them is touched
