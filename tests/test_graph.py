@@ -256,6 +256,18 @@ def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypat
     assert (folder / "worklog.txt").read_text().count("not as a graph: no graphs here") == 1
 
 
+@pytest.mark.parametrize(("bank", "alone"), [("off", True), ("full", True), ("lazy", False), ("auto", False)])
+def test_a_step_is_not_alone_beside_the_teachers_own_graph(small, tmp_path, monkeypatch, bank, alone):
+    """On CUDA graphs that run at the same time would read each other's place in the generator."""
+    made = []
+    monkeypatch.setattr(trainer, "GraphStep", type("Kept", (GraphStep,), {}))
+    monkeypatch.setattr(trainer.GraphStep, "__init__", lambda self, *given: GraphStep.__init__(self, *given, Recording))
+    monkeypatch.setattr(trainer.GraphStep, "_watch", lambda self, *given: made.append(self.alone) or "seen")
+    monkeypatch.setattr("mdistiller.engine.builder.uses_graph", lambda cfg, device: True)
+    run([*small, "DISTILLER.TYPE", "KD", "TEACHER_BANK", bank], tmp_path, TEACHER_BANK_FOLDER=tmp_path / "banks")
+    assert made == [alone]
+
+
 def test_emulated_bfloat16_is_said(small, tmp_path, monkeypatch):
     words = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.EPOCHS", "1"]
     said = {}

@@ -110,7 +110,7 @@ class GraphStep:
         if drawn != host_generators():
             return "it draws random numbers on the host"
         if not self.alone and on_device != device_generator():
-            return "it draws random numbers on the device, beside other students"
+            return "it draws random numbers on the device, beside other graphs"
         changed = [name for name, value in self._state().items() if state.get(name) != value]
         return f"it replaces {changed[0]}, which a graph would not" if changed else ""
 

@@ -256,6 +256,11 @@ class TeacherLogits:
             with torch.cuda.stream(self.stream):  # nothing off CUDA, where it is None
                 self.fill(check)
 
+    @property
+    def complete(self) -> bool:
+        """Whether the teacher is asked no more."""
+        return self.bank is not None and self.bank.share == 1
+
     def commit(self) -> None:
         """What the bank has gathered survives a power loss."""
         if self.bank is not None:

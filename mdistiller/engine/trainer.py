@@ -125,6 +125,8 @@ class Trainer:
             try:
                 if self.teacher is not None:
                     self.teacher.prepare(self.stop.check)
+                    if self.work != self.compute:
+                        self.work.alone &= self.teacher.complete  # else its graph runs beside the steps'
                 begin = time.monotonic() - self.seconds
                 row = yield from self.train_epoch(self.epoch + 1, recorder)
                 if not self.teacher_is_frozen() and self.teacher is not None:
