@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import GPU, agree, cases, on, outcome, run
 from torch import nn
 
 from mdistiller import config
@@ -34,7 +34,7 @@ DRAWING = ("CRD", "MLKD")  # on the device, which is the host in these tests
 
 
 def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+    return GPU[0](GPU[1](test))
 
 
 class Recording:
@@ -47,7 +47,18 @@ class Recording:
         self.replay = work
 
 
-def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samples=40, plugin=None, given=None):
+def make(
+    method,
+    device=CPU,
+    as_graph=False,
+    seed=0,
+    amp="none",
+    dot=False,
+    samples=40,
+    plugin=None,
+    given=None,
+    policy="stop",
+):
     """A Trainer of resnet14 -> resnet8 on random images; batches of 16, the last one of 8."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8, generator=generator)
@@ -62,7 +73,7 @@ def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samp
     distiller = prepare_parts(distiller, device).train()
     parameters = distiller.get_learnable_parameters()
     optimizer = DOT(parameters, 0.9, 5e-4, 0.075) if dot else sgd(parameters, 0.9, 5e-4)
-    step = Step(distiller, optimizer, device, amp)
+    step = Step(distiller, optimizer, device, amp, policy)
     logits = None
     if given if given is not None else isinstance(distiller, LogitDistiller):
         logits = TeacherLogits(data, Inference(teacher, device, amp))
@@ -381,7 +392,40 @@ def test_a_compiler_that_fails_leaves_the_step():
     assert compiled.step.refusal == "no C++ compiler"
 
 
+class Bad(KD):
+    """Not finite in the third epoch."""
+
+    def losses(self, *args, epoch, **kwargs):
+        factor = torch.where(torch.as_tensor(epoch) == 3, torch.inf, 1.0)
+        return {name: value * factor for name, value in super().losses(*args, epoch=epoch, **kwargs).items()}
+
+
+@pytest.mark.parametrize(("name", "device"), cases(["skip"], ("skip",)))
+def test_replayed_steps_are_left_out_where_they_are_bad(name, device):
+    device = torch.device(device)
+    made = make("KD", device, True, plugin=Bad, policy=name)
+    with trainer.side_stream(device):
+        train(made, 2)
+        before = {key: value.clone() for key, value in made.distiller.student.state_dict().items()}
+        made._start_epoch()
+        for plan, logits in made.plans(3):
+            made.work(plan, logits, 3)
+    assert not made.work.refusal
+    assert made.meter.read()["skipped"] == 3
+    for key, value in made.distiller.student.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 # On a GPU
+
+
+@gpu
+@pytest.mark.parametrize("step", ["graph", "compile"])
+def test_a_run_on_cuda_is_the_eager_one(small, tmp_path, step):
+    opts = [*on("cuda", small), "DISTILLER.TYPE", "DTKD"]
+    eager, other = (run(opts, tmp_path / name, SOLVER__STEP=name) for name in ("eager", step))
+    assert "steps run" not in (other / "worklog.txt").read_text()
+    assert agree(outcome(eager), outcome(other), "cuda")
 
 
 @gpu
