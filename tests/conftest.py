@@ -2,6 +2,7 @@ import os
 import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and what they start inherits this
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, and DETERMINISTIC needs it
 
 import numpy as np
 import pytest

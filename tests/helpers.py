@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from mdistiller import config
@@ -16,6 +17,28 @@ from mdistiller.engine.recorder import read_metrics
 from mdistiller.models import cifar_model_dict
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+
+
+def cases(names: list[str], on_cuda: tuple[str, ...]) -> list:
+    """(name, device) for tests: all of them on the CPU, some on CUDA."""
+    return [(name, "cpu") for name in names] + [pytest.param(name, "cuda", marks=GPU) for name in on_cuda]
+
+
+def on(device: str, opts: list[str], epochs: int = 2) -> list[str]:
+    """`opts` of a small run on that device; on CUDA for so many epochs that steps are replayed."""
+    words = list(opts)
+    words[words.index("DEVICE") + 1] = device
+    words[words.index("SOLVER.EPOCHS") + 1] = str(epochs if device == "cpu" else 6)
+    return words
+
+
+def agree(a: tuple[dict, list[dict]], b: tuple[dict, list[dict]], device: str) -> bool:
+    """Whether two outcomes are of the same run: bit for bit on the CPU, in their losses within rounding on CUDA."""
+    if device == "cpu":
+        return same(a, b)
+    losses = [[row["train_loss"] for row in rows] for _, rows in (a, b)]
+    return len(losses[0]) == len(losses[1]) and np.allclose(*losses, rtol=5e-2)
 
 
 def save_teacher(path: Path, name: str = "resnet8", num_classes: int = 10) -> Path:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import changed, outcome, run, same, save_teacher
+from helpers import agree, cases, changed, on, outcome, run, same, save_teacher
 
 from mdistiller import config
 from mdistiller.dataset import Batches
@@ -62,36 +62,38 @@ def test_a_row_does_not_depend_on_what_it_is_computed_with(name, amp):
 
 @pytest.fixture(scope="module")
 def expected(small, tmp_path_factory):
-    """What a run comes to without a bank, by method."""
+    """What a run comes to without a bank, by method and device."""
     known = {}
 
-    def get(method):
-        if method not in known:
-            opts = [*small, "DISTILLER.TYPE", method]
-            known[method] = outcome(run(opts, tmp_path_factory.mktemp(method), TEACHER_BANK="auto"))
-        return known[method]
+    def get(method, device="cpu"):
+        if (method, device) not in known:
+            opts = [*on(device, small), "DISTILLER.TYPE", method]
+            known[method, device] = outcome(run(opts, tmp_path_factory.mktemp(method), TEACHER_BANK="auto"))
+        return known[method, device]
 
     return get
 
 
-@pytest.mark.parametrize("method", LOGIT_METHODS)
-def test_a_bank_changes_no_bit(small, tmp_path, expected, method):
-    opts = [*small, "DISTILLER.TYPE", method, "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+@pytest.mark.parametrize(("method", "device"), cases(LOGIT_METHODS, ("KD", "DTKD", "DKD")))
+def test_a_bank_changes_no_bit(small, tmp_path, expected, method, device):
+    opts = [*on(device, small), "DISTILLER.TYPE", method, "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
     cold = outcome(run(opts, tmp_path / "cold", TEACHER_BANK="lazy"))
     (bank,) = (tmp_path / "banks").iterdir()
     size = (bank / "rows.bin").stat().st_size
     warm = outcome(run(opts, tmp_path / "warm", TEACHER_BANK="lazy"))
-    assert same(cold, expected(method))
-    assert same(warm, expected(method))
+    assert agree(cold, expected(method, device), device)
+    assert agree(warm, expected(method, device), device)
     assert (bank / "rows.bin").stat().st_size == size, "the second run met the views of the first"
 
 
-def test_a_full_bank_changes_no_bit_and_needs_no_teacher(small, tmp_path, expected, monkeypatch):
-    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks"), "TEACHER_BANK", "full"]
-    assert same(outcome(run(opts, tmp_path / "cold")), expected("DTKD"))
+@pytest.mark.parametrize(("method", "device"), cases(["DTKD"], ("DTKD",)))
+def test_a_full_bank_changes_no_bit_and_needs_no_teacher(small, tmp_path, expected, monkeypatch, method, device):
+    opts = [*on(device, small), "DISTILLER.TYPE", method, "TEACHER_BANK", "full"]
+    opts += ["TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    assert agree(outcome(run(opts, tmp_path / "cold")), expected(method, device), device)
     monkeypatch.setattr(TeacherLogits, "compare", lambda self: None)  # some rows, which tell that it is this teacher's
     monkeypatch.setattr(TeacherLogits, "compute", None)
-    assert same(outcome(run(opts, tmp_path / "warm")), expected("DTKD"))
+    assert agree(outcome(run(opts, tmp_path / "warm")), expected(method, device), device)
     assert same(outcome(run(opts, tmp_path / "other seed", SEED=7))[1][0]["epoch"], 1), "nor does another seed"
 
 
@@ -189,6 +191,68 @@ def test_another_run_beside_it_reads_what_is_there(small, tmp_path, expected, ca
     assert (folder / "rows.bin").stat().st_size == size
 
 
+def reopened(folder):
+    header = json.loads((folder / "header.json").read_text())
+    return RowStore(folder, *(header[key] for key in ("description", "rows", "width", "dtype")))
+
+
+def test_a_full_one_does_not_wait_for_a_run_that_adds_what_it_meets(small, tmp_path, expected, monkeypatch, capsys):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    monkeypatch.setattr(teacher.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with reopened(bank_of(opts[:-4], tmp_path)) as store:
+        store.announce("lazy")
+        again = run(opts, tmp_path / "again")
+    assert same(outcome(again), expected("DTKD"))
+    assert capsys.readouterr().out.count("this one computes what is missing") == 1
+
+
+@pytest.mark.parametrize("work", ["full", ""])
+def test_a_full_one_waits_for_another_that_fills(small, tmp_path, expected, monkeypatch, capsys, work):
+    """And fills it itself where that one has ended."""
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    folder = bank_of(opts[:-4], tmp_path)
+    store = reopened(folder)
+    store.announce(work)
+    monkeypatch.setattr(teacher.time, "sleep", lambda seconds: store.close())
+    assert same(outcome(run(opts, tmp_path / "again")), expected("DTKD"))
+    assert capsys.readouterr().out.count("waiting for it") == 1
+    with reopened(folder) as store:
+        assert store.complete
+
+
+def test_a_bank_that_cannot_be_written_is_read_and_not_waited_for(small, tmp_path, expected, monkeypatch, capsys):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    bank_of(opts[:-2], tmp_path)
+    monkeypatch.setattr(RowStore, "_take_lock", refused)
+    with pytest.raises(UserError, match="not complete and cannot be written; set TEACHER_BANK_FOLDER"):
+        run(opts, tmp_path / "full", TEACHER_BANK="full")
+    assert not (tmp_path / "full").exists()
+    assert same(outcome(run(opts, tmp_path / "lazy", TEACHER_BANK="lazy")), expected("DTKD"))
+    assert "it is only read" in capsys.readouterr().out
+    monkeypatch.setattr(teacher, "choose", lambda *given: teacher.Choice("full", "as on CUDA"))
+    assert same(outcome(run(opts, tmp_path / "auto")), expected("DTKD"))
+    assert "teacher bank: none (" in capsys.readouterr().out
+
+
+def test_a_full_disk_while_it_is_filled_names_the_banks_folder(small, tmp_path, monkeypatch):
+    def full(self, rows, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RowStore, "_append", full)
+    opts = [*small, "DISTILLER.TYPE", "KD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    with pytest.raises(RunFailed, match="banks/teacher.bank-.*: No space left on device; what it holds stays"):
+        run(opts, tmp_path)
+
+
+def test_a_checkpoint_with_a_long_name_has_a_bank(small, tmp_path):
+    file = save_teacher(tmp_path / f"{'é' * 125}.pth", "resnet14")
+    folder = bank_of([*small, "DISTILLER.TYPE", "KD", "DISTILLER.TEACHER_CKPT", str(file)], tmp_path)
+    assert len(folder.name.encode()) <= 255
+
+
 def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkeypatch):
     opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
     passes = []
@@ -226,8 +290,13 @@ def test_a_teacher_whose_code_has_changed_is_noticed(small, tmp_path, monkeypatc
     bank_of(opts, tmp_path / "a")
     real = teacher.Inference.__call__
     monkeypatch.setattr(teacher.Inference, "__call__", lambda self, image: 1.1 * real(self, image))
+    before = sorted((tmp_path / "a" / "run").rglob("*"))
     with pytest.raises(UserError, match="other logits than this teacher gives"):
-        run(opts, tmp_path / "a", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "a" / "banks")
+        run(opts, tmp_path / "a" / "run", TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=tmp_path / "a" / "banks")
+    assert sorted((tmp_path / "a" / "run").rglob("*")) == before
+    monkeypatch.setattr(teacher, "choose", lambda *given: pytest.fail("it was compared too late"))
+    folder = run(opts, tmp_path / "auto", TEACHER_BANK_FOLDER=tmp_path / "a" / "banks")
+    assert "teacher bank: none" in (folder / "worklog.txt").read_text()
 
 
 @pytest.mark.parametrize("how", ["learns", "moves", "trains"])
@@ -293,10 +362,11 @@ def test_a_run_of_before_the_bank_goes_on_with_its_own_teacher(small, tmp_path):
     run(opts, tmp_path, resume=True, TEACHER_BANK="off")
 
 
-def test_the_kind_of_bank_may_change_when_a_run_goes_on(small, tmp_path, expected):
-    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+@pytest.mark.parametrize(("method", "device"), cases(["DTKD"], ("DTKD",)))
+def test_the_kind_of_bank_may_change_when_a_run_goes_on(small, tmp_path, expected, method, device):
+    opts = [*on(device, small), "DISTILLER.TYPE", method, "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
     run(opts, tmp_path, TEACHER_BANK="lazy", SOLVER__EPOCHS=1)
-    assert same(outcome(run(opts, tmp_path, resume=True, TEACHER_BANK="full")), expected("DTKD"))
+    assert agree(outcome(run(opts, tmp_path, resume=True, TEACHER_BANK="full")), expected(method, device), device)
 
 
 def test_a_full_disk_ends_the_growth_not_the_run(small, tmp_path, expected, monkeypatch, capsys):

@@ -45,6 +45,14 @@ def test_yaml_then_overrides(tmp_path):
         cfg.SOLVER.LR = 3.0  # frozen
 
 
+def test_off_is_a_word_where_it_is_a_choice(tmp_path):
+    path = write(tmp_path, "TEACHER_BANK: off\nLOG: {TEMPERATURE: OFF, WANDB: off}\n")
+    cfg = load(path)
+    assert (cfg.TEACHER_BANK, cfg.LOG.TEMPERATURE, cfg.LOG.WANDB) == ("off", "off", False)
+    assert load(None, ["TEACHER_BANK", "False"]).TEACHER_BANK == "off", "as a plan of a campaign hands it on"
+    assert len(problems(write(tmp_path, "TEACHER_BANK: on\nSOLVER: {STEP: off}\n"))) == 2
+
+
 def test_the_trees_own_merge_methods_follow_the_same_rules(tmp_path):
     cfg = CFG.clone()
     cfg.merge_from_file(write(tmp_path, "KD: {TEMPERATURE: 3}"))

@@ -1,13 +1,18 @@
 """Captured steps: a graph replays what the step does. With a stand-in for CUDA's graphs, and on a GPU with them."""
 
+import copy
 import math
+import os
 import random
+import shutil
 import warnings
+from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import GPU, agree, cases, on, outcome, run
 from torch import nn
 
 from mdistiller import config
@@ -17,7 +22,7 @@ from mdistiller.distillers._common import warmup
 from mdistiller.distillers.CTKD import curriculum
 from mdistiller.distillers.KD import KD
 from mdistiller.engine import graph, trainer
-from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.builder import build_model, compiled_form, prepare_parts
 from mdistiller.engine.graph import WARM_UP, GraphStep
 from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, sgd, state_of
@@ -32,7 +37,7 @@ DRAWING = ("CRD", "MLKD")  # on the device, which is the host in these tests
 
 
 def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+    return GPU[0](GPU[1](test))
 
 
 class Recording:
@@ -45,7 +50,18 @@ class Recording:
         self.replay = work
 
 
-def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samples=40, plugin=None, given=None):
+def make(
+    method,
+    device=CPU,
+    as_graph=False,
+    seed=0,
+    amp="none",
+    dot=False,
+    samples=40,
+    plugin=None,
+    given=None,
+    policy="stop",
+):
     """A Trainer of resnet14 -> resnet8 on random images; batches of 16, the last one of 8."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8, generator=generator)
@@ -60,7 +76,7 @@ def make(method, device=CPU, as_graph=False, seed=0, amp="none", dot=False, samp
     distiller = prepare_parts(distiller, device).train()
     parameters = distiller.get_learnable_parameters()
     optimizer = DOT(parameters, 0.9, 5e-4, 0.075) if dot else sgd(parameters, 0.9, 5e-4)
-    step = Step(distiller, optimizer, device, amp)
+    step = Step(distiller, optimizer, device, amp, policy)
     logits = None
     if given if given is not None else isinstance(distiller, LogitDistiller):
         logits = TeacherLogits(data, Inference(teacher, device, amp))
@@ -139,6 +155,18 @@ class CountsInAList(KD):
         return super().losses(*args, **kwargs)
 
 
+class Holds(KD):
+    """State in an object of its own: made by `make`, changed by `step`, which gives a factor."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.helper = self.make()
+
+    def losses(self, *args, **kwargs):
+        factor = self.step(self.helper)
+        return {name: value * factor for name, value in super().losses(*args, **kwargs).items()}
+
+
 class NeedsANumber(KD):
     def losses(self, *args, epoch, **kwargs):
         if not isinstance(epoch, int):
@@ -150,7 +178,41 @@ def drawing(draw):
     return type("Drawing", (Draws,), {"draw": staticmethod(draw)})
 
 
+def holding(make, step):
+    return type("Holding", (Holds,), {"make": staticmethod(make), "step": staticmethod(step)})
+
+
+def counted(helper):
+    helper.n += 1
+    return helper.n
+
+
+def appended(helper):
+    helper.append(1)
+    return len(helper)
+
+
+def added(helper):
+    helper.add(len(helper))
+    return len(helper)
+
+
+def raised(helper):
+    helper["meter"].values[0] += 1
+    return float(helper["meter"].values[0])
+
+
 REFUSED = {
+    "object": (holding(lambda: SimpleNamespace(n=0), counted), "replaces helper.n"),
+    "object in a dict": (holding(lambda: {"meter": SimpleNamespace(values=np.zeros(2))}, raised), "meter'].values"),
+    "deque": (holding(deque, appended), "replaces helper's length"),
+    "set": (holding(set, added), "replaces helper's length"),
+    "own python": (holding(lambda: random.Random(0), lambda rng: rng.random()), "replaces helper's state"),
+    "own numpy": (holding(lambda: np.random.default_rng(0), lambda rng: rng.random()), "replaces helper's state"),
+    "own torch": (
+        holding(lambda: torch.Generator().manual_seed(0), lambda rng: torch.rand((), generator=rng)),
+        "replaces helper's state",
+    ),
     "numpy": (drawing(lambda: np.random.rand()), "random numbers on the host"),
     "python": (drawing(lambda: random.random()), "random numbers on the host"),
     "torch": (drawing(lambda: torch.rand(())), "random numbers on the host"),
@@ -206,6 +268,18 @@ def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypat
     monkeypatch.setattr("mdistiller.engine.builder.uses_graph", lambda cfg, device: True)
     folder = run([*small, "DISTILLER.TYPE", "KD"], tmp_path)
     assert (folder / "worklog.txt").read_text().count("not as a graph: no graphs here") == 1
+
+
+@pytest.mark.parametrize(("bank", "alone"), [("off", True), ("full", True), ("lazy", False), ("auto", False)])
+def test_a_step_is_not_alone_beside_the_teachers_own_graph(small, tmp_path, monkeypatch, bank, alone):
+    """On CUDA graphs that run at the same time would read each other's place in the generator."""
+    made = []
+    monkeypatch.setattr(trainer, "GraphStep", type("Kept", (GraphStep,), {}))
+    monkeypatch.setattr(trainer.GraphStep, "__init__", lambda self, *given: GraphStep.__init__(self, *given, Recording))
+    monkeypatch.setattr(trainer.GraphStep, "_watch", lambda self, *given: made.append(self.alone) or "seen")
+    monkeypatch.setattr("mdistiller.engine.builder.uses_graph", lambda cfg, device: True)
+    run([*small, "DISTILLER.TYPE", "KD", "TEACHER_BANK", bank], tmp_path, TEACHER_BANK_FOLDER=tmp_path / "banks")
+    assert made == [alone]
 
 
 def test_emulated_bfloat16_is_said(small, tmp_path, monkeypatch):
@@ -321,7 +395,97 @@ def test_a_compiler_that_fails_leaves_the_step():
     assert compiled.step.refusal == "no C++ compiler"
 
 
+COMPILED = METHODS if os.environ.get("COMPILE_ALL") else ["DTKD"]  # each takes a quarter of a minute or more
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("method", COMPILED)
+def test_a_compiled_step_has_the_gradients_of_an_eager_one(method):
+    """The same draws, the same loss, the same gradients; in float64, where no rounding turns a ReLU. CRD is not
+    compiled: its memories change on the way.
+    """
+    cfg = config.load(None, ["SOLVER.STEP", "compile", "DISTILLER.TYPE", method])
+    made = make(method, samples=16)
+    compiled, why = compiled_form(cfg, made.distiller, CPU, 1)
+    if compiled is None:
+        assert method in ("CRD", "OFD") and "which a compiled backward pass would read too late" in why
+        return
+    plan, logits = next(made.plans(1))
+    batch, results = made.train_batches.batch(plan), []
+    exact = method != "MLKD"  # whose strong views are float32
+    if exact:
+        batch = batch._replace(image=batch.image.double())
+        made.distiller.double()
+    state = copy.deepcopy(made.distiller.state_dict())
+    for forward in (made.distiller, compiled):
+        made.distiller.load_state_dict(state)
+        made.distiller.zero_grad()
+        torch.manual_seed(3)
+        given = {} if logits is None else {"logits_teacher": logits}
+        _, losses = forward(**batch._asdict(), epoch=torch.full((), 3.0), **given)
+        sum(losses.values()).backward()
+        results.append((losses, [p.grad.clone() for p in made.step.parameters if p.grad is not None]))
+    (eager, expected), (fast, gradients) = results
+    for name, value in eager.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    nothing = 1e-6 * max(float(other.norm()) for other in expected)  # of a bias before a BatchNorm, but for rounding
+    apart = [
+        float((own - other).norm() / (other.norm() + nothing)) for own, other in zip(gradients, expected, strict=True)
+    ]
+    assert max(apart) < (1e-5 if exact else 2e-2), apart
+
+
+def test_auto_compiles_long_runs_of_logit_methods_on_a_cpu(monkeypatch):
+    def chosen(method="DTKD", step="auto", steps=10**6, device=CPU):
+        cfg = config.load(None, ["SOLVER.STEP", step, "DISTILLER.TYPE", method])
+        form, why = compiled_form(cfg, make(method).distiller, device, steps)
+        return form is not None, why
+
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert chosen() == chosen("NONE") == chosen("FITNET", "compile") == (True, "")
+    assert chosen(steps=1000) == chosen("FITNET") == chosen(step="eager") == (False, "")
+    assert chosen(device=torch.device("cuda")) == (False, ""), "a graph there"
+    assert "memory_v1" in chosen("CRD", "compile")[1] and not chosen("CRD", "compile")[0]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert chosen() == (False, "") and chosen(step="compile") == (True, "")
+
+
+class Bad(KD):
+    """Not finite in the third epoch."""
+
+    def losses(self, *args, epoch, **kwargs):
+        factor = torch.where(torch.as_tensor(epoch) == 3, torch.inf, 1.0)
+        return {name: value * factor for name, value in super().losses(*args, epoch=epoch, **kwargs).items()}
+
+
+@pytest.mark.parametrize(("name", "device"), cases(["skip"], ("skip",)))
+def test_replayed_steps_are_left_out_where_they_are_bad(name, device):
+    device = torch.device(device)
+    made = make("KD", device, True, plugin=Bad, policy=name)
+    with trainer.side_stream(device):
+        train(made, 2)
+        before = {key: value.clone() for key, value in made.distiller.student.state_dict().items()}
+        made._start_epoch()
+        for plan, logits in made.plans(3):
+            made.work(plan, logits, 3)
+    assert not made.work.refusal
+    assert made.meter.read()["skipped"] == 3
+    for key, value in made.distiller.student.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 # On a GPU
+
+
+@gpu
+@pytest.mark.parametrize("step", ["graph", "compile"])
+def test_a_run_on_cuda_is_the_eager_one(small, tmp_path, step):
+    opts = [*on("cuda", small), "DISTILLER.TYPE", "DTKD"]
+    eager, other = (run(opts, tmp_path / name, SOLVER__STEP=name) for name in ("eager", step))
+    assert "steps run" not in (other / "worklog.txt").read_text()
+    assert agree(outcome(eager), outcome(other), "cuda")
 
 
 @gpu

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, changed, outcome, run, same, tool
+from helpers import ROOT, agree, cases, changed, on, outcome, run, same, tool
 
 from mdistiller import config
 from mdistiller.distillers import distiller_dict
@@ -45,23 +45,23 @@ def alone(opts, prefix, seed, **changes):
     return builder.train(config.load(None, words), words)["folder"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_is_the_one_trained_alone(small, tmp_path, method):
-    opts = [*small, "DISTILLER.TYPE", method]
-    _, folders = run_set(opts, tmp_path / "set", [3, 0, 11], SOLVER__EPOCHS=1)
+@pytest.mark.parametrize(("method", "device"), cases(METHODS, ("DTKD", "FITNET", "NONE")))
+def test_each_is_the_one_trained_alone(small, tmp_path, method, device):
+    opts = [*on(device, small, epochs=1), "DISTILLER.TYPE", method]
+    _, folders = run_set(opts, tmp_path / "set", [3, 0, 11])
     for seed in (3, 0, 11)[: 3 if method in ("DTKD", "CRD", "MLKD", "NONE") else 1]:
-        by_itself = alone(opts, tmp_path / "alone", seed, SOLVER__EPOCHS=1)
-        assert same(outcome(Path(folders[seed])), outcome(Path(by_itself)))
+        by_itself = alone(opts, tmp_path / "alone", seed)
+        assert agree(outcome(Path(folders[seed])), outcome(Path(by_itself)), device)
         assert Path(folders[seed]).name == Path(by_itself).name
 
 
-@pytest.mark.parametrize("bank", ["off", "lazy", "full"])
-def test_a_shared_bank_changes_no_bit(small, tmp_path, bank):
-    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", bank]
+@pytest.mark.parametrize(("bank", "device"), cases(["off", "lazy", "full"], ("off", "lazy", "full")))
+def test_a_shared_bank_changes_no_bit(small, tmp_path, bank, device):
+    opts = [*on(device, small), "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", bank]
     _, folders = run_set(opts, tmp_path / "set", [0, 1], TEACHER_BANK_FOLDER=tmp_path / "common")
     for seed in (0, 1):
         by_itself = alone(opts, tmp_path / "alone", seed, TEACHER_BANK_FOLDER=tmp_path / f"own {seed}")
-        assert same(outcome(Path(folders[seed])), outcome(Path(by_itself)))
+        assert agree(outcome(Path(folders[seed])), outcome(Path(by_itself)), device)
 
 
 def test_the_summary_says_mean_and_deviation_of_last_and_best(small, tmp_path, capsys):
@@ -101,9 +101,17 @@ def stopping_after(steps):
     return Timed
 
 
-@pytest.mark.parametrize("steps", [1, 5, 9])
-def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, tmp_path, monkeypatch, steps):
-    opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy", "TEACHER_BANK_FOLDER", str(tmp_path / "bank")]
+@pytest.mark.parametrize(("steps", "device"), cases([1, 5, 9], (5, 40)))
+def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, tmp_path, monkeypatch, steps, device):
+    opts = [
+        *on(device, small),
+        "DISTILLER.TYPE",
+        "DTKD",
+        "TEACHER_BANK",
+        "lazy",
+        "TEACHER_BANK_FOLDER",
+        str(tmp_path / "bank"),
+    ]
     _, whole = run_set(opts, tmp_path / "whole", [0, 1, 2])
     monkeypatch.setattr(builder, "Stop", stopping_after(steps))
     with pytest.raises(Preempted, match="3 of 3 students"):
@@ -111,7 +119,7 @@ def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, tmp_path, monkeyp
     monkeypatch.undo()
     summary, parts = run_set(opts, tmp_path / "parts", [0, 1, 2], resume=True)
     for seed in (0, 1, 2):
-        assert same(outcome(Path(whole[seed])), outcome(Path(parts[seed])))
+        assert agree(outcome(Path(whole[seed])), outcome(Path(parts[seed])), device)
     assert summary["last"]["n"] == 3
 
 
@@ -119,7 +127,7 @@ def test_resume_auto_starts_what_is_missing_and_leaves_what_is_done(small, tmp_p
     opts = [*small, "DISTILLER.TYPE", "KD"]
     first = Path(alone(opts, tmp_path, 1))
     before = (first / "latest").stat().st_mtime_ns
-    with pytest.raises(UserError, match="--resume auto"):
+    with pytest.raises(UserError, match="no run of seed 0 in .*--resume auto"):
         run_set(opts, tmp_path, [0, 1], resume=True)
     summary, folders = run_set(opts, tmp_path, [0, 1], resume="auto")
     assert Path(folders[1]) == first
@@ -177,6 +185,49 @@ def test_teachers_share_their_parameters(small, tmp_path, monkeypatch):
     assert pointers[0] == pointers[1]
 
 
+def fading(small, tmp_path, write, after=0):
+    """Options of a method that writes to its teacher's weights, from the epoch behind `after` on."""
+    name = f"F{len(write)}{after}"
+    plugin = tmp_path / "fading.py"
+    plugin.write_text(
+        "import torch\nfrom mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
+        f"@register_distiller('{name}', defaults={{'A': 1.0}})\nclass Fading(KD):\n"
+        "    def losses(self, *args, epoch, **kwargs):\n        with torch.no_grad():\n"
+        "            for p in self.teacher.parameters():\n"
+        f"                if epoch > {after}:\n                    {write}\n"
+        "        return super().losses(*args, epoch=epoch, **kwargs)\n"
+    )
+    return [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", name, "TEACHER_BANK", "off"]
+
+
+@pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)", "p.data = 0.9 * p.data"])
+def test_a_teacher_that_its_method_writes_to_is_kept_and_not_shared(small, tmp_path, monkeypatch, write):
+    opts = fading(small, tmp_path, write)
+    expected = outcome(Path(alone(opts, tmp_path / "alone", 1)))
+    assert "teacher.fc.weight" in expected[0]["model"]
+    _, folders = run_set(opts, tmp_path / "set", [0, 1])
+    assert same(outcome(Path(folders[1])), expected)
+    monkeypatch.setattr(builder, "Stop", stopping_after(3))
+    with pytest.raises(Preempted):
+        run_set(opts, tmp_path / "parts", [0, 1])
+    monkeypatch.undo()
+    _, folders = run_set(opts, tmp_path / "parts", [0, 1], resume=True)
+    assert same(outcome(Path(folders[1])), expected)
+
+
+@pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)"])
+def test_a_shared_teacher_that_is_written_to_ends_the_set_before_it_is_kept(small, tmp_path, write):
+    opts = fading(small, tmp_path, write, after=1)
+    with pytest.raises(RunFailed, match="run seed by seed"):
+        run_set(opts, tmp_path, [0, 1])
+    expected, rows = outcome(Path(alone(opts, tmp_path / "alone", 0)))
+    (kept,) = (tmp_path / "distill").glob("run*/latest")  # the first one's first epoch; what follows was not kept
+    state, kept_rows = outcome(kept.parent)
+    assert same(kept_rows, rows[:1])
+    assert "teacher.fc.weight" in expected["model"]
+    assert "teacher.fc.weight" not in state["model"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -188,6 +239,10 @@ def test_teachers_share_their_parameters(small, tmp_path, monkeypatch):
         (["--seeds", "3-1"], "the smaller one first"),
         (["--seeds", "4294967296"], "2**32"),
         (["--seeds=1.5"], "is no seed"),
+        (["--seeds", "0", "-1"], "--seeds: -1 is no seed; write --seeds 0 1 2"),
+        (["--seeds", "0", "-", "2"], "--seeds: - is no seed"),
+        (["--seeds", "0", "1", "x"], "--seeds: x is no seed"),
+        (["--seeds", "0-999", "1000-1999"], "2,000, and 1,000 at most"),
         (["--seeds", "0", "1", "SEED", "3"], "give one of them"),
         (["--seeds", "0", "LOG.WANDB", "True"], "LOG.WANDB False"),
     ],

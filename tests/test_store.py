@@ -661,6 +661,17 @@ def test_one_that_is_in_the_making_is_empty_to_others(tmp_path):
         fill(store)
 
 
+def test_who_holds_a_store_says_what_for(small):
+    with opened(small) as first:
+        assert (first.busy, first.holder) == (False, "")
+        first.announce("lazy")
+        with opened(small) as second:
+            second.announce("full")
+            assert (second.busy, second.holder) == (True, "lazy")
+    with opened(small), opened(small) as second:
+        assert (second.busy, second.holder) == (True, ""), "what the holder before it said is forgotten"
+
+
 def test_a_forgotten_store_gives_the_lock_back(small):
     store = opened(small)
     del store

@@ -50,23 +50,25 @@ def main() -> None:
 
 
 def take_seeds(words: list[str]) -> list[int] | None:
-    """Take `--seeds` and the numbers after it out of `words`; None if it is not there."""
+    """Take `--seeds` and what follows it up to an option or a KEY out of `words`; None if it is not there."""
     place = next((place for place, word in enumerate(words) if re.match(r"--seeds(=|$)", word)), None)
     if place is None:
         return None
     first = words.pop(place).partition("=")[2]
     given = first.replace(",", " ").split()
-    while place < len(words) and words[place][:1].isdigit():
+    while place < len(words) and not re.match(r"--|[A-Z_]+$|[A-Za-z_]\w*\.", words[place]):
         given += words.pop(place).replace(",", " ").split()
     seeds = []
     for word in given:
         match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", word)
         if not match:
-            raise UserError(f"--seeds: {word} is no seed; write 0 1 2, or 0-2")
+            raise UserError(f"--seeds: {word} is no seed; write --seeds 0 1 2, or --seeds 0-2")
         low, high = int(match[1]), int(match[2] or match[1])
         if high >= 2**32 or high < low or high - low >= 1000:
             raise UserError(f"--seeds: {word}: seeds are below 2**32, the smaller one first, and 1,000 at most")
         seeds += range(low, high + 1)
+    if len(seeds) > 1000:
+        raise UserError(f"--seeds: are {len(seeds):,}, and 1,000 at most; run the others afterwards")
     if take_seeds(words) is not None:
         raise UserError("--seeds: is given twice; write all seeds behind one")
     if not seeds:

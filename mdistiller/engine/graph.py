@@ -1,9 +1,12 @@
 """A training step as a CUDA graph: recorded once, then started by one call, whatever Python would have cost."""
 
 import contextlib
+import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
@@ -35,8 +38,8 @@ class GraphStep:
 
     `plan` (4, B), `logits` (B, K) or None and `epoch` are put where the graph reads them, the epoch as a 0-dim tensor;
     everything else that `work` reads or writes has to stay where it is. What a replay would not repeat is found out
-    beforehand: a wait for the device, random numbers drawn on the host, a tensor or number of `module` that is
-    replaced. Then `refusal` says so, and `work` runs as it is, the epoch a number. `alone`: whether no other graph runs
+    beforehand: a wait for the device, random numbers drawn on the host, a tensor, number or generator of `module` that
+    changes. Then `refusal` says so, and `work` runs as it is, the epoch a number. `alone`: whether no other graph runs
     at the same time; all graphs read the device's generator from one place.
     """
 
@@ -107,31 +110,58 @@ class GraphStep:
         if drawn != host_generators():
             return "it draws random numbers on the host"
         if not self.alone and on_device != device_generator():
-            return "it draws random numbers on the device, beside other students"
+            return "it draws random numbers on the device, beside other graphs"
         changed = [name for name, value in self._state().items() if state.get(name) != value]
         return f"it replaces {changed[0]}, which a graph would not" if changed else ""
 
     def _state(self) -> dict[str, object]:
-        """By name, the identity of every tensor and the value of every number that the modules hold, in lists, tuples
-        and dicts too.
+        """By name, the identity of every tensor and the value of every number and generator that the modules hold, in
+        containers and plain objects too.
         """
         held: dict[str, object] = {}
+        seen: set[int] = set()
 
         def look(name: str, value: object, depth: int) -> None:
             if isinstance(value, Tensor):
                 held[name] = id(value), value.data_ptr()
-            elif isinstance(value, (bool, int, float)):
+            elif isinstance(value, (bool, int, float, str)):
                 held[name] = value
-            elif isinstance(value, (dict, list, tuple)) and depth < 3:
-                held[f"{name}'s length"] = len(value)
-                for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                    look(f"{name}[{key!r}]", item, depth + 1)
+            elif isinstance(value, GENERATORS):
+                held[f"{name}'s state"] = generator_state(value)
+            elif isinstance(value, (np.ndarray, np.generic)):
+                held[name] = value.tobytes()
+            elif depth < 3 and id(value) not in seen:
+                seen.add(id(value))
+                items = parts_of(value)
+                held[f"{name}'s length"] = len(items)
+                for key, item in items:
+                    look(f"{name}{key}", item, depth + 1)
 
         for path, module in self.module.named_modules():
             for name, value in {**module.__dict__, **module._buffers, **module._parameters}.items():
                 if name not in ("_parameters", "_buffers", "_modules"):
                     look(f"{path}.{name}".lstrip("."), value, 0)
         return held
+
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+OPAQUE = (nn.Module, type, ModuleType, FunctionType, MethodType)  # or looked at by themselves
+
+
+def generator_state(generator: object) -> object:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
+    return generator.getstate() if isinstance(generator, random.Random) else pickle.dumps(generator)
+
+
+def parts_of(value: object) -> list[tuple[str, object]]:
+    """What a container or a plain object holds, each with what is written behind the name of `value` for it."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (list, tuple, deque, set, frozenset)):
+        return [(f"[{number}]", item) for number, item in enumerate(value)]
+    own = {} if isinstance(value, OPAQUE) else getattr(value, "__dict__", {})
+    return [(f".{key}", item) for key, item in own.items()]
 
 
 def host_generators() -> tuple:

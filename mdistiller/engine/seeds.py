@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from mdistiller.engine import checkpoint
 from mdistiller.engine.builder import Common, Run, RunPlan, failures
 from mdistiller.engine.device import generators, set_generators, side_stream
-from mdistiller.engine.folder import check_writable, in_use, run_folder
+from mdistiller.engine.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.engine.stop import Stop
 from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
@@ -40,6 +40,12 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), re
             own.EXPERIMENT.NAME += f"+SEED:{seed}"
         own.freeze()
         plans.append(RunPlan(own, [*opts, "SEED", str(seed)], f"seed {seed:>{width}}  ", place))
+    missing = [str(plan.cfg.SEED) for plan in plans if resume is True and not resumable(plan.path)]
+    if missing:
+        raise UserError(
+            f"--resume: there is no run of seed {', '.join(missing)} in {plans[0].path.parent}; --resume auto starts "
+            "what is missing and goes on with the others"
+        )
     for plan in plans:
         plan.check(resume)
         if plan.path.is_dir() and in_use(plan.path):  # before the first of them is touched
@@ -77,8 +83,7 @@ class Student:
         self.run = Run(plan, resume, common, closing)
         self.trainer: Trainer = self.run.trainer
         self.random = generators()
-        if self.trainer.teacher_is_frozen():
-            common.teachers.tie(self.trainer.distiller.teacher, self.trainer.origin["teacher"])
+        self.teachers = common.teachers
         self.stream = side_stream(common.device)
 
     def start(self) -> None:
@@ -94,11 +99,19 @@ class Student:
         try:
             with self.stream:
                 next(self.steps)
+                self.share_teacher()
         except StopIteration as end:
             self.result = end.value
         except (Preempted, TrainingDiverged) as error:
             self.error = error
         self.random = generators()
+
+    def share_teacher(self) -> None:
+        """After the first step, which tells whether the method writes to its teacher."""
+        teachers, self.teachers = self.teachers, None
+        if teachers is not None and self.trainer.teacher_is_frozen():
+            teachers.tie(self.trainer.distiller.teacher, self.trainer.origin["teacher"])
+            self.trainer.shares_teacher = True
 
 
 def take_turns(students: Sequence[Student], stop: Stop) -> None:

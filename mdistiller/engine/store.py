@@ -1,11 +1,11 @@
 """Rows of numbers on disk, such as a teacher's logits over every view of every image: filled once, read for ever.
 
 A store is a folder: header.json says what its rows are, rows.bin holds them in the order in which they came, and the
-process that may add to them has a lock on .lock. rows.bin is a sequence of records of one size: a row's number + 1
-(int32), its values, zeros up to a multiple of 4. Every `add` appends its records and then a seal, a record that begins
-with SEAL and ends with a crc32 over all that stands before it, back to header.json: so what a crash, a full disk, a
-power loss or a damaged disk left is found by reading the file once, and nothing before it is in doubt. All numbers are
-little-endian.
+process that may add to them has a lock on .lock and says there what it does. rows.bin is a sequence of records of one
+size: a row's number + 1 (int32), its values, zeros up to a multiple of 4. Every `add` appends its records and then a
+seal, a record that begins with SEAL and ends with a crc32 over all that stands before it, back to header.json: so what
+a crash, a full disk, a power loss or a damaged disk left is found by reading the file once, and nothing before it is in
+doubt. All numbers are little-endian.
 """
 
 import contextlib
@@ -73,12 +73,14 @@ class RowStore:
     """Rows of numbers on disk: row r of `rows` possible ones holds `width` numbers of `dtype`, float16 or float32.
 
     `description`, of whatever JSON knows, says what they are. The first process to open a store may add to it, any
-    other one reads what was there when it came (`writable` False), and so does one that may not write there. In memory
+    other one reads what was there when it came (`writable` False, `busy` True, `holder` what the first one does, where
+    it has announced that), and so does one that may not write there (`writable` and `busy` False). In memory
     are 4 bytes a row; the kernel keeps of the file what it has room for. Raises UserError where the folder holds
     anything else than a store of that header, DamagedFile where its header is damaged, OSError where the disk is full.
     """
 
     _file = _lock = None  # descriptors
+    busy, holder = False, ""
 
     def __init__(self, folder: Path, description: dict[str, object], rows: int, width: int, dtype: str):
         if not (0 < rows < 1 << 30 and 0 < width < 1 << 24 and dtype in DTYPES):  # slots are int32, seals among them
@@ -121,7 +123,6 @@ class RowStore:
 
     def _open(self) -> None:
         exists = self._check_header()  # before anything is written to a folder that may be another's
-        busy = False
         try:
             _make_folder(self.folder)
             self._take_lock()
@@ -131,18 +132,30 @@ class RowStore:
             self._open_rows(os.O_RDWR | os.O_CREAT)
         except OSError as error:
             self._release()
-            busy = isinstance(error, BlockingIOError)
-            if not exists and not busy:
+            self.busy = isinstance(error, BlockingIOError)
+            if not exists and not self.busy:
                 raise
             if self._check_header():  # under a lock that is another's it may be in the making
                 with contextlib.suppress(FileNotFoundError):
                     self._open_rows(os.O_RDONLY)
         if self._file is not None:
-            self._verify(quiet=busy)
+            self._verify(quiet=self.busy)
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.holder = os.pread(self._lock, 100, 0).decode(errors="replace")
+            raise
+        if os.fstat(self._lock).st_size:
+            os.ftruncate(self._lock, 0)
+
+    def announce(self, work: str) -> None:
+        """Tell whoever finds the store busy what this process does with it."""
+        if self.writable:
+            with contextlib.suppress(OSError):  # a full disk
+                os.pwrite(self._lock, work.encode(), 0)
 
     def _check_header(self) -> bool:
         """Whether there is a header. Raises UserError unless it is the one asked for, or nothing else lies there."""

@@ -59,6 +59,7 @@ class Bank:
         self.store: RowStore | None = None
         self.table: Tensor | None = None
         self.full_disk = False
+        self.whole = False  # whether it is filled before the first step
         self.sound = False  # whether it was compared with the teacher
 
     def find(self) -> None:
@@ -66,10 +67,15 @@ class Bank:
         if self.store is None and os.path.exists(self.folder):
             self.store = RowStore(self.folder, self.description, **self.shape)
 
-    def open(self) -> None:
-        """Make the store where there is none; on CUDA what it holds goes into device memory."""
+    def make(self) -> None:
+        """Open the store, made where there is none."""
         if self.store is None:
             self.store = RowStore(self.folder, self.description, **self.shape)
+        self.store.announce("full" if self.whole else "lazy")
+
+    def open(self) -> None:
+        """Make the store where there is none; on CUDA what it holds goes into device memory."""
+        self.make()
         if self.device.type == "cuda" and self.table is None:
             dtype = getattr(torch, self.shape["dtype"])
             self.table = torch.empty(self.shape["rows"], self.shape["width"], dtype=dtype, device=self.device)
@@ -91,20 +97,36 @@ class Bank:
         return float(np.mean(shares))
 
     def wait(self, check: Callable[[], None]) -> None:
-        """Until it is complete, or this process may add to it."""
+        """Until it is complete, or this process may add to it, or the one that may does not mean to complete it."""
         said = False
-        while not (self.store.writable or self.store.complete):
+        while self.whole and not (self.store.writable or self.store.complete):
+            self.check_fillable()
+            if self.store.holder == "lazy":
+                say(f"another run adds to {self.folder} what it meets; this one computes what is missing")
+                self.whole = False
+                return
             if not said:
                 say(f"another process fills {self.folder}; waiting for it")
                 said = True
             for _ in range(100):  # opening reads it all
                 time.sleep(0.1)
                 check()
-            self.close()
-            self.open()
+            self.store.close()
+            self.store = None
+            self.make()
+
+    def check_fillable(self) -> None:
+        """Raises UserError where neither this process nor another one can complete it."""
+        if self.store is not None and not (self.store.complete or self.store.writable or self.store.busy):
+            raise UserError(
+                f"{self.folder}: is not complete and cannot be written; set TEACHER_BANK_FOLDER to a place of yours, "
+                "or TEACHER_BANK lazy"
+            )
 
     def check(self, rows: int) -> None:
-        """Raises UserError where it could not be made, or not take `rows` rows."""
+        """Raises UserError where it could not be made, or not take `rows` rows, or not become whole as wanted."""
+        if self.whole:
+            self.check_fillable()
         if self.shape["rows"] >= 2**30:
             raise UserError(f"TEACHER_BANK: {self.shape['rows']:,} views are too many to keep; set TEACHER_BANK off")
         if self.store is None:
@@ -161,8 +183,8 @@ class TeacherLogits:
     """Called with a plan (4, n) on the CPU: the teacher's logits on its views, (n, K) float32 on the device.
 
     Rounded to `dtype`, whether or not a bank keeps them, so that a bank changes no number. `batches`: the views;
-    `inference`: the teacher; `whole`: whether the bank is filled before the first step; `stream`: where all who share
-    teacher and bank use them, one after the other. Raises RunFailed where `dtype` cannot hold a logit.
+    `inference`: the teacher; `stream`: where all who share teacher and bank use them, one after the other. Raises
+    RunFailed where `dtype` cannot hold a logit.
     """
 
     def __init__(
@@ -171,11 +193,10 @@ class TeacherLogits:
         inference: Inference,
         dtype: torch.dtype = torch.float16,
         bank: Bank | None = None,
-        whole: bool = False,
         stream: torch.cuda.Stream | None = None,
     ):
         self.stream = stream
-        self.batches, self.inference, self.dtype, self.bank, self.whole = batches, inference, dtype, bank, whole
+        self.batches, self.inference, self.dtype, self.bank = batches, inference, dtype, bank
         self.device = batches.images.device
         self.chunk = CHUNK.get(self.device.type, LARGE_CHUNK)
 
@@ -224,15 +245,21 @@ class TeacherLogits:
             check()
 
     def prepare(self, check: Callable[[], None]) -> None:
-        """What has to be there before the first step. Raises UserError where the bank holds other numbers than the
-        teacher gives: its code may have changed, which no digest of its weights tells.
-        """
-        if self.bank is not None:
-            self.bank.open()
-            self.compare()
-        if self.whole and not self.bank.store.complete:
+        """What has to be there before the first step."""
+        if self.bank is None:
+            return
+        self.bank.make()
+        self.bank.wait(check)
+        self.bank.open()
+        self.compare()
+        if self.bank.whole and not self.bank.store.complete:
             with torch.cuda.stream(self.stream):  # nothing off CUDA, where it is None
                 self.fill(check)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the teacher is asked no more."""
+        return self.bank is not None and self.bank.share == 1
 
     def commit(self) -> None:
         """What the bank has gathered survives a power loss."""
@@ -241,13 +268,15 @@ class TeacherLogits:
 
     @torch.no_grad()
     def compare(self) -> None:
-        """A few rows of the bank with the teacher's own, once."""
-        if self.bank.sound or not self.bank.store.filled:
+        """A few rows of the bank with the teacher's own, once. Raises UserError where they differ: the teacher's code
+        may have changed, which no digest of its weights tells.
+        """
+        if self.bank.sound or not self.bank.share:
             return
-        rows, values = next(self.bank.store.chunks())
-        some = slice(None, None, -(-len(rows) // self.chunk))
-        there = torch.from_numpy(values[some]).float().to(self.device)
-        own = torch.cat([part.float() for part in self.compute(torch.from_numpy(rows[some]))])
+        store = self.bank.store
+        held = np.flatnonzero(store.holds(np.arange(store.rows)))
+        rows = torch.from_numpy(held[:: -(-len(held) // self.chunk)])
+        there, own = self.bank.read(rows).float(), torch.cat(list(self.compute(rows))).float()
         rounding = 1e-2 if self.inference.amp == "none" else 5e-2  # other processors round otherwise
         if not bool((own - there).abs().max() <= rounding * own.abs().max()):
             raise UserError(
@@ -257,29 +286,12 @@ class TeacherLogits:
         self.bank.sound = True
 
     def fill(self, check: Callable[[], None] = lambda: None) -> None:
-        """Compute every row that the bank lacks; where `check` raises, what is done by then is kept. Where another
-        process is at it, wait for that.
-        """
-        self.bank.wait(check)
+        """Compute every row that the bank lacks; where `check` raises, what is done by then is kept."""
         store = self.bank.store
-        if store.complete:
-            return
         title = f"teacher bank, {store.rows:,} views"
-        with unbroken():
-            terminal = sys.stdout.isatty()
-            bar = tqdm(
-                total=store.rows,
-                initial=store.filled,
-                desc=title,
-                unit="view",
-                unit_scale=True,
-                leave=False,
-                file=sys.stdout,
-                disable=not terminal,
-            )
         begin = kept = time.monotonic()
         before = store.filled
-        try:
+        with kept_at_last(store), progress(store, title) as bar:
             for start in range(0, store.rows, BLOCK):
                 rows = torch.from_numpy(store.missing(np.arange(start, min(start + BLOCK, store.rows))))
                 if not len(rows):
@@ -293,14 +305,38 @@ class TeacherLogits:
                     if time.monotonic() - kept > SECONDS_LOST:
                         store.commit()
                         kept = time.monotonic()
-                        if not terminal:
+                        if bar.disable:
                             left = (kept - begin) * (store.rows - store.filled) / (store.filled - before)
                             say(f"{title}: {100 * store.filled / store.rows:.1f} % done, {clock(left)} left")
-        finally:
-            with unbroken():
-                bar.close()
-            store.commit()
         say(f"{title}: complete after {clock(time.monotonic() - begin)}, in {store.folder}")
+
+
+@contextlib.contextmanager
+def kept_at_last(store: RowStore) -> Iterator[None]:
+    """What was added by the end is kept, whatever ends it. Raises RunFailed where the disk does not take it."""
+    try:
+        try:
+            yield
+        finally:
+            store.commit()
+    except OSError as error:  # it names no file
+        raise RunFailed(
+            f"{store.folder}: {error.strerror or error}; what it holds stays; make room, or set TEACHER_BANK lazy or "
+            "another TEACHER_BANK_FOLDER"
+        ) from None
+
+
+@contextlib.contextmanager
+def progress(store: RowStore, title: str) -> Iterator[tqdm]:
+    """A bar of the rows held, on a terminal."""
+    form = {"desc": title, "unit": "view", "unit_scale": True, "leave": False}
+    with unbroken():
+        bar = tqdm(total=store.rows, initial=store.filled, file=sys.stdout, disable=not sys.stdout.isatty(), **form)
+    try:
+        yield bar
+    finally:
+        with unbroken():
+            bar.close()
 
 
 def clock(seconds: float) -> str:
@@ -369,30 +405,33 @@ class Shared:
         if origin["teacher"] not in self.inferences:
             self.inferences[origin["teacher"]] = Inference(distiller.teacher, device, cfg.SOLVER.AMP)
         inference = self.inferences[origin["teacher"]]
-        logits = TeacherLogits(batches, inference, dtype, stream=self.stream_on(device))
         shape = {"rows": batches.num_samples * batches.views, "width": classes, "dtype": cfg.TEACHER_BANK_DTYPE}
         key = description(cfg, batches, origin)
         root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else file.absolute().parent
-        folder = root / f"{file.stem}.bank-{checkpoint.digest(key)[:12]}"
+        stem = os.fsencode(file.stem)[:237].decode(errors="ignore")  # a name has 255 bytes at most
+        folder = root / f"{stem}.bank-{checkpoint.digest(key)[:12]}"
         bank = self.banks.setdefault(folder, Bank(folder, key, shape, device))
+        logits = TeacherLogits(batches, inference, dtype, bank, self.stream_on(device))
         draws, cuda, auto = epochs * max(1, self.files.count(file)), device.type == "cuda", cfg.TEACHER_BANK == "auto"
         try:
             bank.find()
+            logits.compare()
             held = bank.share if cuda else bank.share_of_draws(batches, epochs)
             mode, reason = choose(cfg.TEACHER_BANK, batches.views, draws, held, cuda)
             if mode != "none":
-                bank.check(int(batches.num_samples * met(batches.views, draws, mode == "full")))
+                bank.whole = mode == "full"
+                bank.check(int(batches.num_samples * met(batches.views, draws, bank.whole)))
         except UserError as error:
             if not auto:
                 raise
             mode, reason = "none", error.lines[0]
         if mode == "none":
             bank.close()  # another process may want to add to it
+            logits.bank = None
             return logits, f"teacher bank: none ({reason})"
-        logits.bank, logits.whole = bank, mode == "full"
         text = f"teacher bank: {mode}{f' ({reason})' * bool(reason)}, {100 * bank.share:.1f} % held, in {folder}"
         if bank.store is not None and not bank.store.writable:
-            text += "; another process adds to it, this one only reads"
+            text += "; another process adds to it, this one only reads" if bank.store.busy else "; it is only read"
         return logits, text
 
     def stream_on(self, device: torch.device) -> torch.cuda.Stream | None:

@@ -77,8 +77,10 @@ class Trainer:
         self.temperature = temperature if isinstance(distiller, RuleDistiller) else "off"
         self.origin, self.config = origin or {}, config
         self.teacher, self.stop, self.journal = teacher, stop or Stop(), journal
+        self.shares_teacher = False  # whether other students read the same memory
         owner = getattr(distiller, "teacher", None)
         self._frozen = owner is not None and {*owner.parameters()}.isdisjoint(step.parameters)
+        self._teacher_sums = self.teacher_sums()
         self.inference: Inference | None = None  # the student's, from the first evaluation on
         self.record: RecordFile | None = None
         self.meter = Meter()
@@ -123,10 +125,11 @@ class Trainer:
             try:
                 if self.teacher is not None:
                     self.teacher.prepare(self.stop.check)
+                    if self.work != self.compute:
+                        self.work.alone &= self.teacher.complete  # else its graph runs beside the steps'
                 begin = time.monotonic() - self.seconds
-                before = self.teacher_versions()
                 row = yield from self.train_epoch(self.epoch + 1, recorder)
-                if self.teacher is not None and self.teacher_versions() != before:
+                if not self.teacher_is_frozen() and self.teacher is not None:
                     raise RunFailed("the method changes its teacher, which was asked ahead; set TEACHER_BANK off")
                 scores = self.evaluate()
             except StopRequested:
@@ -327,20 +330,33 @@ class Trainer:
             link(self.folder / "latest", self.folder / "previous")
         checkpoint.save(self.state(), *(self.folder / name for name in names))
 
-    def teacher_versions(self) -> list[int]:
-        """What rises where a parameter of the teacher is written to."""
-        teacher = getattr(self.distiller, "teacher", None)
-        return [p._version for p in teacher.parameters()] if teacher is not None else []
+    def teacher_sums(self) -> list[int]:
+        """Of the bits of each of the teacher's parameters, as whole numbers: another one where any value differs. (A
+        parameter's version does not rise where a method writes to its `.data`.) Waits for the device.
+        """
+        if not self._frozen:
+            return []
+        parameters = [p.detach() for p in self.distiller.teacher.parameters()]
+        sums = [p.view(getattr(torch, f"int{8 * p.element_size()}")).sum() for p in parameters]
+        return torch.stack(sums).tolist() if sums else []
 
     def teacher_is_frozen(self) -> bool:
+        """Whether the teacher is as its file has it: it does not learn, nor has the method written to it. Raises
+        RunFailed where the method has, and other students share it.
+        """
+        if self.teacher_sums() != self._teacher_sums:
+            if self.shares_teacher:
+                raise RunFailed("--seeds: the method writes to its teacher, which the students share; run seed by seed")
+            self._frozen, self._teacher_sums = False, []
         return self._frozen
 
     def model_state(self) -> dict[str, Tensor]:
         """The method's state_dict, without a teacher that is frozen."""
         modules, plain = self.distiller._modules, type(self.distiller).state_dict is nn.Module.state_dict
-        if not (self._frozen and plain):
+        frozen = self.teacher_is_frozen()
+        if not (frozen and plain):
             state = self.distiller.state_dict()
-            return {key: value for key, value in state.items() if not (self._frozen and key.startswith("teacher."))}
+            return {key: value for key, value in state.items() if not (frozen and key.startswith("teacher."))}
         teacher, modules["teacher"] = modules["teacher"], None  # a deep one takes longer than all the rest
         try:
             return dict(self.distiller.state_dict())
@@ -348,8 +364,8 @@ class Trainer:
             modules["teacher"] = teacher
 
     def state(self) -> dict:
-        """All that the run's future depends on, but for a teacher whose parameters stay: `origin` tells whether it is
-        the same. (OFD's gathers BatchNorm statistics, which nothing reads.)
+        """All that the run's future depends on, but for a teacher whose parameters have stayed: `origin` tells whether
+        it is the same. (OFD's gathers BatchNorm statistics, which nothing reads.)
         """
         return {
             "model": self.model_state(),
@@ -373,7 +389,8 @@ class Trainer:
         """
         try:
             missing, unknown = self.distiller.load_state_dict(state["model"], strict=False)
-            missing = [key for key in missing if not (key.startswith("teacher.") and self.teacher_is_frozen())]
+            if self.teacher_is_frozen():  # it is not, where `state` holds another one
+                missing = [key for key in missing if not key.startswith("teacher.")]
             if missing or unknown:
                 raise KeyError(f"weights of another method: {(missing + unknown)[0]}")
             load_state(self.step.optimizer, state["optimizer"])
