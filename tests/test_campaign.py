@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from mdistiller import config, registry
 from mdistiller.analysis.statistics import mean_and_std
-from mdistiller.campaign import command, executors, tables, view, worker
+from mdistiller.campaign import command, estimate, executors, tables, view, worker
 from mdistiller.campaign import conduct as conducting
 from mdistiller.campaign import plan as plans
 from mdistiller.campaign.conduct import Campaign
@@ -775,7 +775,7 @@ def test_seconds_are_shared_as_long_as_others_are_there(small):
     file = trial.folder / "environment.json"
     body = json.loads(file.read_text())
     assert [(s["students"], s["epoch"]) for s in body["sessions"]] == [(2, 0)]
-    body["sessions"].append(body["sessions"][0] | {"students": 1, "epoch": 1})
+    body["sessions"] = [body["sessions"][0] | {"epoch": 1}, body["sessions"][0] | {"students": 1, "epoch": 1}]
     file.write_text(json.dumps(body))
     rows = [json.loads(line) | {"epoch_seconds": 8.0} for line in (trial.folder / "metrics.jsonl").open()]
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -1157,9 +1157,9 @@ def test_the_first_cell_of_a_teacher_fills_its_bank(small):
     assert [estimates.filling(cell) for cell in plan.cells] == [0, 0, 0, 0], "it is in the epochs of the former"
 
 
-def test_a_step_is_measured(small):
-    from mdistiller.campaign.estimate import measure
-
+def test_a_step_is_measured(small, monkeypatch):
+    monkeypatch.setattr(estimate, "TIMED", 0.05)
+    measure = estimate.measure
     cells = plans.load(small).cells
     found = measure(cells[2].file, cells[2].opts)
     assert isinstance(found, Measured)

@@ -190,34 +190,28 @@ class Campaign:
             if len(self.jobs) >= self.executor.slots:
                 return
             todo = [] if any(running.cell is cell for running in self.jobs) else self._ready(cell)
-            todo = todo[:1] if any(p.alone for p in todo) else todo
-            todo = self._fitting(todo)
-            if not todo:
-                continue
-            trials = [p.trial for p in todo]
-            marks = {trial.name: _mark(trial) for trial in trials}
-            try:
-                job = self.executor.start(cell, trials)
-            except UserError as error:
-                self._refuse(todo, error.lines[0])
-                if self.jobs:
-                    return
-                continue
-            for p in todo:
-                p.status, p.reason = "running", ""
-            self.view.say(
-                f"start    {cell.name}, seed{'s' * (len(todo) > 1)} {', '.join(str(p.trial.seed) for p in todo)}"
-            )
-            self.jobs.append(Running(job, cell, trials, marks))
+            todo = self._fitting(todo[:1] if any(p.alone for p in todo) else todo)
+            if todo and not self._launch(cell, todo) and self.jobs:
+                return
 
-    def _refuse(self, todo: Sequence[Progress], why: str) -> None:
-        """No job could be made: a queue that is full has room once one of the others is done."""
-        self._refused = time.monotonic()
+    def _launch(self, cell: Cell, todo: Sequence[Progress]) -> bool:
+        """Whether there is a job now. Where it is refused beside others, a queue may be full, and have room later."""
+        trials = [p.trial for p in todo]
+        marks = {trial.name: _mark(trial) for trial in trials}
+        try:
+            job = self.executor.start(cell, trials)
+        except UserError as error:
+            self._refused = time.monotonic()
+            for p in todo:
+                p.reason = error.lines[0]
+                if not self.jobs:
+                    self._fail(p, p.reason)
+            return False
         for p in todo:
-            if self.jobs:
-                p.reason = why
-            else:
-                self._fail(p, why)
+            p.status, p.reason = "running", ""
+        self.view.say(f"start    {cell.name}, seed{'s' * (len(todo) > 1)} {', '.join(str(t.seed) for t in trials)}")
+        self.jobs.append(Running(job, cell, trials, marks))
+        return True
 
     def _fail(self, p: Progress, why: str) -> None:
         p.status, p.reason, p.active = "failed", why, False
@@ -228,14 +222,11 @@ class Campaign:
         todo, teacher = self._open(cell), self.progress[cell.teacher.name] if cell.teacher else None
         if not todo or time.monotonic() - self._looked.get(cell.name, -LOOK) < LOOK:
             return []
-        if teacher and teacher.status in ("failed", "blocked"):
-            for p in todo:
-                p.status, p.reason = "blocked", f"its teacher {teacher.trial.name} failed"
         if teacher and teacher.status != "done":
-            for p in todo if teacher.status == "waiting" else ():
-                p.reason = f"its teacher {teacher.trial.name} is not trained" + f": {teacher.reason}" * bool(
-                    teacher.reason
-                )
+            lost, name = teacher.status in ("failed", "blocked"), teacher.trial.name
+            why = f"its teacher {name} is not trained" + f": {teacher.reason}" * bool(teacher.reason)
+            for p in todo:
+                p.status, p.reason = ("blocked", f"its teacher {name} failed") if lost else (p.status, why)
             return []
         ready = []
         for p in todo:
@@ -280,7 +271,7 @@ class Campaign:
         p.active = False
         try:
             self.ledger.append(book.record_of(p.trial, self.name))
-        except (OSError, ValueError, KeyError, UserError) as error:
+        except (OSError, ValueError, LookupError, TypeError, UserError) as error:
             self._fail(p, f"finished, but could not be put on record: {error}")
             return
         p.status, p.reason, p.again = "done", "", False

@@ -132,11 +132,15 @@ class Estimates:
         if not wanted:
             return {}
         context = multiprocessing.get_context("spawn")
-        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is the parent's
-        with ProcessPoolExecutor(1, context, **quiet) as pool:
+        with ProcessPoolExecutor(1, context) as pool:
             words = zip(*((c.file, c.opts, len(c.trials)) for c in wanted.values()), strict=True)
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the child inherits: Ctrl-C is not for it
             try:
-                found = dict(zip(wanted, pool.map(measure, *words), strict=True))
+                values = pool.map(measure, *words)
+            finally:
+                signal.signal(signal.SIGINT, handler)
+            try:
+                found = dict(zip(wanted, values, strict=True))
             except BrokenProcessPool:  # killed, by a machine that is out of memory perhaps
                 found = dict.fromkeys(wanted, "the process that measures was killed")
         self.told |= {name: value for name, value in found.items() if isinstance(value, Measured)}

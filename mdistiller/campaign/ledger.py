@@ -254,7 +254,8 @@ def record_of(trial: Trial, plan: str) -> dict:
 
 def _sharing(sessions: list[dict], epoch: int) -> int:
     """How many students of its process the run had beside itself in the `epoch`, itself included."""
-    return [session.get("students", 1) for session in sessions if session.get("epoch", 0) < epoch][-1]
+    last = next((session for session in reversed(sessions) if session.get("epoch", 0) < epoch), sessions[0])
+    return last.get("students", 1)
 
 
 def _once(values: Iterator) -> Iterator:
