@@ -26,6 +26,7 @@ from mdistiller.engine.evaluator import evaluate
 from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Meter, Step
+from mdistiller.errors import run_command
 
 BATCH, CLASSES, MEAN, STD = 64, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 TRAIN, TEST = 50_000, 10_000
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,8 +2,9 @@
 
 python3 benchmarks/memory.py [--teacher resnet32x4 --student resnet8x4] [--steps 12] [--device auto]
 
-On CUDA what the allocator has handed out at most, graphs and bank included; on a CPU what the process has occupied at
-most, less what it had before there was a network. The bank of a CPU lies on the disk and counts as far as it is mapped.
+On CUDA what the allocator has taken of the device at most, graphs' pools and the bank included; on a CPU what the
+process has occupied at most, less what it had before there was a network. The bank of a CPU lies on the disk and counts
+as far as it is mapped.
 `activations`: what one plain step keeps for its backward pass.
 """
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from mdistiller.engine.builder import build_model
 from mdistiller.engine.device import resolve_device
+from mdistiller.errors import run_command
 
 MB = 2**20
 
@@ -28,7 +30,7 @@ MB = 2**20
 def peak(device: torch.device) -> float:
     """MB so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MB
+        return torch.cuda.max_memory_reserved(device) / MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -90,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,7 +23,7 @@ from mdistiller.engine.builder import build_model, prepare_parts
 from mdistiller.engine.device import resolve_device
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Meter, Step
-from mdistiller.errors import UserError
+from mdistiller.errors import UserError, run_command
 
 BATCH, SAMPLES, CLASSES = 64, 50_000, 100
 
@@ -87,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,6 +29,7 @@ from mdistiller.engine.solver import set_lr
 from mdistiller.engine.step import Meter
 from mdistiller.engine.temperature import RecordFile
 from mdistiller.engine.trainer import Trainer
+from mdistiller.errors import run_command
 
 TRAIN, TEST, CLASSES, BATCH = 50_000, 10_000, 100, 64
 
@@ -143,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,16 +3,17 @@
 python3 benchmarks/speed.py [--pairs resnet32x4,resnet8x4 ...] [--rounds 5] [--out results/speed]
 
 The plain loop is what the public frameworks do: DataLoader with two workers, PIL transforms, float32, the teacher in
-every step. Ours are the trainer's own steps on DTKD:
+every step. Ours are the trainer's own steps on DTKD (without journal and records: benchmarks/overhead.py has those):
   off      the teacher in every step (TEACHER_BANK off)
   ahead    its pass made ahead, folded (auto where a bank does not pay)
   cold     a lazy bank that holds nothing yet: every view is computed and kept
   warm     a bank that holds every view that comes
-each in float32 and, where the device has it, in bf16; on CUDA as graphs, `eager` being the steps without; `compile`
-with torch.compile; `5 seeds` five students side by side on a warm bank, images/s of all together. The floor is the
-operations of a step (torch.utils.flop_counter; the teacher's, where the mode runs it) over the best rate of a square
-matrix product measured here in the same precision. Each round measures every mode once, in turn, so that a machine
-whose speed drifts slows them alike; a ratio is of one round. Images are random: their content does not change the work.
+each in float32 and, where the device has it, in bf16; on CUDA as graphs, `eager` being the steps without; `compiled` by
+torch.compile, which SOLVER.STEP auto does on a CPU where a run is long enough; `5 seeds` five students side by side on
+a warm bank, images/s of all together. The floor is the operations of a step (torch.utils.flop_counter; the teacher's,
+where the mode runs it) over the best rate of a square matrix product measured here in the same precision. Each round
+measures every mode once, in turn, so that a machine whose speed drifts slows them alike; a ratio is of one round.
+Images are random: their content does not change the work.
 """
 
 import argparse
@@ -36,14 +37,16 @@ from torchvision import transforms
 
 from mdistiller.dataset import Batches
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.builder import build_model, prepare_parts
-from mdistiller.engine.cfg import CFG
-from mdistiller.engine.device import AMP_DTYPES, has_bf16, resolve_device, side_stream
+from mdistiller.engine.builder import build_model, compiled_form, prepare_parts
+from mdistiller.engine.cfg import CFG, load
+from mdistiller.engine.device import AMP_DTYPES, has_bf16, resolve_device, set_determinism, side_stream
+from mdistiller.engine.folder import check_writable
 from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import MultiStep, set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.teacher import Bank, TeacherLogits
 from mdistiller.engine.trainer import Trainer
+from mdistiller.errors import run_command
 from mdistiller.models import cifar_model_dict
 
 BATCH, CLASSES, EPOCH, MEAN, STD = 64, 100, 50_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -121,7 +124,7 @@ class OurLoop:
             distiller = prepare_parts(distiller_dict["DTKD"](*pair(), CFG), device).train()
             optimizer = sgd(distiller.get_learnable_parameters(), 0.9, 5e-4)
             set_lr(optimizer, 0.01)
-            forward = torch.compile(distiller, dynamic=False) if step == "compile" else None
+            forward, _ = compiled_form(load(None, ["SOLVER.STEP", step]), distiller, device, 0)
             logits = None
             if teacher != "off":
                 if not seed:
@@ -183,7 +186,8 @@ class OurLoop:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some products of square matrices."""
+    """FLOP/s of the best of some products of square matrices; of float32's in TF32 where convolutions are."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     best = 0.0
     for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -245,9 +249,11 @@ def modes_of(pair, images: np.ndarray, device: torch.device, folder: Path, compi
         for teacher in ("off", "ahead", "cold", "warm"):
             loop = OurLoop(pair, images, device, amp, teacher, "graph", folder)
             modes[f"{teacher}, {name}"] = (loop, amp, teacher != "warm")
-    for way, step, seeds in [("compile", "compile", 1)] * compiled + [("5 seeds", "graph", 5)]:
-        loop = OurLoop(pair, images, device, amps[-1], "warm", step, folder, seeds)
-        modes[f"{way} warm, {NAMES[amps[-1]]}"] = (loop, amps[-1], False)
+    ways = [("compiled ahead", "ahead", 1), ("compiled cold", "cold", 1), ("compiled warm", "warm", 1)] * compiled
+    for name, teacher, seeds in [*ways, ("5 seeds warm", "warm", 5)]:
+        step = "compile" if compiled else "graph"
+        loop = OurLoop(pair, images, device, amps[-1], teacher, step, folder, seeds)
+        modes[f"{name}, {NAMES[amps[-1]]}"] = (loop, amps[-1], teacher != "warm")
     return modes
 
 
@@ -341,8 +347,14 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to OUT.json and OUT.md")
     a = parser.parse_args()
     device = resolve_device(a.device)
+    set_determinism(False)
     if a.steps is not None and a.steps <= AHEAD:
         parser.error(f"--steps {a.steps}: give {AHEAD + 1} or more")
+    if a.rounds < 1:
+        parser.error(f"--rounds {a.rounds}: give 1 or more")
+    if a.out:
+        check_writable(Path(f"{a.out}.json"), "--out")
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     for names in a.pairs:
         if len(names.split(",")) != 2 or not set(names.split(",")) <= set(cifar_model_dict):
             parser.error(f"{names}: write TEACHER,STUDENT, two of {', '.join(cifar_model_dict)}")
@@ -368,4 +380,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -51,9 +51,11 @@ class Preempted(UserError):
     prefix = ""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line tool: a UserError becomes its lines on stderr and its exit status; so does Ctrl-C. A reader
-    that stops early, as head does, ends it quietly.
+def run_command(
+    main: Callable[[], None], goes_on: str = "a training run goes on from its last checkpoint with --resume auto"
+) -> None:
+    """Run a command-line tool: a UserError becomes its lines on stderr and its exit status; so does Ctrl-C, after which
+    it says how the work `goes_on`. A reader that stops early, as head does, ends it quietly.
     """
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -68,7 +70,7 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsent goes nowhere at exit
         raise SystemExit(141) from None  # as of a process that SIGPIPE ended
     except KeyboardInterrupt:
-        _complain("interrupted; a training run goes on from its last checkpoint with --resume auto")
+        _complain(f"interrupted; {goes_on}")
         raise SystemExit(130) from None
 
 

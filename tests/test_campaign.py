@@ -1,9 +1,12 @@
 """Plans of many runs: what they hold, that nothing of them is lost or done twice, and the tables that come of it."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -18,17 +21,18 @@ from helpers import ROOT, outcome, same, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdistiller import config
+from mdistiller import config, registry
 from mdistiller.analysis.statistics import mean_and_std
-from mdistiller.campaign import command, executors, tables, worker
+from mdistiller.campaign import command, executors, tables, view, worker
 from mdistiller.campaign import conduct as conducting
 from mdistiller.campaign import plan as plans
 from mdistiller.campaign.conduct import Campaign
 from mdistiller.campaign.estimate import Estimates, Measured
 from mdistiller.campaign.identity import computing, differing, identity
-from mdistiller.campaign.ledger import Ledger, hash_of, state
+from mdistiller.campaign.ledger import Ledger, hash_of, shortcoming, state
 from mdistiller.campaign.view import Board
 from mdistiller.dataset import load_dataset
+from mdistiller.distillers import distiller_dict
 from mdistiller.engine import builder
 from mdistiller.engine.folder import RunFolder
 from mdistiller.engine.stop import Stop
@@ -70,6 +74,16 @@ def write(path, **tree):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+PLUGIN = """
+from mdistiller.distillers.KD import KD
+from mdistiller.distillers import register_distiller
+
+@register_distiller("PLUGGED", defaults={"WEIGHT": 1.0})
+class Plugged(KD):
+    pass
+"""
 
 
 class Quiet:
@@ -263,6 +277,54 @@ def test_seeds_times_and_parameters():
                 parse(text)
 
 
+def test_runs_that_would_share_a_folder_are_refused(small):
+    file = Path("configs/kd/pair.yaml")
+    pair = {"TYPE": "KD", "TEACHER": "resnet14", "STUDENT": "resnet8"}
+    write(file, _BASE_="../none/resnet8.yaml", EXPERIMENT={"NAME": "x"}, DISTILLER=pair)
+    write(Path("configs/dtkd/pair.yaml"), _BASE_="../kd/pair.yaml", DISTILLER={"TYPE": "DTKD"})
+    tree = yaml.safe_load(small.read_text()) | {"overrides": {}}
+    with pytest.raises(ConfigError, match=r"DTKD,resnet14,resnet8,seed1: is not alone in the folder output/"):
+        plans.load(write(small, **tree))
+
+
+def test_many_overrides_give_runs_a_short_name(small):
+    tree = yaml.safe_load(small.read_text())
+    before = [trial.folder for trial in plans.load(small).trials]
+    solver = {
+        "LR": 0.0123456789012345,
+        "LR_DECAY_RATE": 0.123456789,
+        "WEIGHT_DECAY": 0.000123456789,
+        "MOMENTUM": 0.8765432109876543,
+        "BATCH_SIZE": 20,
+        "EPOCHS": 2,
+    }
+    many = {"SOLVER": solver | {"NAN_POLICY": "skip"}, "DATASET": {"AUGMENT": "none"}, "DTKD": {"WARMUP": 1}}
+    status, campaign, _ = conduct(write(small, **tree | {"overrides": many}), only=["NONE,resnet8"])
+    assert status == 0, campaign.view.lines
+    names = [trial.folder.name for trial in plans.load(small).trials]
+    assert all(len(name) < 60 and "SOLVER" not in name for name in names), names
+    assert Path("output/campaign/configs").joinpath(names[1], "latest").exists()
+    many["SOLVER"]["LR"] = 0.02
+    assert not {t.folder.name for t in plans.load(write(small, **tree | {"overrides": many})).trials} & set(names)
+    assert [trial.folder for trial in plans.load(write(small, **tree)).trials] == before
+
+
+def test_a_grid_runs_one_student_after_the_other(small):
+    for name in ("resnet20", "resnet32"):
+        alone = {"TYPE": "NONE", "STUDENT": name}
+        write(Path(f"configs/none/{name}.yaml"), _BASE_="resnet8.yaml", DISTILLER=alone)
+    tree = {"configs": "configs", "methods": ["NONE", "KD"], "seeds": [0]}
+    grid = plans.load(write(small, **tree, teachers=["resnet20", "resnet32"], students=["resnet8", "resnet14"]))
+    assert [cell.name for cell in grid.cells] == [
+        "NONE,resnet8", "NONE,resnet20", "KD,resnet20,resnet8", "NONE,resnet32", "KD,resnet32,resnet8",
+        "NONE,resnet14", "KD,resnet20,resnet14", "KD,resnet32,resnet14",
+    ]  # fmt: skip
+    listed = plans.load(write(small, **tree, pairs=["resnet20/resnet8", "resnet32/resnet8", "resnet20/resnet14"]))
+    assert [cell.name for cell in listed.cells if cell.teacher] == [
+        "KD,resnet20,resnet8", "KD,resnet20,resnet14", "KD,resnet32,resnet8",
+    ]  # fmt: skip
+
+
 # The hash
 
 
@@ -443,6 +505,9 @@ def test_a_teacher_whose_network_is_gone_is_trained_again_where_it_is_needed(sma
 
     conduct(small, only=["NONE"])
     text = Path("results/runs.jsonl").read_text()
+    latest = next(t for t in plans.load(small).trials if t.name == "NONE,resnet14,seed0").folder / "latest"
+    latest.unlink()
+    assert conducting.lost_teachers(plans.load(small).cells, Ledger(Path("results/runs.jsonl"))) == set()
     shutil.rmtree("output")
     assert conduct(small, only=["NONE"])[2].asked == []
     status, _, executor = conduct(small, only=["KD"])
@@ -455,12 +520,19 @@ def test_a_teacher_whose_network_is_gone_is_trained_again_where_it_is_needed(sma
 def test_a_run_that_another_process_trains_is_waited_for(small):
     trial = plans.load(small).trials[0]
     holder = RunFolder(trial.folder)
-    seen = []
+    row = {"epoch": 1, "test_acc": 50.0, "best_acc": 50.0, "images_per_second": 40.0, "epoch_seconds": 100.0}
+    seen, shown = [], []
 
     class Watching(Quiet):
         def update(self, campaign):
-            seen.append(campaign.progress[trial.name].status)
-            if seen.count("in use") == 2:
+            p = campaign.progress[trial.name]
+            seen.append(p.status)
+            if p.status == "in use":
+                assert p.active
+                shown.append((view.figures(p), round(campaign.left(p) or 0)))
+                (trial.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+            if seen.count("in use") == 3:
+                (trial.folder / "metrics.jsonl").unlink()
                 holder.close()
 
     plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
@@ -470,17 +542,55 @@ def test_a_run_that_another_process_trains_is_waited_for(small):
     )  # fmt: skip
     assert campaign.run() == 0
     assert executor.asked == [("NONE,resnet8", [1]), ("NONE,resnet8", [0])]
+    assert shown[0][0] == ("0/2", "", "", "")
+    assert shown[-1][0] == ("1/2", "50.00", "50.00", "40")
+    assert not campaign.progress[trial.name].active
 
 
 def test_the_budget_starts_nothing_that_does_not_fit(small):
     plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
     estimates = Estimates(ledger)
     estimates.told = {cell.name: Measured(1, 1e4 if "KD" in cell.name else 1, 1, 1) for cell in plan.cells}
-    executor, view = Here(), Quiet()
-    campaign = Campaign("small", plan.cells, ledger, executor, estimates, view, time.monotonic() + 600)
+    executor = Here()
+    campaign = Campaign("small", plan.cells, ledger, executor, estimates, Quiet(), time.monotonic() + 600)
     assert campaign.run() == 75
     assert [name for name, _ in executor.asked] == ["NONE,resnet8", "NONE,resnet14"]
     assert campaign.progress["KD,resnet14,resnet8,seed0"].reason == "does not fit the budget"
+
+
+def test_what_never_fits_does_not_hide_a_failure(small):
+    """`while [ $? = 75 ]` must end."""
+    tree = yaml.safe_load(Path("configs/none/resnet8.yaml").read_text())
+    tree["SOLVER"]["LR"] = 1e18
+    write(Path("configs/none/resnet8.yaml"), **tree)
+    plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
+    for seconds, expected in ((1e4, 1), (100.0, 75)):
+        estimates = Estimates(ledger)
+        estimates.told = {
+            cell.name: Measured(1, seconds if "resnet14" in cell.name else 1, 1, 1) for cell in plan.cells
+        }
+        campaign = Campaign("small", plan.cells, ledger, Here(), estimates, Quiet(), time.monotonic() + 150)
+        campaign.budget = 600.0  # and much of it is used up
+        assert campaign.run() == expected
+        assert campaign.summary() == "5 waiting, 2 failed"
+
+
+def test_the_budget_takes_as_many_seeds_as_fit(small):
+    plan, ledger = plans.load(small), Ledger(Path("results/runs.jsonl"))
+    estimates = Estimates(ledger)
+    estimates.told = {cell.name: Measured(1, 100.0 if cell.teacher is None else 1.0, 1, 1) for cell in plan.cells}
+    campaign = Campaign("small", plan.cells, ledger, Here(), estimates, Quiet(), time.monotonic() + 300)
+    first, second = (campaign.progress[f"NONE,resnet8,seed{seed}"] for seed in (0, 1))
+    second.rows = [{"epoch": 1}]
+    assert campaign._fitting([first, second]) == [second], "100 s are left of it, 200 s of the other; 20 s to start"
+    second.rows = []
+    assert campaign._fitting([first, second]) == [first]
+    assert second.reason == "does not fit the budget"
+    campaign.deadline = time.monotonic() + 200
+    assert campaign.run() == 75
+    assert campaign.progress["KD,resnet14,resnet8,seed0"].reason == (
+        "its teacher NONE,resnet14,seed0 is not trained: does not fit the budget"
+    )
 
 
 def test_the_budget_ends_the_wait_for_another_process(small):
@@ -543,6 +653,137 @@ def test_a_job_of_several_seeds_says_when_all_its_turns_are_over(small):
     assert campaign.job_left(first) == campaign.total_left() == 40.0
 
 
+class Crowded(Here):
+    """Takes `room` jobs, as a queue with a limit does; each stays until the campaign has looked at it twice."""
+
+    slots = 10
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.jobs = room, []
+
+    def start(self, cell, trials):
+        if sum(job.poll() is None for job in self.jobs) >= self.room:
+            raise UserError("cannot be submitted: QOSMaxSubmitJobPerUserLimit")
+        job = super().start(cell, trials)
+        status, looks = job.status, iter([None, None])
+        job.poll = lambda: next(looks, status)
+        self.jobs.append(job)
+        return job
+
+
+def test_a_job_that_is_refused_waits_for_the_others_and_fails_alone(small, monkeypatch):
+    monkeypatch.setattr(conducting, "RETRY", 0.0)
+    status, campaign, _ = conduct(small, Crowded(1), only=["NONE"])
+    assert (status, campaign.summary()) == (0, "3 done"), campaign.view.lines
+    write(small, **yaml.safe_load(small.read_text()) | {"overrides": {"SOLVER": {"LR": 0.01}}})
+    status, campaign, _ = conduct(small, Crowded(0), only=["KD"])
+    assert (status, campaign.summary()) == (1, "1 failed, 2 blocked")
+    assert "QOSMaxSubmitJobPerUserLimit" in campaign.progress["NONE,resnet14,seed0"].reason
+
+
+def test_executors_say_what_cannot_be_started(small, monkeypatch):
+    cell = plans.load(small).cells[0]
+    logs = cell.trials[0].folder.parent / ".logs"
+    write(logs)
+    with pytest.raises(UserError, match="cannot be started: .*: File exists"):
+        executors.Local().start(cell, cell.trials)
+    pytest.importorskip("submitit")
+    from submitit.core.utils import FailedJobError
+
+    def refuse(*_):
+        raise FailedJobError("sbatch: error: invalid\npartition")
+
+    slurm = executors.Slurm(Path("jobs"), {}, "debug")
+    monkeypatch.setattr(slurm.executor, "submit", refuse)
+    with pytest.raises(UserError, match="cannot be submitted: sbatch: error: invalid partition"):
+        slurm.start(cell, cell.trials)
+
+
+def test_a_damaged_seed_fails_alone(small):
+    trials = plans.load(small).cells[0].trials
+    folder = RunFolder(trials[0].folder)
+    folder.write_config(trials[0].cfg, None)
+    (trials[0].folder / "latest").write_bytes(b"damaged")
+    folder.close()
+
+    class Saying(Here):
+        def start(self, cell, trials):
+            capture = io.StringIO()
+            with contextlib.redirect_stderr(capture):
+                status = super().start(cell, trials).status
+            return Ended(status, capture.getvalue())
+
+    status, campaign, executor = conduct(small, Saying(), only=["NONE,resnet8"])
+    assert (status, campaign.summary()) == (1, "1 done, 1 failed")
+    assert executor.asked == [("NONE,resnet8", seeds) for seeds in ([0, 1], [0], [1])]
+    assert "latest" in campaign.progress["NONE,resnet8,seed0"].reason
+
+
+def test_deaths_without_a_step_are_failures_in_the_end(small):
+    class Deadly(Here):
+        def start(self, cell, trials):
+            self.asked.append((cell.name, [trial.seed for trial in trials]))
+            return Ended(-signal.SIGKILL, "")
+
+    status, campaign, executor = conduct(small, Deadly(), only=["KD"])
+    assert (status, campaign.summary()) == (1, "1 failed, 2 blocked")
+    assert executor.asked == [("NONE,resnet14", [0])] * 4
+    assert campaign.progress["NONE,resnet14,seed0"].reason == "ended by signal 9"
+    _, campaign, executor = conduct(small, Deadly(), only=["NONE,resnet8"])
+    assert [seeds for _, seeds in executor.asked] == [[0, 1]] * 4 + [[0]] * 4 + [[1]] * 4
+
+
+def test_a_finished_run_that_cannot_go_on_record_says_why(small):
+    conduct(small, only=["KD"])
+    Path("results/runs.jsonl").unlink()
+    teacher, first, second = (t for t in plans.load(small).trials if t.folder.exists())
+    rows = (first.folder / "metrics.jsonl").read_text().splitlines(True)
+    (first.folder / "metrics.jsonl").write_text(rows[1])
+    status, campaign, _ = conduct(small, only=["KD"])
+    assert (status, campaign.summary()) == (1, "2 done, 1 failed")
+    reason = campaign.progress[first.name].reason
+    assert reason.endswith("metrics.jsonl: has 1 of 2 epochs; remove that folder, and the same command trains it again")
+    (teacher.folder / "student_latest").write_bytes((second.folder / "student_latest").read_bytes())
+    assert "was taught by other weights" in shortcoming(second)
+    (second.folder / "config.yaml").write_text("SEED: 7")
+    assert "holds another run" in shortcoming(second)
+
+
+def test_a_plug_ins_method_can_be_in_a_plan(small):
+    Path("mine.py").write_text(PLUGIN)
+    tree = yaml.safe_load(small.read_text()) | {"methods": ["PLUGGED"], "seeds": [0]}
+    write(small, **tree | {"overrides": {"EXPERIMENT": {"PLUGINS": ["mine.py"]}, "PLUGGED": {"WEIGHT": 2.0}}})
+    try:
+        status, campaign, _ = conduct(small)
+        (found,) = (r for r in campaign.ledger.records.values() if r["cell"] == "PLUGGED,resnet14,resnet8")
+    finally:
+        registry.distillers.pop("PLUGGED", None)
+        config.CFG.pop("PLUGGED", None)
+    assert status == 0, campaign.view.lines
+    assert "EXPERIMENT.PLUGINS ['mine.py']" in found["command"]
+    assert found["config"]["PLUGGED.WEIGHT"] == 2.0
+    assert found["teacher"]["config"]["EXPERIMENT.PLUGINS"] == ["mine.py"]
+    shown = command.show(["results/runs.jsonl"], PLANS, None, None, ROOT / "results/published.json", [])
+    assert "| resnet14 → resnet8 | PLUGGED | 1 |" in shown, "where the plug-in is not loaded"
+
+
+def test_seconds_are_shared_as_long_as_others_are_there(small):
+    conduct(small, only=["NONE,resnet8"])
+    Path("results/runs.jsonl").unlink()
+    trial = plans.load(small).trials[0]
+    file = trial.folder / "environment.json"
+    body = json.loads(file.read_text())
+    assert [(s["students"], s["epoch"]) for s in body["sessions"]] == [(2, 0)]
+    body["sessions"].append(body["sessions"][0] | {"students": 1, "epoch": 1})
+    file.write_text(json.dumps(body))
+    rows = [json.loads(line) | {"epoch_seconds": 8.0} for line in (trial.folder / "metrics.jsonl").open()]
+    (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    conduct(small, only=["NONE,resnet8"])
+    first, _ = Ledger(Path("results/runs.jsonl")).records.values()
+    assert (first["seconds"], first["students"]) == (16.0, 1.33), "4 + 8 of its own"
+
+
 # The record
 
 
@@ -594,6 +835,37 @@ def record(method="KD", teacher="resnet20", student="resnet8", seed=0, last=60.0
     }))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"versions": {}}, {"sha256": {"student": "s"}}, {"teacher": {"run": "t", "config": {}}}, {"students": 0},
+        {"last": float("nan")}, {"curve": ["high"]}, {"config": {"SOLVER.LR": "much"}}, {"git": [{"commit": None}]},
+        {"config": {"SOLVER": 1, "SOLVER.LR": 0.1}}, {"config": {"SOLVER": 1}}, {"epochs": True, "git": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_line_that_no_table_could_be_made_of_is_named(tmp_path, change):
+    file = tmp_path / "runs.jsonl"
+    file.write_text(json.dumps(record()) + "\n\n" + json.dumps(record(seed=1) | change) + "\n")
+    with pytest.raises(UserError, match="line 3: is no record of a run"):
+        Ledger(file).records  # noqa: B018
+    file.write_text(json.dumps(record()) + "\n\n" + json.dumps(record(seed=1)) + "\n")
+    assert len(Ledger(file).records) == 2
+
+
+def test_a_record_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "runs.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"runs.jsonl: cannot be read \(Is a directory\)"):
+        Ledger(tmp_path / "runs.jsonl").records  # noqa: B018
+
+
+def test_records_lack_keys_that_were_added_later():
+    """A configuration without SOLVER.LR had what is the default today."""
+    old = record()
+    del old["config"]["SOLVER.LR"]
+    assert "learning rate 0.05" in tables.report(tables.of_records([old]), "t", "t", {}).markdown
+
+
 # Tables and charts
 
 
@@ -621,6 +893,15 @@ def test_the_verdict_says_where_the_published_figure_lies():
     ]  # fmt: skip
     assert tables.verdict(ours, 72.1, off=0.15) == "inside"
     assert tables.verdict(mean_and_std([70.0]), 80.0) == "one seed"
+
+
+def test_the_caption_says_how_often_an_equally_good_run_lies_outside():
+    draws = np.random.default_rng(0).normal(size=(200_000, 4))
+    for n, percent in ((2, 56), (3, 48)):
+        ours, other = draws[:, :n], draws[:, -1]
+        outside = np.abs(other - ours.mean(1)) > ours.std(1, ddof=1)
+        assert round(100 * outside.mean()) == percent
+        assert f"n = {n}: {percent} %" in tables.BESIDE_CAPTION
 
 
 def test_another_protocol_is_labelled_and_not_compared():
@@ -660,7 +941,11 @@ def test_a_plans_table_has_every_seed_and_says_which_are_missing(small):
     write(small, **yaml.safe_load(small.read_text()) | {"overrides": {"SOLVER": {"LR": 0.01}}})
     rows, notes = tables.of_plan(plans.load(small), records)
     assert not any(row.records for row in rows)
-    assert "left out: NONE,resnet8, seed 0, run by another protocol: SOLVER.LR (0.05 / 0.01)" in notes
+    assert "Left out: NONE,resnet8 (seeds 0, 1), run by another protocol: SOLVER.LR (0.05 / 0.01)." in notes
+    assert len(notes) == 4
+    report = tables.report(rows, "t", "t", {}, notes=notes)
+    assert report.markdown.startswith("Nothing of it is on record yet.\n\nLeft out: NONE,resnet8 (seeds 0, 1)")
+    assert "Not run yet" not in report.markdown
 
 
 def test_charts_have_a_bar_for_each_method_and_a_level_for_the_student(tmp_path):
@@ -668,7 +953,7 @@ def test_charts_have_a_bar_for_each_method_and_a_level_for_the_student(tmp_path)
     for teacher in ("resnet14", "resnet20"):
         runs += [record(m, teacher, seed=s, best=60.0 + s) for m in ("KD", "DTKD") for s in (0, 1)]
     runs = [r for r in runs if (r["cell"], r["seed"]) != ("DTKD,resnet20,resnet8", 1)]
-    report = tables.report(tables.of_records(runs), "T & T", "t", PUBLISHED)
+    report = tables.report(tables.of_records(runs), "T & T", "t", PUBLISHED, notes=["a note\nof two lines"])
     (chart,) = report.charts
     best, last = chart.panels
     assert [(s.name, s.kind, list(s.x)) for s in best.series] == [
@@ -686,7 +971,21 @@ def test_charts_have_a_bar_for_each_method_and_a_level_for_the_student(tmp_path)
     report.write(tmp_path)
     assert before == {name: (folder / name).read_bytes() for name in names}, "the same figures give the same files"
     assert b"\\begin{tabular}" in before["table.tex"]
+    assert b"\\caption{T \\& T. Top-1" in before["table.tex"]
+    assert b"% a note\n% of two lines\n" in before["table.tex"]
     assert before["table.csv"].decode().splitlines()[0].startswith("pair,method,n,seeds,last (%),last (%) sd,")
+
+
+def test_a_methods_colour_does_not_depend_on_what_else_is_shown():
+    def shades(*methods):
+        runs = [record(m, teacher) for teacher in ("resnet14", "resnet20") for m in methods]
+        series = tables.charts_of(tables.of_records(runs), "t")[0].panels[0].series
+        return {s.name: s.colour for s in series}
+
+    every = [name for name in distiller_dict if name != "NONE"]
+    whole = shades(*every)
+    assert len(set(whole.values())) == len(every)
+    assert shades("KD", "DTKD") | shades("DTKD", "SP") == {name: whole[name] for name in ("KD", "DTKD", "SP")}
 
 
 def test_pairs_of_different_students_share_one_chart():
@@ -726,6 +1025,14 @@ def test_other_hyperparameters_are_named_and_not_compared():
     column = report.table.head.index("published (%)")
     assert (kd[column], dtkd[column]) == (None, "~61.9")
     assert "**Not the published hyperparameters**: KD.TEMPERATURE 20" in " ".join(report.notes)
+    assert report.charts[0].title == "t (not the published hyperparameters): resnet8"
+
+
+def test_what_is_on_record_is_found_again():
+    """Whatever has been added to the configuration and the hash since it was run."""
+    records = Ledger(ROOT / "results" / "runs.jsonl").records
+    assert {trial.hash for trial in plans.load(PLANS / "cpu_charts.yaml").trials} <= set(records)
+    assert len(records) >= 12
 
 
 def test_the_page_shows_what_the_results_give():
@@ -735,6 +1042,35 @@ def test_the_page_shows_what_the_results_give():
     assert len(command.MARKERS.findall(text)) >= 3
     for file in (ROOT / "results").glob("*/table.md"):
         assert file.read_text().partition("\n\n")[2] in text
+
+
+def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small):
+    conduct(small)
+    ledger = Ledger(Path("results/runs.jsonl"))
+    records = [json.loads(json.dumps(r)) for r in ledger.records.values()]
+    for r in records:
+        r["sha256"]["data"] = "another" if r["cell"].startswith("KD") else r["sha256"]["data"]
+    ledger.path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    report = command.report_of(plans.load(small), Ledger(ledger.path), {}, PLANS)
+    assert [row[1] for row in report.table.rows] == ["NONE", "NONE", "DTKD"]
+    assert (
+        "Left out: KD,resnet14,resnet8, of another protocol than the other rows: sha256 of the data" in report.markdown
+    )
+
+
+def test_a_page_links_the_charts_where_they_are(small):
+    ledger = Ledger(Path("mine/runs.jsonl"))
+    for trial in plans.load(PLANS / "cpu_charts.yaml").trials:
+        source = trial.cell.teacher
+        teacher = {"run": "t", "hash": "", "sha256": "t", "config": source.settings} if source else None
+        cell = {"cell": trial.cell.name, "config": trial.settings, "teacher": teacher, "epochs": 4}
+        ledger.append(json.loads(json.dumps(record(seed=trial.seed) | cell)))
+    page = Path("pages/page.md")
+    page.parent.mkdir()
+    page.write_text("<!-- results of cpu_charts -->\n<!-- end of results -->\n")
+    text = command.fill(page, PLANS, None, Path("mine"))
+    (link,) = re.findall(r"\]\((.*?)\)", text)
+    assert (page.parent / link).is_file()
 
 
 # The commands
@@ -749,7 +1085,11 @@ def test_the_page_shows_what_the_results_give():
         (["small.yaml", "--budget", "soon"], "--budget soon: give a time such as 2h"),
         (["small.yaml", "--only", "DKD"], "--only DKD: names nothing in the plan"),
         (["small.yaml", "SOLVER.LR", "1"], "SOLVER.LR: pairs of KEY VALUE say only where"),
+        (["small.yaml", "DISTILLER.TEACHER_CKPT", "x"], "DISTILLER.TEACHER_CKPT: pairs of KEY VALUE say only where"),
+        (["small.yaml", "EXPERIMENT.NAME", "x"], "EXPERIMENT.NAME: pairs of KEY VALUE say only where"),
+        (["small.yaml", "LOG.WANDB", "True"], "LOG.WANDB: pairs of KEY VALUE say only where"),
         (["small.yaml", "--sedes", "1"], "unknown option --sedes"),
+        (["small.yaml", "--slurm", "a=b", "LOG.PREFIX", "x"], "KEY VALUE pairs stand before --slurm"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(small, words, message):
@@ -790,6 +1130,33 @@ def test_dry_run_lists_everything_and_writes_nothing(small, capsys):
     assert sorted(Path().rglob("*")) == before
 
 
+def test_dry_run_counts_no_finished_run_among_those_left(small, capsys):
+    conduct(small, only=["NONE,resnet8"])
+    Path("results/runs.jsonl").unlink()
+    capsys.readouterr()
+    cells, ledger = plans.load(small).cells[:1], Ledger(Path("results/runs.jsonl"))
+    command.forecast(cells, ledger, Estimates(ledger))
+    text = capsys.readouterr().out
+    assert "NONE,resnet8,seed0  finished     2/2\n" in text
+    assert "measuring" not in text
+    assert "0 runs, 0 epochs left" in text
+
+
+def test_the_first_cell_of_a_teacher_fills_its_bank(small):
+    plan = plans.load(small)
+    *_, kd, dtkd = plan.cells
+    estimates = Estimates(Ledger(Path("results/runs.jsonl")))
+    estimates.told = {cell.name: Measured(1, 10.0, 1, 1, 0, 60.0 * bool(cell.teacher)) for cell in plan.cells}
+    estimates.fillers = {kd.teacher.name: kd.name}
+    campaign = Campaign("small", plan.cells, estimates.ledger, Here(), estimates, Quiet(), time.monotonic() + 90)
+    assert [estimates.filling(cell) for cell in plan.cells] == [0, 0, 60, 0]
+    assert campaign.total_left() == 7 * 2 * 10 + 60
+    assert campaign._fitting([campaign.progress[kd.trials[0].name]]) == []
+    assert campaign._fitting([campaign.progress[dtkd.trials[0].name]]) != []
+    estimates.observe(kd, [{"epoch_seconds": 20.0}])
+    assert [estimates.filling(cell) for cell in plan.cells] == [0, 0, 0, 0], "it is in the epochs of the former"
+
+
 def test_a_step_is_measured(small):
     from mdistiller.campaign.estimate import measure
 
@@ -798,6 +1165,12 @@ def test_a_step_is_measured(small):
     assert isinstance(found, Measured)
     assert 0 < found.step < found.epoch
     assert 0.2e6 < found.student < 0.5e6
+    assert found.filling == 0, "two draws do not pay for a bank"
+    lazy = measure(cells[2].file, [*cells[2].opts, "TEACHER_BANK", "lazy"], students=2)
+    assert lazy.filling > 0
+    assert lazy.bank > 0
+    off = measure(cells[2].file, [*cells[2].opts, "TEACHER_BANK", "off"])
+    assert off.filling == off.bank == 0
     assert "npz" in measure(cells[0].file, ["DATASET.ROOT", "gone.npz"])
 
 
@@ -817,6 +1190,12 @@ def test_results_refuses_and_shows(small, capsys):
             show(*words, only=[])
     with pytest.raises(UserError, match="matches --only DKD"):
         show("mine/runs.jsonl", only=["DKD"])
+    theirs = Ledger(Path("theirs/runs.jsonl"))
+    theirs.append(record(seed=0))
+    assert "| KD | 2 | 0, 1 |" in show("mine/runs.jsonl", "theirs/runs.jsonl", only=[])
+    theirs.append(record(seed=1, last=70.0))
+    with pytest.raises(UserError, match=r"KD,resnet20,resnet8, seed 1: is another run in mine\S+ than in theirs\S+;"):
+        show("mine/runs.jsonl", "theirs/runs.jsonl", only=[])
 
 
 def test_the_board_fits_its_terminal(small):
@@ -914,7 +1293,8 @@ def test_signals_and_kill_9_end_a_campaign_and_the_same_command_goes_on(small):
     process.terminate()
     process.join(60)
     assert process.exitcode == 75
-    assert "FAILED   NONE,resnet8,seed0: ended by signal 9" in Path("log.txt").read_text()
+    assert "stopped  NONE,resnet8,seed0; it is started again" in Path("log.txt").read_text()
+    assert "FAILED" not in Path("log.txt").read_text()
     assert "stopped by SIGTERM" in Path("log.txt").read_text()
 
     process, (child,) = campaign()

@@ -1,7 +1,10 @@
 """Captured steps: a graph replays what the step does. With a stand-in for CUDA's graphs, and on a GPU with them."""
 
+import copy
 import math
+import os
 import random
+import shutil
 import warnings
 from collections import deque
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from mdistiller.distillers._common import warmup
 from mdistiller.distillers.CTKD import curriculum
 from mdistiller.distillers.KD import KD
 from mdistiller.engine import graph, trainer
-from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.builder import build_model, compiled_form, prepare_parts
 from mdistiller.engine.graph import WARM_UP, GraphStep
 from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, sgd, state_of
@@ -390,6 +393,63 @@ def test_a_compiler_that_fails_leaves_the_step():
     compiled.step.forward = broken
     assert train(compiled, 2)[0] == train(plain, 2)[0]
     assert compiled.step.refusal == "no C++ compiler"
+
+
+COMPILED = METHODS if os.environ.get("COMPILE_ALL") else ["DTKD"]  # each takes a quarter of a minute or more
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("method", COMPILED)
+def test_a_compiled_step_has_the_gradients_of_an_eager_one(method):
+    """The same draws, the same loss, the same gradients; in float64, where no rounding turns a ReLU. CRD is not
+    compiled: its memories change on the way.
+    """
+    cfg = config.load(None, ["SOLVER.STEP", "compile", "DISTILLER.TYPE", method])
+    made = make(method, samples=16)
+    compiled, why = compiled_form(cfg, made.distiller, CPU, 1)
+    if compiled is None:
+        assert method in ("CRD", "OFD") and "which a compiled backward pass would read too late" in why
+        return
+    plan, logits = next(made.plans(1))
+    batch, results = made.train_batches.batch(plan), []
+    exact = method != "MLKD"  # whose strong views are float32
+    if exact:
+        batch = batch._replace(image=batch.image.double())
+        made.distiller.double()
+    state = copy.deepcopy(made.distiller.state_dict())
+    for forward in (made.distiller, compiled):
+        made.distiller.load_state_dict(state)
+        made.distiller.zero_grad()
+        torch.manual_seed(3)
+        given = {} if logits is None else {"logits_teacher": logits}
+        _, losses = forward(**batch._asdict(), epoch=torch.full((), 3.0), **given)
+        sum(losses.values()).backward()
+        results.append((losses, [p.grad.clone() for p in made.step.parameters if p.grad is not None]))
+    (eager, expected), (fast, gradients) = results
+    for name, value in eager.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    nothing = 1e-6 * max(float(other.norm()) for other in expected)  # of a bias before a BatchNorm, but for rounding
+    apart = [
+        float((own - other).norm() / (other.norm() + nothing)) for own, other in zip(gradients, expected, strict=True)
+    ]
+    assert max(apart) < (1e-5 if exact else 2e-2), apart
+
+
+def test_auto_compiles_long_runs_of_logit_methods_on_a_cpu(monkeypatch):
+    def chosen(method="DTKD", step="auto", steps=10**6, device=CPU):
+        cfg = config.load(None, ["SOLVER.STEP", step, "DISTILLER.TYPE", method])
+        form, why = compiled_form(cfg, make(method).distiller, device, steps)
+        return form is not None, why
+
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert chosen() == chosen("NONE") == chosen("FITNET", "compile") == (True, "")
+    assert chosen(steps=1000) == chosen("FITNET") == chosen(step="eager") == (False, "")
+    assert chosen(device=torch.device("cuda")) == (False, ""), "a graph there"
+    assert "memory_v1" in chosen("CRD", "compile")[1] and not chosen("CRD", "compile")[0]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert chosen() == (False, "") and chosen(step="compile") == (True, "")
 
 
 class Bad(KD):

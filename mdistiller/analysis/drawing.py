@@ -21,7 +21,7 @@ STYLE = {
     "lines.linewidth": 1.7, "svg.hashsalt": "mdistiller",
 }  # fmt: skip
 # of a figure that stands among bars and lines
-FIGURE = {"fontsize": 6.5, "bbox": {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.4}}
+FIGURE = {"fontsize": 6.5, "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.4}}
 MOST_NAMES = 12  # so many names fit beside points and along a matrix
 
 
@@ -152,12 +152,12 @@ def draw_bars(axes: Axes, s: Series, number: int, count: int) -> None:
 
 def draw_level(axes: Axes, s: Series) -> None:
     shade = s.colour or colour(s.group)
-    axes.axhline(s.y[0], color=shade, linewidth=1.2, linestyle="--" if s.dashed else "-")
+    axes.axhline(s.y[0], color=shade, linewidth=1.2, linestyle="--" if s.dashed else "-", zorder=1.5)  # bars are at 1
     for low, high in s.bands.values():
         axes.axhspan(low[0], high[0], color=shade, alpha=0.13, linewidth=0)
     for text in s.text:
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(plain(text), (1, s.y[0]), (-2, 2), **place, **FIGURE)
+        axes.annotate(plain(text), (1, s.y[0]), (-2, 3), **place, **FIGURE)
 
 
 def draw_matrix(axes: Axes, panel: Panel) -> None:

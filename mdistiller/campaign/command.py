@@ -1,5 +1,6 @@
 """What tools/reproduce.py and tools/results.py do."""
 
+import os
 import re
 import sys
 import time
@@ -51,7 +52,9 @@ def parse_parameters(words: Sequence[str]) -> dict[str, object]:
     """KEY=VALUE words, as YAML reads the values."""
     wrong = [word for word in words if "=" not in word]
     if wrong:
-        raise UserError(f"--slurm {wrong[0]}: takes KEY=VALUE, such as slurm_partition=gpu")
+        raise UserError(
+            f"--slurm {wrong[0]}: takes KEY=VALUE, such as slurm_partition=gpu; KEY VALUE pairs stand before --slurm"
+        )
     try:
         return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
     except yaml.YAMLError:
@@ -88,7 +91,7 @@ def reproduce(
     if seconds is not None:
         unknown = [cell for cell in _unfinished(cells, ledger) if estimates.epoch(cell) is None]
         if unknown:
-            say(f"measuring a step of {len(unknown)} cells")
+            say(f"measuring a step of {tables.counted(len(unknown), 'cell')}")
         for name, why in estimates.measure(unknown).items():
             say(f"{name} could not be measured: {why}")
     deadline = None if seconds is None else begin + seconds
@@ -124,9 +127,12 @@ def check_data(cells: Sequence[Cell]) -> None:
 
 def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> None:
     """Say what would run, and about how long and how large it would be."""
-    cells_left, lost = _unfinished(cells, ledger), lost_teachers(cells, ledger)
+    lost = lost_teachers(cells, ledger)
+    kept = {t.name for c in cells for t in c.trials if t.hash in ledger.records} - lost
+    states = {t.name: "done" if t.name in kept else book.state(t) for c in cells for t in c.trials}
+    cells_left = [c for c in cells if any(states[t.name] not in ("done", "finished") for t in c.trials)]
     if cells_left:
-        say(f"measuring a step of {len(cells_left)} cells")
+        say(f"measuring a step of {tables.counted(len(cells_left), 'cell')}")
     failed = estimates.measure(cells_left)
     total, disk, epochs_left = 0.0, 0, 0
     width = max(len(trial.name) for cell in cells for trial in cell.trials)
@@ -134,11 +140,11 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
     count = 0
     for cell in cells:
         for trial in cell.trials:
-            if trial.hash in ledger.records and trial.name not in lost:
-                say(f"{trial.name:<{width}}  {'done':<9}  {trial.epochs:>3}/{trial.epochs}")
+            state = states[trial.name]
+            if state in ("done", "finished"):
+                say(f"{trial.name:<{width}}  {state:<9}  {trial.epochs:>3}/{trial.epochs}")
                 continue
-            state = book.state(trial)
-            done = len(book.read_metrics(trial.folder)) if state in ("half-done", "in use", "finished") else 0
+            done = len(book.read_metrics(trial.folder)) if state in ("half-done", "in use") else 0
             epoch, left, size = estimates.epoch(cell), estimates.left(trial, done), estimates.disk(trial)
             cost = f"{epoch:>8.1f}" if epoch is not None else f"{'?':>8}"
             bytes_ = f"{size / 1e6:>5,.0f} MB" if size else f"{'?':>8}"
@@ -151,15 +157,18 @@ def forecast(cells: Sequence[Cell], ledger: Ledger, estimates: Estimates) -> Non
         say(f"{name} could not be measured: {why}")
     for name in sorted(lost):
         say(f"{name} is on record, but its network is gone: its students need it trained again")
-    banks = estimates.banks(cells_left)
+    banks, filling = estimates.banks(cells_left), sum(map(estimates.filling, cells_left))
+    filled = f" ({duration(filling)} of it for teachers' banks)" * bool(filling)
     space = f"{disk / 1e9:.2f} GB" + f", and {banks / 1e9:.1f} GB of teachers' banks" * bool(banks)
-    say(f"{count} runs, {epochs_left:,} epochs left: about {duration(total)} one after the other, {space}")
+    what = f"{tables.counted(count, 'run')}, {tables.counted(epochs_left, 'epoch')} left"
+    say(f"{what}: about {duration(total + filling)} one after the other{filled}, {space}")
 
 
 def report_of(plan: Plan, ledger: Ledger, published: dict, folder: Path) -> tables.Report:
     """`folder`: where plans lie, beside the pairs' YAML files."""
-    rows, notes = tables.of_plan(plan, ledger.records.values())
-    notes = [*[plan.note] * bool(plan.note), *notes]
+    rows, left_out = tables.of_plan(plan, ledger.records.values())
+    rows, odd = tables.alike(rows)
+    notes = [*[plan.note] * bool(plan.note), *left_out, *odd]
     if any(row.records for row in rows):
         notes.append(f"Made by `python3 tools/reproduce.py {plan.name}`.")
     title = plan.title or plan.name
@@ -189,12 +198,20 @@ def show(
 
 
 def _report_of_files(files: Sequence[Path], only: Sequence[str], published: dict, folder: Path) -> tables.Report:
-    records: dict[str, dict] = {}
+    found: dict[str, tuple[dict, Path]] = {}
+    problems = []
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: is no file; pass the runs.jsonl of a campaign")
-        records |= {key: record for key, record in Ledger(file).records.items() if key not in records}
-    chosen = [record for record in records.values() if not only or plans.matches(record["cell"], only)]
+        for key, record in Ledger(file).records.items():
+            first, home = found.setdefault(key, (record, file))
+            if first["curve"] != record["curve"]:
+                name = f"{record['cell']}, seed {record['seed']}"
+                problems.append(f"{name}: is another run in {home} than in {file}; give one of them")
+    if problems:
+        raise UserError(*problems)
+    records = [record for record, _ in found.values()]
+    chosen = [record for record in records if not only or plans.matches(record["cell"], only)]
     if not chosen:
         raise UserError("nothing to show: no run on record" + f" matches --only {' '.join(only)}" * bool(only))
     shipped = plans.Shipped(folder.parent / "cifar100")
@@ -214,9 +231,8 @@ def fill(page: Path, folder: Path, published: Path | None, results: Path, write:
         report = report_of(plan, Ledger(results / "runs.jsonl"), figures, folder)
         if write:
             report.write(results)
-        pictures = "".join(
-            f"\n![{c.title.splitlines()[0]}](../results/{report.name}/{c.name}.png)\n" for c in report.charts
-        )
+        place = Path(os.path.relpath(results / report.name, page.parent)).as_posix()
+        pictures = "".join(f"\n![{c.title.splitlines()[0]}]({place}/{c.name}.png)\n" for c in report.charts)
         return f"{match[1]}\n{report.markdown}{pictures}\n{match[3]}"
 
     text, count = MARKERS.subn(filled, page.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from mdistiller.campaign import ledger as book
 from mdistiller.campaign import worker
-from mdistiller.campaign.estimate import Estimates
+from mdistiller.campaign.estimate import Estimates, side_by_side
 from mdistiller.campaign.executors import Executor, Job
 from mdistiller.campaign.ledger import Ledger
 from mdistiller.campaign.plan import Cell, Trial
@@ -22,6 +22,9 @@ from mdistiller.errors import FolderInUse, Preempted, UserError
 
 PAUSE = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # ... at what another process trains
+RETRY = 30.0  # ... until a job that was refused beside others is tried again
+STARTING = 20.0  # seconds that a job takes to its first step: imports, images, teacher, what the steps warm up
+DEATHS = 3  # from outside, in a row and without a step, after which a trial is started again
 STATUSES = ("done", "running", "waiting", "in use", "failed", "blocked")  # blocked: its teacher failed
 
 
@@ -33,8 +36,10 @@ class Progress:
     status: str = "waiting"  # one of STATUSES
     reason: str = ""
     rows: list[dict] = field(default_factory=list)
-    active: bool = False  # whether a process is at it, where its job has several seeds
+    active: bool = False  # whether a process is at it: ours, which may have other seeds to see to, or another's
+    alone: bool = False  # whether its job is to have no other: one with others failed, and it may be their fault
     again: bool = False  # on record, but its network is gone and is needed
+    deaths: int = 0  # from outside, since its last step
     changed: float = 0.0  # when its last row came, by the monotonic clock
     stamp: int = 0  # of the file that holds them
 
@@ -88,13 +93,17 @@ class Campaign:
     ):
         self.name, self.cells, self.ledger, self.executor = name, cells, ledger, executor
         self.estimates, self.view, self.deadline = estimates, view, deadline
+        self.budget = None if deadline is None else deadline - time.monotonic()
         self.jobs: list[Running] = []
         self.progress = {trial.name: Progress(trial) for cell in cells for trial in cell.trials}
         self._looked: dict[str, float] = {}
+        self._refused = -RETRY  # when a job last was
         self._sweep()
 
     def run(self) -> int:
-        """Returns the exit status: 0 all is done, 1 a run failed, 75 something is left to do."""
+        """Returns the exit status: 0 all is done, 1 a run failed and nothing is left that the same command would start,
+        75 something else is left to do.
+        """
         with Stop() as stop, self.view:
             try:
                 while True:
@@ -112,9 +121,20 @@ class Campaign:
                 for running in self.jobs:
                     running.job.stop(at_once=True)
                 raise
-        if self.count("waiting", "in use"):
-            return Preempted.status
-        return 1 if self.count("failed", "blocked") else 0
+        failed, left = self.count("failed", "blocked"), self.count("waiting", "in use")
+        if failed and not any(map(self._startable, self.progress.values())):
+            return 1
+        return Preempted.status if left else 0
+
+    def _startable(self, p: Progress) -> bool:
+        """Whether the same command would get to it, within a budget of its own."""
+        teacher = self.progress[p.trial.cell.teacher.name] if p.trial.cell.teacher else None
+        if p.status not in ("waiting", "in use") or (teacher and teacher.status in ("failed", "blocked")):
+            return False
+        if teacher and teacher.status != "done":
+            return self._startable(teacher)
+        left = self.left(p)
+        return self.budget is None or (left is not None and STARTING + left <= self.budget)
 
     def count(self, *statuses: str) -> int:
         return sum(p.status in statuses for p in self.progress.values())
@@ -143,7 +163,9 @@ class Campaign:
 
     def total_left(self) -> float | None:
         """Seconds that all the rest will take, one after the other."""
-        parts = [self.left(p) for p in self.progress.values() if p.status in ("waiting", "running", "in use")]
+        open_ = [p for p in self.progress.values() if p.status in ("waiting", "running", "in use")]
+        parts = [self.left(p) for p in open_]
+        parts += [self.estimates.filling(cell) for cell in {p.trial.cell.name: p.trial.cell for p in open_}.values()]
         return None if None in parts else sum(parts)
 
     def _sweep(self) -> None:
@@ -162,20 +184,44 @@ class Campaign:
 
     def _start(self) -> None:
         """Jobs for the first cells that are ready, as many as the executor takes."""
+        if self.jobs and time.monotonic() - self._refused < RETRY:
+            return
         for cell in self.cells:
             if len(self.jobs) >= self.executor.slots:
                 return
             todo = [] if any(running.cell is cell for running in self.jobs) else self._ready(cell)
-            if not todo or not self._fits(todo):
+            todo = todo[:1] if any(p.alone for p in todo) else todo
+            todo = self._fitting(todo)
+            if not todo:
+                continue
+            trials = [p.trial for p in todo]
+            marks = {trial.name: _mark(trial) for trial in trials}
+            try:
+                job = self.executor.start(cell, trials)
+            except UserError as error:
+                self._refuse(todo, error.lines[0])
+                if self.jobs:
+                    return
                 continue
             for p in todo:
                 p.status, p.reason = "running", ""
             self.view.say(
                 f"start    {cell.name}, seed{'s' * (len(todo) > 1)} {', '.join(str(p.trial.seed) for p in todo)}"
             )
-            trials = [p.trial for p in todo]
-            marks = {trial.name: _mark(trial) for trial in trials}
-            self.jobs.append(Running(self.executor.start(cell, trials), cell, trials, marks))
+            self.jobs.append(Running(job, cell, trials, marks))
+
+    def _refuse(self, todo: Sequence[Progress], why: str) -> None:
+        """No job could be made: a queue that is full has room once one of the others is done."""
+        self._refused = time.monotonic()
+        for p in todo:
+            if self.jobs:
+                p.reason = why
+            else:
+                self._fail(p, why)
+
+    def _fail(self, p: Progress, why: str) -> None:
+        p.status, p.reason, p.active = "failed", why, False
+        self.view.say(f"FAILED   {p.trial.name}: {why}")
 
     def _ready(self, cell: Cell) -> list[Progress]:
         """Trials of the cell that can be started now."""
@@ -186,17 +232,20 @@ class Campaign:
             for p in todo:
                 p.status, p.reason = "blocked", f"its teacher {teacher.trial.name} failed"
         if teacher and teacher.status != "done":
+            for p in todo if teacher.status == "waiting" else ():
+                p.reason = f"its teacher {teacher.trial.name} is not trained" + f": {teacher.reason}" * bool(
+                    teacher.reason
+                )
             return []
         ready = []
         for p in todo:
-            p.status, p.reason, state = "waiting", "", book.state(p.trial)
+            p.status, p.reason, p.active, state = "waiting", "", False, book.state(p.trial)
             if state == "finished":
                 self._keep(p)
             elif p.trial.hash in self.ledger.records and not p.again:  # another campaign's work
                 p.status, p.reason = "done", "on record"
             elif state == "in use":
-                p.status, p.reason = "in use", "another process trains it"
-                self._looked[cell.name] = time.monotonic()
+                self._wait_for(p)
             else:
                 if state == "another":  # it is kept, under another name
                     with contextlib.suppress(FolderInUse):  # since a moment: the worker will tell
@@ -204,16 +253,26 @@ class Campaign:
                 ready.append(p)
         return ready
 
-    def _fits(self, todo: Sequence[Progress]) -> bool:
-        """Whether all of it would be done before the deadline."""
-        if self.deadline is None:
-            return True
-        needed = [self.left(p) for p in todo]
-        if None not in needed and time.monotonic() + sum(needed) <= self.deadline:
-            return True
-        for p in todo:
-            p.reason = "its time is not known" if None in needed else "does not fit the budget"
-        return False
+    def _wait_for(self, p: Progress) -> None:
+        p.status, p.reason, p.active = "in use", "another process trains it", True
+        self._looked[p.trial.cell.name] = time.monotonic()
+
+    def _fitting(self, todo: Sequence[Progress]) -> list[Progress]:
+        """As many of them as would be done before the deadline together, those first that have come furthest."""
+        if self.deadline is None or not todo:
+            return list(todo)
+        fitting, end = [], time.monotonic() + STARTING + self.estimates.filling(todo[0].trial.cell)
+        for p in sorted(todo, key=lambda p: -p.epochs):
+            needed = self.left(p)
+            if needed is None:
+                p.reason = "its time is not known"
+                continue
+            end += needed
+            if end > self.deadline:
+                p.reason = "does not fit the budget"
+            else:
+                fitting.append(p)
+        return sorted(fitting, key=lambda p: p.trial.seed)
 
     def _keep(self, p: Progress) -> None:
         """A finished trial goes on record."""
@@ -222,8 +281,7 @@ class Campaign:
         try:
             self.ledger.append(book.record_of(p.trial, self.name))
         except (OSError, ValueError, KeyError, UserError) as error:
-            p.status, p.reason = "failed", f"finished, but could not be put on record: {error}"
-            self.view.say(f"FAILED   {p.trial.name}: {p.reason}")
+            self._fail(p, f"finished, but could not be put on record: {error}")
             return
         p.status, p.reason, p.again = "done", "", False
         row = p.rows[-1]
@@ -233,6 +291,11 @@ class Campaign:
 
     def _collect(self) -> None:
         """How far the jobs have come, and what has become of those that ended."""
+        for p in self.progress.values():
+            if p.status == "in use":
+                p.look()
+                if p.rows and self.estimates.epoch(p.trial.cell) is None:
+                    self.estimates.observe(p.trial.cell, p.rows, side_by_side(p.trial.folder))
         for running in list(self.jobs):
             status = running.job.poll()  # before the look: what it has written by then is seen
             for trial in running.trials:
@@ -249,18 +312,24 @@ class Campaign:
     def _judge(self, running: Running, status: int) -> None:
         """What the trials that an ended job has left unfinished come to."""
         came_on = any(_mark(trial) != running.marks[trial.name] for trial in running.trials)
+        outside, several = status < 0 or status == Preempted.status, len(running.trials) > 1
+        complaints = running.job.complaints()
         for p in (self.progress[trial.name] for trial in running.trials):
             if p.status != "running":
                 continue
+            p.deaths = p.deaths + 1 if outside and not came_on else 0
             if p.active or status == worker.IN_USE:  # one of them, perhaps: soon each is looked at by itself
-                p.status, p.reason = "in use", "another process trains it"
-                self._looked[running.cell.name] = time.monotonic()
-            elif came_on and (status < 0 or status == Preempted.status):  # from outside: it goes on
+                self._wait_for(p)
+            elif outside and p.deaths <= DEATHS:
                 p.status = "waiting"
                 self.view.say(f"stopped  {p.trial.name}; it is started again")
+            elif status == 0:
+                self._fail(p, book.shortcoming(p.trial))
+            elif several and not _own(complaints, p.trial.seed):
+                p.status, p.alone, p.deaths = "waiting", True, 0
+                self.view.say(f"stopped  {p.trial.name}; it is started again alone: {_reason(complaints, status)}")
             else:
-                p.status, p.reason = "failed", _reason(running.job.complaints(), p.trial.seed, status)
-                self.view.say(f"FAILED   {p.trial.name}: {p.reason}")
+                self._fail(p, _own(complaints, p.trial.seed) or _reason(complaints, status))
 
     def _halt(self, why: str) -> None:
         """Every job keeps a checkpoint and ends."""
@@ -285,7 +354,8 @@ def lost_teachers(cells: Sequence[Cell], ledger: Ledger) -> set[str]:
     needed = {
         c.teacher.name: c.teacher for c in cells if c.teacher and any(t.hash not in ledger.records for t in c.trials)
     }
-    return {n for n, t in needed.items() if t.hash in ledger.records and not book.has_weights(t)}
+    records = ledger.records
+    return {n for n, t in needed.items() if t.hash in records and not book.has_weights(t, records[t.hash])}
 
 
 def _mark(trial: Trial) -> list[int]:
@@ -297,12 +367,16 @@ def _mark(trial: Trial) -> list[int]:
     return marks
 
 
-def _reason(complaints: str, seed: int, status: int) -> str:
-    """The line about the seed, else the first that names an error, else how the job ended and its last line."""
+def _own(complaints: str, seed: int) -> str:
+    """The line about the seed; empty where there is none."""
+    return next(iter(re.findall(rf"^error: (seed +{seed}\b.*)", complaints, re.M)), "")
+
+
+def _reason(complaints: str, status: int) -> str:
+    """The first line that names an error, else how the job ended and its last line."""
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    own = [line for line in errors if re.match(rf"seed {seed}\b", line)]
-    if own or errors:
-        return own[-1] if own else errors[0]
+    if errors:
+        return errors[0]
     ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return f"{ended}; {lines[-1]}" if lines and status > 0 else ended

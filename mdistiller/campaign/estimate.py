@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,13 +16,15 @@ import torch
 from mdistiller.campaign.ledger import Ledger, state
 from mdistiller.campaign.plan import Cell, Trial
 from mdistiller.dataset import ImageSet, load_dataset
+from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.builder import Common, build_distiller, build_trainer
 from mdistiller.engine.cfg import load
 from mdistiller.engine.device import autocast, resolve_device
 from mdistiller.engine.folder import device_name
+from mdistiller.engine.inference import Inference
 from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.step import Meter
-from mdistiller.engine.teacher import choose, met, takes_logits
+from mdistiller.engine.teacher import TeacherLogits, choose, met, takes_logits
 from mdistiller.errors import UserError
 
 SIZES = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}  # which nothing has to be fetched for
@@ -30,15 +33,21 @@ TIMED = 1.0  # seconds of steps
 
 @dataclass(frozen=True)
 class Measured:
-    step: float  # seconds
-    epoch: float  # seconds, with its evaluation
+    step: float  # seconds, of the student alone where the teacher's logits are asked for ahead
+    epoch: float  # seconds, with its evaluation and, where no bank keeps its logits, the teacher's passes
     checkpoint: int  # bytes of `latest`
     student: int  # bytes of `student_latest`
     bank: int = 0  # bytes of its teacher's bank
+    filling: float = 0.0  # seconds of the passes that fill it
 
 
 def measure(file: Path, opts: list[str], students: int = 1) -> Measured | str:
-    """One cell's step, on its device; a text where it cannot be run. `students`: as many share a bank."""
+    """One cell's step, eager, on its device; a text where it cannot be run. `students`: as many share a bank.
+
+    A teacher that is asked ahead for its logits is measured apart. Where a bank keeps them, its passes are counted once
+    for each view that the bank comes to hold, be they made before the first step or as the views come; else they
+    belong to every epoch. A bank that lies there already is not looked for.
+    """
     try:
         return _measure(file, opts, students)
     except UserError as error:
@@ -48,7 +57,7 @@ def measure(file: Path, opts: list[str], students: int = 1) -> Measured | str:
 
 
 def _measure(file: Path, opts: list[str], students: int) -> Measured:
-    cfg = load(file, opts)
+    cfg = load(file, [*opts, "SOLVER.STEP", "eager"])
     device = resolve_device(cfg.DEVICE)
     if cfg.DATASET.TYPE in SIZES:
         train, test, classes = SIZES[cfg.DATASET.TYPE]
@@ -78,20 +87,32 @@ def _measure(file: Path, opts: list[str], students: int) -> Measured:
             if time.monotonic() - begin > TIMED:
                 return (wait() - begin) / count
 
+    ahead = cfg.TEACHER_BANK != "off" and takes_logits(distiller)
+    given = torch.randn(cfg.SOLVER.BATCH_SIZE, data.num_classes, device=device) if ahead else None
     distiller.train()
-    step = timed(lambda: trainer.train_batches.epoch(1), lambda batch: trainer.step(batch, 1, meter))
+    step = timed(
+        lambda: trainer.train_batches.epoch(1),
+        lambda batch: trainer.step(batch, 1, meter, None if given is None else given[: len(batch.target)]),
+    )
     distiller.eval()
     with torch.no_grad(), autocast(device, cfg.SOLVER.AMP):
         look = timed(lambda: trainer.test_batches, lambda batch: distiller(image=batch.image))
     epoch = step * -(-train // cfg.SOLVER.BATCH_SIZE) + look * -(-test // cfg.DATASET.TEST.BATCH_SIZE)
     student = sum(value.nbytes for value in distiller.student.state_dict().values())
-    bank = 0
-    if cfg.TEACHER_BANK != "off" and takes_logits(distiller):
-        views, draws = trainer.train_batches.views, cfg.SOLVER.EPOCHS * students
-        mode, _ = choose(cfg.TEACHER_BANK, views, draws, 0.0, device.type == "cuda")
-        rows = int(train * met(views, draws, mode == "full")) if mode != "none" else 0
-        bank = rows * data.num_classes * getattr(torch, cfg.TEACHER_BANK_DTYPE).itemsize
-    return Measured(step, epoch, 2 * student, student, bank)  # weights and momenta
+    bank, filling = 0, 0.0
+    if ahead:
+        batches, dtype = trainer.train_batches, getattr(torch, cfg.TEACHER_BANK_DTYPE)
+        teacher = TeacherLogits(batches, Inference(distiller.teacher, device, cfg.SOLVER.AMP), dtype)
+        parts = batches.row_numbers(batches.plan(1)).split(teacher.chunk)
+        seconds = timed(lambda: parts, lambda part: list(teacher.compute(part))) / teacher.chunk  # of a view
+        draws = cfg.SOLVER.EPOCHS * students
+        mode, _ = choose(cfg.TEACHER_BANK, batches.views, draws, 0.0, device.type == "cuda")
+        if mode == "none":
+            epoch += train * seconds
+        else:
+            rows = int(train * met(batches.views, draws, mode == "full"))
+            bank, filling = rows * data.num_classes * dtype.itemsize, rows * seconds
+    return Measured(step, epoch, 2 * student, student, bank, filling)  # weights and momenta
 
 
 class Estimates:
@@ -101,6 +122,7 @@ class Estimates:
         self.ledger = ledger
         self.told: dict[str, Measured] = {}
         self.seen: dict[str, float] = {}  # seconds an epoch, as runs had it
+        self.fillers: dict[str, str] = {}  # of a teacher's bank: the first of the cells that share it
 
     def measure(self, cells: Iterable[Cell]) -> dict[str, str]:
         """Measure a step of each cell in a process of its own, which gives the device back; returns what could not be
@@ -110,20 +132,28 @@ class Estimates:
         if not wanted:
             return {}
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            cells = wanted.values()
-            words = [c.file for c in cells], [c.opts for c in cells], [len(c.trials) for c in cells]
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is the parent's
+        with ProcessPoolExecutor(1, context, **quiet) as pool:
+            words = zip(*((c.file, c.opts, len(c.trials)) for c in wanted.values()), strict=True)
             try:
                 found = dict(zip(wanted, pool.map(measure, *words), strict=True))
             except BrokenProcessPool:  # killed, by a machine that is out of memory perhaps
                 found = dict.fromkeys(wanted, "the process that measures was killed")
         self.told |= {name: value for name, value in found.items() if isinstance(value, Measured)}
+        for name, cell in wanted.items():
+            if name in self.told and self.told[name].filling:
+                self.fillers.setdefault(cell.teacher.name, name)
         return {name: value for name, value in found.items() if isinstance(value, str)}
 
     def observe(self, cell: Cell, rows: list[dict], students: int = 1) -> None:
         """Take note of how long epochs took, of so many students side by side."""
         if rows:
-            self.seen[cell.name] = sum(row["epoch_seconds"] for row in rows[-5:]) / len(rows[-5:]) / students
+            self._see(cell, sum(row["epoch_seconds"] for row in rows[-5:]) / len(rows[-5:]) / students)
+
+    def _see(self, cell: Cell, epoch: float) -> None:
+        self.seen[cell.name] = epoch
+        if cell.teacher and issubclass(distiller_dict[cell.cfg.DISTILLER.TYPE], LogitDistiller):
+            self.fillers.setdefault(cell.teacher.name, cell.name)
 
     def recall(self, cells: Iterable[Cell]) -> None:
         """Take note of what is on record, of this device and as many threads only, or lies in folders."""
@@ -133,9 +163,9 @@ class Estimates:
             for trial in cell.trials:
                 record = self.ledger.records.get(trial.hash)
                 if record and here == (record["device"], record.get("threads") if here[1] else None):
-                    self.seen[cell.name] = record["seconds"] / record["epochs"] / record["students"]
+                    self._see(cell, record["seconds"] / record["epochs"] / record["students"])
                 elif state(trial) == "half-done":
-                    self.observe(cell, read_metrics(trial.folder), _side_by_side(trial.folder))
+                    self.observe(cell, read_metrics(trial.folder), side_by_side(trial.folder))
 
     def epoch(self, cell: Cell) -> float | None:
         """Seconds; None where nothing is known."""
@@ -147,6 +177,13 @@ class Estimates:
         """Seconds for all but `done` epochs."""
         epoch = self.epoch(trial.cell)
         return None if epoch is None else epoch * (trial.epochs - done)
+
+    def filling(self, cell: Cell) -> float:
+        """Seconds that its students wait for passes which fill their teacher's bank. Once it has had epochs, they are
+        in those.
+        """
+        fills = cell.teacher and self.fillers.get(cell.teacher.name) == cell.name and cell.name not in self.seen
+        return self.told[cell.name].filling if fills else 0.0
 
     def banks(self, cells: Iterable[Cell]) -> int:
         """Bytes of all teachers' banks together, as far as cells have been measured."""
@@ -166,7 +203,7 @@ class Estimates:
         return (3 + kept) * measured.checkpoint + (2 + kept) * measured.student
 
 
-def _side_by_side(folder: Path) -> int:
+def side_by_side(folder: Path) -> int:
     """How many students its latest process has trained in turn."""
     try:
         return json.loads((folder / "environment.json").read_text())["sessions"][-1].get("students", 1)

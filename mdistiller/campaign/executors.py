@@ -30,21 +30,25 @@ class Job(Protocol):
 class Executor(Protocol):
     slots: int  # jobs at a time
 
-    def start(self, cell: Cell, trials: Sequence[Trial]) -> Job: ...
+    def start(self, cell: Cell, trials: Sequence[Trial]) -> Job:
+        """Raises UserError where it cannot be started."""
 
 
 class LocalJob:
     """A process that the campaign holds by a pipe: it stops when the campaign is gone, whatever ended it."""
 
     def __init__(self, command: Sequence[str], log: Path):
-        log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
-        with open(log, "ab") as file:
-            self.begin = file.tell()
-            # a session of its own: Ctrl-C reaches the campaign alone, which passes it on once
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True, env=environment()
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "ab") as file:
+                self.begin = file.tell()
+                # a session of its own: Ctrl-C reaches the campaign alone, which passes it on once
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True, env=environment()
+                )
+        except OSError as error:
+            raise UserError(f"cannot be started: {error.filename or log}: {error.strerror}") from None
 
     def poll(self) -> int | None:
         return self.process.poll()
@@ -54,7 +58,10 @@ class LocalJob:
             self.process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
     def complaints(self) -> str:
-        return self.log.read_bytes()[self.begin :].decode(errors="replace")
+        try:
+            return self.log.read_bytes()[self.begin :].decode(errors="replace")
+        except OSError:  # tidied away
+            return ""
 
 
 def environment() -> dict[str, str]:
@@ -124,4 +131,7 @@ class Slurm:
 
     def start(self, cell: Cell, trials: Sequence[Trial]) -> SlurmJob:
         self.executor.update_parameters(name=re.sub(r"[^\w.-]", "_", cell.name))
-        return SlurmJob(self.executor.submit(worker.run, cell.file, cell.opts, [trial.seed for trial in trials]))
+        try:
+            return SlurmJob(self.executor.submit(worker.run, cell.file, cell.opts, [trial.seed for trial in trials]))
+        except (RuntimeError, OSError) as error:  # sbatch refuses; no sbatch, no space
+            raise UserError(f"cannot be submitted: {' '.join(str(error).split())}") from None

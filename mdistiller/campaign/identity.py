@@ -19,13 +19,27 @@ def computing(tree: Mapping) -> dict[str, object]:
     defaults = {key: _plain(value) for key, value in config.leaves(CFG).items()}
     flat = by_effect(defaults | {key: _plain(value) for key, value in config.leaves(tree).items()})
     if flat["DISTILLER.TYPE"] == "NONE":
-        return {key: value for key, value in flat.items() if key.startswith(ALONE) and not _is_place(key, flat)}
+        kept = [key for key in flat if key.startswith(ALONE) and not _is_place(key, flat)]
+        kept += ["EXPERIMENT.PLUGINS"] * bool(flat["EXPERIMENT.PLUGINS"])  # which may bring the student's model
+        return {key: flat[key] for key in kept}
     used = (*ALWAYS, flat["DISTILLER.TYPE"], "SEED", "DETERMINISTIC")
     return {
         key: value
         for key, value in flat.items()
         if not _is_place(key, flat) and (key.split(".")[0] in used or value != defaults.get(key))
     }
+
+
+def tree_of(flat: Mapping[str, object]) -> dict:
+    """{"SOLVER.LR": 0.1} as {"SOLVER": {"LR": 0.1}}."""
+    tree: dict = {}
+    for key, value in flat.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
 
 
 def _is_place(key: str, flat: Mapping) -> bool:

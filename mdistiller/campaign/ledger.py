@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from mdistiller import config
-from mdistiller.campaign.identity import computing, identity
+from mdistiller.campaign.identity import computing, identity, tree_of
 from mdistiller.campaign.plan import Trial
 from mdistiller.dataset import load_dataset
 from mdistiller.engine import checkpoint
@@ -21,7 +22,7 @@ from mdistiller.files import sync_folder
 
 NEEDED = {  # key of a record: its kind
     "plan": str, "cell": str, "seed": int, "config": dict, "teacher": (dict, type(None)), "epochs": int, "curve": list,
-    "last": (int, float), "best": (int, float), "seconds": (int, float), "students": int, "device": str,
+    "last": (int, float), "best": (int, float), "seconds": (int, float), "students": (int, float), "device": str,
     "versions": dict, "git": list, "sha256": dict,
 }  # fmt: skip
 
@@ -41,20 +42,25 @@ class Ledger:
         """
         try:
             status = os.stat(self.path)
+            if self._stamp == (status.st_size, status.st_mtime_ns):
+                return self._records
+            data = self.path.read_bytes()
         except FileNotFoundError:
             return {}
         except NotADirectoryError:
             raise UserError(f"{self.path}: lies in no folder; give a folder for results") from None
-        if self._stamp != (status.st_size, status.st_mtime_ns):
-            data = self.path.read_bytes()
-            lines = data[: len(_whole(data))].decode(errors="replace").splitlines()
-            self._records = {}
-            for number, line in enumerate(lines, 1):
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}); give another folder for results"
+            ) from None
+        self._records = {}
+        for number, line in enumerate(_whole(data).decode(errors="replace").split("\n"), 1):
+            if line.strip():
                 record = _parse(line)
                 if record is None:
                     raise UserError(f"{self.path}, line {number}: is no record of a run; mend or remove that line")
                 self._records.setdefault(hash_of(record), record)
-            self._stamp = (status.st_size, status.st_mtime_ns)
+        self._stamp = (status.st_size, status.st_mtime_ns)
         return self._records
 
     def append(self, record: dict) -> bool:
@@ -86,9 +92,26 @@ def _whole(data: bytes) -> bytes:
 def _parse(line: str) -> dict | None:
     with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
         record = json.loads(line)
-        if all(isinstance(record[key], kind) for key, kind in NEEDED.items()) and hash_of(record):
+        if _is_sound(record) and hash_of(record):
             return record
     return None
+
+
+def _is_sound(record: dict) -> bool:
+    """Whether it has all that tables are made of. Raises KeyError, TypeError where it has not."""
+    teacher = record["teacher"] or {"run": "", "sha256": "", "config": {}}
+    texts = [teacher["run"], teacher["sha256"], *(record["sha256"][key] for key in ("data", "student"))]
+    texts += [record["versions"]["torch"], *(commit["commit"] for commit in record["git"] if commit)]
+    numbers = [record["last"], record["best"], record["seconds"], *record["curve"]]
+    return (
+        all(isinstance(record[key], kind) for key, kind in NEEDED.items())
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(commit["clean"], bool) for commit in record["git"] if commit)
+        and all(map(math.isfinite, numbers))
+        and record["students"] > 0
+        and record["epochs"] > 0
+        and not any(config.misfit(tree_of(settings)) for settings in (record["config"], teacher["config"]))
+    )
 
 
 def hash_of(record: dict) -> str:
@@ -127,23 +150,47 @@ def is_finished(trial: Trial) -> bool:
         return False
 
 
-def has_weights(trial: Trial) -> bool:
-    """Whether its folder has the last epoch's network, for students to learn from."""
-    return trial.weights.exists() and _is_this(trial) and is_finished(trial)
+def shortcoming(trial: Trial) -> str:
+    """Why a run that has come to its end is not `finished`, and what to do."""
+    rows = len(read_metrics(trial.folder))
+    again = "remove that folder, and the same command trains it again"
+    aside = "the same command keeps it under another name and trains this one"
+    if not _has_settings(trial):
+        return f"{trial.folder}: holds another run; {aside}"
+    if not _has_teacher(trial):
+        return f"{trial.folder}: was taught by other weights than {trial.cell.teacher.weights} has now; {aside}"
+    if rows != trial.epochs:
+        return f"{trial.folder / 'metrics.jsonl'}: has {rows} of {trial.epochs} epochs; {again}"
+    return f"{trial.folder / 'latest'}: is not of its last epoch; {again}"
+
+
+def has_weights(trial: Trial, record: dict) -> bool:
+    """Whether its folder has the last epoch's network, for students to learn from: the one on record, or of another
+    training of the same run.
+    """
+    digest = weights_digest(trial)
+    return digest == record["sha256"]["student"] or (digest != "" and _is_this(trial) and is_finished(trial))
 
 
 def _is_this(trial: Trial) -> bool:
     """Whether the folder's run was started with the trial's settings, and with the teacher's weights of today."""
+    return _has_settings(trial) and _has_teacher(trial)
+
+
+def _has_settings(trial: Trial) -> bool:
     try:
-        then = computing(config.read(trial.folder / "config.yaml"))
+        return computing(config.read(trial.folder / "config.yaml")) == trial.settings
     except (UserError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _has_teacher(trial: Trial) -> bool:
     if trial.cell.teacher is None:
-        return then == trial.settings
+        return True
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: training compares them once more
         teacher = json.loads((trial.folder / "environment.json").read_text())["sha256"]["teacher"]
-        return then == trial.settings and teacher == weights_digest(trial.cell.teacher)
-    return then == trial.settings
+        return teacher == weights_digest(trial.cell.teacher)
+    return True
 
 
 def weights_digest(trial: Trial) -> str:
@@ -170,6 +217,8 @@ def record_of(trial: Trial, plan: str) -> dict:
     environment = json.loads((trial.folder / "environment.json").read_text())
     sessions = environment["sessions"]
     teacher = trial.cell.teacher
+    seconds = sum(row["epoch_seconds"] for row in rows)
+    own = sum(row["epoch_seconds"] / _sharing(sessions, row["epoch"]) for row in rows)
     images = trial.epochs * train_images(trial.cfg.DATASET.TYPE, trial.cfg.DATASET.ROOT)
     return {
         "plan": plan,
@@ -181,8 +230,8 @@ def record_of(trial: Trial, plan: str) -> dict:
         "best_epoch": rows[-1]["best_epoch"],
         "epochs": trial.epochs,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": round(sum(row["epoch_seconds"] for row in rows), 2),
-        "students": max(session.get("students", 1) for session in sessions),  # side by side: these shared the seconds
+        "seconds": round(seconds, 2),
+        "students": round(seconds / own, 2),  # side by side, on average: these shared the seconds
         "images": images,
         "device": environment["device"],
         "threads": environment["threads"],
@@ -201,6 +250,11 @@ def record_of(trial: Trial, plan: str) -> dict:
         else None,
         "curve": [row["test_acc"] for row in rows],
     }
+
+
+def _sharing(sessions: list[dict], epoch: int) -> int:
+    """How many students of its process the run had beside itself in the `epoch`, itself included."""
+    return [session.get("students", 1) for session in sessions if session.get("epoch", 0) < epoch][-1]
 
 
 def _once(values: Iterator) -> Iterator:

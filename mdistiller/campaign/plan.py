@@ -1,7 +1,9 @@
 """Plans: a short YAML grid of pairs, methods, rules and seeds becomes the runs that it stands for, in their order."""
 
+import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,7 +17,7 @@ from mdistiller.analysis.runs import own_rule
 from mdistiller.campaign.identity import computing, identity, protocol
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.folder import PLACE, run_folder
+from mdistiller.engine.folder import MOST_BYTES, PLACE, run_folder
 from mdistiller.errors import ConfigError, UserError
 
 # key: its default, by whose type it is checked, and its meaning
@@ -26,7 +28,7 @@ KEYS = {
     "results": ("results", "folder of runs.jsonl, tables and charts, relative to where the command runs"),
     "pairs": ([], "teacher/student; or teachers and students"),
     "teachers": ([], "each with every one of students"),
-    "students": ([], "of teachers"),
+    "students": ([], "of teachers; all runs of one before the next one's"),
     "methods": ([], "names of distiller_dict; NONE is the student alone"),
     "rules": ([], "temperature rules under each of the methods; none: the method's own"),
     "seeds": ([], "of every student"),
@@ -34,7 +36,12 @@ KEYS = {
     "overrides": ({}, "configuration keys over those of the YAML files, for teachers and students alike"),
 }
 SET_BY_THE_PLAN = (
-    "SEED", "EXPERIMENT.", "DISTILLER.", "TEMPERATURE.RULE", "LOG.PREFIX", "DATASET.ROOT", "DEVICE",
+    "SEED", "EXPERIMENT.", "DISTILLER.", "TEMPERATURE.RULE", "LOG.PREFIX", "LOG.WANDB", "DATASET.ROOT", "DEVICE",
+)  # fmt: skip
+# what KEY VALUE pairs may say of all runs alike; the rest of PLACE is each run's own
+ANYWHERE = (
+    "LOG.PREFIX", "LOG.TENSORBOARD_FREQ", "LOG.SAVE_CHECKPOINT_FREQ", "LOG.TEMPERATURE", "DEVICE", "DATASET.ROOT",
+    "DATASET.NUM_WORKERS", "DATASET.TEST.BATCH_SIZE", "TEACHER_BANK_FOLDER",
 )  # fmt: skip
 
 
@@ -95,7 +102,8 @@ class Cell:
     def command(self, seed: int | str) -> list[str]:
         """Trains one of its trials by hand, from the teacher's file $TEACHER; other places are left to who types it."""
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
-        words = [word for key, value in pairs if not key.startswith(PLACE) for word in (key, value)]
+        computed = [(key, value) for key, value in pairs if not key.startswith(PLACE) or key == "EXPERIMENT.PLUGINS"]
+        words = [word for pair in computed for word in pair]
         file = Path(*self.file.parts[self.file.parts.index("configs") :]) if "configs" in self.file.parts else self.file
         teacher = ["DISTILLER.TEACHER_CKPT", '"$TEACHER"'] if self.teacher else []
         return ["python3", "tools/train_ours.py", "--cfg", str(file), *words, *teacher, "SEED", str(seed)]
@@ -159,7 +167,7 @@ def find(name: str, folder: Path) -> Path:
 
 
 def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Plan:
-    """The plan in `file`; `opts`: KEY VALUE pairs of PLACE, `seeds`: in place of the plan's own.
+    """The plan in `file`; `opts`: KEY VALUE pairs of ANYWHERE, `seeds`: in place of the plan's own.
 
     Raises ConfigError with one line for each mistake found, all at once.
     """
@@ -170,19 +178,24 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
     known = config.leaves(CFG)
     for key in opts[::2]:
         if key not in known:
-            problems.append(registry.unknown("key", key, [k for k in known if k.startswith(PLACE)]))
-        elif not key.startswith(PLACE):
-            problems.append(f"{key}: pairs of KEY VALUE say only where; to compute something else, write it below "
-                            "overrides: in a plan of your own, with _BASE_: this one")  # fmt: skip
+            problems.append(registry.unknown("key", key, ANYWHERE))
+        elif key not in ANYWHERE:
+            problems.append(
+                f"{key}: pairs of KEY VALUE say only where, by {', '.join(ANYWHERE)}; to compute something else, "
+                "write it below overrides: in a plan of your own, with _BASE_: this one"
+            )
     values = _checked(tree, problems)
     seeds = list(values["seeds"] if seeds is None else seeds)
     pairs = _pairs(values, problems)
-    grid = _Grid(file, values, opts, problems)
+    grid = _Grid(file, values, opts, seeds, problems)
     for teacher, student in pairs:
         if problems and grid.hopeless:
             break
         for method in values["methods"]:
             grid.add(method, teacher, student, seeds)
+    trials = [trial for cell in grid.cells.values() for trial in cell.trials]
+    folders = Counter(trial.folder for trial in trials)
+    problems += [f"{t.name}: is not alone in the folder {t.folder}" for t in trials if folders[t.folder] > 1]
     if problems:
         raise ConfigError(*(f"{file}: {line}" for line in dict.fromkeys(problems)))
     return Plan(file.stem, values["title"], values["note"], Path(values["results"]), seeds, list(grid.cells.values()))
@@ -208,6 +221,13 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
         twice = [item for i, item in enumerate(values[key]) if item in values[key][:i]]
         if twice:
             problems.append(f"{key}: {twice[0]} stands there twice; remove one")
+    flat = config.leaves(values["overrides"])
+    plugins = flat.get("EXPERIMENT.PLUGINS")
+    if plugins:  # they register what the plan names
+        try:
+            config.load(None, ["EXPERIMENT.PLUGINS", plugins])
+        except ConfigError as error:
+            problems += [f"overrides: {line}" for line in error.lines]
     seeds = [*values["seeds"], values["teacher_seed"]]
     if any(not 0 <= seed < 2**32 for seed in seeds):
         problems.append("seeds: must be in [0, 2**32)")
@@ -219,9 +239,8 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
     for name in values["methods"] if values["rules"] else ():
         if name != "NONE" and not issubclass(distiller_dict[name], RuleDistiller):
             problems.append(f"rules: {name} takes no temperature rule; give it a plan of its own")
-    flat = config.leaves(values["overrides"])
     problems += [f"overrides: {key} is the plan's own business; leave it out" for key in flat if _reserved(key)]
-    if "EXPERIMENT.PLUGINS" not in flat:  # which bring keys of their own
+    if not plugins:  # which bring keys of their own
         known = config.leaves(CFG)
         problems += [f"overrides: {registry.unknown('key', key, known)}" for key in flat if key not in known]
     values["overrides"] = {key: value for key, value in flat.items() if not _reserved(key)}
@@ -233,22 +252,23 @@ def _reserved(key: str) -> bool:
 
 
 def _pairs(values: dict, problems: list[str]) -> list[tuple[str, str]]:
-    """(teacher, student), the students of a teacher one after the other."""
+    """(teacher, student): of a list, the students of a teacher one after the other; of a grid, all of a student."""
     if bool(values["pairs"]) == bool(values["teachers"] and values["students"]):
         problems.append("pairs: give either pairs: [teacher/student, ...], or teachers: and students:")
         return []
-    pairs = [(teacher, student) for teacher in values["teachers"] for student in values["students"]]
+    grid = [(teacher, student) for student in values["students"] for teacher in values["teachers"]]
+    pairs = []
     for text in values["pairs"]:
         if text.count("/") != 1:
             problems.append(f"pairs: must be teacher/student, such as resnet56/resnet20; got {text}")
         else:
             pairs.append(tuple(text.split("/")))
     models = registry.cifar_models
-    for name in dict.fromkeys(name for pair in pairs for name in pair if name not in models):
+    for name in dict.fromkeys(name for pair in [*pairs, *grid] for name in pair if name not in models):
         problems.append(f"pairs: {registry.unknown(models.kind, name, models)}")
     order = list(dict.fromkeys(teacher for teacher, _ in pairs))
-    pairs = [(teacher, student) for teacher, student in pairs if teacher in models and student in models]
-    return sorted(pairs, key=lambda pair: order.index(pair[0]))
+    pairs = sorted(pairs, key=lambda pair: order.index(pair[0])) + grid
+    return [(teacher, student) for teacher, student in pairs if teacher in models and student in models]
 
 
 class Shipped:
@@ -268,6 +288,8 @@ class Shipped:
     def settings(self, cfg: CfgNode) -> dict[str, object]:
         """What the file for the method and pair of `cfg` computes; empty where there is none."""
         names = cfg.DISTILLER
+        if names.TYPE not in distiller_dict:  # a plug-in's, which is not here
+            return {}
         file, changes = self.file(names.TYPE, "" if names.TYPE == "NONE" else names.TEACHER, names.STUDENT)
         return computing(config.load(file, [word for pair in changes.items() for word in pair])) if file else {}
 
@@ -286,8 +308,9 @@ class Shipped:
 class _Grid:
     """Cells as they come up; what is wrong with one of them is added to `problems`."""
 
-    def __init__(self, file: Path, values: dict, opts: Sequence[str], problems: list[str]):
+    def __init__(self, file: Path, values: dict, opts: Sequence[str], seeds: Sequence[int], problems: list[str]):
         self.values, self.opts, self.problems = values, list(opts), problems
+        self.longest = max((str(seed) for seed in [*seeds, values["teacher_seed"]]), key=len)
         self.folder = Path(os.path.normpath(file.parent / values["configs"]))
         self.cells: dict[str, Cell] = {}
         self.shipped = Shipped(self.folder)
@@ -325,6 +348,7 @@ class _Grid:
             words = [
                 word if isinstance(word, str) else str(word).replace(" ", "") for w in changes.items() for word in w
             ]
+            places |= self._short_name(tag, words)
             words += [word for pair in places.items() for word in pair]
             cell = self.cells[name] = Cell(name, file, [*words, *self.opts], source)
         for seed in seeds:
@@ -332,11 +356,22 @@ class _Grid:
                 opts = [*cell.opts, "SEED", str(seed)]
                 try:
                     cfg = config.load(cell.file, opts)
-                    cell.trials.append(Trial(cell, seed, cfg, run_folder(cfg, opts)))
+                    folder = run_folder(cfg, opts)
+                    if "EXPERIMENT.NAME" in opts[::2]:  # as train_seeds has it
+                        folder = folder.with_name(f"{folder.name}+SEED:{seed}")
+                    cell.trials.append(Trial(cell, seed, cfg, folder))
                 except UserError as error:
                     self.problems += [line.replace("(command line)", "(overrides)") for line in error.lines]
         cell.trials.sort(key=lambda trial: trial.seed)
         return cell
+
+    def _short_name(self, tag: str, words: Sequence[str]) -> dict[str, str]:
+        """EXPERIMENT.NAME with a digest of the changes in `words`, where a folder's name cannot hold them."""
+        pairs = zip([*words[::2], "SEED"], [*words[1::2], self.longest], strict=True)
+        changed = ",".join(f"{key}:{value}" for key, value in pairs if not key.startswith(PLACE))
+        if len(f"{tag}+{changed}".encode()) <= MOST_BYTES:
+            return {}
+        return {"EXPERIMENT.NAME": f"{tag}+{hashlib.sha256(' '.join(words).encode()).hexdigest()[:12]}"}
 
     @staticmethod
     def _read_by(method: str, key: str) -> bool:

@@ -1,20 +1,22 @@
 """Records become tables (Markdown, LaTeX, CSV) and bar charts: every seed on record, and never two protocols."""
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from yacs.config import CfgNode
 
+from mdistiller import config
 from mdistiller.analysis import drawing, results
 from mdistiller.analysis.charts import COLOURS, GREY, Chart, Panel, Series, Table, write_table
 from mdistiller.analysis.runs import Group, Run, own_rule
 from mdistiller.analysis.statistics import Mean
-from mdistiller.campaign.identity import computing, differing, protocol
+from mdistiller.campaign.identity import computing, differing, protocol, tree_of
 from mdistiller.campaign.ledger import settings_of
 from mdistiller.campaign.plan import Plan, Shipped
+from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
@@ -27,7 +29,8 @@ CAPTION = (
 )
 BESIDE_CAPTION = (
     " Published figures are best epochs; they lie inside, above or below our best epoch's mean ± standard deviation "
-    "(~: read off a chart, and as far outside as that is uncertain)."
+    "(~: read off a chart, and as far outside as that is uncertain). Neither above nor below means that it was not "
+    "reproduced: with so few seeds an equally good run lies outside about half of the time (n = 3: 48 %, n = 2: 56 %)."
 )
 # Published protocol: its key in the table of published figures, and ours
 PROTOCOL = {
@@ -40,6 +43,7 @@ PROTOCOL = {
 }
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 NO_MATTER = ("SEED", "DETERMINISTIC", "SOLVER.STEP", "SOLVER.AMP", "SOLVER.NAN_POLICY", "TEACHER_BANK")  # to figures
+OTHER_PROTOCOL, OTHER_VALUES = "Not the published protocol", "Not the published hyperparameters"
 MOST_LABELS = 14  # bars that can have their figure above them
 
 
@@ -57,13 +61,7 @@ class Row:
 
 
 def _run_of(record: Mapping) -> Run:
-    cfg = CFG.clone()
-    for key, value in record["config"].items():
-        *sections, leaf = key.split(".")
-        node = cfg
-        for section in sections:
-            node = node[section]
-        node[leaf] = value
+    cfg = CfgNode(tree_of(config.leaves(CFG) | record["config"]))
     row = {"epoch": record["epochs"], "test_acc": record["last"], "best_acc": record["best"]}
     return Run(Path(record["cell"]), cfg, [row])
 
@@ -78,11 +76,21 @@ def of_plan(plan: Plan, records: Iterable[Mapping]) -> tuple[list[Row], list[str
         seeds = {record["seed"] for record in same}
         missing = [trial.seed for trial in cell.trials if trial.seed not in seeds]
         rows.append(Row(cell.name, sorted(same, key=lambda record: record["seed"]), missing))
+        others: dict[str, list[int]] = {}
         for record, found in records:
             if found != wanted and (record["plan"], record["cell"]) == (plan.name, cell.name):
-                keys = _apart(differing([found, wanted]))
-                notes.append(f"left out: {cell.name}, seed {record['seed']}, run by another protocol: {keys}")
+                others.setdefault(_apart(differing([found, wanted])), []).append(record["seed"])
+        notes += [f"Left out: {cell.name} ({_seeds(of)}), run by another protocol: {k}." for k, of in others.items()]
     return rows, notes
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def _seeds(numbers: Iterable[int]) -> str:
+    numbers = sorted(set(numbers))
+    return f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def of_records(records: Iterable[Mapping]) -> list[Row]:
@@ -103,17 +111,28 @@ def _apart(keys: Mapping[str, Sequence]) -> str:
     return ", ".join(f"{key} ({' / '.join(map(str, values))})" for key, values in keys.items())
 
 
+def _shared(record: Mapping) -> dict[str, object]:
+    """What rows of one table have in common: data and solver, but for the learning rate, which is the student's."""
+    own, _ = settings_of(record)
+    kept = {k: v for k, v in own.items() if k.startswith(("SOLVER.", "DATASET.")) and k != "SOLVER.LR"}
+    return kept | {"sha256 of the data": record["sha256"]["data"]}
+
+
+def alike(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows that can stand in one table with most of the runs, and a line on each that cannot."""
+    found = {row.name: [_shared(record) for record in row.records] for row in rows}
+    every = [shared for some in found.values() for shared in some]
+    most = max(every, key=every.count, default=None)
+    odd = {name: differing([most, *some]) for name, some in found.items() if any(shared != most for shared in some)}
+    notes = [
+        f"Left out: {name}, of another protocol than the other rows: {_apart(keys)}." for name, keys in odd.items()
+    ]
+    return [row for row in rows if row.name not in odd], notes
+
+
 def check_shared(rows: Sequence[Row]) -> None:
-    """Raises UserError where rows of one table differ in data or solver, but for the learning rate, which is the
-    student's.
-    """
-    shared = []
-    for row in rows:
-        for record in row.records:
-            own, _ = settings_of(record)
-            kept = {k: v for k, v in own.items() if k.startswith(("SOLVER.", "DATASET.")) and k != "SOLVER.LR"}
-            shared.append(kept | {"sha256 of the data": record["sha256"]["data"]})
-    keys = differing(shared)
+    """Raises UserError where runs differ in what rows of one table must have in common."""
+    keys = differing(_shared(record) for row in rows for record in row.records)
     if keys:
         raise UserError(f"runs of different protocols in one table: {_apart(keys)}; select with --only, or give a plan")
 
@@ -200,16 +219,14 @@ def _notes(rows: Sequence[Row], away: Sequence[str], changed: Mapping[str, Seque
     """Protocol, machine and code of the runs, and what is missing."""
     notes, records = [], [record for row in rows for record in row.records]
     if away:
-        notes.append("**Not the published protocol**: " + ", ".join(away) + ".")
+        notes.append(f"**{OTHER_PROTOCOL}**: " + ", ".join(away) + ".")
     alike: dict[str, list[str]] = {}
     for name, keys in changed.items():
         alike.setdefault(", ".join(keys), []).append(name)
-    notes += [
-        f"**Not the published hyperparameters**: {keys}, in {'; '.join(of)}." for keys, of in alike.items() if keys
-    ]
+    notes += [f"**{OTHER_VALUES}**: {keys}, in {'; '.join(of)}." for keys, of in alike.items() if keys]
     if records:
-        first = records[0]["config"]
-        students = {r["config"]["DISTILLER.STUDENT"]: r["config"]["SOLVER.LR"] for r in records}
+        settings = [settings_of(record)[0] for record in records]
+        first, students = settings[0], {s["DISTILLER.STUDENT"]: s["SOLVER.LR"] for s in settings}
         rates = {}
         for student, rate in students.items():
             rates.setdefault(rate, []).append(student)
@@ -229,21 +246,17 @@ def _notes(rows: Sequence[Row], away: Sequence[str], changed: Mapping[str, Seque
             {g["commit"][:12] + " (with changes)" * (not g["clean"]) for r in records for g in r["git"] if g}
         )
         minutes = sum(r["seconds"] / r.get("students", 1) for r in records) / 60  # side by side they share them
-        time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        time = counted(round(minutes), "minute") if minutes < 120 else f"{minutes / 60:.1f} hours"
         notes.append(
-            f"{len(records)} run{'s' * (len(records) > 1)}, {time} of training and evaluation in all, on "
+            f"{counted(len(records), 'run')}, {time} of training and evaluation in all, on "
             f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'unknown'}."
         )
     for row in rows:
         teachers = {record["teacher"]["sha256"] for record in row.records if record["teacher"]}
         if len(teachers) > 1:
             notes.append(f"{row.name}: its seeds learnt from {len(teachers)} trainings of the teacher.")
-    missing = [
-        f"{row.name} (seed{'s' * (len(row.missing) > 1)} {', '.join(map(str, row.missing))})"
-        for row in rows
-        if row.missing
-    ]
-    if missing:
+    missing = [f"{row.name} ({_seeds(row.missing)})" for row in rows if row.missing]
+    if records and missing:
         notes.append(f"Not run yet: {'; '.join(missing)}.")
     return notes
 
@@ -302,7 +315,6 @@ def _chart(
     """`bars`: of each the method, its places on the axis, and its runs."""
     places = list(dict.fromkeys(place for _, own, _ in bars for place in own))
     methods = sorted(dict.fromkeys(method for method, _, _ in bars), key=lambda name: name != "alone")
-    shades = dict(zip((m for m in sorted(methods) if m != "alone"), itertools.cycle(COLOURS))) | {"alone": GREY}
     counts = sorted({len(group.runs) for _, _, group in bars})
     seeds = "–".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) + " seed" + "s" * (counts[-1] > 1)
     chart = Chart(name, "", title, "", [], wide=1)
@@ -314,7 +326,7 @@ def _chart(
             sd = np.array([(means[place].std or 0.0) if place in means else np.nan for place in places])
             text = [f"{value:.1f}" for value in y] if len(places) * len(methods) <= MOST_LABELS else []
             bands = {("minus_sd", "plus_sd"): (y - sd, y + sd)}
-            panel.series.append(Series(method, None, places, y, "bars", bands, text=text, colour=shades[method]))
+            panel.series.append(Series(method, None, places, y, "bars", bands, text=text, colour=_shade(method)))
         if level:
             mean = getattr(level, which)
             bands = {("minus_sd", "plus_sd"): tuple([mean.mean + sign * (mean.std or 0.0)] for sign in (-1, 1))}
@@ -326,6 +338,17 @@ def _chart(
         panel.y_label += ", axis cut" * bool(panel.y_range[0] > 0)
         chart.panels.append(panel)
     return chart
+
+
+def _shade(method: str) -> str:
+    """A method's own colour, whatever else is shown: darker ones once COLOURS are used up."""
+    if method == "alone":
+        return GREY
+    first = ("KD", "DKD", "DTKD")
+    order = [*first, *(name for name in distiller_dict if name not in ("NONE", *first))]
+    round_, place = divmod(order.index(method) if method in order else len(order), len(COLOURS))
+    parts = (int(COLOURS[place][i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{int(part * 0.6**round_):02x}" for part in parts)
 
 
 def _method(row: Row) -> str:
@@ -344,9 +367,8 @@ class Report:
 
     @property
     def markdown(self) -> str:
-        if not self.table.rows:
-            return "Nothing of it is on record yet.\n"
-        return results.markdown(self.table) + "".join(f"\n{line}\n" for line in self.notes)
+        table = results.markdown(self.table) if self.table.rows else "Nothing of it is on record yet.\n"
+        return table + "".join(f"\n{line}\n" for line in self.notes)
 
     def write(self, out: Path) -> None:
         """OUT/NAME/table.md, .tex and .csv, and the charts as PNG and SVG; nothing where nothing is on record."""
@@ -355,8 +377,9 @@ class Report:
         folder = out / self.name
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "table.md", f"# {self.title}\n\n{self.markdown}".encode())
-        comments = "".join(f"% {line}\n" for line in self.notes)
-        write_atomic(folder / "table.tex", (comments + results.latex(self.table)).encode())
+        comments = "".join(f"% {line}\n" for note in self.notes for line in note.splitlines())
+        titled = replace(self.table, caption=f"{' '.join(self.title.split())}. {self.table.caption}")
+        write_atomic(folder / "table.tex", (comments + results.latex(titled)).encode())
         write_csv(folder / "table.csv", self.table)
         made = {chart.name for chart in self.charts}
         for old in (file for kind in ("png", "svg") for file in folder.glob(f"chart*.{kind}")):
@@ -377,7 +400,8 @@ def report(
     """`shipped`: the YAML files with the published hyperparameters. Raises UserError where protocols would mix."""
     check_shared(rows)
     table, below = table_of(rows, title, published, shipped)
-    away = "not the published protocol" if any(line.startswith("**") for line in below) else ""
+    said = [words for words in (OTHER_PROTOCOL, OTHER_VALUES) if any(line.startswith(f"**{words}**") for line in below)]
+    away = said[0].lower() if said else ""
     return Report(name, title, table, [*below, *notes], charts_of(rows, title, away))
 
 

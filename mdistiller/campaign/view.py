@@ -25,10 +25,10 @@ def duration(seconds: float | None) -> str:
 
 def figures(p: Progress) -> tuple[str, str, str, str]:
     """epoch, last, best, images/s."""
-    row = p.rows[-1] if p.rows else {}
+    row, runs = p.rows[-1] if p.rows else {}, p.status in ("running", "in use")
     last, best = (f"{row[key]:.2f}" if row else "" for key in ("test_acc", "best_acc"))
-    speed = f"{row['images_per_second']:,.0f}" if row and p.status == "running" else ""
-    return f"{p.epochs}/{p.trial.epochs}" if row or p.status == "running" else "", last, best, speed
+    speed = f"{row['images_per_second']:,.0f}" if row and runs else ""
+    return f"{p.epochs}/{p.trial.epochs}" if row or runs else "", last, best, speed
 
 
 class Plain:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from mdistiller import config
 from mdistiller.dataset import Batch, Batches, ImageSet, load_dataset
-from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.distillers import LogitDistiller, RuleDistiller, Vanilla, distiller_dict
 from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.device import check_amp, has_bf16, prepare, resolve_device, seed_everything, set_determinism
@@ -129,7 +129,7 @@ class Run:
         plan, cfg, trainer, common = self.plan, self.plan.cfg, self.trainer, self.common
         self.folder.write_config(cfg, plan.teacher_file)
         resumed, origin = self.folder.resumed, trainer.origin
-        self.folder.write_environment(common.device, cfg.SEED, resumed, origin, common.students)
+        self.folder.write_environment(common.device, cfg.SEED, resumed, origin, common.students, trainer.epoch)
         wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, plan.path.name, cfg) if cfg.LOG.WANDB else None
         recorder = Recorder(
             plan.path, cfg.SOLVER.EPOCHS, trainer.epoch, trainer.log_bytes, wandb_run, plan.label, plan.place
@@ -327,11 +327,12 @@ def build_trainer(
     logits, bank = common.teachers.logits_of(
         cfg, distiller, train_batches, teacher_file, origin, solver.EPOCHS, data.num_classes
     )
-    steps = solver.EPOCHS * len(train_batches)
-    forward = torch.compile(distiller, dynamic=False) if uses_compiler(cfg, device, steps) else None
+    forward, refusal = compiled_form(cfg, distiller, device, solver.EPOCHS * len(train_batches))
+    step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward)
+    step.refusal = refusal
     trainer = Trainer(
         distiller,
-        Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward),
+        step,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         train_batches,
         test_batches,
@@ -356,12 +357,30 @@ def uses_graph(cfg: CfgNode, device: torch.device) -> bool:
     return device.type == "cuda" and cfg.SOLVER.STEP != "eager" and cfg.SOLVER.AMP != "fp16"
 
 
-def uses_compiler(cfg: CfgNode, device: torch.device, steps: int) -> bool:
-    """auto: on a CPU, for so many `steps` that faster ones make up for the compiling."""
-    if cfg.SOLVER.STEP != "auto":
-        return cfg.SOLVER.STEP == "compile"
-    own = "clang++" if sys.platform == "darwin" else "g++"  # what torch takes
-    return device.type == "cpu" and steps >= COMPILING and shutil.which(os.environ.get("CXX", own)) is not None
+def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, steps: int) -> tuple[Callable | None, str]:
+    """What is to be called in place of `distiller`, compiled at its first call for each batch size; None where it is
+    not to be, and why, where SOLVER.STEP asks for it.
+
+    auto compiles on a CPU what needs no features, whose storing costs as much as compiling gains, for so many `steps`
+    that faster ones make up for the compiling.
+    """
+    own = [
+        f"{path}.{name}".lstrip(".")
+        for path, module in distiller.named_modules()
+        if path.split(".")[0] not in ("student", "teacher") and not isinstance(module, nn.BatchNorm2d)
+        for name, _ in module.named_buffers(recurse=False)
+    ]
+    if cfg.SOLVER.STEP == "auto":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
+        pays = device.type == "cpu" and steps >= COMPILING and isinstance(distiller, (LogitDistiller, Vanilla))
+        if own or not pays or shutil.which(compiler) is None:
+            return None, ""
+    elif cfg.SOLVER.STEP != "compile":
+        return None, ""
+    if own:  # torch computes parts of the forward pass anew for the backward one, from what it has left by then
+        return None, f"{cfg.DISTILLER.TYPE} writes to '{own[0]}', which a compiled backward pass would read too late"
+    # drawing what an eager step draws
+    return torch.compile(distiller, dynamic=False, options={"fallback_random": True}), ""
 
 
 def check_step(cfg: CfgNode, device: torch.device) -> None:

@@ -29,6 +29,7 @@ PLACE = (
     "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
     "DISTILLER.TRAIN_TEACHER", "TEACHER_BANK_FOLDER",
 )  # fmt: skip
+MOST_BYTES = 200  # of a run's name: what is made of it has to fit 255
 PREFIXES = ("CUDA", "CUBLAS", "CUDNN", "NVIDIA_TF32", "OMP_", "MKL_", "KMP_", "TORCH_")  # variables that change bits
 
 
@@ -42,8 +43,8 @@ def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
     name = "".join("_" if c in "/\\\0" else c for c in name.replace(" ", ""))
     if name.strip(".") == "" or not name.isprintable():
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
-    if len(name.encode()) > 200:
-        raise UserError("the run's name would exceed 200 bytes; give it one with EXPERIMENT.NAME")
+    if len(name.encode()) > MOST_BYTES:
+        raise UserError(f"the run's name would exceed {MOST_BYTES} bytes; give it one with EXPERIMENT.NAME")
     return files.expand(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT / name
 
 
@@ -179,17 +180,17 @@ class RunFolder:
         write_atomic(self.path / "config.yaml", found.dump().encode())
 
     def write_environment(
-        self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], students: int = 1
+        self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], students: int = 1, epoch: int = 0
     ) -> None:
         """environment.json: what has to be known to run this again. A resumed run adds to `sessions`. `students`: how
-        many train side by side.
+        many train side by side, from the `epoch` that was finished then.
         """
         file = self.path / "environment.json"
         sessions = []
         if resume:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: nothing depends on it
                 sessions = [dict(session) for session in json.loads(file.read_text())["sessions"]]
-        sessions.append(environment(device) | {"students": students})
+        sessions.append(environment(device) | {"students": students, "epoch": epoch})
         body = {**sessions[0], "seed": seed, "sha256": origin, "sessions": sessions}
         write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")
 

@@ -379,11 +379,11 @@ def _capture_cuda_graph(function: Callable[[Tensor], Tensor], image: Tensor) -> 
     with torch.cuda.device(image.device):
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(aside):  # its own: graphs captured on one stream share cuBLAS's workspace
             for _ in range(3):  # cuDNN chooses its kernels and takes its workspaces, which a capture must not
                 function(image)
+            with torch.cuda.graph(graph, stream=aside):
+                output = function(image)
         here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = function(image)
     return output, graph.replay

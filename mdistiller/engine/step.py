@@ -127,11 +127,11 @@ class Step:
                 epoch = torch.full((), float(epoch), device=self.device)
             try:
                 return self.forward(**given | {"epoch": epoch})
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, OSError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 # a mistake that is not the compiler's comes again below
-                self.forward, self.refusal = None, " ".join(str(error).split())[:200]
+                self.forward, self.refusal = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         return self.distiller(**given)
 
     def _update(self, loss: Tensor, extra: tuple) -> Tensor:
