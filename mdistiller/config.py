@@ -383,8 +383,9 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
         elif isinstance(value, Mapping):
             problems.append(f"{full}: is a single value ({_kind(node[key])}), not a section ({source})")
         else:
-            word = {"True": "on", "False": "off"}.get(str(value))  # what YAML 1.1 takes these words for
-            value = word if word in _CHOICES.get(full, ()) else value
+            if isinstance(value, (bool, str)) and full in _CHOICES:
+                word = {"True": "on", "False": "off"}.get(str(value))  # what YAML 1.1 takes these words for
+                value = word if word in _CHOICES[full] else value
             try:
                 node[key] = _coerce(value, node[key])
             except (TypeError, OverflowError):

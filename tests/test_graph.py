@@ -447,6 +447,8 @@ def test_auto_compiles_long_runs_of_logit_methods_on_a_cpu(monkeypatch):
     assert chosen() == chosen("NONE") == chosen("FITNET", "compile") == (True, "")
     assert chosen(steps=1000) == chosen("FITNET") == chosen(step="eager") == (False, "")
     assert chosen(device=torch.device("cuda")) == (False, ""), "a graph there"
+    vgg = distiller_dict["NONE"](build_model("vgg8", 10))
+    assert compiled_form(config.load(), vgg, CPU, 10**6) == (None, "")
     assert "memory_v1" in chosen("CRD", "compile")[1] and not chosen("CRD", "compile")[0]
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert chosen() == (False, "") and chosen(step="compile") == (True, "")

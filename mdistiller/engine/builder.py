@@ -362,7 +362,7 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
     not to be, and why, where SOLVER.STEP asks for it.
 
     auto compiles on a CPU what needs no features, whose storing costs as much as compiling gains, for so many `steps`
-    that faster ones make up for the compiling.
+    that faster ones make up for the compiling; not a student that says `compiles_well = False`.
     """
     own = [
         f"{path}.{name}".lstrip(".")
@@ -373,6 +373,7 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
     if cfg.SOLVER.STEP == "auto":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
         pays = device.type == "cpu" and steps >= COMPILING and isinstance(distiller, (LogitDistiller, Vanilla))
+        pays = pays and getattr(distiller.student, "compiles_well", True)
         if own or not pays or shutil.which(compiler) is None:
             return None, ""
     elif cfg.SOLVER.STEP != "compile":
