@@ -478,6 +478,14 @@ def test_replayed_steps_are_left_out_where_they_are_bad(name, device):
         assert torch.equal(value, before[key]), key
 
 
+def test_steps_are_compiled_from_the_epoch_that_says_so():
+    made, seen = make("KD"), []
+    made.step.compiled_from = 2
+    made.step.forward = lambda **given: seen.append(float(given["epoch"])) or made.distiller(**given)
+    train(made, 3)
+    assert seen == [2.0] * 3 + [3.0] * 3
+
+
 # On a GPU
 
 

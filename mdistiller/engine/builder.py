@@ -236,7 +236,7 @@ def introduce(
     if cfg.SOLVER.AMP == "bf16" and not has_bf16(device):
         say_once(f"this {device.type} has no bfloat16 arithmetic: SOLVER.AMP none would be several times faster")
     if trainer.step.forward is not None:
-        say_once("the first steps are compiled, which takes a minute or two")
+        say_once(f"steps are compiled from epoch {trainer.step.compiled_from} on, which takes a minute or two there")
     if bank and trainer.epoch < trainer.epochs:
         say_once(bank)
     if not (trainer.epoch or trainer.done):
@@ -328,7 +328,8 @@ def build_trainer(
         cfg, distiller, train_batches, teacher_file, origin, solver.EPOCHS, data.num_classes
     )
     forward, refusal = compiled_form(cfg, distiller, device, solver.EPOCHS * len(train_batches))
-    step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward)
+    later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once
+    step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal = refusal
     trainer = Trainer(
         distiller,

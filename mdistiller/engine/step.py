@@ -58,7 +58,8 @@ class Step:
     are put back, and training goes on. Off the CPU a look at every loss would stall the device: there the decision is
     taken on the device, and under "stop" no later step changes a parameter either, until `bad_step` is read.
 
-    `forward`: the distiller's compiled form, where it is to be tried; `refusal` says why it is not used any more.
+    `forward`: the distiller's compiled form, where it is to be tried from the epoch `compiled_from` on; `refusal` says
+    why it is not used any more.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class Step:
         amp: str = "none",
         nan_policy: str = "stop",
         forward: Callable | None = None,
+        compiled_from: int = 1,
     ):
         self.distiller, self.optimizer = distiller, optimizer
         self.device, self.amp = device, amp
-        self.forward, self.refusal = forward, ""
+        self.forward, self.compiled_from, self.refusal = forward, compiled_from, ""
         self.skip = nan_policy == "skip"
         fp16 = AMP_DTYPES[amp] is torch.float16
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
@@ -121,8 +123,8 @@ class Step:
             self._number += 1
 
     def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.forward is not None:
-            epoch = given["epoch"]
+        epoch = given["epoch"]
+        if self.forward is not None and (self.compiled_from == 1 or epoch >= self.compiled_from):
             if not isinstance(epoch, Tensor):  # each number would be compiled anew
                 epoch = torch.full((), float(epoch), device=self.device)
             try:
