@@ -34,7 +34,7 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def use(way: tuple[str, str] | None, teacher: str, student: str, steps: int, device: torch.device) -> float:
+def use(way: tuple[str, str, str] | None, teacher: str, student: str, steps: int, device: torch.device) -> float:
     """MB that training takes at most."""
     images = np.random.RandomState(0).randint(0, 256, (BATCH * steps, 32, 32, 3)).astype(np.uint8)
 
@@ -48,7 +48,7 @@ def use(way: tuple[str, str] | None, teacher: str, student: str, steps: int, dev
         if way is None:
             loop = PlainLoop(*pair(), images, device)
         else:
-            loop = OurLoop(pair, images, device, *way, "graph", Path(folder))
+            loop = OurLoop(pair, images, device, *way, Path(folder))
         loop.round()
         return peak(device) - before
 
@@ -80,9 +80,9 @@ def main() -> None:
     print(f"{a.teacher} -> {a.student}, batch {BATCH}: activations {activations(a.student):,.0f} MB\n")
     print(f"| {'mode':<20} | {'peak, MB':>8} | {'beyond plain':>12} |")
     print(f"|-{'-' * 20}-|-{'-' * 8}:|-{'-' * 12}:|")
-    ways = {
-        f"{way}, {NAMES[amp]}": (amp, way) for amp in precisions(device) for way in ("off", "ahead", "cold", "warm")
-    }
+    amps = precisions(device)
+    ways = {f"{way}, {NAMES[amp]}": (amp, way, "graph") for amp in amps for way in ("off", "ahead", "cold", "warm")}
+    ways |= {f"compiled warm, {NAMES[amp]}": (amp, "warm", "compile") for amp in amps}
     plain = None
     for name, way in ({"plain loop, float32": None} | ways).items():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
