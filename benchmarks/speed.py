@@ -37,13 +37,14 @@ from torchvision import transforms
 
 from mdistiller.dataset import Batches
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.builder import build_model, compiled_form, prepare_parts
+from mdistiller.engine.builder import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG, load
 from mdistiller.engine.device import AMP_DTYPES, has_bf16, resolve_device, set_determinism, side_stream
 from mdistiller.engine.folder import check_writable
 from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import MultiStep, set_lr, sgd
 from mdistiller.engine.step import Step
+from mdistiller.engine.stepmode import compiled_form
 from mdistiller.engine.teacher import Bank, TeacherLogits
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import run_command

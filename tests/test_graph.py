@@ -22,11 +22,12 @@ from mdistiller.distillers._common import warmup
 from mdistiller.distillers.CTKD import curriculum
 from mdistiller.distillers.KD import KD
 from mdistiller.engine import graph, trainer
-from mdistiller.engine.builder import build_model, compiled_form, prepare_parts
+from mdistiller.engine.builder import build_model, prepare_parts
 from mdistiller.engine.graph import WARM_UP, GraphStep
 from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, sgd, state_of
 from mdistiller.engine.step import Step
+from mdistiller.engine.stepmode import compiled_form
 from mdistiller.engine.teacher import TeacherLogits
 from mdistiller.engine.trainer import Trainer
 
