@@ -148,9 +148,8 @@ def test_parts_add_up_to_the_whole():
 
 def method(*opts, teacher=None):
     cfg = load(None, list(map(str, opts)))
-    distiller = distiller_dict[cfg.DISTILLER.TYPE](torch.nn.Identity(), teacher or torch.nn.Linear(3, 6), cfg)
-    refuse_unused(cfg, distiller)
-    return distiller
+    refuse_unused(cfg)
+    return distiller_dict[cfg.DISTILLER.TYPE](torch.nn.Identity(), teacher or torch.nn.Linear(3, 6), cfg)
 
 
 def loss_kd(*opts):

@@ -66,6 +66,7 @@ class RunPlan:
         device = resolve_device(self.cfg.DEVICE)
         check_amp(self.cfg.SOLVER.AMP, device)
         check_step(self.cfg, device)
+        refuse_unused(self.cfg)  # before a teacher is trained for it
         if self.cfg.LOG.WANDB:
             require_wandb()
         if resume is True and not resumable(self.path):
@@ -277,19 +278,24 @@ def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, dev
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
     wanted = inspect.signature(cls).parameters
     arguments = {name: value for name, value in offered.items() if name in wanted}
+    refuse_unused(cfg)
     distiller = cls(student, teacher, cfg, **arguments)
-    refuse_unused(cfg, distiller)
     return prepare_parts(distiller, device)
 
 
-def refuse_unused(cfg: CfgNode, distiller: nn.Module) -> None:
-    """Raises UserError where the configuration asks of the method what it does not do."""
+def refuse_unused(cfg: CfgNode) -> None:
+    """Raises UserError where the configuration asks of the method what it does not do. (NONE may be a teacher's, with
+    its student's settings.)
+    """
     method = cfg.DISTILLER.TYPE
+    if method == "NONE":
+        return
+    cls = distiller_dict[method]
     rule = "EXPERIMENT.LOGIT_STAND" if cfg.EXPERIMENT.LOGIT_STAND else "TEMPERATURE.RULE"
-    if (cfg.TEMPERATURE.RULE or cfg.EXPERIMENT.LOGIT_STAND) and not isinstance(distiller, RuleDistiller):
-        takers = [name for name, cls in distiller_dict.items() if issubclass(cls, RuleDistiller)]
+    if (cfg.TEMPERATURE.RULE or cfg.EXPERIMENT.LOGIT_STAND) and not issubclass(cls, RuleDistiller):
+        takers = [name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller)]
         raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
-    if cfg.TEMPERATURE.PART != "all" and not getattr(distiller, "has_parts", False):
+    if cfg.TEMPERATURE.PART != "all" and not getattr(cls, "has_parts", False):
         raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
 
 
