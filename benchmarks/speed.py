@@ -251,8 +251,8 @@ def modes_of(pair, images: np.ndarray, device: torch.device, folder: Path, compi
             loop = OurLoop(pair, images, device, amp, teacher, "graph", folder)
             modes[f"{teacher}, {name}"] = (loop, amp, teacher != "warm")
     ways = [("compiled ahead", "ahead", 1), ("compiled cold", "cold", 1), ("compiled warm", "warm", 1)] * compiled
+    step = "compile" if compiled else "graph"
     for name, teacher, seeds in [*ways, ("5 seeds warm", "warm", 5)]:
-        step = "compile" if compiled else "graph"
         loop = OurLoop(pair, images, device, amps[-1], teacher, step, folder, seeds)
         modes[f"{name}, {NAMES[amps[-1]]}"] = (loop, amps[-1], teacher != "warm")
     return modes

@@ -124,6 +124,7 @@ class Step:
 
     def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:
         epoch = given["epoch"]
+        # under a graph the epoch is a tensor on the device, which must not be looked at: graphs compile from 1 on
         if self.forward is not None and (self.compiled_from == 1 or epoch >= self.compiled_from):
             if not isinstance(epoch, Tensor):  # each number would be compiled anew
                 epoch = torch.full((), float(epoch), device=self.device)
