@@ -17,13 +17,13 @@ from collections.abc import Callable
 
 import torch
 
+from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batches
+from mdistiller.device import autocast, resolve_device
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.builder import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.device import autocast, resolve_device
 from mdistiller.engine.evaluator import evaluate
-from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Meter, Step
 from mdistiller.errors import run_command

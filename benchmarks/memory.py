@@ -19,8 +19,8 @@ import torch
 from speed import BATCH, CLASSES, NAMES, OurLoop, PlainLoop, precisions
 from torch.nn import functional as F
 
+from mdistiller.device import resolve_device
 from mdistiller.engine.builder import build_model
-from mdistiller.engine.device import resolve_device
 from mdistiller.errors import run_command
 
 MB = 2**20

@@ -18,9 +18,9 @@ import torch
 
 from mdistiller.config import load
 from mdistiller.dataset import Batches
+from mdistiller.device import resolve_device
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.builder import build_model, prepare_parts
-from mdistiller.engine.device import resolve_device
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Meter, Step
 from mdistiller.errors import UserError, run_command

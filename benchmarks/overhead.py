@@ -24,12 +24,12 @@ from mdistiller.config import load
 from mdistiller.dataset import ImageSet
 from mdistiller.engine import builder
 from mdistiller.engine.evaluator import Scores
-from mdistiller.engine.recorder import Recorder
 from mdistiller.engine.solver import set_lr
 from mdistiller.engine.step import Meter
-from mdistiller.engine.temperature import RecordFile
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import run_command
+from mdistiller.runs.recorder import Recorder
+from mdistiller.runs.temperature import RecordFile
 
 TRAIN, TEST, CLASSES, BATCH = 50_000, 10_000, 100, 64
 

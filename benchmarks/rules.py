@@ -18,9 +18,9 @@ from mdistiller import config
 from mdistiller.analysis.statistics import mean_and_std
 from mdistiller.campaign.identity import computing
 from mdistiller.engine.builder import train
-from mdistiller.engine.folder import run_folder
-from mdistiller.engine.recorder import read_metrics
 from mdistiller.errors import UserError, run_command
+from mdistiller.runs.folder import run_folder
+from mdistiller.runs.recorder import read_metrics
 
 CFG = Path(__file__).resolve().parents[1] / "configs/cifar100/dtkd/res20_res8.yaml"
 SHORT = [

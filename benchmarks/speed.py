@@ -35,20 +35,20 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.teacher import Bank, TeacherLogits
 from mdistiller.dataset import Batches
+from mdistiller.device import AMP_DTYPES, has_bf16, resolve_device, set_determinism, side_stream
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.builder import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG, load
-from mdistiller.engine.device import AMP_DTYPES, has_bf16, resolve_device, set_determinism, side_stream
-from mdistiller.engine.folder import check_writable
-from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import MultiStep, set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import compiled_form
-from mdistiller.engine.teacher import Bank, TeacherLogits
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import run_command
 from mdistiller.models import cifar_model_dict
+from mdistiller.runs.folder import check_writable
 
 BATCH, CLASSES, EPOCH, MEAN, STD = 64, 100, 50_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 NAMES = {"none": "float32", "bf16": "bf16"}

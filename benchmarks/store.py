@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdistiller.engine.store import RowStore
+from mdistiller.bank.store import RowStore
 
 EPOCH, BATCH, CHUNK = 50_000, 64, 1 << 16
 

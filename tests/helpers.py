@@ -13,8 +13,8 @@ import torch
 from mdistiller import config
 from mdistiller.dataset import load_dataset
 from mdistiller.engine.builder import train
-from mdistiller.engine.recorder import read_metrics
 from mdistiller.models import cifar_model_dict
+from mdistiller.runs.recorder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))

@@ -20,8 +20,8 @@ from mdistiller.analysis.networks import Networks
 from mdistiller.analysis.page import escape, page
 from mdistiller.analysis.runs import group_runs, read_run, rule_of
 from mdistiller.engine.cfg import load
-from mdistiller.engine.temperature import EpochBuffer, RecordFile
 from mdistiller.errors import UserError
+from mdistiller.runs.temperature import EpochBuffer, RecordFile
 
 
 def write_run(root, name, accuracies, seed=0, finished=None, **keys):

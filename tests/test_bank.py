@@ -12,12 +12,13 @@ import torch
 from helpers import agree, cases, changed, on, outcome, run, same, save_teacher
 
 from mdistiller import config
+from mdistiller.bank import teacher
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.store import RowStore
+from mdistiller.bank.teacher import TeacherLogits, choose
 from mdistiller.dataset import Batches
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.engine import builder, teacher
-from mdistiller.engine.inference import Inference
-from mdistiller.engine.store import RowStore
-from mdistiller.engine.teacher import TeacherLogits, choose
+from mdistiller.engine import builder
 from mdistiller.errors import Preempted, RunFailed, UserError
 from mdistiller.models import cifar_model_dict
 

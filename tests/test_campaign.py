@@ -34,9 +34,9 @@ from mdistiller.campaign.view import Board
 from mdistiller.dataset import load_dataset
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine import builder
-from mdistiller.engine.folder import RunFolder
-from mdistiller.engine.stop import Stop
 from mdistiller.errors import ConfigError, UserError
+from mdistiller.runs.folder import RunFolder
+from mdistiller.runs.stop import Stop
 
 PLANS = ROOT / "configs" / "plans"
 PUBLISHED = json.loads((ROOT / "results" / "published.json").read_text())

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mdistiller.engine import checkpoint
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
 from mdistiller.models import cifar_model_dict
+from mdistiller.runs import checkpoint
 
 
 def model(name="resnet8", classes=10):

@@ -8,7 +8,7 @@ import torch
 import yaml
 from helpers import ROOT, tool
 
-from mdistiller.engine.recorder import read_metrics
+from mdistiller.runs.recorder import read_metrics
 
 
 def blocks(page):

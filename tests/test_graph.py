@@ -16,6 +16,8 @@ from helpers import GPU, agree, cases, on, outcome, run
 from torch import nn
 
 from mdistiller import config
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.teacher import TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.distillers._common import warmup
@@ -24,11 +26,9 @@ from mdistiller.distillers.KD import KD
 from mdistiller.engine import graph, trainer
 from mdistiller.engine.builder import build_model, prepare_parts
 from mdistiller.engine.graph import WARM_UP, GraphStep
-from mdistiller.engine.inference import Inference
 from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, sgd, state_of
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import compiled_form
-from mdistiller.engine.teacher import TeacherLogits
 from mdistiller.engine.trainer import Trainer
 
 config.load()

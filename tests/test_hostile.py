@@ -24,11 +24,11 @@ import torch
 from helpers import ROOT, digits_opts, tool
 
 from mdistiller import config, registry
-from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import CFG, load
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import UserError, run_command
 from mdistiller.models import cifar_model_dict
+from mdistiller.runs import checkpoint
 
 SECONDS, MEGABYTES = 10, 250  # that a refusal may take, in a process that has imported everything
 EVALUATE = ["eval", "-m", "resnet8", "-d", "digits", "-c", "x.pth"]

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mdistiller.bank import inference as inference_module
+from mdistiller.bank.inference import Inference, _Captured, _PackedConv
 from mdistiller.dataset import Batches
+from mdistiller.device import autocast, prepare
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict
-from mdistiller.engine import inference as inference_module
-from mdistiller.engine.device import autocast, prepare
 from mdistiller.engine.evaluator import evaluate, images_together
-from mdistiller.engine.inference import Inference, _Captured, _PackedConv
 from mdistiller.engine.solver import MultiStep, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.trainer import Trainer, student_is_tested

@@ -17,11 +17,12 @@ from helpers import changed, forked, killed, outcome, run, same, save_teacher
 
 from mdistiller import config
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import builder, checkpoint, journal
-from mdistiller.engine.journal import BLOCK, HEAD, MAGIC, NAMES, Journal, digest, place
+from mdistiller.engine import builder
 from mdistiller.engine.seeds import train_seeds
-from mdistiller.engine.stop import Stop
 from mdistiller.errors import DamagedFile, Preempted, UserError
+from mdistiller.runs import checkpoint, journal
+from mdistiller.runs.journal import BLOCK, HEAD, MAGIC, NAMES, Journal, digest, place
+from mdistiller.runs.stop import Stop
 
 config.load()
 METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))

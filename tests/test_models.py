@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mdistiller.engine.device import autocast, prepare
+from mdistiller.device import autocast, prepare
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
 GOLDEN = reference.golden()

@@ -19,14 +19,15 @@ from helpers import ROOT, forked, killed, outcome, run, same, save_teacher, tool
 from mdistiller import config
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import builder, checkpoint
-from mdistiller.engine.folder import RunFolder
-from mdistiller.engine.recorder import read_metrics
+from mdistiller.engine import builder
 from mdistiller.engine.solver import zero_momenta
 from mdistiller.engine.step import Meter, Step
-from mdistiller.engine.stop import Stop
-from mdistiller.engine.temperature import read_record
 from mdistiller.errors import Preempted, RunFailed, TrainingDiverged, UserError
+from mdistiller.runs import checkpoint
+from mdistiller.runs.folder import RunFolder
+from mdistiller.runs.recorder import read_metrics
+from mdistiller.runs.stop import Stop
+from mdistiller.runs.temperature import read_record
 
 config.load()
 METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))

@@ -19,8 +19,8 @@ from mdistiller import config
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine import builder, seeds
 from mdistiller.engine.seeds import summary_file, table, train_seeds
-from mdistiller.engine.stop import Stop
 from mdistiller.errors import FolderInUse, Preempted, RunFailed, UserError
+from mdistiller.runs.stop import Stop
 
 config.load()
 METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))

@@ -24,8 +24,8 @@ from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdistiller.engine import store as module
-from mdistiller.engine.store import SEAL, RowStore, check_space, record_size, space_needed
+from mdistiller.bank import store as module
+from mdistiller.bank.store import SEAL, RowStore, check_space, record_size, space_needed
 from mdistiller.errors import DamagedFile, UserError
 
 KILLS = int(os.environ.get("KILLS", "12"))  # of each kind
@@ -173,7 +173,7 @@ def test_wrong_calls_are_refused(small):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, mdistiller.engine.store; print('torch' in sys.modules)"
+    code = "import sys, mdistiller.bank.store; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
 

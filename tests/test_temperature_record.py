@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from mdistiller.distillers.DTKD import max_logit
-from mdistiller.engine.temperature import FIELDS, HEADER, SAVED, EpochBuffer, RecordFile, correlation, read_record
 from mdistiller.errors import UserError
+from mdistiller.runs.temperature import FIELDS, HEADER, SAVED, EpochBuffer, RecordFile, correlation, read_record
 
 CPU = torch.device("cpu")
 

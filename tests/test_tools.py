@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers import ROOT, digits_opts, outcome, same, save_teacher, tool
 
-from mdistiller.engine.recorder import read_metrics
+from mdistiller.runs.recorder import read_metrics
 
 
 def run_folder(root):
@@ -153,16 +153,16 @@ def test_eval_names_what_is_wrong(tmp_path, words, says):
 )
 def test_a_name_that_is_no_folder_is_refused(opts):
     from mdistiller.engine.cfg import load
-    from mdistiller.engine.folder import run_folder
     from mdistiller.errors import ConfigError, UserError
+    from mdistiller.runs.folder import run_folder
 
     with pytest.raises((UserError, ConfigError), match=r"EXPERIMENT\.NAME"):
         run_folder(load(None, opts), opts)
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    from mdistiller.engine.folder import RunFolder
     from mdistiller.errors import UserError
+    from mdistiller.runs.folder import RunFolder
 
     held = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match=f"process {os.getpid()} on"):

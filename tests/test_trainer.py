@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from mdistiller.config import CFG
 from mdistiller.dataset import Batches
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import checkpoint
 from mdistiller.engine.evaluator import evaluate
-from mdistiller.engine.recorder import Recorder, line_of, read_metrics
 from mdistiller.engine.solver import MultiStep, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import TrainingDiverged
 from mdistiller.models import cifar_model_dict
+from mdistiller.runs import checkpoint
+from mdistiller.runs.recorder import Recorder, line_of, read_metrics
 
 CPU = torch.device("cpu")
 

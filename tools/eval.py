@@ -6,7 +6,7 @@ python3 tools/eval.py -m resnet32x4 -c pretrain -d cifar100 -bs 256
 
 import argparse
 
-from mdistiller.engine.device import AMP_DTYPES, check_amp, resolve_device
+from mdistiller.device import AMP_DTYPES, check_amp, resolve_device
 from mdistiller.engine.evaluator import evaluate_checkpoint
 from mdistiller.errors import run_command
 

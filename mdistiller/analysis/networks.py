@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from mdistiller import files
 from mdistiller.analysis.runs import Run
 from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
+from mdistiller.device import prepare, resolve_device
 from mdistiller.engine.builder import build_model, teacher_files
-from mdistiller.engine.checkpoint import load_weights
-from mdistiller.engine.device import prepare, resolve_device
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
+from mdistiller.runs.checkpoint import load_weights
 
 BATCH = 256
 MOST_CHECKPOINTS = 20

@@ -12,9 +12,9 @@ from yacs.config import CfgNode
 from mdistiller import config, files
 from mdistiller.analysis.statistics import Mean, mean_and_std
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.engine.folder import PLACE
-from mdistiller.engine.recorder import read_metrics
 from mdistiller.errors import UserError
+from mdistiller.runs.folder import PLACE
+from mdistiller.runs.recorder import read_metrics
 
 # EXPERIMENT holds names and places, and these two, which change what is computed.
 COMPUTED = ("EXPERIMENT.LOGIT_STAND", "EXPERIMENT.PLUGINS")

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 from scipy.stats import rankdata
 
-from mdistiller.engine.temperature import correlation
+from mdistiller.runs.temperature import correlation
 
 
 class Mean(NamedTuple):

@@ -15,8 +15,8 @@ from mdistiller.analysis import statistics as st
 from mdistiller.analysis.charts import Chart, Panel, Series
 from mdistiller.analysis.networks import Missing, Networks
 from mdistiller.analysis.runs import Group, Run
-from mdistiller.engine.temperature import QUANTILES, SAVED, read_record
 from mdistiller.errors import UserError
+from mdistiller.runs.temperature import QUANTILES, SAVED, read_record
 
 RECORD = "temperatures.bin"
 SIDES = {"t_student": "student", "t_teacher": "teacher"}

@@ -19,10 +19,10 @@ from mdistiller.campaign.executors import Local, Slurm
 from mdistiller.campaign.ledger import Ledger
 from mdistiller.campaign.plan import Cell, Plan
 from mdistiller.campaign.view import Board, Plain, duration
-from mdistiller.engine.folder import check_writable
-from mdistiller.engine.terminal import say
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
+from mdistiller.runs.folder import check_writable
+from mdistiller.terminal import say
 
 TIMES = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 MARKERS = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.S)

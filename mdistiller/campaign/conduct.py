@@ -14,11 +14,11 @@ from mdistiller.campaign.estimate import Estimates, side_by_side
 from mdistiller.campaign.executors import Executor, Job
 from mdistiller.campaign.ledger import Ledger
 from mdistiller.campaign.plan import Cell, Trial
-from mdistiller.engine import journal
-from mdistiller.engine.folder import RunFolder, in_use
-from mdistiller.engine.recorder import read_metrics
-from mdistiller.engine.stop import Stop
 from mdistiller.errors import FolderInUse, Preempted, UserError
+from mdistiller.runs import journal
+from mdistiller.runs.folder import RunFolder, in_use
+from mdistiller.runs.recorder import read_metrics
+from mdistiller.runs.stop import Stop
 
 PAUSE = 0.2  # seconds between two looks at the jobs
 LOOK = 2.0  # ... at what another process trains

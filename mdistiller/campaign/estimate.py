@@ -13,19 +13,19 @@ from pathlib import Path
 
 import torch
 
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.teacher import TeacherLogits, choose, met, takes_logits
 from mdistiller.campaign.ledger import Ledger, state
 from mdistiller.campaign.plan import Cell, Trial
 from mdistiller.dataset import ImageSet, load_dataset
+from mdistiller.device import autocast, resolve_device
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.builder import Common, build_distiller, build_trainer
 from mdistiller.engine.cfg import load
-from mdistiller.engine.device import autocast, resolve_device
-from mdistiller.engine.folder import device_name
-from mdistiller.engine.inference import Inference
-from mdistiller.engine.recorder import read_metrics
 from mdistiller.engine.step import Meter
-from mdistiller.engine.teacher import TeacherLogits, choose, met, takes_logits
 from mdistiller.errors import UserError
+from mdistiller.runs.folder import device_name
+from mdistiller.runs.recorder import read_metrics
 
 SIZES = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}  # which nothing has to be fetched for
 TIMED = 1.0  # seconds of steps

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from mdistiller import config
 from mdistiller.engine.cfg import ALWAYS, CFG
-from mdistiller.engine.folder import PLACE, by_effect
+from mdistiller.runs.folder import PLACE, by_effect
 
 ALONE = ("SOLVER.", "DATASET.", "DISTILLER.TYPE", "DISTILLER.STUDENT", "SEED", "DETERMINISTIC")  # all that NONE reads
 

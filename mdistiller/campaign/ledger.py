@@ -14,11 +14,11 @@ from mdistiller import config
 from mdistiller.campaign.identity import computing, identity, tree_of
 from mdistiller.campaign.plan import Trial
 from mdistiller.dataset import load_dataset
-from mdistiller.engine import checkpoint
-from mdistiller.engine.folder import in_use, resumable
-from mdistiller.engine.recorder import read_metrics
 from mdistiller.errors import UserError
 from mdistiller.files import sync_folder
+from mdistiller.runs import checkpoint
+from mdistiller.runs.folder import in_use, resumable
+from mdistiller.runs.recorder import read_metrics
 
 NEEDED = {  # key of a record: its kind
     "plan": str, "cell": str, "seed": int, "config": dict, "teacher": (dict, type(None)), "epochs": int, "curve": list,

@@ -17,8 +17,8 @@ from mdistiller.analysis.runs import own_rule
 from mdistiller.campaign.identity import computing, identity, protocol
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.folder import MOST_BYTES, PLACE, run_folder
 from mdistiller.errors import ConfigError, UserError
+from mdistiller.runs.folder import MOST_BYTES, PLACE, run_folder
 
 # key: its default, by whose type it is checked, and its meaning
 KEYS = {

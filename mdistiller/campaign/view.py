@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mdistiller.campaign.conduct import Campaign, Progress
-from mdistiller.engine.terminal import say
+from mdistiller.terminal import say
 
 MINUTE = 60.0  # seconds between two plain lines about what runs
 REDRAW = 0.5

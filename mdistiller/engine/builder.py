@@ -15,26 +15,26 @@ from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller import config
+from mdistiller.bank.teacher import Shared
 from mdistiller.dataset import Batch, Batches, ImageSet, load_dataset
+from mdistiller.device import check_amp, has_bf16, prepare, resolve_device, seed_everything, set_determinism
 from mdistiller.distillers import RuleDistiller, distiller_dict
-from mdistiller.engine import checkpoint
 from mdistiller.engine.cfg import describe
-from mdistiller.engine.device import check_amp, has_bf16, prepare, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
 from mdistiller.engine.evaluator import images_together
-from mdistiller.engine.folder import RunFolder, check_writable, has_checkpoint, identity, in_use, resumable, run_folder
-from mdistiller.engine.journal import INTERVAL, SHARE, Journal, place
-from mdistiller.engine.recorder import Recorder, require_wandb, start_wandb
 from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import check_step, compiled_form, uses_graph
-from mdistiller.engine.stop import Stop
-from mdistiller.engine.teacher import Shared
-from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import DamagedFile, FolderInUse, Preempted, RunFailed, UserError
 from mdistiller.files import expand, link
 from mdistiller.models import cifar_model_dict, default_checkpoint
+from mdistiller.runs import checkpoint
+from mdistiller.runs.folder import RunFolder, check_writable, has_checkpoint, identity, in_use, resumable, run_folder
+from mdistiller.runs.journal import INTERVAL, SHARE, Journal, place
+from mdistiller.runs.recorder import Recorder, require_wandb, start_wandb
+from mdistiller.runs.stop import Stop
+from mdistiller.terminal import say
 
 
 def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dict:

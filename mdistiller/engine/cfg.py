@@ -4,7 +4,7 @@ from yacs.config import CfgNode
 
 from mdistiller import dataset, distillers, models  # noqa: F401  (they fill the registries and the sections)
 from mdistiller.config import CFG, DOCS, leaves, load
-from mdistiller.engine.terminal import say
+from mdistiller.terminal import say
 
 ALWAYS = ("EXPERIMENT", "DATASET", "DISTILLER", "TEMPERATURE", "SOLVER", "LOG")
 

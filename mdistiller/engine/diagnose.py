@@ -5,7 +5,7 @@ import math
 from torch import Tensor, nn
 
 from mdistiller.dataset import Batch
-from mdistiller.engine.device import autocast
+from mdistiller.device import autocast
 
 
 def first_bad_tensor(

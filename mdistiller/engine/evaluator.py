@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batch, Batches, dataset_dict, load_dataset
-from mdistiller.engine.checkpoint import load_weights
-from mdistiller.engine.device import prepare
-from mdistiller.engine.inference import Inference
+from mdistiller.device import prepare
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict, default_checkpoint
 from mdistiller.registry import unknown
+from mdistiller.runs.checkpoint import load_weights
 
 
 class Scores(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller.engine.device import generators, set_generators
+from mdistiller.device import generators, set_generators
 
 WARM_UP = 3  # steps of each batch size that run one operation at a time, so that every library has made its choices
 

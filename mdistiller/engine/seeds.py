@@ -8,15 +8,15 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from mdistiller.engine import checkpoint
+from mdistiller.device import generators, set_generators, side_stream
 from mdistiller.engine.builder import Common, Run, RunPlan, failures
-from mdistiller.engine.device import generators, set_generators, side_stream
-from mdistiller.engine.folder import check_writable, in_use, resumable, run_folder
-from mdistiller.engine.stop import Stop
-from mdistiller.engine.terminal import say
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import FolderInUse, Preempted, RunFailed, TrainingDiverged, UserError
 from mdistiller.files import write_atomic
+from mdistiller.runs import checkpoint
+from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
+from mdistiller.runs.stop import Stop
+from mdistiller.terminal import say
 
 
 def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), resume: bool | str = False) -> dict:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from mdistiller.dataset import Batch
+from mdistiller.device import AMP_DTYPES, autocast
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.device import AMP_DTYPES, autocast
 from mdistiller.engine.solver import DOT
-from mdistiller.engine.temperature import EpochBuffer
 from mdistiller.errors import RunFailed
+from mdistiller.runs.temperature import EpochBuffer
 
 
 class Meter:

@@ -9,24 +9,24 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.teacher import WINDOW, TeacherLogits
 from mdistiller.dataset import Batches
+from mdistiller.device import autocast, rng_state, set_rng_state, side_stream
 from mdistiller.distillers import Distiller, RuleDistiller
-from mdistiller.engine import checkpoint
-from mdistiller.engine.device import autocast, rng_state, set_rng_state, side_stream
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import Scores, evaluate
 from mdistiller.engine.graph import GraphStep
-from mdistiller.engine.inference import Inference
-from mdistiller.engine.journal import Journal
-from mdistiller.engine.recorder import Recorder
 from mdistiller.engine.solver import MultiStep, load_state, set_lr, state_of
 from mdistiller.engine.step import Meter, Step
-from mdistiller.engine.stop import Stop, StopRequested
-from mdistiller.engine.teacher import WINDOW, TeacherLogits
-from mdistiller.engine.temperature import EpochBuffer, RecordFile
-from mdistiller.engine.terminal import say
 from mdistiller.errors import Preempted, RunFailed, TrainingDiverged, UserError
 from mdistiller.files import link
+from mdistiller.runs import checkpoint
+from mdistiller.runs.journal import Journal
+from mdistiller.runs.recorder import Recorder
+from mdistiller.runs.stop import Stop, StopRequested
+from mdistiller.runs.temperature import EpochBuffer, RecordFile
+from mdistiller.terminal import say
 
 KEPT = ("epoch", "last_acc", "best_acc", "best_epoch", "log_bytes")
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mdistiller.engine.terminal import say
 from mdistiller.errors import DamagedFile, UserError
 from mdistiller.files import open_regular, remove_leftovers, sync_folder, write_atomic
+from mdistiller.terminal import say
 
 FORMAT = 1
 SEAL = -1  # in place of a row's number; 0 is what never reached the disk

@@ -11,11 +11,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mdistiller import config
-from mdistiller.engine.events import Events
-from mdistiller.engine.temperature import EpochBuffer
-from mdistiller.engine.terminal import say, unbroken
 from mdistiller.errors import UserError
 from mdistiller.files import link, write_atomic
+from mdistiller.runs.events import Events
+from mdistiller.runs.temperature import EpochBuffer
+from mdistiller.terminal import say, unbroken
 
 
 def line_of(row: dict, epochs: int, seconds_left: float) -> str:

@@ -17,10 +17,10 @@ from yacs.config import CfgNode
 
 from mdistiller import __version__, config, files
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.engine import checkpoint, journal
-from mdistiller.engine.terminal import say
 from mdistiller.errors import FolderInUse, UserError
 from mdistiller.files import remove_leftovers, write_atomic
+from mdistiller.runs import checkpoint, journal
+from mdistiller.terminal import say
 
 # Settings that say where a run happens and what it writes, not what it computes: they are not part of its name, and
 # may differ when it is resumed.

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.store import RowStore, check_space
 from mdistiller.dataset import Batches
 from mdistiller.distillers import LogitDistiller
-from mdistiller.engine import checkpoint
-from mdistiller.engine.folder import check_writable
-from mdistiller.engine.inference import Inference
-from mdistiller.engine.store import RowStore, check_space
-from mdistiller.engine.terminal import say, unbroken
 from mdistiller.errors import RunFailed, UserError
 from mdistiller.files import expand
+from mdistiller.runs import checkpoint
+from mdistiller.runs.folder import check_writable
+from mdistiller.terminal import say, unbroken
 
 WINDOW = 1024  # views that are looked up together, some steps ahead
 # Images of a teacher's pass, always as many: the bits of a row may depend on how many it is computed with, on a CPU

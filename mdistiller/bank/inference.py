@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from mdistiller.engine.device import AMP_DTYPES, autocast, logits_in_float32
+from mdistiller.device import AMP_DTYPES, autocast, logits_in_float32
 
 CONSTANTS = (bool, int, float, str, type(None))
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: its folder, checkpoints, records, and how a signal ends it."""
