@@ -1,15 +1,22 @@
-"""Files: ours, which are there whole or not at all, and those that others made, which may be anything."""
+"""Files: ours are written whole or not at all, those that others made may be anything; locks between processes."""
 
+import contextlib
 import errno
 import os
+import platform
 import shutil
 import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from mdistiller.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -98,3 +105,50 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: there is no such user; write the folder's whole path") from None
+
+
+class FileLock:
+    """An exclusive lock on the file `path`, which is made where it is missing and says who holds it.
+
+    The lock lasts until `close`, or until the process and what it forked have ended, however they end. On Windows
+    nothing is locked. Raises BlockingIOError where another process holds the lock, unless told to `wait` for it; its
+    `strerror` names that process.
+    """
+
+    def __init__(self, path: Path, wait: bool = False):
+        while True:
+            self.file = open(path, "a+", errors="replace")  # noqa: SIM115  (closing it gives the lock back)
+            try:
+                _flock(self.file, exclusive=True, wait=wait)
+            except BlockingIOError:
+                self.file.seek(0)
+                holder = self.file.read().strip() or "another process"
+                self.file.close()
+                raise BlockingIOError(errno.EWOULDBLOCK, holder, str(path)) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.file.fileno()), os.stat(path)):
+                    break
+            self.file.close()  # the file was moved or removed after it was opened: that lock is no longer the path's
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the FileLock at `path`; False where there is no such file."""
+    try:
+        with open(path) as file:
+            _flock(file, exclusive=False)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _flock(file: IO, exclusive: bool, wait: bool = False) -> None:
+    if fcntl:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))

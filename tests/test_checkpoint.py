@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mdistiller.errors import UserError
-from mdistiller.files import write_atomic
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs import checkpoint
 
@@ -116,13 +115,3 @@ def test_the_zoo_is_told_apart(name):
     with torch.device("meta"):
         state = cifar_model_dict[name][0](num_classes=23).state_dict()
     assert checkpoint.identify(state) == (name, 23)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "x"
-    write_atomic(file, b"old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["x"]

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from yacs.config import CfgNode
 from mdistiller import __version__, config, files
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.errors import FolderInUse, UserError
-from mdistiller.files import remove_leftovers, write_atomic
+from mdistiller.files import FileLock, is_locked, remove_leftovers, write_atomic
 from mdistiller.runs import checkpoint, journal
 from mdistiller.terminal import say
 
@@ -78,15 +77,8 @@ def by_effect(settings: dict[str, object]) -> dict[str, object]:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process trains in the folder `path`, which exists."""
-    try:
-        with open(path / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    """Return whether a process trains in the folder `path`."""
+    return is_locked(path / ".lock")
 
 
 class RunFolder:
@@ -101,12 +93,14 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            self._lock = FileLock(path / ".lock")
             remove_leftovers(path)
             self.resumed = resumable(path) if resume == "auto" else resume
             rows = path / "metrics.jsonl"
             if not resume and (resumable(path) or (rows.exists() and rows.stat().st_size)):
                 self._set_aside()
+        except BlockingIOError as error:
+            raise FolderInUse(f"{path}: {error.strerror} trains there; wait for it, or set EXPERIMENT.NAME") from None
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
@@ -114,31 +108,12 @@ class RunFolder:
                 f"{path}: cannot be written ({error.strerror}); set LOG.PREFIX to a folder of yours"
             ) from None
 
-    def _take_lock(self):
-        while True:
-            lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open: closing it gives the lock back)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                lock.close()
-                raise FolderInUse(f"{self.path}: {holder} trains there; wait for it, or set EXPERIMENT.NAME") from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / ".lock")):
-                    break
-            lock.close()  # its folder was set aside between open and lock: that one is another run's
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        return lock
-
     def _set_aside(self) -> None:
         number = next(n for n in range(1, 10**6) if not self._aside(n).exists())
         self.path.rename(self._aside(number))
         self._lock.close()
         self.path.mkdir(exist_ok=True)
-        self._lock = self._take_lock()
+        self._lock = FileLock(self.path / ".lock")
         say(f"the earlier run in {self.path} is kept as {self._aside(number).name} (--resume goes on with a run)")
 
     def _aside(self, number: int) -> Path:
