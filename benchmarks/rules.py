@@ -42,10 +42,10 @@ TITLES = {
 def rows_of(opts: list[str]) -> list[dict]:
     """The rows of the run that `opts` describe, which is trained first unless it is finished."""
     cfg = config.load(CFG, opts)
-    folder = run_folder(cfg, opts)
+    folder = run_folder(cfg)
     rows = read_metrics(folder)
     if len(rows) != cfg.SOLVER.EPOCHS or computing(cfg) != computing(config.read(folder / "config.yaml")):
-        train(cfg, opts, resume="auto")
+        train(cfg, resume="auto")
         rows = read_metrics(folder)
     return rows
 

@@ -1,6 +1,7 @@
 """Name -> object. A name is given once; an unknown name is answered with the nearest known ones."""
 
 import difflib
+import importlib
 from collections import UserDict
 from collections.abc import Iterable
 
@@ -48,3 +49,9 @@ cifar_models = Registry("model")
 imagenet_models = Registry("ImageNet model")
 datasets = Registry("dataset")
 temperature_rules = Registry("temperature rule")
+
+
+def fill() -> None:
+    """Import the rooms whose modules register themselves: models, methods with their sections and rules, data sets."""
+    for room in ("models", "distillers", "dataset"):
+        importlib.import_module(f"mdistiller.{room}")

@@ -84,7 +84,7 @@ def changed(opts: list[str], prefix: Path, **changes: object) -> list[str]:
 def run(opts: list[str], prefix: Path, resume: bool | str = False, **changes: object) -> Path:
     """Train a `small_run`; returns its folder."""
     words = changed(opts, prefix, **changes)
-    train(config.load(None, words), words, resume)
+    train(config.load(None, words), resume)
     return prefix / "distill" / "run"
 
 

@@ -219,7 +219,7 @@ def test_several_students_go_on_from_their_journals(small, tmp_path):
 
     def train(name, resume=False):
         words = changed(opts, tmp_path / name, DISTILLER__TYPE="DTKD")
-        return [run["folder"] for run in train_seeds(config.load(None, words), [0, 1], words, resume)["runs"]]
+        return [run["folder"] for run in train_seeds(config.load(None, words), [0, 1], resume)["runs"]]
 
     for writes in (1, 7):  # one student has none yet; then all are in epoch 2
         with dying_after(writes):

@@ -36,7 +36,7 @@ def unnamed(opts):
 def run_set(opts, prefix, numbers, resume=False, **changes):
     """Train the set; returns its summary and the folder of each."""
     words = changed(unnamed(opts), prefix, **changes)
-    summary = train_seeds(config.load(None, words), numbers, words, resume)
+    summary = train_seeds(config.load(None, words), numbers, resume)
     return summary, {run["seed"]: run["folder"] for run in summary["runs"]}
 
 
@@ -167,7 +167,7 @@ def test_one_lost_student_does_not_stop_the_others(small, tmp_path, monkeypatch)
 
 def test_a_name_of_ones_own_gets_the_seed(small, tmp_path):
     words = changed(small, tmp_path, DISTILLER__TYPE="NONE", SOLVER__EPOCHS=1)
-    summary = train_seeds(config.load(None, words), [0, 1], words)
+    summary = train_seeds(config.load(None, words), [0, 1])
     assert [run["folder"].rpartition("/")[2] for run in summary["runs"]] == ["run+SEED:0", "run+SEED:1"]
 
 
@@ -290,10 +290,10 @@ def test_a_set_that_is_killed_goes_on_to_the_same_end(small, tmp_path, number):
 def test_a_summary_of_many_seeds_has_a_short_name(small, tmp_path):
     words = changed(unnamed(small), tmp_path, DISTILLER__TYPE="NONE")
     cfg = config.load(None, words)
-    assert summary_file(cfg, range(100), words).name.endswith("+SEED:0-99.json")
-    assert summary_file(cfg, [0, 1, 2, 9], words).name.endswith("+SEED:0,1,2,9.json")
+    assert summary_file(cfg, range(100)).name.endswith("+SEED:0-99.json")
+    assert summary_file(cfg, [0, 1, 2, 9]).name.endswith("+SEED:0,1,2,9.json")
     scattered = [7 * seed + seed**2 for seed in range(200)]
-    assert len(summary_file(cfg, scattered, words).name) < 255
+    assert len(summary_file(cfg, scattered).name) < 255
 
 
 def test_a_seed_in_use_is_found_before_another_ones_run_is_touched(small, tmp_path):

@@ -157,7 +157,7 @@ def test_a_name_that_is_no_folder_is_refused(opts):
     from mdistiller.runs.folder import run_folder
 
     with pytest.raises((UserError, ConfigError), match=r"EXPERIMENT\.NAME"):
-        run_folder(load(None, opts), opts)
+        run_folder(load(None, opts))
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

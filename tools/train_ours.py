@@ -42,11 +42,11 @@ def main() -> None:
         )
     resume = {"auto": "auto", "last": True}.get(arguments.resume, False)
     if seeds is None:
-        train(load(arguments.cfg, opts), opts, resume)
+        train(load(arguments.cfg, opts), resume)
     elif "SEED" in opts[::2]:
         raise UserError("--seeds and SEED: give one of them")
     else:
-        train_seeds(load(arguments.cfg, opts), seeds, opts, resume)
+        train_seeds(load(arguments.cfg, opts), seeds, resume)
 
 
 def take_seeds(words: list[str]) -> list[int] | None:

@@ -13,7 +13,6 @@ from mdistiller import config, files
 from mdistiller.analysis.statistics import Mean, mean_and_std
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.errors import UserError
-from mdistiller.runs.folder import PLACE
 from mdistiller.runs.recorder import read_metrics
 
 # EXPERIMENT holds names and places, and these two, which change what is computed.
@@ -53,7 +52,7 @@ class Run:
     def protocol(self) -> dict[str, str]:
         """Everything that runs must share to be averaged: {key: value as text}."""
         flat = config.leaves(self.cfg)
-        kept = {k: repr(v) for k, v in flat.items() if k in COMPUTED or not k.startswith(("SEED", *PLACE))}
+        kept = {k: repr(v) for k, v in flat.items() if k in COMPUTED or (k != "SEED" and config.role(k) == "computes")}
         return kept | {"finished epochs": str(self.epochs)}
 
 

@@ -4,30 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
-from mdistiller import config
-from mdistiller.engine.cfg import ALWAYS, CFG
-from mdistiller.runs.folder import PLACE, by_effect
+from mdistiller.config import computed as computing
 
-ALONE = ("SOLVER.", "DATASET.", "DISTILLER.TYPE", "DISTILLER.STUDENT", "SEED", "DETERMINISTIC")  # all that NONE reads
-
-
-def computing(tree: Mapping) -> dict[str, object]:
-    """{key: value} of the settings in `tree`, nested or flat, that change what is computed: no PLACE, no section of a
-    method that is not in use. Keys that `tree` lacks have today's defaults, so that a key added later makes no finished
-    run another one.
-    """
-    defaults = {key: _plain(value) for key, value in config.leaves(CFG).items()}
-    flat = by_effect(defaults | {key: _plain(value) for key, value in config.leaves(tree).items()})
-    if flat["DISTILLER.TYPE"] == "NONE":
-        kept = [key for key in flat if key.startswith(ALONE) and not _is_place(key, flat)]
-        kept += ["EXPERIMENT.PLUGINS"] * bool(flat["EXPERIMENT.PLUGINS"])  # which may bring the student's model
-        return {key: flat[key] for key in kept}
-    used = (*ALWAYS, flat["DISTILLER.TYPE"], "SEED", "DETERMINISTIC")
-    return {
-        key: value
-        for key, value in flat.items()
-        if not _is_place(key, flat) and (key.split(".")[0] in used or value != defaults.get(key))
-    }
+__all__ = ["computing"]
 
 
 def tree_of(flat: Mapping[str, object]) -> dict:
@@ -40,15 +19,6 @@ def tree_of(flat: Mapping[str, object]) -> dict:
             node = node.setdefault(section, {})
         node[leaf] = value
     return tree
-
-
-def _is_place(key: str, flat: Mapping) -> bool:
-    computes = ["EXPERIMENT.PLUGINS", *["DATASET.ROOT"] * (flat["DATASET.TYPE"] == "npz")]  # the images are that file
-    return key.startswith(PLACE) and key not in computes
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value  # YAML and JSON know lists only
 
 
 def identity(own: Mapping, teacher: Mapping | None) -> str:

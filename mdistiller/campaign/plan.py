@@ -18,7 +18,7 @@ from mdistiller.campaign.identity import computing, identity, protocol
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import ConfigError, UserError
-from mdistiller.runs.folder import MOST_BYTES, PLACE, run_folder
+from mdistiller.runs.folder import MOST_BYTES, run_folder
 
 # key: its default, by whose type it is checked, and its meaning
 KEYS = {
@@ -38,7 +38,7 @@ KEYS = {
 SET_BY_THE_PLAN = (
     "SEED", "EXPERIMENT.", "DISTILLER.", "TEMPERATURE.RULE", "LOG.PREFIX", "LOG.WANDB", "DATASET.ROOT", "DEVICE",
 )  # fmt: skip
-# what KEY VALUE pairs may say of all runs alike; the rest of PLACE is each run's own
+# what KEY VALUE pairs may say of all runs alike; the other places are each run's own
 ANYWHERE = (
     "LOG.PREFIX", "LOG.TENSORBOARD_FREQ", "LOG.SAVE_CHECKPOINT_FREQ", "LOG.TEMPERATURE", "DEVICE", "DATASET.ROOT",
     "DATASET.NUM_WORKERS", "DATASET.TEST.BATCH_SIZE", "TEACHER_BANK_FOLDER",
@@ -102,7 +102,9 @@ class Cell:
     def command(self, seed: int | str) -> list[str]:
         """Trains one of its trials by hand, from the teacher's file $TEACHER; other places are left to who types it."""
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
-        computed = [(key, value) for key, value in pairs if not key.startswith(PLACE) or key == "EXPERIMENT.PLUGINS"]
+        computed = [
+            (key, value) for key, value in pairs if config.role(key) == "computes" or key == "EXPERIMENT.PLUGINS"
+        ]
         words = [word for pair in computed for word in pair]
         file = Path(*self.file.parts[self.file.parts.index("configs") :]) if "configs" in self.file.parts else self.file
         teacher = ["DISTILLER.TEACHER_CKPT", '"$TEACHER"'] if self.teacher else []
@@ -356,7 +358,7 @@ class _Grid:
                 opts = [*cell.opts, "SEED", str(seed)]
                 try:
                     cfg = config.load(cell.file, opts)
-                    folder = run_folder(cfg, opts)
+                    folder = run_folder(cfg)
                     if "EXPERIMENT.NAME" in opts[::2]:  # as train_seeds has it
                         folder = folder.with_name(f"{folder.name}+SEED:{seed}")
                     cell.trials.append(Trial(cell, seed, cfg, folder))
@@ -368,7 +370,7 @@ class _Grid:
     def _short_name(self, tag: str, words: Sequence[str]) -> dict[str, str]:
         """EXPERIMENT.NAME with a digest of the changes in `words`, where a folder's name cannot hold them."""
         pairs = zip([*words[::2], "SEED"], [*words[1::2], self.longest], strict=True)
-        changed = ",".join(f"{key}:{value}" for key, value in pairs if not key.startswith(PLACE))
+        changed = ",".join(f"{key}:{value}" for key, value in pairs if config.role(key) == "computes")
         if len(f"{tag}+{changed}".encode()) <= MOST_BYTES:
             return {}
         return {"EXPERIMENT.NAME": f"{tag}+{hashlib.sha256(' '.join(words).encode()).hexdigest()[:12]}"}

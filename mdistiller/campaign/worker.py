@@ -30,7 +30,7 @@ def run(file: str | Path, opts: Sequence[str], seeds: Sequence[int]) -> int:
     """
     words = list(opts)
     try:
-        train_seeds(load(file, words), seeds, words, resume="auto")
+        train_seeds(load(file, words), seeds, resume="auto")
     except Preempted as error:
         print(error.lines[0], file=sys.stderr, flush=True)
         return error.status

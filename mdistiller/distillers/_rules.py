@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller import config
+from mdistiller.config import Check, Key, at_least
 from mdistiller.distillers._common import Temperatures, bounded, deviation
 from mdistiller.errors import UserError
 from mdistiller.registry import temperature_rules
@@ -128,7 +129,16 @@ def centred(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tempe
     return _shares(*maxima, tau)
 
 
-@register_rule("erratum", defaults={"MARGIN": 0.05})
+@register_rule(
+    "erratum",
+    defaults={
+        "MARGIN": Key(
+            0.05,
+            "erratum: delta stays in [-(1 - MARGIN) tau, (1 - MARGIN) tau].",
+            Check(lambda v: 0 < v <= 1, "must be in (0, 1]"),
+        )
+    },
+)
 def erratum(logits_student: Tensor, logits_teacher: Tensor, tau: float, margin: float = 0.05) -> Temperatures:
     """The correction that DTKD's authors published beside their code:
 
@@ -157,7 +167,17 @@ def erratum(logits_student: Tensor, logits_teacher: Tensor, tau: float, margin: 
     return Temperatures(t_student, t_teacher, t_student * t_teacher, sound)
 
 
-@register_rule("sharpness", defaults={"ITERATIONS": 24, "MARGIN": 0.01})
+@register_rule(
+    "sharpness",
+    defaults={
+        "ITERATIONS": Key(24, "sharpness: bisections; each halves the error of T, tau at first.", at_least(1)),
+        "MARGIN": Key(
+            0.01,
+            "sharpness: both T stay in [2 tau MARGIN, 2 tau (1 - MARGIN)].",
+            Check(lambda v: 0 < v < 0.5, "must be in (0, 0.5)"),
+        ),
+    },
+)
 def sharpness(
     logits_student: Tensor, logits_teacher: Tensor, tau: float, iterations: int = 24, margin: float = 0.01
 ) -> Temperatures:
@@ -230,10 +250,3 @@ def _deviations(logits_student: Tensor, logits_teacher: Tensor, tau: float, fact
     sides = [deviation(logits) for logits in (logits_student, logits_teacher)]
     t_student, t_teacher = (tau * value for value, _ in sides)
     return Temperatures(t_student, t_teacher, factor(t_teacher), sides[0][1] & sides[1][1])
-
-
-config.DOCS |= {
-    "TEMPERATURE.ERRATUM.MARGIN": "erratum: delta stays in [-(1 - MARGIN) tau, (1 - MARGIN) tau].",
-    "TEMPERATURE.SHARPNESS.ITERATIONS": "sharpness: bisections; each halves the error of T, tau at first.",
-    "TEMPERATURE.SHARPNESS.MARGIN": "sharpness: both T stay in [2 tau MARGIN, 2 tau (1 - MARGIN)].",
-}

@@ -16,10 +16,11 @@ from yacs.config import CfgNode
 
 from mdistiller import config
 from mdistiller.bank.teacher import Shared
+from mdistiller.config import Config
 from mdistiller.dataset import Batch, Batches, ImageSet, load_dataset
 from mdistiller.device import check_amp, has_bf16, prepare, resolve_device, seed_everything, set_determinism
 from mdistiller.distillers import RuleDistiller, distiller_dict
-from mdistiller.engine.cfg import describe
+from mdistiller.engine.cfg import describe, load
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
 from mdistiller.engine.evaluator import images_together
 from mdistiller.engine.solver import DOT, MultiStep, sgd
@@ -37,14 +38,14 @@ from mdistiller.runs.stop import Stop
 from mdistiller.terminal import say
 
 
-def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dict:
-    """Run what `cfg` says, in the folder that `cfg` and the overrides `opts` name.
+def train(cfg: Config, resume: bool | str = False) -> dict:
+    """Run what `cfg` says, in the folder that it and its overrides name.
 
     `resume`: True goes on with that run, "auto" does so if there is one. Returns the result: last_acc, best_acc,
     best_epoch, epochs, and the folder. Raises UserError before anything is written if a part is missing, Preempted
     where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
-    plan = RunPlan(cfg, opts)
+    plan = RunPlan(cfg)
     plan.check(resume)
     common = Common(cfg)
     plan.find_teacher(resume)
@@ -54,11 +55,11 @@ def train(cfg: CfgNode, opts: list[str] = (), resume: bool | str = False) -> dic
 
 
 class RunPlan:
-    """A run that is to be made: its configuration, folder and teacher. `opts`: the overrides in `cfg`."""
+    """A run that is to be made: its configuration, folder and teacher."""
 
-    def __init__(self, cfg: CfgNode, opts: list[str] = (), label: str = "", place: int = 0):
+    def __init__(self, cfg: Config, label: str = "", place: int = 0):
         self.cfg, self.label, self.place = cfg, label, place
-        self.path = run_folder(cfg, opts)
+        self.path = run_folder(cfg)
         self.teacher_file: Path | None = None
 
     def check(self, resume: bool | str) -> None:
@@ -249,7 +250,7 @@ def replay(file: Path) -> tuple[str, str]:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as text:
             text.write(kept["config"])
             text.flush()
-            cfg = config.load(text.name)  # plug-ins and all
+            cfg = load(text.name)  # plug-ins and all
         batch, epoch, model, rng = Batch(**kept["batch"]), kept["epoch"], kept["model"], kept["rng"]
         logits = kept.get("logits_teacher")
         device = resolve_device(cfg.DEVICE)
@@ -400,6 +401,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """
     alone = cfg.clone()
     alone.defrost()
+    alone.overrides.clear()
     alone.DISTILLER.TYPE, alone.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
     alone.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""

@@ -19,7 +19,7 @@ from mdistiller.runs.stop import Stop
 from mdistiller.terminal import say
 
 
-def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), resume: bool | str = False) -> dict:
+def train_seeds(cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False) -> dict:
     """Train a student for each of `seeds`; every one is what `train` makes of `cfg` with that SEED.
 
     They share the images, the teacher and its bank, and take turns, a step each; on CUDA each on a stream of its own.
@@ -35,11 +35,11 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), re
     for place, seed in enumerate(seeds):
         own = cfg.clone()
         own.defrost()
-        own.SEED = seed
-        if "EXPERIMENT.NAME" in opts[::2]:  # a name stands alone, and each needs its own
+        own.merge_from_list(["SEED", seed])
+        if any(key == "EXPERIMENT.NAME" for key, _ in own.overrides):  # a name stands alone, and each needs its own
             own.EXPERIMENT.NAME += f"+SEED:{seed}"
         own.freeze()
-        plans.append(RunPlan(own, [*opts, "SEED", str(seed)], f"seed {seed:>{width}}  ", place))
+        plans.append(RunPlan(own, f"seed {seed:>{width}}  ", place))
     missing = [str(plan.cfg.SEED) for plan in plans if resume is True and not resumable(plan.path)]
     if missing:
         raise UserError(
@@ -50,7 +50,7 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = (), re
         plan.check(resume)
         if plan.path.is_dir() and in_use(plan.path):  # before the first of them is touched
             raise FolderInUse(f"{plan.path}: another process trains there; wait for it, or leave that seed out")
-    file = summary_file(cfg, seeds, opts)
+    file = summary_file(cfg, seeds)
     check_writable(file, "LOG.PREFIX")
     common = Common(cfg, len(seeds))
     for plan in plans:
@@ -131,9 +131,9 @@ def take_turns(students: Sequence[Student], stop: Stop) -> None:
         )
 
 
-def summary_file(cfg: CfgNode, seeds: Sequence[int], opts: Sequence[str] = ()) -> Path:
+def summary_file(cfg: CfgNode, seeds: Sequence[int]) -> Path:
     """NAME-or-TAG[+overrides]+SEED:0,1,2.json, beside the runs' folders; longer ranges as 0-99."""
-    folder = run_folder(cfg, list(opts))
+    folder = run_folder(cfg)
     parts: list[list[int]] = []
     for seed in seeds:
         if parts and seed == parts[-1][-1] + 1:

@@ -21,24 +21,19 @@ from mdistiller.files import FileLock, is_locked, remove_leftovers, write_atomic
 from mdistiller.runs import checkpoint, journal
 from mdistiller.terminal import say
 
-# Settings that say where a run happens and what it writes, not what it computes: they are not part of its name, and
-# may differ when it is resumed.
-PLACE = (
-    "EXPERIMENT.NAME", "EXPERIMENT.TAG", "EXPERIMENT.PROJECT", "EXPERIMENT.PLUGINS",
-    "LOG.", "DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHER_CKPT",
-    "DISTILLER.TRAIN_TEACHER", "TEACHER_BANK_FOLDER",
-)  # fmt: skip
 MOST_BYTES = 200  # of a run's name: what is made of it has to fit 255
 PREFIXES = ("CUDA", "CUBLAS", "CUDNN", "NVIDIA_TF32", "OMP_", "MKL_", "KMP_", "TORCH_")  # variables that change bits
 
 
-def run_folder(cfg: CfgNode, opts: list[str] = ()) -> Path:
-    """LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides]; a NAME given on the command line stands alone."""
+def run_folder(cfg: config.Config) -> Path:
+    """Return LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides]; a NAME that is an override stands alone.
+
+    Raises UserError where that is no name for a folder.
+    """
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    pairs = list(zip(opts[::2], opts[1::2], strict=False))
-    if "EXPERIMENT.NAME" not in opts[::2]:
-        changed = [f"{key}:{value}" for key, value in pairs if not key.startswith(PLACE)]
-        name += "+" * bool(changed) + ",".join(changed)
+    if all(key != "EXPERIMENT.NAME" for key, _ in cfg.overrides):
+        changed = [f"{key}:{value}" for key, value in cfg.overrides if config.role(key) == "computes"]
+        name = "+".join([name, ",".join(changed)]) if changed else name
     name = "".join("_" if c in "/\\\0" else c for c in name.replace(" ", ""))
     if name.strip(".") == "" or not name.isprintable():
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
@@ -64,16 +59,8 @@ def has_checkpoint(path: Path) -> bool:
 
 
 def identity(cfg: CfgNode) -> str:
-    """The same for two configurations that compute the same, but for data, teacher and the number of epochs."""
-    settings = config.leaves(CfgNode.load_cfg(cfg.dump()))  # YAML knows lists only, no tuples
-    ignored = (*PLACE, "SOLVER.EPOCHS", "SOLVER.STEP")
-    return checkpoint.digest({k: v for k, v in sorted(by_effect(settings).items()) if not k.startswith(ignored)})
-
-
-def by_effect(settings: dict[str, object]) -> dict[str, object]:
-    """All kinds of TEACHER_BANK give the same numbers but off, which is what a run was before there was the key."""
-    bank = settings.get("TEACHER_BANK", "off")
-    return settings | {"TEACHER_BANK": bank if bank == "off" else "auto"}
+    """Return a digest: the same for two configurations that compute the same, whatever the number of epochs."""
+    return checkpoint.digest({k: v for k, v in sorted(config.computed(cfg).items()) if k != "SOLVER.EPOCHS"})
 
 
 def in_use(path: Path) -> bool:
@@ -132,15 +119,11 @@ class RunFolder:
         bad = config.misfit(then)
         if bad:
             raise UserError(f"--resume: {file}: {bad} holds a value of another kind; start a new run without --resume")
-        then = by_effect(config.leaves(then))
+        then, now = config.computed(then), config.computed(cfg)
+        ignored = {"SOLVER.EPOCHS"}
         if not issubclass(distiller_dict[cfg.DISTILLER.TYPE], LogitDistiller):
-            del then["TEACHER_BANK"]
-        now = by_effect(config.leaves(CfgNode.load_cfg(cfg.dump())))  # YAML knows lists only, no tuples
-        ignored = (*PLACE, "SOLVER.EPOCHS", "SOLVER.STEP")
-        if cfg.DISTILLER.TYPE == "NONE":  # reads no method's section
-            now = {k: v for k, v in now.items() if k.startswith(("SOLVER.", "DATASET.", "DISTILLER.", "SEED"))}
-            ignored += ("DISTILLER.TEACHER",)
-        differ = [k for k in now if k in then and then[k] != now[k] and not k.startswith(ignored)]
+            ignored |= {"TEACHER_BANK", "TEACHER_BANK_DTYPE"}
+        differ = [k for k in now if k in then and then[k] != now[k] and k not in ignored]
         if differ:
             raise UserError(
                 *(f"--resume: {k} is {now[k]!r}, but this run was started with {then[k]!r}" for k in differ),

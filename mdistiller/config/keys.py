@@ -1,0 +1,346 @@
+"""The keys of the configuration: each with its default, meaning, check and role, declared once."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from yacs.config import CfgNode
+
+from mdistiller import registry
+
+
+class Check(NamedTuple):
+    """What a value has to fulfil. `wanted` completes a sentence that begins with the key: "must be ..."."""
+
+    test: Callable[[object], bool]
+    wanted: str
+    names: Iterable[str] | None = None  # the values there are, for a hint at the nearest one
+
+    def problem(self, value: object) -> str | None:
+        """Return what is wrong with `value`, or None."""
+        if self.test(value):
+            return None
+        if self.names is not None:
+            return registry.unknown(getattr(self.names, "kind", "value"), value, self.names)
+        return f"{self.wanted}; got {show(value)}"
+
+
+def at_least(low: float) -> Check:
+    """Return the check of a number that is `low` or more."""
+    return Check(lambda v: v >= low, f"must be {low} or more")
+
+
+def below(high: float, low: float = 0) -> Check:
+    """Return the check of a number in [low, high)."""
+    return Check(lambda v: low <= v < high, f"must be in [{low}, {high})")
+
+
+def between(low: float, high: float) -> Check:
+    """Return the check of a number in [low, high]."""
+    return Check(lambda v: low <= v <= high, f"must be at least {low}, and at most {high}")
+
+
+def one_of(names: Iterable[str], empty: bool = False) -> Check:
+    """Return the check of a name among `names`, a sequence or a registry; under `empty` it may be left out."""
+    return Check(lambda v: v in names or (empty and v == ""), "", names)
+
+
+positive = Check(lambda v: v > 0, "must be greater than 0")
+all_positive = Check(lambda v: len(v) > 0 and min(v) > 0, "must be numbers greater than 0")
+image_size = Check(
+    lambda v: len(v) == 2 and 8 <= min(v) <= max(v) <= 1024,
+    "must be two sizes of 8 or more and 1,024 at most, such as (32, 32)",
+)
+
+
+class Key(NamedTuple):
+    """A configuration key.
+
+    `role` says what a change of it does: "computes" changes the numbers of a run, so it is part of the run's name and
+    identity; "how" changes only the way to the same numbers; "where" says where a run happens, reads and writes.
+    `distils`: nothing reads it where there is no teacher. `effect` maps a value to what counts of it.
+    """
+
+    default: object
+    doc: str = ""
+    check: Check | None = None
+    role: str = "computes"
+    distils: bool = False
+    effect: Callable[[object], object] | None = None
+
+
+class Config(CfgNode):
+    """The tree that yacs offers. It remembers in `overrides` the KEY VALUE pairs that were merged into it.
+
+    Its merge methods read files and pairs as `load` does: int for float, _BASE_, and one ConfigError with every
+    mistake.
+    """
+
+    @property
+    def overrides(self) -> list[tuple[str, object]]:
+        """The (KEY, VALUE) pairs, in order; a later one wins."""
+        return self.__dict__.setdefault("_overrides", [])
+
+    def merge_from_file(self, cfg_filename: str) -> None:
+        from mdistiller.config import loading  # which needs this class
+
+        loading.merge_file(self, cfg_filename)
+
+    def merge_from_list(self, cfg_list: Sequence) -> None:
+        from mdistiller.config import loading
+
+        loading.merge_pairs(self, cfg_list)
+
+    def merge_from_other_cfg(self, cfg_other: Mapping) -> None:
+        from mdistiller.config import loading
+
+        loading.merge_trees(self, [(cfg_other, "other configuration")], [])
+
+
+KEYS: dict[str, Key] = {}  # full dotted name -> Key
+SECTIONS: dict[str, str] = {}  # name of a method's or rule's section -> its title
+CFG = Config()
+
+
+def add_keys(keys: Mapping[str, Key]) -> None:
+    """Enter `keys`, by full dotted name, into KEYS, and their defaults into CFG."""
+    for name, key in keys.items():
+        node, *parts = CFG, *name.split(".")
+        for part in parts[:-1]:
+            node = node.setdefault(part, CfgNode())
+        node[parts[-1]] = key.default
+        KEYS[name] = key
+
+
+def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = True) -> None:
+    """Declare the section CFG.<name>. `defaults` maps its keys to a Key or to a plain default; nested mappings are
+    sub-sections. `name` may be dotted, as TEMPERATURE.ERRATUM.
+
+    Raises ValueError where the section exists, or where a default is None, which has no type to check a value by.
+    """
+    *parents, last = name.split(".")
+    if last in (get(CFG, ".".join(parents)) if parents else CFG):
+        raise ValueError(f"config section '{name}' exists already; pick another name")
+    keys = {f"{name}.{key}": v if isinstance(v, Key) else Key(v) for key, v in leaves(defaults).items()}
+    for key, value in keys.items():
+        if value.default is None:
+            raise ValueError(f"{key}: None has no type that a value could be checked by; pick a default")
+    get(CFG, ".".join(parents))[last] = CfgNode()
+    add_keys({key: value._replace(distils=distils) for key, value in keys.items()})
+    SECTIONS[name] = title
+
+
+def leaves(node: Mapping, prefix: str = "") -> dict[str, object]:
+    """Return {full dotted key: value} of every value under `node`."""
+    flat = {}
+    for key, value in node.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def get(cfg: Mapping, key: str) -> object:
+    """Return the value or section of the dotted `key`; all of `cfg` for an empty one."""
+    for part in key.split(".") if key else ():
+        cfg = cfg[part]
+    return cfg
+
+
+def role(name: str) -> str:
+    """Return the role of the key `name`. Keys that nobody declared, as a plug-in's may be, compute."""
+    return KEYS[name].role if name in KEYS else "computes"
+
+
+def computed(cfg: Mapping) -> dict[str, object]:
+    """Return {key: value} of the settings in `cfg`, nested or flat, that decide what is computed.
+
+    Keys that only say where or how, sections of methods that are not in use and, for a method without a teacher,
+    what only distillation reads are left out. Keys that `cfg` lacks have their defaults, so that a key that is added
+    later makes no finished run another one. Values are as YAML and JSON hold them: lists, no tuples.
+    """
+    given = leaves(cfg)
+    flat = {name: _plain(key.default) for name, key in KEYS.items()} | {k: _plain(v) for k, v in given.items()}
+    method = flat["DISTILLER.TYPE"]
+    distils = getattr(registry.distillers.get(method), "needs_teacher", method != "NONE")
+    methods = {name for name in SECTIONS if "." not in name} - {method}
+    kept = {}
+    for name, value in flat.items():
+        key = KEYS.get(name, Key(None))
+        here = name == "DATASET.ROOT" and flat["DATASET.TYPE"] == "npz"  # the images are that file
+        default = _plain(key.default)
+        if (key.role != "computes" and not here) or (key.distils and not distils):
+            continue
+        if name.split(".")[0] in methods and value == default:
+            continue
+        kept[name] = key.effect(value) if key.effect else value
+    return kept
+
+
+def _plain(value: object) -> object:
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def show(value: object) -> str:
+    """Return `value` as it is typed, in 200 characters or fewer."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no decimal of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+add_keys(
+    {
+        "EXPERIMENT.PROJECT": Key("distill", "Folder under LOG.PREFIX that groups runs.", role="where"),
+        "EXPERIMENT.NAME": Key("", "Name of the run's folder; empty: EXPERIMENT.TAG.", role="where"),
+        "EXPERIMENT.TAG": Key("default", "Comma-separated labels of the run.", role="where"),
+        "EXPERIMENT.PLUGINS": Key(
+            [],
+            "Python files to import before the YAML is read: methods, models, data sets, rules of your own. They are "
+            "code.",
+            Check(lambda v: all(isinstance(p, str) for p in v), "must be paths of .py files"),
+            role="where",
+        ),
+        "EXPERIMENT.LOGIT_STAND": Key(
+            False, "Distil z-scores of the logits (LSKD): another name for TEMPERATURE.RULE std.", distils=True
+        ),
+        "DATASET.TYPE": Key("cifar100", "Data set: cifar100, cifar10, digits or npz.", one_of(registry.datasets)),
+        "DATASET.ROOT": Key(
+            "./data", "Folder that holds the data set (cifar*), or the .npz file itself (npz).", role="where"
+        ),
+        "DATASET.AUGMENT": Key(
+            "auto",
+            "Augmentation: auto (as the data set declares), crop_flip, crop or none.",
+            one_of(("auto", "crop_flip", "crop", "none")),
+        ),
+        "DATASET.NUM_WORKERS": Key(
+            2,
+            "Accepted for mdistiller's YAML files; images are held in memory and need no workers.",
+            at_least(0),
+            role="how",
+        ),
+        "DATASET.TEST.BATCH_SIZE": Key(
+            64,
+            "Images in an evaluation batch; on CUDA at least 1,000 of 32 x 32 pixels, or as many pixels of larger "
+            "ones.",
+            at_least(1),
+            role="how",
+        ),
+        "DISTILLER.TYPE": Key(
+            "NONE", "Method: a name of distiller_dict. NONE trains the student alone.", one_of(registry.distillers)
+        ),
+        "DISTILLER.TEACHER": Key(
+            "ResNet50", "Teacher: a name of cifar_model_dict.", one_of(registry.cifar_models), distils=True
+        ),
+        "DISTILLER.STUDENT": Key("resnet32", "Student: a name of cifar_model_dict.", one_of(registry.cifar_models)),
+        "DISTILLER.TEACHER_CKPT": Key(
+            "", "Teacher checkpoint; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/.", role="where"
+        ),
+        "DISTILLER.TRAIN_TEACHER": Key(
+            False, "Train a missing teacher first, by method NONE with this SOLVER, and store it.", role="where"
+        ),
+        "SOLVER.TRAINER": Key(
+            "base",
+            "base; dot: task and distillation gradients keep separate momenta; crd: same as base.",
+            one_of(("base", "crd", "dot")),
+        ),
+        "SOLVER.DOT.DELTA": Key(
+            0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."
+        ),
+        "SOLVER.BATCH_SIZE": Key(64, "Images in a training batch; the last, smaller batch is kept.", at_least(1)),
+        "SOLVER.EPOCHS": Key(240, "Training epochs.", between(1, 2**20 - 1)),
+        "SOLVER.LR": Key(0.05, "Learning rate of the first epoch.", positive),
+        "SOLVER.LR_DECAY_STAGES": Key(
+            [150, 180, 210],
+            "The rate falls after each of these epochs.",
+            Check(
+                lambda v: all(a < b for a, b in zip([0, *v], v, strict=False)),
+                "must be epochs in rising order, each 1 or more, such as [150, 180, 210]",
+            ),
+        ),
+        "SOLVER.LR_DECAY_RATE": Key(0.1, "Factor of each fall.", Check(lambda v: 0 < v <= 1, "must be in (0, 1]")),
+        "SOLVER.WEIGHT_DECAY": Key(0.0001, "L2 penalty on every parameter.", at_least(0)),
+        "SOLVER.MOMENTUM": Key(0.9, "SGD momentum.", below(1)),
+        "SOLVER.TYPE": Key("SGD", "Optimizer: SGD.", one_of(("SGD",))),
+        "SOLVER.AMP": Key(
+            "none",
+            "Autocast of the forward pass: none, bf16 or fp16 (CUDA only). Losses stay in float32.",
+            one_of(("none", "bf16", "fp16")),
+        ),
+        "SOLVER.NAN_POLICY": Key(
+            "stop",
+            "Where a loss or gradient is not finite: stop and name it, or skip the step.",
+            one_of(("stop", "skip")),
+        ),
+        "SOLVER.STEP": Key(
+            "auto",
+            "How a step runs: eager, graph (a CUDA graph) or compile (torch.compile; on CUDA in a graph too); auto: "
+            "graph on CUDA, compile on a CPU where that pays, else eager.",
+            one_of(("auto", "eager", "graph", "compile")),
+            role="how",
+        ),
+        "TEMPERATURE.RULE": Key(
+            "",
+            "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own.",
+            one_of(registry.temperature_rules, empty=True),
+            distils=True,
+        ),
+        "TEMPERATURE.DETACH": Key(
+            False,
+            "Stop the gradient through the rule's temperatures; published DTKD lets it flow.",
+            distils=True,
+        ),
+        "TEMPERATURE.PART": Key(
+            "all",
+            "Part of the divergence of KD, DTKD and DKD: all, target (TCKD) or non_target (NCKD).",
+            one_of(("all", "target", "non_target")),
+            distils=True,
+        ),
+        "LOG.TEMPERATURE": Key(
+            "summary",
+            "Record the rule's temperatures: off, summary (an epoch) or samples (each sample too).",
+            one_of(("off", "summary", "samples")),
+            role="where",
+        ),
+        "LOG.TENSORBOARD_FREQ": Key(
+            500, "Steps between TensorBoard points inside an epoch.", at_least(1), role="where"
+        ),
+        "LOG.SAVE_CHECKPOINT_FREQ": Key(
+            40, "Epochs between the checkpoints epoch_N and student_N.", at_least(1), role="where"
+        ),
+        "LOG.SAVE_EVERY_SECONDS": Key(
+            60.0,
+            "Seconds of training between checkpoints inside an epoch, at least; 0: none inside an epoch. kill -9 costs "
+            "what came after the last one.",
+            at_least(0),
+            role="where",
+        ),
+        "LOG.PREFIX": Key("./output", "Root of all run folders.", Check(bool, "must name a folder"), role="where"),
+        "LOG.WANDB": Key(False, "Send figures to Weights & Biases as well (pip install wandb).", role="where"),
+        "SEED": Key(0, "Seeds initialisation, data order and augmentation.", below(2**32)),
+        "DETERMINISTIC": Key(False, "The same bits on the same machine on CUDA too, at some cost in speed."),
+        "TEACHER_BANK": Key(
+            "auto",
+            "Teacher's logits on all views of the training set, for logit methods: full (computed first, kept on "
+            "disk), lazy (kept as they come), off (a teacher's pass in every step); auto: as the arithmetic says. All "
+            "but off give the same numbers.",
+            one_of(("auto", "full", "lazy", "off")),
+            distils=True,
+            effect=lambda value: "off" if value == "off" else "auto",
+        ),
+        "TEACHER_BANK_DTYPE": Key(
+            "float16",
+            "What the bank keeps, float16 or float32; auto rounds to it without a bank too.",
+            one_of(("float16", "float32")),
+            distils=True,
+        ),
+        "TEACHER_BANK_FOLDER": Key("", "Where banks lie; empty: beside the teacher's checkpoint.", role="where"),
+        "DEVICE": Key(
+            "auto",
+            "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.",
+            Check(
+                lambda v: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)), "must be auto, cpu, cuda, cuda:N or mps"
+            ),
+            role="where",
+        ),
+    }
+)

@@ -1,0 +1,269 @@
+"""From YAML files and KEY VALUE pairs to a checked, frozen configuration."""
+
+import ast
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from mdistiller import files, registry
+from mdistiller.config.keys import CFG, KEYS, Config, leaves, show
+from mdistiller.config.plugins import load_plugin
+from mdistiller.config.reading import read_yaml
+from mdistiller.errors import ConfigError, UserError
+
+MOST_LEVELS, MOST_PROBLEMS = 30, 20
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
+
+
+def load(path: str | Path | None = None, opts: Sequence = ()) -> Config:
+    """Return the frozen configuration: defaults, then the YAML file and its _BASE_ files, then KEY VALUE pairs.
+
+    Raises ConfigError with one line for each mistake found, all at once.
+    """
+    registry.fill()
+    problems: list[str] = []
+    tree = read_yaml(Path(path), problems) if path else {}
+    pairs = _parse_opts(opts, problems)
+    sources = [(tree, str(path)), *((override, "command line") for _, override in pairs)]
+    plugins = []
+    for source, _ in sources:
+        section = source.get("EXPERIMENT")
+        plugins = section.get("PLUGINS", plugins) if isinstance(section, Mapping) else plugins
+    plugin_text = _load_plugins(_decode(plugins), Path(path).parent if path else Path(), problems)
+
+    cfg = CFG.clone()
+    for source, name in sources:
+        _merge(cfg, source, name, "", plugin_text, problems)
+    cfg.overrides.extend(pair for pair, _ in pairs)
+    problems += _value_problems(cfg)
+    _refuse(problems)
+    cfg.freeze()
+    return cfg
+
+
+def read(path: Path) -> CfgNode:
+    """Return the tree of a YAML file as it stands, with neither defaults nor validation. Raises ConfigError."""
+    problems: list[str] = []
+    tree = read_yaml(path, problems)
+    _refuse(problems)
+    return _node(tree)
+
+
+def misfit(tree: Mapping) -> str | None:
+    """Return the first key in `tree` whose value is of another kind than its default; unknown keys count as fitting."""
+    for name, value in leaves(tree).items():
+        try:
+            if name in KEYS:
+                _coerce(value, KEYS[name].default)
+        except (TypeError, OverflowError):
+            return name
+    return None
+
+
+def merge_file(cfg: Config, path: str | Path) -> None:
+    """Merge the YAML file at `path` into `cfg`."""
+    problems: list[str] = []
+    tree = read_yaml(Path(path), problems)
+    merge_trees(cfg, [(tree, str(path))], problems)
+
+
+def merge_pairs(cfg: Config, opts: Sequence) -> None:
+    """Merge KEY VALUE pairs into `cfg`."""
+    problems: list[str] = []
+    pairs = _parse_opts(opts, problems)
+    merge_trees(cfg, [(tree, "command line") for _, tree in pairs], problems)
+    cfg.overrides.extend(pair for pair, _ in pairs)
+
+
+def merge_trees(cfg: Config, sources: Iterable[tuple[Mapping, str]], problems: list[str]) -> None:
+    """Merge (tree, where it is from) pairs into `cfg`. Raises ConfigError with these and the earlier `problems`."""
+    if cfg.is_frozen():
+        raise AttributeError("this configuration is frozen; clone() it, then defrost() the clone")
+    for tree, source in sources:
+        _merge(cfg, tree, source, "", "", problems)
+    _refuse(problems)
+
+
+def _node(tree: Mapping) -> CfgNode:
+    return CfgNode({key: _node(value) if isinstance(value, Mapping) else value for key, value in tree.items()})
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    """Raise ConfigError if there are any problems, with MOST_PROBLEMS of them at most."""
+    lines = list(dict.fromkeys(problems))
+    if len(lines) > MOST_PROBLEMS:
+        lines = [*lines[:MOST_PROBLEMS], f"and {len(lines) - MOST_PROBLEMS} more of this kind"]
+    if lines:
+        raise ConfigError(*lines)
+
+
+def _parse_opts(opts: Sequence, problems: list[str]) -> list[tuple[tuple[str, object], dict]]:
+    """Return ((KEY, VALUE), its tree) for each pair, in order."""
+    if len(opts) % 2:
+        problems.append(f"command line: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
+    pairs = []
+    for key, value in zip(opts[::2], opts[1::2], strict=False):
+        if not isinstance(key, str) or key.startswith("-") or key.count(".") > MOST_LEVELS:
+            problems.append(f"command line: '{key}' is not a key; overrides are KEY VALUE pairs such as SOLVER.LR 0.1")
+            continue
+        tree = value
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        pairs.append(((key, value), tree))
+    return pairs
+
+
+def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> str:
+    """Import every plug-in. Return their source text, in which _merge looks for the sections that they read."""
+    plugins = [plugins] if isinstance(plugins, str) else plugins
+    if not isinstance(plugins, (list, tuple)):
+        return ""  # _merge reports the wrong type
+    text = ""
+    for plugin in plugins:
+        path = next((p for p in (Path(str(plugin)), folder / str(plugin)) if os.path.isfile(p)), None)
+        if path is None or path.suffix != ".py":
+            problems.append(f"EXPERIMENT.PLUGINS: '{plugin}' is not an existing .py file")
+            continue
+        try:
+            load_plugin(path)
+            text += path.read_text(encoding="utf-8")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
+            problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}")
+    return text
+
+
+def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: str, problems: list[str]) -> None:
+    for key, value in tree.items():
+        full = f"{prefix}{key}"
+        if key not in node:
+            if not prefix and isinstance(value, Mapping) and re.search(rf"\.{re.escape(str(key))}\b", plugin_text):
+                node[key] = _node(_decode_tree(value))  # a plug-in reads cfg.<key>
+            elif prefix and prefix.split(".")[0] not in CFG:  # inside such a section
+                node[key] = _decode_tree(value)
+            else:
+                problems.append(f"{full}: {_unknown_key(full, isinstance(value, Mapping))} ({source})")
+        elif isinstance(node[key], CfgNode):
+            if isinstance(value, Mapping):
+                _merge(node[key], value, source, f"{full}.", plugin_text, problems)
+            else:
+                example = next(iter(leaves(node[key], f"{full}.")), f"{full}.KEY")
+                problems.append(f"{full}: is a section, not a value; set its keys, such as {example} ({source})")
+        elif isinstance(value, Mapping):
+            problems.append(f"{full}: is a single value ({_kind(node[key])}), not a section ({source})")
+        else:
+            try:
+                node[key] = _coerce(_unquoted(full, value), node[key])
+            except (TypeError, OverflowError):
+                wanted = _kind(node[key])
+                problems.append(f"{full}: must be {wanted}, such as {node[key]!r}; got {show(value)} ({source})")
+
+
+def _unquoted(name: str, value: object) -> object:
+    """Return the word that YAML 1.1 took for a truth value, where the key `name` knows it: off, on."""
+    check = KEYS[name].check if name in KEYS else None
+    word = {"True": "on", "False": "off"}.get(str(value))
+    return word if check and check.names is not None and word in check.names else value
+
+
+def _unknown_key(full: str, is_section: bool) -> str:
+    if len(full) > 100:  # nothing is near it, and looking takes long
+        return f"unknown {'section' if is_section else 'key'}"
+    sections = {key[: match.start()] for key in leaves(CFG) for match in re.finditer(r"\.", key)}
+    close = registry.nearest(full, sections if is_section else leaves(CFG))
+    if not close and not is_section:  # the section may be what is wrong: look for the last part anywhere
+        last = full.rsplit(".", 1)[-1].casefold()
+        close = [key for key in leaves(CFG) if key.rsplit(".", 1)[-1].casefold() == last]
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown {'section' if is_section else 'key'}{hint}"
+
+
+def _decode(text: object) -> object:
+    """Return the value typed as `text`: 5e-4, [1, 2], True. YAML 1.1 reads 5e-4 as a string, so files need this too."""
+    if not isinstance(text, str):
+        return text
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a text may look like odd Python
+            value = ast.literal_eval(text.strip())
+        return value if _is_plain(value) else text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+
+
+def _decode_tree(value: object) -> object:
+    return {k: _decode_tree(v) for k, v in value.items()} if isinstance(value, Mapping) else _decode(value)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether YAML can hold `value`: no set, no bytes, no complex number."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _kind(default: object) -> str:
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    return names.get(type(default), "a list")
+
+
+def _coerce(value: object, default: object) -> object:
+    """Return `value` as the type of `default`: int serves for float, list for tuple. Raises TypeError otherwise."""
+    if isinstance(default, str):
+        if isinstance(value, str):
+            return value
+        raise TypeError
+    value = _decode(value)
+    if isinstance(default, (list, tuple)):
+        if default in ([], ()) and isinstance(value, str):
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        if not default:  # an empty default says nothing about what the list holds
+            return type(default)(value)
+        return type(default)(_coerce(item, default[0]) for item in value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise TypeError
+    return value
+
+
+def _value_problems(cfg: CfgNode) -> Iterable[str]:
+    flat = leaves(cfg)
+    for name, value in flat.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [n for n in parts if isinstance(n, (int, float))]
+        if any(isinstance(text, str) and _CONTROL.search(text) for text in parts):
+            yield f"{name}: must be text without control characters; got {show(value)}"
+        elif any(isinstance(n, float) and not abs(n) < 1e38 for n in numbers):  # NaN, and what float32 cannot hold
+            yield f"{name}: must be a finite number, below 1e38; got {show(value)}"
+        elif any(not -(2**62) < n < 2**62 for n in numbers):  # what a tensor's index can hold, and room to add
+            yield f"{name}: must be a whole number below 2**62; got {show(value)}"
+        elif name in KEYS and KEYS[name].check:
+            problem = KEYS[name].check.problem(value)
+            if problem:
+                yield f"{name}: {problem}"
+    momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
+    if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
+        yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
+    if (flat["SOLVER.TRAINER"], flat["DISTILLER.TYPE"]) == ("dot", "NONE"):
+        yield "SOLVER.TRAINER: dot separates task from distillation, and NONE does not distil; set SOLVER.TRAINER base"
+    for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
+        if ".." in Path(flat[name]).parts or Path(flat[name]).is_absolute():
+            yield f"{name}: must be a folder name below LOG.PREFIX; got {flat[name]!r}"
+    paths = ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT")
+    for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", *paths):
+        sizes = [len(part.encode(errors="replace")) for part in Path(flat[name]).parts]
+        if max(sizes, default=0) > 255 or sum(sizes) > 2000:
+            yield f"{name}: is longer than file names can be; got {show(flat[name])}"
+        elif name in paths:
+            try:
+                files.expand(flat[name])
+            except UserError as error:
+                yield f"{name}: {error}"
