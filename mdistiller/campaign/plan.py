@@ -102,9 +102,7 @@ class Cell:
     def command(self, seed: int | str) -> list[str]:
         """Trains one of its trials by hand, from the teacher's file $TEACHER; other places are left to who types it."""
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
-        computed = [
-            (key, value) for key, value in pairs if config.role(key) == "computes" or key == "EXPERIMENT.PLUGINS"
-        ]
+        computed = [(k, v) for k, v in pairs if config.role(k) == "computes" or k == "EXPERIMENT.PLUGINS"]
         words = [word for pair in computed for word in pair]
         file = Path(*self.file.parts[self.file.parts.index("configs") :]) if "configs" in self.file.parts else self.file
         teacher = ["DISTILLER.TEACHER_CKPT", '"$TEACHER"'] if self.teacher else []

@@ -1,4 +1,4 @@
-"""The configuration: what keys there are (keys), how files and pairs become a tree (load), plug-ins. Imports no torch."""
+"""The configuration: its keys, and how files and KEY VALUE pairs become a checked tree. Imports no torch."""
 
 from mdistiller.config.keys import (
     CFG,

@@ -27,7 +27,7 @@ class Check(NamedTuple):
 
 def at_least(low: float) -> Check:
     """Return the check of a number that is `low` or more."""
-    return Check(lambda v: v >= low, f"must be {low} or more")
+    return Check(lambda v: v >= low, f"must be at least {low}" if low else "must be 0 or more")
 
 
 def below(high: float, low: float = 0) -> Check:
@@ -316,7 +316,11 @@ add_keys(
         ),
         "LOG.PREFIX": Key("./output", "Root of all run folders.", Check(bool, "must name a folder"), role="where"),
         "LOG.WANDB": Key(False, "Send figures to Weights & Biases as well (pip install wandb).", role="where"),
-        "SEED": Key(0, "Seeds initialisation, data order and augmentation.", below(2**32)),
+        "SEED": Key(
+            0,
+            "Seeds initialisation, data order and augmentation.",
+            Check(lambda v: 0 <= v < 2**32, "must be in [0, 2**32)"),
+        ),
         "DETERMINISTIC": Key(False, "The same bits on the same machine on CUDA too, at some cost in speed."),
         "TEACHER_BANK": Key(
             "auto",
