@@ -86,11 +86,12 @@ def test_rule(opts, rule):
     assert rule_of(load(None, [word for pair in opts.items() for word in pair])) == rule
 
 
-def test_a_configuration_without_the_section_has_its_method_s_rule():
-    cfg = load(None, ["DISTILLER.TYPE", "DTKD"])
-    cfg.defrost()
-    del cfg["TEMPERATURE"]
-    assert rule_of(cfg) == "max_logit"
+def test_a_configuration_without_the_section_has_its_method_s_rule(tmp_path):
+    folder = write_run(tmp_path, "old", [50.0], DISTILLER__TYPE="DTKD")
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    del tree["TEMPERATURE"], tree["EXPERIMENT"]["LOGIT_STAND"]
+    (folder / "config.yaml").write_text(yaml.dump(tree))
+    assert rule_of(read_run(folder).cfg) == "max_logit"
 
 
 # the results table

@@ -9,7 +9,8 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "mdistiller"
 BELOW = ["errors", "registry", "files", "terminal"]  # what every room may use
-ROOMS = ["config", "models", "distillers", "dataset", "device", "runs", "bank", "engine", "analysis", "campaign"]
+ROOMS = ["config", "models", "distillers", "dataset", "device", "runs", "bank", "engine"]
+ROOMS += ["study", "analysis", "campaign"]
 MAY_IMPORT = {room: {*BELOW, *ROOMS[:place]} for place, room in enumerate(ROOMS)} | {
     "errors": set(),
     "registry": set(),

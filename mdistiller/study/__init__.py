@@ -1,0 +1,1 @@
+"""Plans, the runs that they stand for, and what is made of finished runs: tables, charts and pages."""

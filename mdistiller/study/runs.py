@@ -1,0 +1,325 @@
+"""A Run, read from its folder or from a line of a runs.jsonl, and a Group: runs that differ in their seed alone."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from mdistiller import config, files
+from mdistiller.distillers import LogitDistiller, distiller_dict
+from mdistiller.engine.cfg import CFG
+from mdistiller.errors import UserError
+from mdistiller.runs.recorder import read_metrics
+from mdistiller.study.statistics import Mean, mean_and_std
+
+# The keys of a finished run that an analysis may be told anew, because files move.
+MOVABLE = ("DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DEVICE")
+NEEDED = (
+    "SEED", "DEVICE", "DATASET.TYPE", "DATASET.ROOT", "SOLVER.EPOCHS", "DISTILLER.TYPE", "DISTILLER.STUDENT",
+    "DISTILLER.TEACHER", "DISTILLER.TEACHER_CKPT",
+)  # fmt: skip
+FIGURES = ("epoch", "test_acc", "best_acc", "train_acc", "train_loss")
+PARTS = {"target": " TCKD", "non_target": " NCKD"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its folder, its complete configuration and the rows of its metrics.jsonl, the first epoch first.
+
+    A run that is planned has no rows yet. `environment` holds environment.json, empty where that is lost. `teacher`
+    holds the settings of its teacher's run (those that change what is computed) where they are known.
+    """
+
+    folder: Path
+    cfg: CfgNode
+    rows: list[dict]
+    environment: dict = field(default_factory=dict)
+    teacher: dict[str, object] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def cell(self) -> str:
+        """METHOD[+rule],teacher,student; NONE,student: what the run has in common with its other seeds in a study."""
+        names = self.cfg.DISTILLER
+        if names.TYPE == "NONE":
+            return f"NONE,{names.STUDENT}"
+        rule = rule_of(self.cfg)
+        method = names.TYPE if rule == own_rule(names.TYPE) else f"{names.TYPE}+{rule}"
+        return f"{method},{names.TEACHER},{names.STUDENT}"
+
+    @property
+    def seed(self) -> int:
+        return self.cfg.SEED
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs that are finished."""
+        return self.rows[-1]["epoch"] if self.rows else 0
+
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        """All settings that change what is computed: {key: value}."""
+        return config.computed(self.cfg)
+
+    @cached_property
+    def protocol(self) -> dict[str, object]:
+        """Everything that runs must share to be averaged: {key: value}; the teacher's keys begin with `teacher `."""
+        own = {key: value for key, value in self.settings.items() if key != "SEED"}
+        own |= {f"teacher {key}": value for key, value in (self.teacher or {}).items()}
+        return own | {"finished epochs": self.epochs}
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of what the run computes, its teacher's run included: the same run has it in every folder."""
+        text = json.dumps([self.settings, self.teacher], sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def seconds(self) -> float:
+        """The time that its epochs took: of training and evaluation, shared with students beside it."""
+        return sum(row["epoch_seconds"] for row in self.rows)
+
+    @property
+    def students(self) -> float:
+        """How many students its process trained in turn, itself included, on average over the time."""
+        own = sum(row["epoch_seconds"] / self._students_in(row["epoch"]) for row in self.rows)
+        return self.seconds / own if own else 1
+
+    def _students_in(self, epoch: int) -> float:
+        sessions = self.environment.get("sessions") or [{}]
+        last = next((one for one in reversed(sessions) if one.get("epoch", 0) < epoch), sessions[0])
+        return last.get("students", 1)
+
+    @property
+    def commits(self) -> list[dict]:
+        """The commits of the code that ran, each once: {"commit": hash, "clean": whether the tree was}."""
+        found = []
+        for session in self.environment.get("sessions", []):
+            if session.get("git") and session["git"] not in found:
+                found.append(session["git"])
+        return found
+
+
+@dataclass
+class Group:
+    """Runs of one protocol that differ in their seed alone, the lowest seed first."""
+
+    runs: list[Run]
+    extra: str = ""  # what tells it from another group of the same method, pair and length
+
+    @property
+    def first(self) -> Run:
+        """The run that is drawn where one run has to stand for its group."""
+        return self.runs[0]
+
+    @property
+    def cfg(self) -> CfgNode:
+        return self.first.cfg
+
+    @property
+    def name(self) -> str:
+        return self.first.cell
+
+    @property
+    def method(self) -> str:
+        """DISTILLER.TYPE, with +LSKD where the logits are standardised and the part where only one is distilled."""
+        kind = self.cfg.DISTILLER.TYPE
+        stand = "+LSKD" if self.rule == "std" and self.rule != own_rule(kind) else ""
+        return kind + stand + PARTS.get(self.cfg.TEMPERATURE.PART, "")
+
+    @property
+    def published_name(self) -> str | None:
+        """What the literature calls the method; None under a rule that it was not published with."""
+        return self.method if self.rule in (own_rule(self.cfg.DISTILLER.TYPE), "std") else None
+
+    @property
+    def rule(self) -> str:
+        return rule_of(self.cfg)
+
+    @property
+    def pair(self) -> str:
+        student = self.cfg.DISTILLER.STUDENT
+        return student if self.cfg.DISTILLER.TYPE == "NONE" else f"{self.cfg.DISTILLER.TEACHER} → {student}"
+
+    @property
+    def schedule(self) -> str:
+        """The number of epochs, as it must stand beside every figure of the group."""
+        planned = self.cfg.SOLVER.EPOCHS
+        return f"{planned} epochs" if self.first.epochs == planned else f"{self.first.epochs} of {planned} epochs"
+
+    @property
+    def seeds(self) -> str:
+        return ", ".join(str(run.seed) for run in self.runs)
+
+    @property
+    def last(self) -> Mean:
+        return mean_and_std([run.rows[-1]["test_acc"] for run in self.runs])
+
+    @property
+    def best(self) -> Mean:
+        return mean_and_std([run.rows[-1]["best_acc"] for run in self.runs])
+
+    @property
+    def label(self) -> str:
+        """A short text, unique among the groups of a report."""
+        method = "alone" if self.method == "NONE" else self.method
+        if self.rule not in (own_rule(self.cfg.DISTILLER.TYPE), "std"):
+            method += f" with {self.rule}"
+        return ", ".join(filter(None, [method, self.pair, self.schedule, self.extra]))
+
+    @property
+    def figures(self) -> str:
+        """Last and best accuracy, for captions."""
+        return f"last {self.last}, best {self.best}"
+
+
+def own_rule(method: str) -> str:
+    """Return the temperature rule that a method has where nothing is chosen; - for one that knows no temperature."""
+    kind = distiller_dict.get(method) if method in distiller_dict else None
+    inherits = isinstance(kind, type) and issubclass(kind, LogitDistiller)
+    return getattr(kind, "own_rule", "fixed" if inherits else "-")
+
+
+def rule_of(cfg: CfgNode) -> str:
+    """Return the temperature rule: TEMPERATURE.RULE where the configuration names one, else the method's own."""
+    own = own_rule(cfg.DISTILLER.TYPE)
+    if own == "-":
+        return own
+    return str(cfg.TEMPERATURE.RULE) or ("std" if cfg.EXPERIMENT.LOGIT_STAND else own)
+
+
+def complete(flat: Mapping[str, object]) -> CfgNode:
+    """Return {"SOLVER.LR": 0.1} as a configuration; keys that `flat` lacks have today's defaults."""
+    tree = CfgNode()
+    for key, value in (config.leaves(CFG) | dict(flat)).items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        node[leaf] = value
+    return tree
+
+
+def read_run(folder: Path, opts: Sequence[str] = ()) -> Run:
+    """Return the run in `folder`, with the MOVABLE keys `opts` (KEY VALUE pairs) in place of its own.
+
+    Raises UserError where the folder holds no finished epoch, or files of another kind.
+    """
+    file = folder / "config.yaml"
+    if not os.path.isfile(file) or not os.path.isfile(folder / "metrics.jsonl"):
+        raise UserError(f"{folder}: is no run's folder; pass folders such as output/digits/none,res8")
+    try:
+        cfg = config.read(file)
+        for key in NEEDED:
+            config.get(cfg, key)
+        key = config.misfit(cfg)
+    except (KeyError, TypeError):
+        raise UserError(f"{file}: is no configuration of this framework; it lacks {key}") from None
+    if key:
+        raise UserError(f"{file}: is no configuration of this framework; {key} is of another kind")
+    try:
+        files.open_regular(folder / "metrics.jsonl", "a run's folder").close()
+        rows = read_metrics(folder)
+        if not all(type(row["epoch"]) is int and all(math.isfinite(row[key]) for key in FIGURES) for row in rows):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        raise UserError(f"{folder / 'metrics.jsonl'}: holds a line that is no epoch of this framework") from None
+    if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise UserError(f"{folder / 'metrics.jsonl'}: its epochs do not count 1, 2, 3, ...; the file is damaged")
+    if not rows:
+        raise UserError(f"{folder}: no epoch is finished yet; wait for the first one")
+    moved = dict(zip(opts[::2], opts[1::2], strict=True))
+    return Run(folder, complete(config.leaves(cfg) | moved), rows, read_environment(folder))
+
+
+def read_environment(folder: Path) -> dict:
+    """Return environment.json of a run's folder; empty where it is lost, as no figure depends on it."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "environment.json").read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def run_of(record: Mapping) -> Run:
+    """Return the run of a line of a runs.jsonl: of each epoch the accuracy and, evenly spread, the time are known.
+
+    Raises KeyError, TypeError, ValueError or AttributeError where the line is no record.
+    """
+    teacher, curve = record["teacher"], record["curve"]
+    seconds = record["seconds"] / len(curve)
+    rows = [
+        {"epoch": number, "test_acc": last, "best_acc": best, "best_epoch": curve.index(best) + 1}
+        | {"epoch_seconds": seconds}
+        for number, (last, best) in enumerate(zip(curve, accumulate(curve, max), strict=True), 1)
+    ]
+    sessions = [{"git": commit, "students": record["students"], "epoch": 0} for commit in record["git"] or [None]]
+    environment = {**record["versions"], "device": record["device"], "threads": record.get("threads")}
+    environment |= {"sha256": {**record["sha256"], "teacher": teacher["sha256"]} if teacher else record["sha256"]}
+    cfg = complete(record["config"])
+    return Run(
+        Path(f"{record['cell']},seed{record['seed']}"), cfg, rows, environment | {"sessions": sessions},
+        config.computed(teacher["config"]) if teacher else None,
+    )  # fmt: skip
+
+
+def check_opts(opts: Sequence[str]) -> None:
+    """Raises UserError unless `opts` are pairs of a MOVABLE key and a value."""
+    wrong = [key for key in opts[::2] if key not in MOVABLE]
+    if wrong or len(opts) % 2:
+        found = f"{wrong[0]!r} is none of them" if wrong else f"{opts[-1]} lacks its value"
+        raise UserError(f"--opts: takes KEY VALUE pairs of {', '.join(MOVABLE)}; {found}")
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+    """Return groups in the order of their first run, and a line for each run left out because it repeats a seed."""
+    groups: dict[str, Group] = {}
+    notes = []
+    for run in runs:
+        group = groups.setdefault(json.dumps(run.protocol, sort_keys=True), Group([]))
+        twin = next((other for other in group.runs if other.seed == run.seed), None)
+        if twin:
+            notes.append(f"{run.name}: left out, it repeats SEED {run.seed} of {twin.name}")
+        else:
+            group.runs.append(run)
+    for group in groups.values():
+        group.runs.sort(key=lambda run: run.seed)
+        teachers = {run.cfg.DISTILLER.TEACHER_CKPT for run in group.runs}
+        if len(teachers) > 1:
+            notes.append(f"{group.label}: its seeds name different teacher files, so their spread holds the teachers'")
+    distinguish(list(groups.values()))
+    return list(groups.values()), notes
+
+
+def distinguish(groups: Sequence[Group]) -> None:
+    """Write into `extra` what sets apart groups that would bear the same label."""
+    by_label: dict[str, list[Group]] = {}
+    for group in groups:
+        by_label.setdefault(group.label, []).append(group)
+    for alike in by_label.values():
+        if len(alike) < 2:
+            continue
+        keys = list(differing([group.first.protocol for group in alike]))
+        for number, group in enumerate(alike, 1):
+            said = ", ".join(f"{key} {group.first.protocol.get(key, 'absent')}" for key in keys[:2])
+            group.extra = said if len(keys) <= 2 else f"{said}, ... ({number})"
+
+
+def differing(protocols: Sequence[Mapping]) -> dict[str, list]:
+    """Return {key: its values, each once, in the order of appearance} of the keys in which `protocols` differ."""
+    found: dict[str, list] = {}
+    for key in dict.fromkeys(key for protocol in protocols for key in protocol):
+        values = [protocol.get(key, "absent") for protocol in protocols]
+        found[key] = [value for place, value in enumerate(values) if value not in values[:place]]
+    return {key: values for key, values in found.items() if len(values) > 1}
