@@ -309,7 +309,7 @@ def test_ctkd_hands_its_parameters_to_the_optimizer():
         assert method.get_extra_parameters() == extra
         given = {id(p) for p in method.get_learnable_parameters()}
         assert given == {id(p) for p in (*method.student.parameters(), *method.rule.parameters())}
-    with pytest.raises(UserError, match=r"TEMPERATURE\.LEARNED\.MODE: must be global or instance"):
+    with pytest.raises(UserError, match=r"TEMPERATURE\.LEARNED\.MODE: unknown value .* known: global, instance"):
         distiller_dict["CTKD"](Net(5, 1), Net(5, 2), config.load(opts=["TEMPERATURE.LEARNED.MODE", "sample"]))
 
 

@@ -108,7 +108,9 @@ def add_keys(keys: Mapping[str, Key]) -> None:
         node, *parts = CFG, *name.split(".")
         for part in parts[:-1]:
             node = node.setdefault(part, CfgNode())
-        node[parts[-1]] = key.default
+        default = key.default
+        # a copy: YAML writes an object that stands in two places as an alias, which is refused when it is read
+        node[parts[-1]] = type(default)([*default]) if isinstance(default, (list, tuple)) else default
         KEYS[name] = key
 
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from mdistiller.config import Key, positive
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import in_float32, match_size, sum_over_stages, unit
 from mdistiller.distillers._registry import register_distiller
@@ -31,7 +33,13 @@ def at_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], p: int) ->
     return sum_over_stages(stage, feats_student, feats_teacher)
 
 
-@register_distiller("AT", defaults={"P": 2, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0}})
+@register_distiller(
+    "AT",
+    defaults={
+        "P": Key(2, "Exponent p of the attention map F_sum^p.", positive),
+        "LOSS": keys.feature_weights(1000.0),
+    },
+)
 class AT(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * at_loss over every stage after the stem."""
 

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key, between, one_of
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import in_float32, pooled_width, refuse, unit
 from mdistiller.distillers._registry import register_distiller
 
 EPS = 1e-7
+MODES = one_of(("exact", "relax"))
+UNUSED_WIDTH = "Accepted for mdistiller's YAML files; the width is read from the model."
 
 
 @in_float32
@@ -76,10 +80,18 @@ class Negatives(nn.Module):
 @register_distiller(
     "CRD",
     defaults={
-        "MODE": "exact",
-        "FEAT": {"DIM": 128, "STUDENT_DIM": 0, "TEACHER_DIM": 0},
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
-        "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
+        "MODE": Key("exact", "Negatives come from other classes (exact), or from all other samples (relax).", MODES),
+        "FEAT": {
+            "DIM": Key(128, "Dimension of the embeddings.", between(1, 2**16)),
+            "STUDENT_DIM": Key(0, UNUSED_WIDTH),
+            "TEACHER_DIM": Key(0, UNUSED_WIDTH),
+        },
+        "LOSS": keys.feature_weights(0.8),
+        "NCE": {
+            "K": Key(16384, "Number N of negatives for each sample.", between(1, 2**20)),
+            "MOMENTUM": Key(0.5, "Share of an old entry of the memory that an update keeps.", between(0, 1)),
+            "TEMPERATURE": keys.temperature(0.07, "Temperature tau of the similarities."),
+        },
     },
 )
 class CRD(FeatureDistiller):
@@ -98,8 +110,6 @@ class CRD(FeatureDistiller):
         super().__init__(student, teacher, cfg.LOSS.CE_WEIGHT, cfg.LOSS.FEAT_WEIGHT)
         self.num_data, self.mode, self.k = num_data, cfg.MODE, cfg.NCE.K
         self.momentum, self.temperature = cfg.NCE.MOMENTUM, cfg.NCE.TEMPERATURE
-        if self.mode not in ("exact", "relax"):
-            refuse("CRD", student, teacher, f"CRD.MODE must be exact or relax; got '{self.mode}'")
         if num_data < 2 or (labels is not None and self.mode == "exact" and labels.min() == labels.max()):
             refuse("CRD", student, teacher, "there is nothing to contrast with in this training set")
         self.embed_s = Embed(pooled_width(student), cfg.FEAT.DIM)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key, at_least, one_of, positive
+from mdistiller.distillers import keys
 from mdistiller.distillers._common import Temperatures, bounded, full_precision, warmup
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers._rules import register_rule
 from mdistiller.distillers.KD import KD
-from mdistiller.errors import ConfigError
 
 
 class Reverse(torch.autograd.Function):
@@ -43,7 +44,17 @@ def num_classes(model: nn.Module) -> int:
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1].out_features
 
 
-LEARNED = {"MODE": "global", "T_START": 1.0, "T_SPAN": 20.0, "LAMBDA_MAX": 1.0, "LAMBDA_EPOCHS": 10}
+LEARNED = {
+    "MODE": Key(
+        "global",
+        "learned: one temperature for all samples (global), or one each (instance).",
+        one_of(("global", "instance")),
+    ),
+    "T_START": Key(1.0, "learned: the lowest temperature that can be learned.", positive),
+    "T_SPAN": Key(20.0, "learned: the highest temperature less the lowest.", at_least(0)),
+    "LAMBDA_MAX": Key(1.0, "learned: final strength lambda of the reversed gradient."),
+    "LAMBDA_EPOCHS": Key(10, "learned: epochs over which lambda rises from 0; 0: LAMBDA_MAX at once.", at_least(0)),
+}
 
 
 @register_rule("learned", defaults=LEARNED)
@@ -54,7 +65,7 @@ class LearnedTemperature(nn.Module):
     softmax outputs of each sample, K of the teacher's last layer each. It is fed detached probabilities: bounded for
     every logit, and only the temperature, never the student, sees the reversed gradient. The reference temperature has
     no part in it: T = t_start + t_span sigmoid(theta). Theta climbs the loss at a pace that rises to `lambda_max` over
-    `lambda_epochs` epochs. Raises ConfigError for another mode.
+    `lambda_epochs` epochs.
     """
 
     def __init__(
@@ -67,8 +78,6 @@ class LearnedTemperature(nn.Module):
         lambda_epochs: float = 10,
     ):
         super().__init__()
-        if mode not in ("global", "instance"):
-            raise ConfigError(f"TEMPERATURE.LEARNED.MODE: must be global or instance; got {mode!r}")
         self.start, self.span = t_start, t_span
         self.lambda_max, self.lambda_epochs = lambda_max, lambda_epochs
         if mode == "global":
@@ -92,7 +101,7 @@ class LearnedTemperature(nn.Module):
         return Temperatures(temperature, temperature, temperature**2, torch.ones_like(temperature, dtype=torch.bool))
 
 
-@register_distiller("CTKD", defaults={"LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
+@register_distiller("CTKD", defaults={"LOSS": keys.logit_weights(0.1, 0.9)})
 class CTKD(KD):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * T^2 KL at one learned temperature, the rule of TEMPERATURE.LEARNED.
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import RuleDistiller
 from mdistiller.distillers._common import Temperatures, bounded, ce_loss
 from mdistiller.distillers._registry import register_distiller
@@ -61,7 +63,13 @@ def softened_dist(
 
 
 @register_distiller(
-    "DIST", defaults={"BETA": 1.0, "GAMMA": 1.0, "TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0}}
+    "DIST",
+    defaults={
+        "BETA": Key(1.0, "Weight beta of the relations between classes, within each sample."),
+        "GAMMA": Key(1.0, "Weight gamma of the relations between samples, within each class."),
+        "TEMPERATURE": keys.temperature(4.0),
+        "LOSS": keys.logit_weights(1.0, 2.0),
+    },
 )
 class DIST(RuleDistiller):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * dist_loss at TEMPERATURE, BETA and GAMMA, or under any rule."""

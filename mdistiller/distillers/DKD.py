@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from mdistiller.config import Key
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import RuleDistiller
 from mdistiller.distillers._common import Temperatures, ce_loss, part_divergences, warmup
 from mdistiller.distillers._registry import register_distiller
@@ -35,7 +37,16 @@ def softened_dkd(
     return (temperatures.factor.squeeze(1) * (alpha * tckd + beta * nckd)).mean()
 
 
-@register_distiller("DKD", defaults={"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20})
+@register_distiller(
+    "DKD",
+    defaults={
+        "CE_WEIGHT": keys.ce_weight(),
+        "ALPHA": Key(1.0, "Weight alpha of TCKD, the target's part."),
+        "BETA": Key(8.0, "Weight beta of NCKD, the other classes' part."),
+        "T": keys.temperature(4.0),
+        "WARMUP": keys.warmup(),
+    },
+)
 class DKD(RuleDistiller):
     """CE_WEIGHT * cross entropy + min(epoch / WARMUP, 1) * dkd_loss. TEMPERATURE.PART leaves one of its terms."""
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from mdistiller.config import Key
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import RuleDistiller
 from mdistiller.distillers._common import ce_loss, softened_kl, warmup
 from mdistiller.distillers._registry import register_distiller
@@ -17,7 +19,16 @@ def dtkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float
     return softened_kl(logits_student, logits_teacher, max_logit(logits_student, logits_teacher, temperature))
 
 
-@register_distiller("DTKD", defaults={"ALPHA": 3.0, "BETA": 1.0, "CE_WEIGHT": 1.0, "T": 4.0, "WARMUP": 20})
+@register_distiller(
+    "DTKD",
+    defaults={
+        "ALPHA": Key(3.0, "Weight alpha of the loss at dynamic temperatures."),
+        "BETA": Key(1.0, "Weight beta of KD at the fixed temperature T."),
+        "CE_WEIGHT": keys.ce_weight(),
+        "T": keys.temperature(4.0, "Reference temperature tau: half the sum of both dynamic temperatures."),
+        "WARMUP": keys.warmup(),
+    },
+)
 class DTKD(RuleDistiller):
     """min(epoch / WARMUP, 1) * (ALPHA * dtkd_loss + BETA * kd_loss) + CE_WEIGHT * cross entropy, reference T.
 

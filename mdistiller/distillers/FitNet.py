@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key, at_least
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import ConvReg, get_feat_shapes, in_float32, refuse
 from mdistiller.distillers._registry import register_distiller
@@ -16,7 +18,11 @@ def hint_loss(guided: Tensor, hint: Tensor) -> Tensor:
 
 @register_distiller(
     "FITNET",
-    defaults={"HINT_LAYER": 2, "INPUT_SIZE": (32, 32), "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0}},
+    defaults={
+        "HINT_LAYER": Key(2, "Stage whose maps are compared; 0 is the stem.", at_least(0)),
+        "INPUT_SIZE": keys.input_size(),
+        "LOSS": keys.feature_weights(100.0),
+    },
 )
 class FitNet(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * hint_loss at feats[HINT_LAYER], both terms from the first epoch on.

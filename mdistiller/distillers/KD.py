@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import RuleDistiller
 from mdistiller.distillers._common import ce_loss, kl_divergence, softened_kl
 from mdistiller.distillers._registry import register_distiller
@@ -19,7 +20,7 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
     return kl_divergence(logits_student, logits_teacher, temperature, temperature).mean() * temperature**2
 
 
-@register_distiller("KD", defaults={"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
+@register_distiller("KD", defaults={"TEMPERATURE": keys.temperature(4.0), "LOSS": keys.logit_weights(0.1, 0.9)})
 class KD(RuleDistiller):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * kd_loss at TEMPERATURE, or at the temperatures of any rule."""
 

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from mdistiller.config import Key, at_least
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import in_float32, match_size, refuse, unit
+from mdistiller.distillers._common import in_float32, match_size, unit
 from mdistiller.distillers._registry import register_distiller
 
 SPARE = 3  # more of the student's vectors than the teacher's, so that each of the teacher's finds its like
@@ -74,15 +76,19 @@ def kdsvd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], k: int)
     return loss / len(feats_student[0])
 
 
-@register_distiller("KDSVD", defaults={"K": 1, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}})
+@register_distiller(
+    "KDSVD",
+    defaults={
+        "K": Key(1, "Number k of leading singular vectors that are compared.", at_least(1)),
+        "LOSS": keys.feature_weights(1.0),
+    },
+)
 class KDSVD(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * kdsvd_loss over the stages after the stem that both models have."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.KDSVD.LOSS.CE_WEIGHT, cfg.KDSVD.LOSS.FEAT_WEIGHT)
         self.k = cfg.KDSVD.K
-        if self.k < 1:
-            refuse("KDSVD", student, teacher, f"KDSVD.K must be at least 1; got {self.k}")
 
     def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:
         return kdsvd_loss(feats_student["feats"][1:], feats_teacher["feats"][1:], self.k)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key, all_positive
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import RuleDistiller
 from mdistiller.distillers._common import Temperatures, bounded, ce_loss, full_precision, softened_kl
 from mdistiller.distillers._registry import register_distiller
@@ -75,7 +77,11 @@ def strong_view(image: Tensor) -> Tensor:
 
 
 @register_distiller(
-    "MLKD", defaults={"TEMPERATURES": [2.0, 3.0, 4.0, 5.0, 6.0], "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+    "MLKD",
+    defaults={
+        "TEMPERATURES": Key([2.0, 3.0, 4.0, 5.0, 6.0], "Temperatures that the loss is summed over.", all_positive),
+        "LOSS": keys.logit_weights(0.1, 0.9),
+    },
 )
 class MLKD(RuleDistiller):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * mlkd_loss over TEMPERATURES, all of it on a weak and on a strong view.

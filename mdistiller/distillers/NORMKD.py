@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mdistiller.distillers import keys
 from mdistiller.distillers._common import softened_kl
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers._rules import norm
@@ -17,7 +18,13 @@ def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: flo
     return softened_kl(logits_student, logits_teacher, norm(logits_student, logits_teacher, temperature))
 
 
-@register_distiller("NORMKD", defaults={"TEMPERATURE": 2.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}})
+@register_distiller(
+    "NORMKD",
+    defaults={
+        "TEMPERATURE": keys.temperature(2.0, "Factor T_norm: a sample's temperature over the deviation of its logits."),
+        "LOSS": keys.logit_weights(0.1, 0.9),
+    },
+)
 class NormKD(KD):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * normkd_loss at TEMPERATURE, the paper's T_norm. The paper's exact weights
     and T_norm for CIFAR-100 could not be established; these are KD's, and a T_norm of common use.

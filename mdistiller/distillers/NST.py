@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import in_float32, match_size, sum_over_stages, unit
 from mdistiller.distillers._registry import register_distiller
@@ -28,7 +29,7 @@ def nst_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor
     return sum_over_stages(stage, feats_student, feats_teacher)
 
 
-@register_distiller("NST", defaults={"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0}})
+@register_distiller("NST", defaults={"LOSS": keys.feature_weights(50.0)})
 class NST(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * nst_loss over every stage after the stem."""
 

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Check, Key
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import Distiller, FeatureDistiller
 from mdistiller.distillers._common import in_float32, refuse
 from mdistiller.distillers._registry import register_distiller
+
+ODD = Check(lambda v: v > 0 and v % 2 == 1, "must be odd and greater than 0")
 
 
 @torch.no_grad()
@@ -44,7 +48,13 @@ def connector(in_channels: int, channels: int, kernel_size: int) -> nn.Sequentia
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
 
 
-@register_distiller("OFD", defaults={"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001}, "CONNECTOR": {"KERNEL_SIZE": 1}})
+@register_distiller(
+    "OFD",
+    defaults={
+        "LOSS": keys.feature_weights(0.001),
+        "CONNECTOR": {"KERNEL_SIZE": Key(1, "Kernel size of the student's connectors; odd.", ODD)},
+    },
+)
 class OFD(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * sum_i ofd_loss_i / 2^(n - i), i = 1 .. n the stages that both have.
 
@@ -55,9 +65,6 @@ class OFD(FeatureDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT)
-        kernel_size = cfg.OFD.CONNECTOR.KERNEL_SIZE
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            refuse("OFD", student, teacher, f"OFD.CONNECTOR.KERNEL_SIZE must be odd; got {kernel_size}")
         channels = list(zip(student.get_stage_channels()[:0:-1], teacher.get_stage_channels()[:0:-1], strict=False))
         channels.reverse()
         self.stages = len(channels)
@@ -66,7 +73,7 @@ class OFD(FeatureDistiller):
             if bn.num_features != width:
                 reason = f"the teacher's BatchNorm before the ReLU covers {bn.num_features} of {width} channels"
                 refuse("OFD", student, teacher, reason)
-        self.connectors = nn.ModuleList(connector(s, t, kernel_size) for s, t in channels)
+        self.connectors = nn.ModuleList(connector(s, t, cfg.OFD.CONNECTOR.KERNEL_SIZE) for s, t in channels)
         for i, bn in enumerate(bns):
             self.register_buffer(f"margin{i}", negative_mean(bn))
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import in_float32, unit
 from mdistiller.distillers._registry import register_distiller
@@ -27,7 +28,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
     return (p_t * torch.log((p_t.clamp(min=0) + eps) / (p_s.clamp(min=0) + eps))).mean()
 
 
-@register_distiller("PKT", defaults={"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}})
+@register_distiller("PKT", defaults={"LOSS": keys.feature_weights(30000.0)})
 class PKT(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * pkt_loss of the pooled features."""
 

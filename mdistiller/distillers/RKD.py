@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key, positive
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import in_float32, unit
 from mdistiller.distillers._registry import register_distiller
@@ -54,10 +56,13 @@ def rkd_loss(
 @register_distiller(
     "RKD",
     defaults={
-        "DISTANCE_WEIGHT": 25.0,
-        "ANGLE_WEIGHT": 50.0,
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
-        "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
+        "DISTANCE_WEIGHT": Key(25.0, "Weight of the distances' loss, RKD-D."),
+        "ANGLE_WEIGHT": Key(50.0, "Weight of the angles' loss, RKD-A."),
+        "LOSS": keys.feature_weights(1.0),
+        "PDIST": {
+            "EPSILON": Key(1e-12, "Squared distances count as this at least.", positive),
+            "SQUARED": Key(False, "Compare squared distances."),
+        },
     },
 )
 class RKD(FeatureDistiller):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import LogitDistiller
 from mdistiller.distillers._common import bounded, ce_loss
 from mdistiller.distillers._registry import register_distiller
@@ -59,7 +61,15 @@ def rld_loss(
     return alpha * scd + beta * mcd_loss(logits_student, logits_teacher, target, temperature)
 
 
-@register_distiller("RLD", defaults={"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0})
+@register_distiller(
+    "RLD",
+    defaults={
+        "CE_WEIGHT": keys.ce_weight(),
+        "ALPHA": Key(1.0, "Weight alpha of the sample confidence."),
+        "BETA": Key(8.0, "Weight beta of the masked correlation."),
+        "T": keys.temperature(4.0),
+    },
+)
 class RLD(LogitDistiller):
     """CE_WEIGHT * cross entropy + rld_loss at ALPHA, BETA and T."""
 

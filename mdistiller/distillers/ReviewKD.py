@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key, at_least
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import in_float32, pooled_width, refuse, warmup
 from mdistiller.distillers._registry import register_distiller
@@ -58,15 +60,15 @@ class ABF(nn.Module):
 @register_distiller(
     "REVIEWKD",
     defaults={
-        "CE_WEIGHT": 1.0,
-        "REVIEWKD_WEIGHT": 1.0,
-        "WARMUP_EPOCHS": 20,
-        "SHAPES": [],
-        "OUT_SHAPES": [],
-        "IN_CHANNELS": [],
-        "OUT_CHANNELS": [],
-        "MAX_MID_CHANNEL": 512,
-        "STU_PREACT": False,
+        "CE_WEIGHT": keys.ce_weight(),
+        "REVIEWKD_WEIGHT": Key(1.0, "Weight of the review's loss."),
+        "WARMUP_EPOCHS": keys.warmup(),
+        "SHAPES": Key([], "Sizes of the student's stages, the deepest first; []: as they come."),
+        "OUT_SHAPES": Key([], "Sizes of the teacher's stages, the deepest first; []: as they come."),
+        "IN_CHANNELS": Key([], "Widths of the student's stages, the deepest last; []: read from the model."),
+        "OUT_CHANNELS": Key([], "Widths of the teacher's stages, the deepest last; []: read from the model."),
+        "MAX_MID_CHANNEL": Key(512, "Width inside the fusion modules, at most.", at_least(1)),
+        "STU_PREACT": Key(False, "Take the student's maps before their ReLU."),
     },
 )
 class ReviewKD(FeatureDistiller):

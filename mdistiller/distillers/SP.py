@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import in_float32, unit
 from mdistiller.distillers._registry import register_distiller
@@ -22,7 +23,7 @@ def sp_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     return (_similarity(f_s) - _similarity(f_t)).square().mean()
 
 
-@register_distiller("SP", defaults={"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}})
+@register_distiller("SP", defaults={"LOSS": keys.feature_weights(3000.0)})
 class SP(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * sp_loss at the last stage."""
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import LogitDistiller
 from mdistiller.distillers._common import Temperatures, bounded, ce_loss, softened_kl
 from mdistiller.distillers._registry import register_distiller
@@ -45,8 +47,18 @@ def wttm_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float
     return softened_kl(logits_student, logits_teacher, rule)
 
 
-# Table 8 of the paper tunes 1 / T and BETA for each pair; the defaults are those of resnet32x4 -> resnet8x4.
-@register_distiller("TTM", defaults={"CE_WEIGHT": 1.0, "BETA": 100.0, "T": 10.0})
+def section(beta: float) -> dict[str, Key]:
+    """Return the keys of either method. Table 8 of the paper tunes 1 / T and BETA for each pair; the defaults are those
+    of resnet32x4 -> resnet8x4.
+    """
+    return {
+        "CE_WEIGHT": keys.ce_weight(),
+        "BETA": Key(beta, "Weight beta of the distillation loss."),
+        "T": keys.temperature(10.0, "Temperature of the teacher alone, 1 / gamma."),
+    }
+
+
+@register_distiller("TTM", defaults=section(beta=100.0))
 class TTM(LogitDistiller):
     """CE_WEIGHT * cross entropy + BETA * ttm_loss at T, the inverse of the paper's exponent gamma."""
 
@@ -66,7 +78,7 @@ class TTM(LogitDistiller):
         }
 
 
-@register_distiller("WTTM", defaults={"CE_WEIGHT": 1.0, "BETA": 3.0, "T": 10.0})
+@register_distiller("WTTM", defaults=section(beta=3.0))
 class WTTM(TTM):
     """CE_WEIGHT * cross entropy + BETA * wttm_loss at T, the inverse of the paper's exponent gamma."""
 

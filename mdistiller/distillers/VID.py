@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.config import Key, positive
+from mdistiller.distillers import keys
 from mdistiller.distillers._base import FeatureDistiller
 from mdistiller.distillers._common import get_feat_shapes, in_float32, match_size, refuse
 from mdistiller.distillers._registry import register_distiller
@@ -36,10 +38,10 @@ def regressor(in_channels: int, channels: int) -> nn.Sequential:
 @register_distiller(
     "VID",
     defaults={
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
-        "EPS": 1e-5,
-        "INIT_PRED_VAR": 5.0,
-        "INPUT_SIZE": (32, 32),
+        "LOSS": keys.feature_weights(1.0),
+        "EPS": Key(1e-5, "The lowest variance that can be learned.", positive),
+        "INIT_PRED_VAR": Key(5.0, "Variance at the start; greater than EPS.", positive),
+        "INPUT_SIZE": keys.input_size(),
     },
 )
 class VID(FeatureDistiller):

@@ -26,7 +26,8 @@ def page() -> str:
         "line. `_BASE_: other.yaml` (or a list) at the top of a file inherits from others, relative to that file.",
         "",
         "The role says what a change of the key does. *computes*: other numbers, so it is part of a run's name and",
-        "identity, and `--resume` refuses to change it. *how*: another way to the same numbers. *where*: another place.",
+        "identity, and `--resume` refuses to change it. *how*: another way to the same numbers. *where*: another",
+        "place.",
         "",
     ]
     methods = {name: title for name, title in SECTIONS.items() if "." not in name}
