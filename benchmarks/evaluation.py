@@ -21,7 +21,7 @@ from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batches
 from mdistiller.device import autocast, resolve_device
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.evaluator import evaluate
 from mdistiller.engine.solver import set_lr, sgd
@@ -68,7 +68,7 @@ def main() -> None:
         optimizer = sgd(distiller.train().get_learnable_parameters(), 0.9, 5e-4)
         set_lr(optimizer, 0.01)
         step = Step(distiller, optimizer, device, amp)
-        batches = Batches(images, labels, MEAN, STD, BATCH, device, "crop_flip")
+        batches = Batches(images.to(device), labels.to(device), MEAN, STD, BATCH, "crop_flip")
 
         def work() -> int:
             meter = Meter()
@@ -85,7 +85,7 @@ def main() -> None:
         given, _ = training(GivenLogits(torch.rand(BATCH, CLASSES)), amp)
         works = {"given": given, "teacher": with_teacher}
         for size in a.sizes:
-            batches = Batches(images, labels, MEAN, STD, size, device)
+            batches = Batches(images.to(device), labels.to(device), MEAN, STD, size)
             inference = Inference(distiller.student, device, amp)
 
             def plain(batches=batches, distiller=distiller, amp=amp) -> int:

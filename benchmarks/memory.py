@@ -20,7 +20,7 @@ from speed import BATCH, CLASSES, NAMES, OurLoop, PlainLoop, precisions
 from torch.nn import functional as F
 
 from mdistiller.device import resolve_device
-from mdistiller.engine.builder import build_model
+from mdistiller.engine.build import build_model
 from mdistiller.errors import run_command
 
 MB = 2**20

@@ -20,9 +20,9 @@ from mdistiller.config import load
 from mdistiller.dataset import Batches
 from mdistiller.device import resolve_device
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.solver import set_lr, sgd
-from mdistiller.engine.step import Meter, Step
+from mdistiller.engine.step import Step
 from mdistiller.errors import UserError, run_command
 
 BATCH, SAMPLES, CLASSES = 64, 50_000, 100
@@ -57,15 +57,16 @@ def main() -> None:
         except UserError as error:
             print(f"left out: {error}")
     images = torch.randint(0, 256, (BATCH * a.steps, 32, 32, 3), dtype=torch.uint8)
-    batches = Batches(images, torch.arange(len(images)) % CLASSES, (0.5,) * 3, (0.25,) * 3, BATCH, device, "crop_flip")
+    labels = torch.arange(len(images), device=device) % CLASSES
+    batches = Batches(images.to(device), labels, (0.5,) * 3, (0.25,) * 3, BATCH, "crop_flip")
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     for number in range(a.rounds + 1):
         for method, step in steps.items():
-            meter, data = Meter(), list(batches.epoch(number + 1))
+            data = list(batches.epoch(number + 1))
             begin = time.perf_counter()
             for batch in data:
-                step(batch, 20, meter)
-            meter.read()  # waits for the device
+                step(batch, 20)
+            step.meter.read()  # waits for the device
             if number:  # the first round warms up
                 seconds[method].append((time.perf_counter() - begin) / a.steps)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"

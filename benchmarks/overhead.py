@@ -1,13 +1,12 @@
-"""What a run's records cost: the temperature record and the journal in every step, and all that is kept at an epoch's
-end.
+"""What a run's records cost: the temperature record in every step, checkpoints, and all that is kept at an epoch's end.
 
 python3 benchmarks/overhead.py [--pair resnet20 resnet8] [--amp bf16] [--folder .] [--json FILE]
 
 Random images in CIFAR-100's numbers, DTKD, batch 64. Each round times `steps` steps without and with LOG.TEMPERATURE
-samples, in turn; the cost is the median over rounds of their ratio. Then the journal is written after each of as many
-steps, the record on, and timed beside them. Then an epoch's end is timed as often, in a folder
-on the disk at hand: the record's figures and its block of the file, rows, log and checkpoints, with metrics.jsonl and
-worklog.txt as long as those of a run of 240 epochs are on average, 120 rows. An epoch is 782 steps.
+samples, in turn; the cost is the median over rounds of their ratio. Then a checkpoint inside an epoch and an epoch's end
+are timed as often, in a folder on the disk at hand: the record's figures and its block of the file, rows, log and
+checkpoints, with metrics.jsonl and worklog.txt as long as those of a run of 240 epochs are on average, 120 rows. An epoch
+is 782 steps.
 """
 
 import argparse
@@ -22,10 +21,10 @@ import torch
 
 from mdistiller.config import load
 from mdistiller.dataset import ImageSet
-from mdistiller.engine import builder
+from mdistiller.device import resolve_device
+from mdistiller.engine.build import Workspace, build_distiller, build_trainer
 from mdistiller.engine.evaluator import Scores
 from mdistiller.engine.solver import set_lr
-from mdistiller.engine.step import Meter
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import run_command
 from mdistiller.runs.recorder import Recorder
@@ -40,8 +39,8 @@ def build(teacher: str, student: str, amp: str, folder: Path) -> Trainer:
     images = [torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8) for n in (TRAIN, TEST)]
     labels = [torch.arange(n) % CLASSES for n in (TRAIN, TEST)]
     data = ImageSet(images[0], labels[0], images[1], labels[1], CLASSES, (0.5,) * 3, (0.25,) * 3)
-    common = builder.Common(cfg, data=data)
-    trainer, _ = builder.build_trainer(cfg, builder.build_distiller(cfg, data, None, common.device), common, folder)
+    device = resolve_device("auto")
+    trainer, _ = build_trainer(cfg, build_distiller(cfg, data, None, device), Workspace(data, device), folder)
     set_lr(trainer.step.optimizer, 1e-3)
     trainer.distiller.train()
     return trainer
@@ -51,41 +50,37 @@ def step_seconds(trainer: Trainer, steps: int, recording: bool) -> float:
     """Of one step, behind a first one that is not counted."""
     trainer.step.temperatures = trainer.buffer if recording else None
     trainer.distiller.observer = None
-    meter = Meter()
-    for number, batch in zip(range(steps + 1), trainer.train_batches.epoch(1), strict=False):
+    meter = trainer.step.meter
+    for number, batch in zip(range(steps + 1), trainer.feed.batches.epoch(1), strict=False):
         if number == 1:
             meter.read()  # waits for the device
             begin = time.perf_counter()
-        trainer.step(batch, 20, meter)
+        trainer.step(batch, 20)
     meter.read()
     return (time.perf_counter() - begin) / steps
 
 
-def journal_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
-    """Of a step that records, and of a journal's write behind it: medians."""
-    trainer.step.temperatures = trainer.buffer
+def checkpoint_seconds(trainer: Trainer, recorder: Recorder, number: int) -> float:
+    """Return the median of `number` checkpoints inside an epoch."""
     times = []
-    for batch, _ in zip(trainer.train_batches.epoch(1), range(steps), strict=False):
+    trainer.state.done = 1
+    for _ in range(number):
         begin = time.perf_counter()
-        trainer.step(batch, 20, trainer.meter)
-        trainer.done += 1
-        trainer.meter.read()  # waits for the device
-        middle = time.perf_counter()
-        trainer.journal.write(trainer.state())
-        times.append((middle - begin, time.perf_counter() - middle))
-    trainer.done = 0
-    step, write = map(statistics.median, zip(*times, strict=True))
-    return step, write
+        trainer.save(recorder)
+        times.append(time.perf_counter() - begin)
+    trainer.state.done = 0
+    return statistics.median(times)
 
 
 def end_seconds(trainer: Trainer, recorder: Recorder, record: RecordFile) -> tuple[float, float]:
     """Of the record's part of an epoch's end, and of the rest."""
-    row = {"epoch": trainer.epoch + 1, "lr": 0.1, "train_loss": 1.0, "train_acc": 1.0, "images_per_second": 1.0}
+    state = trainer.state
+    row = {"epoch": state.epoch + 1, "lr": 0.1, "train_loss": 1.0, "train_acc": 1.0, "images_per_second": 1.0}
     row |= {"epoch_seconds": 1.0, "train_losses": {"loss/loss_ce": 1.0, "loss/loss_kd": 1.0}}
-    row |= trainer.score(Scores(trainer.epoch, 50.0, 1.0))  # the best so far: the costliest kind
+    row |= trainer.score(Scores(state.epoch, 50.0, 1.0))  # the best so far: the costliest kind
     begin = time.perf_counter()
     row["temperature"] = trainer.buffer.summary()
-    recorder.histograms(trainer.epoch, trainer.buffer)
+    recorder.histograms(state.epoch, trainer.buffer)
     record.append(trainer.buffer)
     middle = time.perf_counter()
     recorder.end_epoch(row, 0)
@@ -110,26 +105,20 @@ def main() -> None:
         pairs = [
             [step_seconds(trainer, a.steps, recording) for recording in (False, True)] for _ in range(a.rounds + 1)
         ]
-        journal = [journal_seconds(trainer, a.steps) for _ in range(a.rounds + 1)][1:]
-        size = sum(path.stat().st_size for path in trainer.journal.paths)
-        trainer.journal.remove()
         recorder, record = Recorder(Path(name), 240), RecordFile(Path(name) / "temperatures.bin", TRAIN)
+        inside = checkpoint_seconds(trainer, recorder, a.rounds)
         ends = [end_seconds(trainer, recorder, record) for _ in range(a.rounds + 1)][1:]
         sizes = {file: (Path(name) / file).stat().st_size for file in ("latest", "student_latest", "temperatures.bin")}
-    sizes["journal.a, journal.b"] = size
     sizes["temperatures.bin"] = sizes["temperatures.bin"] // (a.rounds + 1) * 240  # its header of 4 KB aside
     ratios = sorted(100 * (on / off - 1) for off, on in pairs[1:])
-    epoch = len(trainer.train_batches) * statistics.median(off for off, _ in pairs[1:])
+    epoch = len(trainer.feed) * statistics.median(off for off, _ in pairs[1:])
     device = trainer.step.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     head = f"{' -> '.join(a.pair)}, {a.amp}, {a.rounds} rounds of {a.steps} steps; {where}; torch {torch.__version__}, "
     print(head := head + f"{torch.get_num_threads()} threads")
     print(f"an epoch's training          {epoch:8.1f} s")
     print(f"the record in a step         {statistics.median(ratios):8.2f} %    {ratios[0]:.2f} - {ratios[-1]:.2f}")
-    writes = sorted(100 * write / step for step, write in journal)
-    ms = sorted(1000 * write for _, write in journal)
-    title = f"{statistics.median(writes):8.2f} %    {writes[0]:.2f} - {writes[-1]:.2f}, {statistics.median(ms):.2f} ms"
-    print(f"the journal after a step     {title}")
+    print(f"a checkpoint inside it       {100 * inside / 60:8.3f} %    {1000 * inside:.1f} ms every 60 s")
     shares = {}
     for title, times in zip(("the record at its end", "rows, log, checkpoints"), zip(*ends, strict=True), strict=True):
         ms = sorted(1000 * t for t in times)
@@ -139,7 +128,7 @@ def main() -> None:
         print(f"{file + ', 240 epochs' * (file[0] == 't'):<29}{size / 1e6:8.2f} MB")
     if a.json:
         figures = {"measured": head, "epoch_s": epoch, "step_cost_percent": ratios, "share_percent": shares}
-        figures |= {"journal_percent": writes, "journal_ms": ms}
+        figures |= {"checkpoint_ms": 1000 * inside}
         a.json.write_text(json.dumps(figures | {"bytes": sizes}, indent=1) + "\n")
 
 

@@ -17,7 +17,7 @@ import torch
 from mdistiller import config
 from mdistiller.analysis.statistics import mean_and_std
 from mdistiller.campaign.identity import computing
-from mdistiller.engine.builder import train
+from mdistiller.engine.run import train
 from mdistiller.errors import UserError, run_command
 from mdistiller.runs.folder import run_folder
 from mdistiller.runs.recorder import read_metrics

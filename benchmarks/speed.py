@@ -40,12 +40,12 @@ from mdistiller.bank.teacher import Bank, TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.device import AMP_DTYPES, has_bf16, resolve_device, set_determinism, side_stream
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG, load
-from mdistiller.engine.solver import MultiStep, set_lr, sgd
+from mdistiller.engine.feed import Feed
+from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
-from mdistiller.engine.stepmode import compiled_form
-from mdistiller.engine.trainer import Trainer
+from mdistiller.engine.stepmode import RunStep, compiled_form
 from mdistiller.errors import run_command
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs.folder import check_writable
@@ -118,10 +118,10 @@ class OurLoop:
         self.teacher, self.folder, self.epoch, self.number = teacher, folder, 20, 0
         labels = torch.arange(len(images)) % CLASSES
         local = torch.from_numpy(images).to(device)
-        self.trainers, self.streams = [], []
+        self.feeds, self.steps, self.streams = [], [], []
         shared = torch.cuda.Stream(device) if device.type == "cuda" else None
         for seed in range(seeds):
-            batches = Batches(local, labels, MEAN, STD, BATCH, device, "crop_flip", seed)
+            batches = Batches(local, labels.to(device), MEAN, STD, BATCH, "crop_flip", seed)
             distiller = prepare_parts(distiller_dict["DTKD"](*pair(), CFG), device).train()
             optimizer = sgd(distiller.get_learnable_parameters(), 0.9, 5e-4)
             set_lr(optimizer, 0.01)
@@ -133,8 +133,8 @@ class OurLoop:
                 logits = TeacherLogits(batches, inference, stream=shared)
             graph = device.type == "cuda" and step != "eager"
             work = Step(distiller, optimizer, device, amp, forward=forward)
-            given = {"teacher": logits, "graph": graph, "alone": seeds == 1}
-            self.trainers.append(Trainer(distiller, work, MultiStep(0.01), batches, batches, 1, folder, **given))
+            self.feeds.append(Feed(batches, logits))
+            self.steps.append(RunStep(work, batches, graph, exclusive=seeds == 1))
             self.streams.append(side_stream(device))
         if teacher in ("cold", "warm"):
             self.new_bank()
@@ -142,36 +142,34 @@ class OurLoop:
             self.pass_once()  # the views of this epoch, which comes again and again
 
     def new_bank(self) -> None:
-        if self.trainers[0].teacher.bank is not None:
-            self.trainers[0].teacher.bank.close()
-        batches = self.trainers[0].train_batches
+        if self.feeds[0].teacher.bank is not None:
+            self.feeds[0].teacher.bank.close()
+        batches = self.feeds[0].batches
         shape = {"rows": batches.num_samples * batches.views, "width": CLASSES, "dtype": "float16"}
-        bank = Bank(self.folder / f"{id(self)}-{self.number}", {}, shape, self.trainers[0].step.device)
+        bank = Bank(self.folder / f"{id(self)}-{self.number}", {}, shape, batches.images.device)
         bank.open()
         self.number += 1
-        for trainer in self.trainers:
-            trainer.teacher.bank = bank
+        for feed in self.feeds:
+            feed.teacher.bank = bank
 
     def pass_once(self) -> None:
         """An epoch of every student, a step each in turn."""
         waiting = [
-            (trainer, stream, trainer.plans(self.epoch))
-            for trainer, stream in zip(self.trainers, self.streams, strict=True)
+            (step, stream, feed.plans(self.epoch, 0, lambda: None))
+            for step, stream, feed in zip(self.steps, self.streams, self.feeds, strict=True)
         ]
         while waiting:
             for turn in list(waiting):
-                trainer, stream, plans = turn
+                step, stream, plans = turn
                 with stream:
                     given = next(plans, None)
                     if given is None:
                         waiting.remove(turn)
                         continue
-                    trainer.work(*given, self.epoch)
-                    trainer.step.count(given[0].shape[1], trainer.meter)
-        for trainer in self.trainers:
-            trainer.meter.read()  # waits for the device
-        if getattr(self.trainers[0].work, "refusal", ""):
-            print(f"note: no graph: {self.trainers[0].work.refusal}", file=sys.stderr)
+                    for line in step(*given, self.epoch):
+                        print(f"note: {line}", file=sys.stderr)
+        for step in self.steps:
+            step.step.meter.read()  # waits for the device
 
     def round(self) -> float:
         """Images per second of an epoch, the teacher's passes and the bank's writing included."""
@@ -182,8 +180,8 @@ class OurLoop:
         begin = time.perf_counter()
         self.pass_once()
         if self.teacher == "cold":
-            self.trainers[0].teacher.commit()
-        return len(self.trainers) * self.trainers[0].train_batches.num_samples / (time.perf_counter() - begin)
+            self.feeds[0].teacher.commit()
+        return len(self.steps) * self.feeds[0].batches.num_samples / (time.perf_counter() - begin)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

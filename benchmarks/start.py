@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mdistiller.engine.builder import build_model
+from mdistiller.engine.build import build_model
 from mdistiller.engine.cfg import load
 
 ROOT = Path(__file__).resolve().parents[1]

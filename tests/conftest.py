@@ -32,8 +32,8 @@ def recorded_runs(tmp_path_factory):
     summaries; resnet8 alone, one epoch.
     """
     from mdistiller.dataset import load_dataset
-    from mdistiller.engine.builder import train
     from mdistiller.engine.cfg import load
+    from mdistiller.engine.run import train
 
     root, data = tmp_path_factory.mktemp("recorded"), load_dataset("digits", ".")
     few = {"train_images": data.train_images, "train_labels": data.train_labels}

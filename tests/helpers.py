@@ -12,7 +12,7 @@ import torch
 
 from mdistiller import config
 from mdistiller.dataset import load_dataset
-from mdistiller.engine.builder import train
+from mdistiller.engine.run import train
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs.recorder import read_metrics
 

@@ -18,7 +18,7 @@ from mdistiller.bank.store import RowStore
 from mdistiller.bank.teacher import TeacherLogits, choose
 from mdistiller.dataset import Batches
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.engine import builder
+from mdistiller.engine import build
 from mdistiller.errors import Preempted, RunFailed, UserError
 from mdistiller.models import cifar_model_dict
 
@@ -181,9 +181,9 @@ def test_another_run_beside_it_reads_what_is_there(small, tmp_path, expected, ca
     folder = bank_of(opts, tmp_path)
     size = (folder / "rows.bin").stat().st_size
     cfg = config.load(None, changed(opts, tmp_path))
-    common = builder.Common(cfg)
-    distiller = builder.build_distiller(cfg, common.data, None, CPU)
-    trainer, _ = builder.build_trainer(cfg, distiller, common, tmp_path / "x")
+    common = build.Workspace(cfg)
+    distiller = build.build_distiller(cfg, common.data, None, CPU)
+    trainer, _ = build.build_trainer(cfg, distiller, common, tmp_path / "x")
     assert trainer.teacher is None, "a teacher that is in no file has no bank"
     header = json.loads((folder / "header.json").read_text())
     with RowStore(folder, *(header[key] for key in ("description", "rows", "width", "dtype"))):

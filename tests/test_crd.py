@@ -8,7 +8,7 @@ from torch import nn
 
 from mdistiller import config
 from mdistiller.distillers.CRD import CRD, Negatives, nce_loss, similarities
-from mdistiller.engine import builder
+from mdistiller.engine import build
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 
@@ -105,7 +105,7 @@ def test_the_builder_gives_crd_the_labels(tmp_path):
     data = builder.load_dataset("digits", str(tmp_path))
     torch.save({"model": model("resnet8", data.num_classes).state_dict()}, tmp_path / "teacher")
     cfg = config.load(None, ["DISTILLER.TYPE", "CRD", "DISTILLER.TEACHER", "resnet8", "DISTILLER.STUDENT", "resnet8"])
-    distiller = builder.build_distiller(cfg, data, tmp_path / "teacher", torch.device("cpu"))
+    distiller = build.build_distiller(cfg, data, tmp_path / "teacher", torch.device("cpu"))
     assert distiller.negatives.by_class
     assert len(distiller.memory_v1) == len(data.train_labels)
 

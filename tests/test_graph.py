@@ -24,7 +24,7 @@ from mdistiller.distillers._common import warmup
 from mdistiller.distillers.CTKD import curriculum
 from mdistiller.distillers.KD import KD
 from mdistiller.engine import graph, trainer
-from mdistiller.engine.builder import build_model, prepare_parts
+from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.graph import WARM_UP, GraphStep
 from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, sgd, state_of
 from mdistiller.engine.step import Step

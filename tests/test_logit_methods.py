@@ -20,7 +20,7 @@ from mdistiller.distillers.MLKD import correlation_losses, mlkd_loss, strong_vie
 from mdistiller.distillers.NORMKD import normkd_loss
 from mdistiller.distillers.RLD import mcd_loss, rld_loss, scd_loss
 from mdistiller.distillers.TTM import power_sum, ttm_loss, wttm_loss
-from mdistiller.engine.builder import build_distiller
+from mdistiller.engine.build import build_distiller
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 

@@ -10,7 +10,7 @@ from mdistiller.distillers._rules import centred, erratum, fixed, max_logit, nor
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.DTKD import dtkd_loss
 from mdistiller.distillers.KD import kd_loss
-from mdistiller.engine.builder import refuse_unused
+from mdistiller.engine.build import refuse_unused
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.registry import temperature_rules
 

@@ -8,7 +8,7 @@ Exit status: 1 where the step goes bad again, 0 where it does not, 2 for a file 
 import argparse
 from pathlib import Path
 
-from mdistiller.engine.builder import replay
+from mdistiller.engine.replay import replay
 from mdistiller.errors import run_command
 
 

@@ -10,8 +10,8 @@ import argparse
 import re
 import sys
 
-from mdistiller.engine.builder import train
 from mdistiller.engine.cfg import load
+from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.errors import UserError, run_command
 

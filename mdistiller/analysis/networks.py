@@ -13,7 +13,8 @@ from mdistiller import files
 from mdistiller.analysis.runs import Run
 from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare, resolve_device
-from mdistiller.engine.builder import build_model, teacher_files
+from mdistiller.engine.build import build_model
+from mdistiller.engine.teachers import teacher_files
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs.checkpoint import load_weights
@@ -38,7 +39,7 @@ class Missing(Exception):
 def look(network: nn.Module, images: Tensor, labels: Tensor, data: ImageSet, device: torch.device) -> Sight:
     """The network in eval mode on uint8 images (N, H, W, 3), as they are, not augmented."""
     parts = []
-    for image, _, _ in Batches(images, labels, data.mean, data.std, BATCH, device):
+    for image, _, _ in Batches(images.to(device), labels.to(device), data.mean, data.std, BATCH):
         logits, feats = network(image)
         parts.append((logits.float().cpu().numpy(), feats["pooled_feat"].flatten(1).float().cpu().numpy()))
     return Sight(*(np.concatenate(part) for part in zip(*parts, strict=True)))

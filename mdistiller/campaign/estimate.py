@@ -20,9 +20,8 @@ from mdistiller.campaign.plan import Cell, Trial
 from mdistiller.dataset import ImageSet, load_dataset
 from mdistiller.device import autocast, resolve_device
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.engine.builder import Common, build_distiller, build_trainer
+from mdistiller.engine.build import Workspace, build_distiller, build_trainer
 from mdistiller.engine.cfg import load
-from mdistiller.engine.step import Meter
 from mdistiller.errors import UserError
 from mdistiller.runs.folder import device_name
 from mdistiller.runs.recorder import read_metrics
@@ -68,8 +67,7 @@ def _measure(file: Path, opts: list[str], students: int) -> Measured:
         data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
         train, test = len(data.train_labels), len(data.test_labels)
     distiller = build_distiller(cfg, data, None, device)
-    trainer, _ = build_trainer(cfg, distiller, Common(cfg, data=data), Path())
-    meter = Meter()
+    trainer, _ = build_trainer(cfg, distiller, Workspace(data, device), Path())
 
     def wait() -> float:
         if device.type == "cuda":
@@ -91,17 +89,17 @@ def _measure(file: Path, opts: list[str], students: int) -> Measured:
     given = torch.randn(cfg.SOLVER.BATCH_SIZE, data.num_classes, device=device) if ahead else None
     distiller.train()
     step = timed(
-        lambda: trainer.train_batches.epoch(1),
-        lambda batch: trainer.step(batch, 1, meter, None if given is None else given[: len(batch.target)]),
+        lambda: trainer.feed.batches.epoch(1),
+        lambda batch: trainer.step(batch, 1, None if given is None else given[: len(batch.target)]),
     )
     distiller.eval()
     with torch.no_grad(), autocast(device, cfg.SOLVER.AMP):
-        look = timed(lambda: trainer.test_batches, lambda batch: distiller(image=batch.image))
+        look = timed(lambda: trainer.test, lambda batch: distiller(image=batch.image))
     epoch = step * -(-train // cfg.SOLVER.BATCH_SIZE) + look * -(-test // cfg.DATASET.TEST.BATCH_SIZE)
     student = sum(value.nbytes for value in distiller.student.state_dict().values())
     bank, filling = 0, 0.0
     if ahead:
-        batches, dtype = trainer.train_batches, getattr(torch, cfg.TEACHER_BANK_DTYPE)
+        batches, dtype = trainer.feed.batches, getattr(torch, cfg.TEACHER_BANK_DTYPE)
         teacher = TeacherLogits(batches, Inference(distiller.teacher, device, cfg.SOLVER.AMP), dtype)
         parts = batches.row_numbers(batches.plan(1)).split(teacher.chunk)
         seconds = timed(lambda: parts, lambda part: list(teacher.compute(part))) / teacher.chunk  # of a view

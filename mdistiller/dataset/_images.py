@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +26,13 @@ class ImageSet:
     std: tuple[float, float, float]
     augment: str = "crop_flip"  # what suits the images: one of AUGMENTATIONS
 
+    def to(self, device: torch.device) -> "ImageSet":
+        """Return the set with its images and labels on `device`."""
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def digest(self) -> str:
-        """SHA-256 of images and labels."""
+        """Return the SHA-256 of images and labels."""
         hasher = hashlib.sha256()
         for values in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             hasher.update(str(tuple(values.shape)).encode())
@@ -54,7 +59,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 class Batches:
-    """Batches of a set that lies on `device`.
+    """Batches of images that lie on the training device.
 
     Training (`augment` given): each epoch shuffles the samples and gives each its own crop and flip, drawn from the
     distribution of torchvision's RandomCrop(H, padding=H // 8) and RandomHorizontalFlip. All of an epoch's decisions
@@ -69,12 +74,10 @@ class Batches:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         batch_size: int,
-        device: torch.device,
         augment: str | None = None,
         seed: int = 0,
     ):
-        self.images = images.to(device)
-        self.labels = labels.to(device)
+        self.images, self.labels, device = images, labels, images.device
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
         self.padding = images.shape[1] // 8  # 4 for 32 x 32
         self.scale = 1 / (255 * torch.tensor(std, device=device))

@@ -73,7 +73,8 @@ def evaluate_checkpoint(
     prepare(network, device)
     size = data.test_images.shape[1]
     images = images_together(batch_size, size, device)
-    batches = Batches(data.test_images, data.test_labels, data.mean, data.std, images, device)
+    data = data.to(device)
+    batches = Batches(data.test_images, data.test_labels, data.mean, data.std, images)
     begin = time.monotonic()
     scores = evaluate(Inference(network, device, amp, size), batches)
     rate = batches.num_samples / (time.monotonic() - begin)

@@ -39,8 +39,8 @@ class GraphStep:
     `plan` (4, B), `logits` (B, K) or None and `epoch` are put where the graph reads them, the epoch as a 0-dim tensor;
     everything else that `work` reads or writes has to stay where it is. What a replay would not repeat is found out
     beforehand: a wait for the device, random numbers drawn on the host, a tensor, number or generator of `module` that
-    changes. Then `refusal` says so, and `work` runs as it is, the epoch a number. `alone`: whether no other graph runs
-    at the same time; all graphs read the device's generator from one place.
+    changes. Then `refusal` says so, and `work` runs as it is, the epoch a number. `exclusive`: whether no other graph
+    runs at the same time; all graphs read the device's generator from one place.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class GraphStep:
         work: Callable[[Tensor, Tensor | None, int | Tensor], None],
         module: nn.Module,
         device: torch.device,
-        alone: bool = True,
+        exclusive: bool = True,
         capture: Callable[[Callable[[], None], CudaGraph | None], CudaGraph] = CudaGraph,
     ):
-        self.alone = alone
+        self.exclusive = exclusive
         self.work, self.module, self.capture = work, module, capture
         self.refusal = ""
         self.epoch = torch.zeros((), device=device)
@@ -109,7 +109,7 @@ class GraphStep:
             return f"it waits for the device ({waits[0].splitlines()[0]})"
         if drawn != host_generators():
             return "it draws random numbers on the host"
-        if not self.alone and on_device != device_generator():
+        if not self.exclusive and on_device != device_generator():
             return "it draws random numbers on the device, beside other graphs"
         changed = [name for name, value in self._state().items() if state.get(name) != value]
         return f"it replaces {changed[0]}, which a graph would not" if changed else ""

@@ -9,7 +9,8 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller.device import generators, set_generators, side_stream
-from mdistiller.engine.builder import Common, Run, RunPlan, failures
+from mdistiller.engine.build import Workspace
+from mdistiller.engine.run import Run, RunRequest, entered, failures, open_workspace
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import FolderInUse, Preempted, RunFailed, TrainingDiverged, UserError
 from mdistiller.files import write_atomic
@@ -31,37 +32,37 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False) 
             "--seeds: Weights & Biases takes one run of a process; set LOG.WANDB False, or run seed by seed"
         )
     width = max(len(str(seed)) for seed in seeds)
-    plans = []
-    for place, seed in enumerate(seeds):
+    requests = []
+    for row, seed in enumerate(seeds):
         own = cfg.clone()
         own.defrost()
         own.merge_from_list(["SEED", seed])
         if any(key == "EXPERIMENT.NAME" for key, _ in own.overrides):  # a name stands alone, and each needs its own
             own.EXPERIMENT.NAME += f"+SEED:{seed}"
         own.freeze()
-        plans.append(RunPlan(own, f"seed {seed:>{width}}  ", place))
-    missing = [str(plan.cfg.SEED) for plan in plans if resume is True and not resumable(plan.path)]
+        requests.append(RunRequest(own, f"seed {seed:>{width}}  ", row))
+    missing = [str(r.cfg.SEED) for r in requests if resume is True and not resumable(r.path)]
     if missing:
         raise UserError(
-            f"--resume: there is no run of seed {', '.join(missing)} in {plans[0].path.parent}; --resume auto starts "
-            "what is missing and goes on with the others"
+            f"--resume: there is no run of seed {', '.join(missing)} in {requests[0].path.parent}; --resume auto "
+            "starts what is missing and goes on with the others"
         )
-    for plan in plans:
-        plan.check(resume)
-        if plan.path.is_dir() and in_use(plan.path):  # before the first of them is touched
-            raise FolderInUse(f"{plan.path}: another process trains there; wait for it, or leave that seed out")
+    for request in requests:
+        request.check(resume)
+        if request.path.is_dir() and in_use(request.path):  # before the first of them is touched
+            raise FolderInUse(f"{request.path}: another process trains there; wait for it, or leave that seed out")
     file = summary_file(cfg, seeds)
     check_writable(file, "LOG.PREFIX")
-    common = Common(cfg, len(seeds))
-    for plan in plans:
-        plan.find_teacher(resume)
-        common.teachers.files.append(plan.teacher_file)
+    workspace = open_workspace(cfg, len(seeds))
+    for request in requests:
+        request.find_teacher(resume)
+        workspace.teachers.files.append(request.teacher_file)
 
-    with failures(cfg), common.entered() as closing:
-        students = [Student(plan, resume, common, closing) for plan in plans]
+    with failures(cfg), entered(workspace) as closing:
+        students = [Student(request, resume, workspace, closing) for request in requests]
         for student in students:
             student.start()
-        take_turns(students, common.stop)
+        take_turns(students, workspace.stop)
         summary = summarise(cfg, students)
         write_atomic(file, json.dumps(summary, indent=2).encode() + b"\n")
     for line in table(summary):
@@ -76,15 +77,15 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False) 
 class Student:
     """One of the set, with the generators' states as they would be if it were alone."""
 
-    def __init__(self, plan: RunPlan, resume: bool | str, common: Common, closing: contextlib.ExitStack):
-        self.seed, self.label, self.folder = plan.cfg.SEED, plan.label, plan.path
+    def __init__(self, request: RunRequest, resume: bool | str, workspace: Workspace, closing: contextlib.ExitStack):
+        self.seed, self.label, self.folder = request.cfg.SEED, request.label, request.path
         self.result: dict | None = None
         self.error: UserError | None = None
-        self.run = Run(plan, resume, common, closing)
+        self.run = Run(request, resume, workspace, closing)
         self.trainer: Trainer = self.run.trainer
         self.random = generators()
-        self.teachers = common.teachers
-        self.stream = side_stream(common.device)
+        self.teachers = workspace.teachers
+        self.stream = side_stream(workspace.device)
 
     def start(self) -> None:
         self.steps = self.trainer.steps(self.run.start())
@@ -109,13 +110,14 @@ class Student:
     def share_teacher(self) -> None:
         """After the first step, which tells whether the method writes to its teacher."""
         teachers, self.teachers = self.teachers, None
-        if teachers is not None and self.trainer.teacher_is_frozen():
-            teachers.tie(self.trainer.distiller.teacher, self.trainer.origin["teacher"])
-            self.trainer.shares_teacher = True
+        frozen = self.trainer.state.teacher
+        if teachers is not None and frozen:
+            teachers.tie(frozen.model, self.trainer.keeper.origin["teacher"])
+            frozen.shared = True
 
 
 def take_turns(students: Sequence[Student], stop: Stop) -> None:
-    """Raises Preempted where a signal has stopped them, with all of them kept."""
+    """Train the students, a step each in turn. Raises Preempted where a signal has stopped them, with all kept."""
     with stop:
         while any(student.training for student in students):
             for student in students:
@@ -132,7 +134,7 @@ def take_turns(students: Sequence[Student], stop: Stop) -> None:
 
 
 def summary_file(cfg: CfgNode, seeds: Sequence[int]) -> Path:
-    """NAME-or-TAG[+overrides]+SEED:0,1,2.json, beside the runs' folders; longer ranges as 0-99."""
+    """Return the path NAME-or-TAG[+overrides]+SEED:0,1,2.json, beside the runs' folders; longer ranges as 0-99."""
     folder = run_folder(cfg)
     parts: list[list[int]] = []
     for seed in seeds:
@@ -148,12 +150,12 @@ def summary_file(cfg: CfgNode, seeds: Sequence[int]) -> Path:
 
 
 def summarise(cfg: CfgNode, students: Sequence[Student]) -> dict:
-    """Configuration in short, each student's result, and mean and deviation (n - 1) of last and best over those that
-    came to the end. Accuracies in percent.
+    """Return the configuration in short, each student's result, and mean and deviation (n - 1) of last and best, in
+    percent, over those that came to the end.
     """
     runs = []
     for student in students:
-        run = {"seed": student.seed, "folder": str(student.folder), **student.trainer.result()}
+        run = {"seed": student.seed, "folder": str(student.folder), **student.trainer.state.result()}
         runs.append(run | ({"error": student.error.lines[0]} if student.error else {}))
     done = [run for run in runs if "error" not in run]
     return {
@@ -170,7 +172,7 @@ def summarise(cfg: CfgNode, students: Sequence[Student]) -> dict:
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """n, mean and sample standard deviation; None where there are too few."""
+    """Return n, mean and sample standard deviation; None where there are too few."""
     return {
         "n": len(values),
         "mean": statistics.fmean(values) if values else None,
@@ -179,7 +181,7 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def table(summary: dict) -> list[str]:
-    """A line for each student, and one for all."""
+    """Return a line for each student, and one for all."""
     lines = [f"{'seed':<10}{'last':>14}{'best':>14}{'best epoch':>13}"]
     for run in summary["runs"]:
         if "error" in run:

@@ -77,6 +77,7 @@ class Step:
         self.forward, self.compiled_from, self.refusal = forward, compiled_from, ""
         self.skip = nan_policy == "skip"
         fp16 = AMP_DTYPES[amp] is torch.float16
+        self.meter = Meter()
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -87,18 +88,18 @@ class Step:
         fused = optimizer.defaults.get("fused") is True or (isinstance(optimizer, DOT) and device.type == "cuda")
         self.lazy = fused and not fp16
 
-    def __call__(self, batch: Batch, epoch: int, meter: Meter, logits_teacher: Tensor | None = None) -> None:
-        """`logits_teacher` (B, K): instead of a teacher's pass, for a method that takes them."""
-        self.compute(batch, epoch, meter, logits_teacher)
-        self.count(len(batch.target), meter)
+    def __call__(self, batch: Batch, epoch: int, logits_teacher: Tensor | None = None) -> None:
+        """Train on `batch`. `logits_teacher` (B, K) stand for a teacher's pass, for a method that takes them."""
+        self.update(batch, epoch, logits_teacher)
+        self.count(len(batch.target))
 
-    def count(self, images: int, meter: Meter) -> None:
-        """What the host knows about a step; `compute` and a captured step do the rest."""
+    def count(self, images: int) -> None:
+        """Count a step of `images` samples on the host; `update`, or a graph of it, does the rest."""
         self.steps += 1
-        meter.images += images
+        self.meter.images += images
 
-    def compute(self, batch: Batch, epoch: int | Tensor, meter: Meter, logits_teacher: Tensor | None = None) -> None:
-        """All that a step does on the device. Every tensor that outlives it stays the same tensor."""
+    def update(self, batch: Batch, epoch: int | Tensor, logits_teacher: Tensor | None = None) -> None:
+        """Do all of a step that happens on the device. Every tensor that outlives it stays the same tensor."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.temperatures is not None:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
@@ -113,13 +114,13 @@ class Step:
         extra = (self.distillation_gradients(losses),) if isinstance(self.optimizer, DOT) else ()
         self.scaler.scale(loss).backward()
         with torch.no_grad():
-            sound = self._update(loss, extra)
+            sound = self._change_parameters(loss, extra)
             for buffer, value in before:
                 buffer.copy_(torch.where(sound, buffer, value))
             n = len(batch.target)
             correct = (logits.argmax(1) == batch.target).sum()
             terms = {f"loss/{name}": n * value.detach() for name, value in losses.items()}
-            meter.add(n, sound, loss=n * loss.detach(), correct=correct, **terms)
+            self.meter.add(n, sound, loss=n * loss.detach(), correct=correct, **terms)
             self._number += 1
 
     def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -137,7 +138,7 @@ class Step:
                 self.forward, self.refusal = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         return self.distiller(**given)
 
-    def _update(self, loss: Tensor, extra: tuple) -> Tensor:
+    def _change_parameters(self, loss: Tensor, extra: tuple) -> Tensor:
         """Update the parameters where loss and gradients are finite; returns whether they are, a 0-dim bool."""
         sound = loss.isfinite()
         if not self.scaler.is_enabled():  # scaled gradients overflow at times, which the scaler is there for

@@ -6,23 +6,26 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from mdistiller.dataset import Batch, Batches
 from mdistiller.distillers import LogitDistiller, Vanilla
+from mdistiller.engine.graph import GraphStep
+from mdistiller.engine.step import Step
 from mdistiller.errors import UserError
 
-COMPILING = 20_000  # steps: those that compiling saves the time of, three times over (docs/performance.md)
+COMPILE_FROM_STEPS = 20_000  # in which compiled steps save three times what compiling costs (docs/performance.md)
 
 
 def uses_graph(cfg: CfgNode, device: torch.device) -> bool:
-    """fp16's gradient scaler looks at every step, which a graph cannot."""
+    """Return whether steps run as CUDA graphs. (fp16's gradient scaler looks at every step, which a graph cannot.)"""
     return device.type == "cuda" and cfg.SOLVER.STEP != "eager" and cfg.SOLVER.AMP != "fp16"
 
 
 def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, steps: int) -> tuple[Callable | None, str]:
-    """What is to be called in place of `distiller`, compiled at its first call for each batch size; None where it is
-    not to be, and why, where SOLVER.STEP asks for it.
+    """Return what is to be called in place of `distiller`, compiled at its first call for each batch size; or None, and
+    the reason where SOLVER.STEP asks for it.
 
     auto compiles on a CPU what needs no features, whose storing costs as much as compiling gains, for so many `steps`
     that faster ones make up for the compiling; not a student that says `compiles_well = False`.
@@ -35,7 +38,7 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
     ]
     if cfg.SOLVER.STEP == "auto":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
-        pays = device.type == "cpu" and steps >= COMPILING and isinstance(distiller, (LogitDistiller, Vanilla))
+        pays = device.type == "cpu" and steps >= COMPILE_FROM_STEPS and isinstance(distiller, (LogitDistiller, Vanilla))
         pays = pays and getattr(distiller.student, "compiles_well", True)
         if own or not pays or shutil.which(compiler) is None:
             return None, ""
@@ -43,7 +46,7 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
         return None, ""
     if own:  # torch computes parts of the forward pass anew for the backward one, from what it has left by then
         return None, f"{cfg.DISTILLER.TYPE} writes to '{own[0]}', which a compiled backward pass would read too late"
-    # drawing what an eager step draws
+    # fallback_random: the same random numbers as an eager step
     return torch.compile(distiller, dynamic=False, options={"fallback_random": True}), ""
 
 
@@ -53,3 +56,35 @@ def check_step(cfg: CfgNode, device: torch.device) -> None:
         raise UserError(f"SOLVER.STEP: graph needs CUDA, and the device is {device.type}; set SOLVER.STEP auto")
     if cfg.SOLVER.STEP == "graph" and cfg.SOLVER.AMP == "fp16":
         raise UserError("SOLVER.STEP: fp16's scaler looks at every step, which a graph cannot; set SOLVER.AMP bf16")
+
+
+class RunStep:
+    """Runs the training step of a plan: cuts the batch out of the images and trains on it.
+
+    `graph`: as a CUDA graph, where the step can be one; `exclusive`: whether no other graph runs at the same time.
+    """
+
+    def __init__(self, step: Step, batches: Batches, graph: bool = False, exclusive: bool = True):
+        self.step, self.batches = step, batches
+        self.graph = GraphStep(self._run, step.distiller, step.device, exclusive) if graph else None
+        self.batch: Batch | None = None  # of the latest step, with its logits; a graph's own tensors are no batch
+        self.logits: Tensor | None = None
+
+    def __call__(self, plan: Tensor, logits: Tensor | None, epoch: int) -> list[str]:
+        """Train on `plan` (4, B) with the teacher's `logits` (B, K) or None, on the device. Return lines that say how
+        steps run from now on, where that has changed.
+        """
+        lines = []
+        (self.graph or self._run)(plan, logits, epoch)
+        self.step.count(plan.shape[1])
+        if self.graph and self.graph.refusal:
+            lines.append(f"steps run one operation at a time, not as a graph: {self.graph.refusal}")
+            self.graph = None
+        if self.step.refusal:
+            lines.append(f"steps run as they are, not compiled: {self.step.refusal}")
+            self.step.refusal = ""
+        return lines
+
+    def _run(self, plan: Tensor, logits: Tensor | None, epoch: int | Tensor) -> None:
+        self.batch, self.logits = self.batches.batch(plan), logits
+        self.step.update(self.batch, epoch, logits)

@@ -4,25 +4,20 @@ import contextlib
 import errno
 import json
 import os
-import platform
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from mdistiller import __version__, config, files
+from mdistiller import config, files
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.errors import FolderInUse, UserError
 from mdistiller.files import FileLock, is_locked, remove_leftovers, write_atomic
-from mdistiller.runs import checkpoint, journal
+from mdistiller.runs import checkpoint
+from mdistiller.runs.environment import environment
 from mdistiller.terminal import say
 
 MOST_BYTES = 200  # of a run's name: what is made of it has to fit 255
-PREFIXES = ("CUDA", "CUBLAS", "CUDNN", "NVIDIA_TF32", "OMP_", "MKL_", "KMP_", "TORCH_")  # variables that change bits
 
 
 def run_folder(cfg: config.Config) -> Path:
@@ -43,18 +38,14 @@ def run_folder(cfg: config.Config) -> Path:
 
 
 def check_writable(path: Path, key: str) -> None:
-    """Raises UserError where the file or folder `path` could not be made; makes nothing."""
+    """Raise UserError where the file or folder `path` could not be made. Nothing is made."""
     parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not (os.path.isdir(parent) or parent == path) or not os.access(parent, os.W_OK):
         raise UserError(f"{path}: {parent} cannot be written; set {key} to a place of yours")
 
 
 def resumable(path: Path) -> bool:
-    """Whether the run in the folder `path` has left something to go on from: a checkpoint, or a journal."""
-    return has_checkpoint(path) or journal.exists(path)
-
-
-def has_checkpoint(path: Path) -> bool:
+    """Return whether the run in the folder `path` has left a checkpoint to go on from."""
     return any(os.path.exists(path / name) for name in ("latest", "previous"))
 
 
@@ -69,7 +60,7 @@ def in_use(path: Path) -> bool:
 
 
 class RunFolder:
-    """Holds the folder's lock for as long as the object lives.
+    """A run's folder, whose lock is held for as long as the object lives.
 
     `resume`: True, or "auto" for a run that may be there or not; `resumed` says which, found out under the lock.
     Otherwise an earlier run that lies there is kept under a new name, never written over. Raises FolderInUse where
@@ -110,7 +101,7 @@ class RunFolder:
         self._lock.close()
 
     def check_config(self, cfg: CfgNode) -> None:
-        """Raises UserError where `cfg` would compute something else than the run's config.yaml says."""
+        """Raise UserError where `cfg` would compute something else than the run's config.yaml says."""
         file = self.path / "config.yaml"
         try:
             then = config.read(file)
@@ -131,75 +122,23 @@ class RunFolder:
             )
 
     def write_config(self, cfg: CfgNode, teacher_file: Path | None) -> None:
-        """config.yaml, which names the teacher's file that was found."""
+        """Write config.yaml, which names the teacher's file that was found."""
         found = cfg.clone()
         found.defrost()
         found.DISTILLER.TEACHER_CKPT = str(teacher_file or "")
         write_atomic(self.path / "config.yaml", found.dump().encode())
 
     def write_environment(
-        self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], students: int = 1, epoch: int = 0
+        self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], session: dict[str, int]
     ) -> None:
-        """environment.json: what has to be known to run this again. A resumed run adds to `sessions`. `students`: how
-        many train side by side, from the `epoch` that was finished then.
+        """Write environment.json: what has to be known to run this again. A resumed run adds to `sessions`. `session`:
+        how many "students" train side by side, from the "epoch" that was finished then.
         """
         file = self.path / "environment.json"
         sessions = []
         if resume:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: nothing depends on it
                 sessions = [dict(session) for session in json.loads(file.read_text())["sessions"]]
-        sessions.append(environment(device) | {"students": students, "epoch": epoch})
+        sessions.append(environment(device) | session)
         body = {**sessions[0], "seed": seed, "sha256": origin, "sessions": sessions}
         write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")
-
-
-def environment(device: torch.device) -> dict:
-    """Versions, device, git commit and command of this process."""
-    cuda = device.type == "cuda"
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git": _git(),
-        "mdistiller": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "device": device_name(device),
-        "capability": torch.cuda.get_device_capability(device) if cuda else torch.backends.cpu.get_cpu_capability(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
-        "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(PREFIXES)},
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "platform": platform.platform(),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    chip = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        chip = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{device.type} ({chip})"
-
-
-def _git() -> dict | None:
-    """Commit of the package's own checkout and whether its tree was clean, results/ apart, which runs themselves add
-    to; None outside one.
-    """
-
-    def ask(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        changed = ask("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
-        return {"commit": ask("rev-parse", "HEAD"), "clean": not changed}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -49,14 +49,13 @@ def temperature_lines(row: dict) -> list[str]:
 class Recorder:
     """Writes a run's figures into its folder. `done`: epochs that are finished already; `log`: bytes of worklog.txt at
     the checkpoint that the run goes on from. What a crash left behind them goes, so that nothing stands twice.
-    `label` stands before a line in the terminal, `place` is the bar's, from 0, where several runs share one.
+    `label` stands before a line in the terminal, `bar_row` is its bar's, from 0, where several runs share a terminal.
     """
 
-    def __init__(
-        self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None, label: str = "", place: int = 0
-    ):
+    label, bar_row = "", 0
+
+    def __init__(self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None):
         self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
-        self.label, self.place = label, place
         self.rows = [row for row in read_metrics(folder) if row["epoch"] <= done]
         if len(self.rows) < done:
             say(f"warning: {folder / 'metrics.jsonl'} lacks the rows of {done - len(self.rows)} finished epochs")
@@ -92,7 +91,7 @@ class Recorder:
                     total=samples,
                     initial=done,
                     desc=f"{self.label}epoch {epoch}/{self.epochs}",
-                    position=self.place,
+                    position=self.bar_row,
                     unit="img",
                     unit_scale=True,
                     leave=False,
@@ -114,7 +113,7 @@ class Recorder:
         """A point inside an epoch, for TensorBoard alone: means from the epoch's start to here."""
         if math.isfinite(means["loss"]):  # NaN: every step so far was skipped
             self.events.scalar("step/train_loss", means["loss"], step)
-            self.events.flush()  # before the journal holds this step: a resumed run does not repeat it
+            self.events.flush()  # a look at the run while it trains
 
     def histograms(self, epoch: int, temperatures: EpochBuffer) -> None:
         """Both temperatures of every sample, into TensorBoard."""

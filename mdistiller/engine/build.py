@@ -1,0 +1,122 @@
+"""From a configuration to a trainer: models, method, optimizer, data, teacher's logits."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from mdistiller.bank.teacher import Shared
+from mdistiller.dataset import Batches, ImageSet
+from mdistiller.device import prepare
+from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.engine.evaluator import images_together
+from mdistiller.engine.feed import Feed
+from mdistiller.engine.solver import DOT, MultiStep, sgd
+from mdistiller.engine.step import Step
+from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
+from mdistiller.engine.trainer import Options, Trainer
+from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict
+from mdistiller.runs import checkpoint
+from mdistiller.runs.keeper import Keeper
+from mdistiller.runs.stop import Stop
+
+
+def needs_teacher(cfg: CfgNode) -> bool:
+    """Return whether the method that `cfg` names learns from a teacher."""
+    return getattr(distiller_dict[cfg.DISTILLER.TYPE], "needs_teacher", cfg.DISTILLER.TYPE != "NONE")
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """Return the model `name` of cifar_model_dict, freshly initialised."""
+    return cifar_model_dict[name][0](num_classes=num_classes)
+
+
+def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device) -> nn.Module:
+    """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`."""
+    cls = distiller_dict[cfg.DISTILLER.TYPE]
+    student = build_model(cfg.DISTILLER.STUDENT, data.num_classes)
+    if not needs_teacher(cfg):
+        return prepare_parts(cls(student), device)
+    teacher = build_model(cfg.DISTILLER.TEACHER, data.num_classes)
+    if teacher_file:
+        checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
+    offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
+    wanted = inspect.signature(cls).parameters
+    arguments = {name: value for name, value in offered.items() if name in wanted}
+    return prepare_parts(cls(student, teacher, cfg, **arguments), device)
+
+
+def refuse_unused(cfg: CfgNode) -> None:
+    """Raise UserError where the configuration asks of the method what it does not do. (NONE may train a teacher, with
+    its student's settings.)
+    """
+    method, cls = cfg.DISTILLER.TYPE, distiller_dict[cfg.DISTILLER.TYPE]
+    if not needs_teacher(cfg):
+        return
+    rule = "EXPERIMENT.LOGIT_STAND" if cfg.EXPERIMENT.LOGIT_STAND else "TEMPERATURE.RULE"
+    if (cfg.TEMPERATURE.RULE or cfg.EXPERIMENT.LOGIT_STAND) and not issubclass(cls, RuleDistiller):
+        takers = [name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller)]
+        raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
+    if cfg.TEMPERATURE.PART != "all" and not getattr(cls, "has_parts", False):
+        raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
+
+
+def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
+    """Return the method on `device`, its models in the form that trains fastest there."""
+    for part in (distiller.student, getattr(distiller, "teacher", None)):
+        if part is not None:
+            prepare(part, device)
+    return distiller.to(device)
+
+
+class Workspace:
+    """What the runs of one process share: the device, the images on it, teachers and their banks. `students` train
+    there in turn.
+    """
+
+    def __init__(self, data: ImageSet, device: torch.device, students: int = 1):
+        self.data, self.digest = data, data.digest()
+        self.device, self.students = device, students
+        self.local = data.to(device)
+        self.teachers = Shared()
+        self.stop = Stop()
+
+
+def build_trainer(
+    cfg: CfgNode, distiller: nn.Module, workspace: Workspace, folder: Path, teacher_file: Path | None = None
+) -> tuple[Trainer, str]:
+    """Return the trainer of a run in `folder`, and a line about the bank of its teacher's logits."""
+    solver, teacher, data, device = cfg.SOLVER, getattr(distiller, "teacher", None), workspace.local, workspace.device
+    augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
+    train = Batches(data.train_images, data.train_labels, data.mean, data.std, solver.BATCH_SIZE, augment, cfg.SEED)
+    together = images_together(cfg.DATASET.TEST.BATCH_SIZE, data.test_images.shape[1], device)
+    test = Batches(data.test_images, data.test_labels, data.mean, data.std, together)
+    origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
+    logits, bank = workspace.teachers.logits_of(
+        cfg, distiller, train, teacher_file, origin, solver.EPOCHS, data.num_classes
+    )
+    forward, refusal = compiled_form(cfg, distiller, device, solver.EPOCHS * len(train))
+    later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once
+    optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
+    step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
+    step.refusal = refusal
+    trainer = Trainer(
+        RunStep(step, train, uses_graph(cfg, device), exclusive=workspace.students == 1),
+        Feed(train, logits),
+        test,
+        MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
+        Keeper(folder, origin, cfg.LOG.SAVE_CHECKPOINT_FREQ, workspace.students * cfg.LOG.SAVE_EVERY_SECONDS),
+        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, cfg.dump()),
+        workspace.stop,
+    )
+    return trainer, bank
+
+
+def build_optimizer(solver: CfgNode, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer of the section SOLVER. The trainer sets its rate."""
+    if solver.TRAINER == "dot":
+        return DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
+    return sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)

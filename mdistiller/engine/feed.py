@@ -1,0 +1,39 @@
+"""The training batches of an epoch, as plans, each with the teacher's logits where they are computed ahead."""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from mdistiller.bank.teacher import WINDOW, TeacherLogits
+from mdistiller.dataset import Batches
+
+
+class Feed:
+    """Gives a run's batches. `teacher` gives the logits of a plan, so that a step needs no pass of the teacher."""
+
+    def __init__(self, batches: Batches, teacher: TeacherLogits | None = None):
+        self.batches, self.teacher = batches, teacher
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def plans(self, epoch: int, done: int, check: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the batches of `epoch` after its first `done`: the plan (4, B) and the teacher's logits (B, K) or None,
+        on the device. The teacher is asked for some batches together; `check` is called after each of its passes.
+        """
+        size, samples = self.batches.batch_size, self.batches.num_samples
+        plan = self.batches.plan(epoch)
+        local = plan.to(self.batches.images.device)  # one transfer an epoch
+        window = size * max(1, WINDOW // size)
+        for start in range(done * size, samples, window):
+            stop = min(start + window, samples)
+            logits = None if self.teacher is None else self.teacher(plan[:, start:stop], check)
+            for batch in range(start, stop, size):
+                part = slice(batch, min(batch + size, stop))
+                yield local[:, part], None if logits is None else logits[part.start - start : part.stop - start]
+
+    def plan(self, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
+        """Return plan and logits of one batch of `epoch`, counted from 0."""
+        size = self.batches.batch_size
+        plan = self.batches.plan(epoch)[:, number * size : (number + 1) * size]
+        return plan.to(self.batches.images.device), None if self.teacher is None else self.teacher(plan)

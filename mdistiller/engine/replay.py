@@ -1,0 +1,41 @@
+"""The step once more whose loss was not finite, from the file that the stopped run kept."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mdistiller.dataset import Batch, load_dataset
+from mdistiller.device import resolve_device
+from mdistiller.engine.build import build_distiller
+from mdistiller.engine.cfg import load
+from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
+from mdistiller.errors import UserError
+from mdistiller.runs import checkpoint
+
+
+def replay(file: Path) -> tuple[str, str]:
+    """Run the step kept in `file` again. Return what goes bad first, empty if nothing does, and its losses as text.
+
+    Raises UserError where `file` is no such file.
+    """
+    kept = checkpoint.load(file)
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as text:
+            text.write(kept["config"])
+            text.flush()
+            cfg = load(text.name)  # plug-ins and all
+        batch, epoch, model, rng = Batch(**kept["batch"]), kept["epoch"], kept["model"], kept["rng"]
+        logits = kept.get("logits_teacher")
+        device = resolve_device(cfg.DEVICE)
+        data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        distiller = build_distiller(cfg, data, None, device)
+        distiller.load_state_dict(model)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: is no batch that a stopped run has kept ({reason})") from None
+    torch.set_rng_state(rng)
+    batch = Batch(*(value.to(device) for value in batch))
+    logits = None if logits is None else logits.to(device)
+    bad, losses = first_bad_tensor(distiller.train(), batch, epoch, cfg.SOLVER.AMP, logits)
+    return bad, describe_losses(losses)

@@ -1,0 +1,169 @@
+"""A run from its first check to its result."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+from mdistiller.config import Config
+from mdistiller.dataset import load_dataset
+from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
+from mdistiller.engine.build import Workspace, build_distiller, build_trainer, needs_teacher, refuse_unused
+from mdistiller.engine.cfg import describe
+from mdistiller.engine.stepmode import check_step
+from mdistiller.engine.teachers import find_teacher
+from mdistiller.errors import RunFailed, UserError
+from mdistiller.runs.folder import RunFolder, resumable, run_folder
+from mdistiller.runs.recorder import Recorder, require_wandb, start_wandb
+
+
+def train(cfg: Config, resume: bool | str = False) -> dict:
+    """Train what `cfg` says, in the folder that it and its overrides name.
+
+    `resume`: True goes on with that run, "auto" does so if there is one. Returns the result: last_acc, best_acc,
+    best_epoch, epochs, and the folder. Raises UserError before anything is written if a part is missing, Preempted
+    where a signal stopped the run, RunFailed where the machine or the loss let it down.
+    """
+    request = RunRequest(cfg)
+    request.check(resume)
+    workspace = open_workspace(cfg)
+    request.find_teacher(resume)
+    with failures(cfg), entered(workspace) as closing:
+        run = Run(request, resume, workspace, closing)
+        return run.trainer.fit(run.start()) | {"folder": str(request.path)}
+
+
+class RunRequest:
+    """A run that is asked for: its configuration, folder and teacher. `label` stands before its lines in the terminal,
+    `bar_row` is its progress bar's, from 0, where several runs share a terminal.
+    """
+
+    def __init__(self, cfg: Config, label: str = "", bar_row: int = 0):
+        self.cfg, self.label, self.bar_row = cfg, label, bar_row
+        self.path = run_folder(cfg)
+        self.teacher_file: Path | None = None
+
+    def check(self, resume: bool | str) -> None:
+        """Raise UserError where the machine or the folder cannot do it."""
+        device = resolve_device(self.cfg.DEVICE)
+        check_amp(self.cfg.SOLVER.AMP, device)
+        check_step(self.cfg, device)
+        refuse_unused(self.cfg)  # before a teacher is trained for it
+        if self.cfg.LOG.WANDB:
+            require_wandb()
+        if resume is True and not resumable(self.path):
+            raise UserError(
+                f"--resume: there is no run in {self.path}; start it without --resume, or with --resume auto"
+            )
+
+    def find_teacher(self, resume: bool | str) -> None:
+        """Find the teacher's checkpoint, or train it."""
+        if needs_teacher(self.cfg):
+            self.teacher_file = find_teacher(self.cfg, self.path, bool(resume), train)
+
+
+def open_workspace(cfg: CfgNode, students: int = 1) -> Workspace:
+    """Return what the runs of this process share, with the images that `cfg` names. Raises UserError without them."""
+    return Workspace(load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT), resolve_device(cfg.DEVICE), students)
+
+
+@contextlib.contextmanager
+def entered(workspace: Workspace) -> Iterator[contextlib.ExitStack]:
+    """While the runs train, their device is CUDA's current one; what they open is closed at the end."""
+    with contextlib.ExitStack() as closing:
+        if workspace.device.type == "cuda":
+            closing.enter_context(torch.cuda.device(workspace.device))
+        closing.callback(workspace.teachers.close)
+        yield closing
+
+
+class Run:
+    """The trainer of `request`, ready or brought back to where it stopped, with its folder's lock. Nothing that an
+    earlier run left is changed before `start`, unless it is set aside. `closing` gives back what is held.
+    """
+
+    def __init__(self, request: RunRequest, resume: bool | str, workspace: Workspace, closing: contextlib.ExitStack):
+        self.request, self.workspace, self.closing = request, workspace, closing
+        cfg = request.cfg
+        set_determinism(cfg.DETERMINISTIC)
+        seed_everything(cfg.SEED)
+        distiller = build_distiller(cfg, workspace.data, request.teacher_file, workspace.device)
+        self.trainer, self.bank = build_trainer(cfg, distiller, workspace, request.path, request.teacher_file)
+        self.folder = RunFolder(request.path, resume)
+        closing.callback(self.folder.close)
+        if self.folder.resumed:
+            self.folder.check_config(cfg)
+            self.trainer.keeper.restore(self.trainer.state.load)
+            if self.trainer.state.epoch > cfg.SOLVER.EPOCHS:
+                raise UserError(
+                    f"--resume: {self.trainer.state.epoch} epochs are done, more than SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
+                )
+
+    def start(self) -> Recorder:
+        """Write what the run is, and say it. Return what its figures go to."""
+        request, cfg, state = self.request, self.request.cfg, self.trainer.state
+        self.folder.write_config(cfg, request.teacher_file)
+        session = {"students": self.workspace.students, "epoch": state.epoch}
+        origin = self.trainer.keeper.origin
+        self.folder.write_environment(self.workspace.device, cfg.SEED, self.folder.resumed, origin, session)
+        wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, request.path.name, cfg) if cfg.LOG.WANDB else None
+        recorder = Recorder(request.path, cfg.SOLVER.EPOCHS, state.epoch, state.log_bytes, wandb_run)
+        recorder.label, recorder.bar_row = request.label, request.bar_row
+        self.closing.callback(recorder.close)
+        self.introduce(recorder)
+        return recorder
+
+    def introduce(self, recorder: Recorder) -> None:
+        """Say what the run is, or where it goes on; what is true of all students of the process once."""
+        cfg, state, step, data = self.request.cfg, self.trainer.state, self.trainer.step, self.workspace.data
+        device, fresh = self.workspace.device, not (state.epoch or state.done)
+        say_once = recorder.log if recorder.bar_row else recorder.say
+        if fresh:
+            names = cfg.DISTILLER
+            pair = f"{names.TEACHER} -> {names.STUDENT}" if needs_teacher(cfg) else names.STUDENT
+            recorder.say(
+                f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
+                f"images, {data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}, in "
+                f"{self.request.path}"
+            )
+            if self.request.teacher_file:
+                say_once(f"teacher: {self.request.teacher_file}")
+        else:
+            inside = f", {state.done} steps into the next" if state.done else ""
+            recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}")
+        if cfg.SOLVER.AMP == "bf16" and not has_bf16(device):
+            say_once(f"this {device.type} has no bfloat16 arithmetic: SOLVER.AMP none would be several times faster")
+        if step.forward is not None:
+            say_once(f"steps are compiled from epoch {step.compiled_from} on, which takes a minute or two there")
+        if device.type == "cuda" and cfg.SOLVER.AMP == "fp16" and cfg.SOLVER.STEP != "eager":
+            say_once("steps run one operation at a time, not as a graph: fp16's scaler looks at every one")
+        if self.bank and state.epoch < cfg.SOLVER.EPOCHS:
+            say_once(self.bank)
+        if fresh:
+            recorder.log(describe(cfg).rstrip())
+
+
+OUT_OF_MEMORY = "out of memory|CPUAllocator|STATUS_ALLOC_FAILED"
+
+
+@contextlib.contextmanager
+def failures(cfg: CfgNode) -> Iterator[None]:
+    """Turn what the machine refuses into a line that says what to try."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or Path(cfg.LOG.PREFIX)
+        raise RunFailed(
+            f"{where}: {error.strerror or error}; mend that, and --resume auto goes on with what is kept"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).split("\n")[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(OUT_OF_MEMORY, text):
+            sizes = f"SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE}, DATASET.TEST.BATCH_SIZE {cfg.DATASET.TEST.BATCH_SIZE}"
+            raise RunFailed(f"out of memory on {cfg.DEVICE} with {sizes}; halve them, or set SOLVER.AMP bf16") from None
+        if "deterministic" in text and cfg.DETERMINISTIC:
+            raise RunFailed(f"{cfg.DISTILLER.TYPE} cannot run with DETERMINISTIC True here: {text}") from None
+        raise

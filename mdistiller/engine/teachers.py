@@ -1,0 +1,98 @@
+"""Where a run's teacher comes from: a checkpoint that is there, or one that is trained first."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from mdistiller import config
+from mdistiller.errors import FolderInUse, Preempted, UserError
+from mdistiller.files import expand
+from mdistiller.models import default_checkpoint
+from mdistiller.runs import checkpoint
+from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
+from mdistiller.terminal import say
+
+
+def find_teacher(cfg: CfgNode, path: Path, resume: bool, train: Callable[..., dict]) -> Path:
+    """Return the teacher's checkpoint. Where it is missing and DISTILLER.TRAIN_TEACHER says so, it is trained first, by
+    `train(cfg, resume="auto")`.
+
+    `path` is the student's run folder, which has to be writable before a teacher is trained for it, and which under
+    `resume` may name the teacher that the run was started with. Raises UserError where there is no teacher.
+    """
+    name = cfg.DISTILLER.TEACHER
+    published, trained = teacher_files(cfg)
+    chosen = expand(cfg.DISTILLER.TEACHER_CKPT) if cfg.DISTILLER.TEACHER_CKPT else None
+    if chosen and os.path.isdir(chosen):
+        raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
+    train_it = cfg.DISTILLER.TRAIN_TEACHER
+    files = [chosen] if chosen else [published, trained] if train_it else [published]
+    if resume and resumable(path) and not chosen:
+        before = config.leaves(config.read(path / "config.yaml")).get("DISTILLER.TEACHER_CKPT", "")
+        files.insert(0, Path(before))
+    for file in files:
+        if os.path.isfile(file):
+            return file
+    target = chosen or trained
+    if not train_it:
+        near = [] if chosen else sorted(str(file) for file in published.parent.glob("*.pth"))
+        raise UserError(
+            f"no checkpoint of the teacher {name} at {chosen or published}; do one of these:",
+            "  download  python3 tools/download.py teachers   (mdistiller's released ones, for cifar100)",
+            f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
+            "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
+        )
+    check_writable(path, "LOG.PREFIX")
+    check_writable(target, "DISTILLER.TEACHER_CKPT")
+    return train_teacher(teacher_config(cfg), target, train)
+
+
+def teacher_files(cfg: CfgNode) -> tuple[Path, Path]:
+    """Return where a teacher lies that no TEACHER_CKPT names: the published one; the one that TRAIN_TEACHER trains."""
+    published = Path(default_checkpoint(cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE))
+    return published, published.with_name(f"{teacher_config(cfg).EXPERIMENT.NAME}.pth")
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """Return the configuration that trains the teacher by method NONE with this SOLVER, data and seed. Its name tells
+    all of them apart, so a teacher that was trained otherwise is never taken for it.
+    """
+    own = cfg.clone()
+    own.defrost()
+    own.overrides.clear()
+    own.DISTILLER.TYPE, own.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
+    own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
+    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
+    solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key != "STEP"}
+    key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT])[:8]
+    tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
+    own.EXPERIMENT.NAME = own.EXPERIMENT.TAG = tag
+    own.freeze()
+    return own
+
+
+def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Path:
+    """Train the teacher that `cfg` describes and store its last epoch at `target`, which is returned. An interrupted
+    training goes on where it stopped; one that another process is at is waited for.
+    """
+    say(f"the teacher {cfg.DISTILLER.STUDENT} comes first, for {cfg.SOLVER.EPOCHS} epochs, by method NONE")
+    while True:
+        try:
+            result = train(cfg, resume="auto")
+            break
+        except FolderInUse as error:
+            say(f"{error.lines[0].split(';')[0]}; waiting for that teacher")
+            while os.path.exists(run_folder(cfg)) and in_use(run_folder(cfg)):
+                time.sleep(1)
+        if target.is_file():
+            return target
+    if result["signal"]:
+        raise Preempted(f"stopped by {result['signal']} after the teacher's training; --resume auto goes on there")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.load(Path(result["folder"]) / "student_latest")
+    checkpoint.save(state | {"best_acc": result["best_acc"]}, target)
+    say(f"stored the teacher's last epoch at {target}")
+    return target
