@@ -3,10 +3,10 @@
 python3 benchmarks/overhead.py [--pair resnet20 resnet8] [--amp bf16] [--folder .] [--json FILE]
 
 Random images in CIFAR-100's numbers, DTKD, batch 64. Each round times `steps` steps without and with LOG.TEMPERATURE
-samples, in turn; the cost is the median over rounds of their ratio. Then a checkpoint inside an epoch and an epoch's end
-are timed as often, in a folder on the disk at hand: the record's figures and its block of the file, rows, log and
-checkpoints, with metrics.jsonl and worklog.txt as long as those of a run of 240 epochs are on average, 120 rows. An epoch
-is 782 steps.
+samples, in turn; the cost is the median over rounds of their ratio. Then a checkpoint inside an epoch and the end of an
+epoch are timed as often, in a folder on the disk at hand: the record's figures and its block of the file, rows, log and
+checkpoints, with metrics.jsonl and worklog.txt as long as those of a run of 240 epochs are on average, 120 rows. An
+epoch is 782 steps.
 """
 
 import argparse

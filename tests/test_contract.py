@@ -10,7 +10,7 @@ import torch
 
 from mdistiller import config
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import build
+from mdistiller.engine.build import prepare_parts
 from mdistiller.models import cifar_model_dict
 
 config.load()  # fills the registry
@@ -124,7 +124,7 @@ def test_state_dict_round_trip(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_autocast_leaves_the_losses_in_float32(method):
-    distiller = build.prepare_parts(build(method), torch.device("cpu"))
+    distiller = prepare_parts(build(method), torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, losses = distiller(**batch())
     assert logits.dtype == torch.float32

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mdistiller import config
+from mdistiller.dataset import load_dataset
 from mdistiller.distillers.CRD import CRD, Negatives, nce_loss, similarities
 from mdistiller.engine import build
 from mdistiller.errors import UserError
@@ -102,7 +103,7 @@ def test_nce_against_its_definition():
 
 
 def test_the_builder_gives_crd_the_labels(tmp_path):
-    data = builder.load_dataset("digits", str(tmp_path))
+    data = load_dataset("digits", str(tmp_path))
     torch.save({"model": model("resnet8", data.num_classes).state_dict()}, tmp_path / "teacher")
     cfg = config.load(None, ["DISTILLER.TYPE", "CRD", "DISTILLER.TEACHER", "resnet8", "DISTILLER.STUDENT", "resnet8"])
     distiller = build.build_distiller(cfg, data, tmp_path / "teacher", torch.device("cpu"))

@@ -9,7 +9,7 @@ import torch
 from mdistiller.config import load
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict
 from mdistiller.distillers._common import ConvReg, get_feat_shapes
-from mdistiller.engine import build
+from mdistiller.engine.build import prepare_parts
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import ConfigError
 from mdistiller.models import cifar_model_dict
@@ -113,7 +113,7 @@ def test_a_foreign_file_runs_unchanged(tmp_path):
         cfg = load(path)
     assert (cfg.HYBRID.WEIGHT, cfg.HYBRID.INPUT_SIZE) == (0.5, [32, 32])
     student, teacher = (cifar_model_dict[m][0](num_classes=100) for m in ("resnet8", "resnet14"))
-    distiller = build.prepare_parts(distiller_dict["HYBRID"](student, teacher, cfg), torch.device("cpu")).train()
+    distiller = prepare_parts(distiller_dict["HYBRID"](student, teacher, cfg), torch.device("cpu")).train()
     with torch.autocast("cpu", torch.bfloat16):
         _, losses = distiller(image=reference.images(), target=reference.labels(), epoch=1, index=None)
     assert all(value.dtype == torch.float32 for value in losses.values())

@@ -10,7 +10,6 @@ from torch import nn
 from mdistiller import config
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import run
 from mdistiller.engine.solver import DOT, set_lr, sgd
 from mdistiller.engine.step import Meter, Step
 from mdistiller.errors import ConfigError, UserError
@@ -171,7 +170,7 @@ def test_a_run_resumes_with_all_that_it_keeps(method, tmp_path):
 
     def train(name: str, epochs: int, resume: bool = False) -> dict:
         chosen = opts | {"EXPERIMENT.NAME": name, "SOLVER.EPOCHS": str(epochs)}
-        folder = run.train(config.load(None, [part for item in chosen.items() for part in item]), resume=resume)
+        folder = train(config.load(None, [part for item in chosen.items() for part in item]), resume=resume)
         return torch.load(f"{folder['folder']}/latest", weights_only=True)
 
     whole = train("whole", 2)

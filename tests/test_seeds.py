@@ -42,7 +42,7 @@ def run_set(opts, prefix, numbers, resume=False, **changes):
 
 def alone(opts, prefix, seed, **changes):
     words = changed(unnamed(opts), prefix, **changes, SEED=seed)
-    return run.train(config.load(None, words), words)["folder"]
+    return train(config.load(None, words), words)["folder"]
 
 
 @pytest.mark.parametrize(("method", "device"), cases(METHODS, ("DTKD", "FITNET", "NONE")))
