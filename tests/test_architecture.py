@@ -20,6 +20,7 @@ MAY_IMPORT = {room: {*BELOW, *ROOMS[:place]} for place, room in enumerate(ROOMS)
     "download": {"errors", "files", "unpack"},
     "dataset": {*BELOW, "config", "download"},
     "device": {"errors"},
+    "losses": {"distillers"},
 }
 
 

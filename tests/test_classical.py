@@ -10,11 +10,12 @@ from torch import nn
 
 from mdistiller import config
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers._common import get_feat_shapes, in_float32, pooled_width, unit
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.DKD import dkd_loss
+from mdistiller.distillers.features import get_feat_shapes, pooled_width, unit
 from mdistiller.distillers.FitNet import hint_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss, leading_vectors
+from mdistiller.distillers.losses import in_float32
 from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.OFD import negative_mean, ofd_loss
 from mdistiller.distillers.PKT import pkt_loss

@@ -8,7 +8,7 @@ import torch
 
 from mdistiller.config import load
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict
-from mdistiller.distillers._common import ConvReg, get_feat_shapes
+from mdistiller.distillers.features import ConvReg, get_feat_shapes
 from mdistiller.engine.build import prepare_parts
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import ConfigError

@@ -20,9 +20,9 @@ from mdistiller.bank.inference import Inference
 from mdistiller.bank.teacher import TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.distillers._common import warmup
 from mdistiller.distillers.CTKD import curriculum
 from mdistiller.distillers.KD import KD
+from mdistiller.distillers.losses import warmup
 from mdistiller.engine import graph, trainer
 from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.graph import WARM_UP, GraphStep

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from mdistiller import config
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.distillers._common import deviation, softened_kl
-from mdistiller.distillers._rules import norm, std
 from mdistiller.distillers.CTKD import LearnedTemperature, curriculum, learned_temperature
 from mdistiller.distillers.DIST import dist_loss, pearson
 from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.losses import deviation, softened_kl
 from mdistiller.distillers.MLKD import correlation_losses, mlkd_loss, strong_view
 from mdistiller.distillers.NORMKD import normkd_loss
 from mdistiller.distillers.RLD import mcd_loss, rld_loss, scd_loss
+from mdistiller.distillers.rules import norm, std
 from mdistiller.distillers.TTM import power_sum, ttm_loss, wttm_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.errors import UserError

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers._common import LOGIT_LIMIT, bounded, ce_loss, kl_divergence, warmup
-from mdistiller.distillers._rules import MIN_TEMPERATURE, max_logit
 from mdistiller.distillers.DTKD import dtkd_loss
 from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.losses import LOGIT_LIMIT, bounded, ce_loss, kl_divergence, warmup
+from mdistiller.distillers.rules import MIN_TEMPERATURE, max_logit
 from mdistiller.engine.cfg import CFG
 
 GOLDEN = reference.golden()

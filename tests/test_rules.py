@@ -5,11 +5,11 @@ import torch
 
 from mdistiller.config import load
 from mdistiller.distillers import RuleDistiller, distiller_dict, register_rule
-from mdistiller.distillers._common import Temperatures, kl_divergence, part_divergences, softened_kl
-from mdistiller.distillers._rules import centred, erratum, fixed, max_logit, norm, sharpness, std
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.DTKD import dtkd_loss
 from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.losses import Temperatures, kl_divergence, part_divergences, softened_kl
+from mdistiller.distillers.rules import centred, erratum, fixed, max_logit, norm, sharpness, std
 from mdistiller.engine.build import refuse_unused
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.registry import temperature_rules

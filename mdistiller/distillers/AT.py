@@ -4,9 +4,10 @@ from torch import Tensor, nn
 
 from mdistiller.config import Key, positive
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import in_float32, match_size, sum_over_stages, unit
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import FeatureDistiller
+from mdistiller.distillers.features import match_size, sum_over_stages, unit
+from mdistiller.distillers.losses import in_float32
 
 
 def attention(f: Tensor, p: int) -> Tensor:

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key, between, one_of
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import in_float32, pooled_width, refuse, unit
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import FeatureDistiller
+from mdistiller.distillers.features import pooled_width, refuse, unit
+from mdistiller.distillers.losses import in_float32
 
 EPS = 1e-7
 MODES = one_of(("exact", "relax"))

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key, at_least, one_of, positive
 from mdistiller.distillers import keys
-from mdistiller.distillers._common import Temperatures, bounded, full_precision, warmup
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import register_rule
 from mdistiller.distillers.KD import KD
+from mdistiller.distillers.losses import Temperatures, bounded, full_precision, warmup
+from mdistiller.distillers.rules import register_rule
 
 
 class Reverse(torch.autograd.Function):

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import RuleDistiller
-from mdistiller.distillers._common import Temperatures, bounded, ce_loss
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import fixed
+from mdistiller.distillers.base import RuleDistiller
+from mdistiller.distillers.losses import Temperatures, bounded, ce_loss
+from mdistiller.distillers.rules import fixed
 
 MIN_NORM = 1e-12  # of a centred vector: below it, what is divided by the norm leaves float32
 

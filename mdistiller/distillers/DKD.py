@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from mdistiller.config import Key
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import RuleDistiller
-from mdistiller.distillers._common import Temperatures, ce_loss, part_divergences, warmup
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import fixed
+from mdistiller.distillers.base import RuleDistiller
+from mdistiller.distillers.losses import Temperatures, ce_loss, part_divergences, warmup
+from mdistiller.distillers.rules import fixed
 
 
 def dkd_loss(

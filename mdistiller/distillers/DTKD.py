@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from mdistiller.config import Key
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import RuleDistiller
-from mdistiller.distillers._common import ce_loss, softened_kl, warmup
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import fixed, max_logit
+from mdistiller.distillers.base import RuleDistiller
+from mdistiller.distillers.losses import ce_loss, softened_kl, warmup
+from mdistiller.distillers.rules import fixed, max_logit
 
 
 def dtkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:

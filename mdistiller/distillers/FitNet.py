@@ -5,9 +5,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key, at_least
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import ConvReg, get_feat_shapes, in_float32, refuse
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import FeatureDistiller
+from mdistiller.distillers.features import ConvReg, get_feat_shapes, refuse
+from mdistiller.distillers.losses import in_float32
 
 
 @in_float32

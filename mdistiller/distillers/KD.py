@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import RuleDistiller
-from mdistiller.distillers._common import ce_loss, kl_divergence, softened_kl
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import std
+from mdistiller.distillers.base import RuleDistiller
+from mdistiller.distillers.losses import ce_loss, kl_divergence, softened_kl
+from mdistiller.distillers.rules import std
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, logit_stand: bool = False) -> Tensor:

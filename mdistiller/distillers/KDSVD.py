@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from mdistiller.config import Key, at_least
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import in_float32, match_size, unit
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import FeatureDistiller
+from mdistiller.distillers.features import match_size, unit
+from mdistiller.distillers.losses import in_float32
 
 SPARE = 3  # more of the student's vectors than the teacher's, so that each of the teacher's finds its like
 

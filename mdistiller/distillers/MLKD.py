@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key, all_positive
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import RuleDistiller
-from mdistiller.distillers._common import Temperatures, bounded, ce_loss, full_precision, softened_kl
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import fixed
+from mdistiller.distillers.base import RuleDistiller
+from mdistiller.distillers.losses import Temperatures, bounded, ce_loss, full_precision, softened_kl
+from mdistiller.distillers.rules import fixed
 
 
 def correlation_losses(

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from mdistiller.distillers import keys
-from mdistiller.distillers._common import softened_kl
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import norm
 from mdistiller.distillers.KD import KD
+from mdistiller.distillers.losses import softened_kl
+from mdistiller.distillers.rules import norm
 
 
 def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Check, Key
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import Distiller, FeatureDistiller
-from mdistiller.distillers._common import in_float32, refuse
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import Distiller, FeatureDistiller
+from mdistiller.distillers.features import refuse
+from mdistiller.distillers.losses import in_float32
 
 ODD = Check(lambda v: v > 0 and v % 2 == 1, "must be odd and greater than 0")
 

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import LogitDistiller
-from mdistiller.distillers._common import bounded, ce_loss
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import LogitDistiller
+from mdistiller.distillers.losses import bounded, ce_loss
 
 
 def binary_log_probabilities(logits: Tensor, index: Tensor) -> Tensor:

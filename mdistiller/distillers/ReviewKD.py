@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key, at_least
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import in_float32, pooled_width, refuse, warmup
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import FeatureDistiller
+from mdistiller.distillers.features import pooled_width, refuse
+from mdistiller.distillers.losses import in_float32, warmup
 
 
 @in_float32

@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import in_float32, unit
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import FeatureDistiller
+from mdistiller.distillers.features import unit
+from mdistiller.distillers.losses import in_float32
 
 
 def _similarity(f: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import LogitDistiller
-from mdistiller.distillers._common import Temperatures, bounded, ce_loss, softened_kl
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import LogitDistiller
+from mdistiller.distillers.losses import Temperatures, bounded, ce_loss, softened_kl
 
 
 def power_sum(logits: Tensor, temperature: float) -> Tensor:

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from mdistiller.config import Key, positive
 from mdistiller.distillers import keys
-from mdistiller.distillers._base import FeatureDistiller
-from mdistiller.distillers._common import get_feat_shapes, in_float32, match_size, refuse
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.base import FeatureDistiller
+from mdistiller.distillers.features import get_feat_shapes, match_size, refuse
+from mdistiller.distillers.losses import in_float32
 
 
 @in_float32

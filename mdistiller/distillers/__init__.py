@@ -4,9 +4,9 @@ import importlib
 import pkgutil
 
 from mdistiller.config import load_plugin
-from mdistiller.distillers._base import Distiller, FeatureDistiller, LogitDistiller, RuleDistiller, Vanilla
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers._rules import register_rule
+from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller, RuleDistiller, Vanilla
+from mdistiller.distillers.rules import register_rule
 from mdistiller.registry import distillers as distiller_dict
 
 for _module in pkgutil.iter_modules(__path__):

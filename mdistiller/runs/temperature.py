@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller.distillers._common import Temperatures, bounded
+from mdistiller.distillers.losses import Temperatures, bounded
 from mdistiller.errors import UserError
 from mdistiller.files import open_regular, write_atomic
 

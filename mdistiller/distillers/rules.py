@@ -1,7 +1,7 @@
 """Temperature rules: how the two temperatures of each sample follow from its logits.
 
 A rule maps student logits v (B, K), teacher logits u (B, K) and the reference temperature tau > 0 to
-`_common.Temperatures`: T_student (B, 1), T_teacher (B, 1), both positive, the factor (B, 1) that scales the divergence,
+`losses.Temperatures`: T_student (B, 1), T_teacher (B, 1), both positive, the factor (B, 1) that scales the divergence,
 and where the rule was defined. TEMPERATURE.RULE puts any of them under any method that takes one.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdistiller import config
 from mdistiller.config import Check, Key, at_least
-from mdistiller.distillers._common import Temperatures, bounded, deviation
+from mdistiller.distillers.losses import Temperatures, bounded, deviation
 from mdistiller.errors import UserError
 from mdistiller.registry import temperature_rules
 

@@ -1,0 +1,92 @@
+"""Every loss and temperature rule under its plain name: pure functions of tensors that see no model.
+
+Student logits v and teacher logits u are (B, K), labels (B,); the losses of feature methods take (B, C) features or
+lists of (B, C, H, W) maps. A loss is a scalar, the mean over the batch, in float32 whatever the autocast; it has no
+weight of its own and leaves cross entropy to `ce_loss`:
+
+    import mdistiller.losses as L
+
+    loss = L.ce_loss(v, target) + 3 * L.dtkd_loss(v, u, temperature=4)
+    loss = L.softened_kl(v, u, L.max_logit(v, u, 4.0))  # any rule under the KL divergence
+"""
+
+from mdistiller.distillers.AT import at_loss
+from mdistiller.distillers.CRD import nce_loss
+from mdistiller.distillers.CTKD import LearnedTemperature, curriculum
+from mdistiller.distillers.DIST import dist_loss, softened_dist
+from mdistiller.distillers.DKD import dkd_loss, softened_dkd
+from mdistiller.distillers.DTKD import dtkd_loss
+from mdistiller.distillers.FitNet import hint_loss
+from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.KDSVD import kdsvd_loss
+from mdistiller.distillers.losses import (
+    Temperatures,
+    bounded,
+    ce_loss,
+    in_float32,
+    kl_divergence,
+    part_divergences,
+    softened_kl,
+    split,
+    warmup,
+)
+from mdistiller.distillers.MLKD import correlation_losses, level_losses, mlkd_loss
+from mdistiller.distillers.NORMKD import normkd_loss
+from mdistiller.distillers.NST import nst_loss
+from mdistiller.distillers.OFD import ofd_loss
+from mdistiller.distillers.PKT import pkt_loss
+from mdistiller.distillers.ReviewKD import hcl_loss
+from mdistiller.distillers.RKD import rkd_loss
+from mdistiller.distillers.RLD import mcd_loss, rld_loss, scd_loss
+from mdistiller.distillers.rules import centred, erratum, fixed, max_logit, norm, sharpness, std
+from mdistiller.distillers.SP import sp_loss
+from mdistiller.distillers.TTM import transformed_teacher, ttm_loss, wttm_loss
+from mdistiller.distillers.VID import vid_loss
+
+__all__ = [
+    "LearnedTemperature",
+    "Temperatures",
+    "at_loss",
+    "bounded",
+    "ce_loss",
+    "centred",
+    "correlation_losses",
+    "curriculum",
+    "dist_loss",
+    "dkd_loss",
+    "dtkd_loss",
+    "erratum",
+    "fixed",
+    "hcl_loss",
+    "hint_loss",
+    "in_float32",
+    "kd_loss",
+    "kdsvd_loss",
+    "kl_divergence",
+    "level_losses",
+    "max_logit",
+    "mcd_loss",
+    "mlkd_loss",
+    "nce_loss",
+    "norm",
+    "normkd_loss",
+    "nst_loss",
+    "ofd_loss",
+    "part_divergences",
+    "pkt_loss",
+    "rkd_loss",
+    "rld_loss",
+    "scd_loss",
+    "sharpness",
+    "softened_dist",
+    "softened_dkd",
+    "softened_kl",
+    "sp_loss",
+    "split",
+    "std",
+    "transformed_teacher",
+    "ttm_loss",
+    "vid_loss",
+    "warmup",
+    "wttm_loss",
+]
