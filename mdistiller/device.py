@@ -60,6 +60,17 @@ def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """Undo what `prepare` has done to `model`, but for its place: it returns what its author wrote. Return it."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) is _depthwise:
+            del module.forward
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is logits_in_float32:
+                del module._forward_hooks[key]
+    return model
+
+
 def _depthwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """In float32 where oneDNN's backward pass in bfloat16 is five to fifty times slower: strides, tiny images."""
     slow = max(conv.stride) > 1 or x.shape[-1] <= 2
@@ -79,7 +90,10 @@ def side_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 
-def logits_in_float32(_model: nn.Module, _inputs: tuple, output: tuple) -> tuple:
+def logits_in_float32(_model: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> tuple:
+    """Return (logits in float32, feats): the hook of every model. One that returns logits alone has no feats."""
+    if isinstance(output, torch.Tensor):
+        return output.float(), {}
     return output[0].float(), *output[1:]
 
 

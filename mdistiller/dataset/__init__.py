@@ -5,7 +5,9 @@ import pkgutil
 from pathlib import Path
 
 from mdistiller import files
+from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._images import Batch, Batches, ImageSet
+from mdistiller.dataset._registry import register_dataset
 from mdistiller.registry import datasets as dataset_dict
 
 for _module in pkgutil.iter_modules(__path__):
@@ -18,4 +20,4 @@ def load_dataset(name: str, root: str | Path) -> ImageSet:
     return dataset_dict[name](files.expand(root))
 
 
-__all__ = ["Batch", "Batches", "ImageSet", "dataset_dict", "load_dataset"]
+__all__ = ["Batch", "Batches", "ImageSet", "dataset_dict", "image_set", "load_dataset", "register_dataset"]

@@ -1,7 +1,9 @@
 """From a configuration to a trainer: models, method, optimizer, data, teacher's logits."""
 
+import copy
 import inspect
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,19 +31,31 @@ def needs_teacher(cfg: CfgNode) -> bool:
     return getattr(distiller_dict[cfg.DISTILLER.TYPE], "needs_teacher", cfg.DISTILLER.TYPE != "NONE")
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
-    """Return the model `name` of cifar_model_dict, freshly initialised."""
-    return cifar_model_dict[name][0](num_classes=num_classes)
+class Networks(NamedTuple):
+    """Networks that the caller brings, in place of those that the configuration names. They are copied, not touched."""
+
+    student: nn.Module | None = None
+    teacher: nn.Module | None = None
 
 
-def build_distiller(cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device) -> nn.Module:
+NO_NETWORKS = Networks()
+
+
+def build_model(name: str, num_classes: int, given: nn.Module | None = None) -> nn.Module:
+    """Return a copy of `given`, or else the model `name` of cifar_model_dict, freshly initialised."""
+    return copy.deepcopy(given) if given is not None else cifar_model_dict[name][0](num_classes=num_classes)
+
+
+def build_distiller(
+    cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device, networks: Networks = NO_NETWORKS
+) -> nn.Module:
     """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`."""
     cls = distiller_dict[cfg.DISTILLER.TYPE]
-    student = build_model(cfg.DISTILLER.STUDENT, data.num_classes)
+    student = build_model(cfg.DISTILLER.STUDENT, data.num_classes, networks.student)
     if not needs_teacher(cfg):
         return prepare_parts(cls(student), device)
-    teacher = build_model(cfg.DISTILLER.TEACHER, data.num_classes)
-    if teacher_file:
+    teacher = build_model(cfg.DISTILLER.TEACHER, data.num_classes, networks.teacher)
+    if teacher_file and networks.teacher is None:
         checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
     wanted = inspect.signature(cls).parameters
@@ -74,11 +88,11 @@ def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
 
 class Workspace:
     """What the runs of one process share: the device, the images on it, teachers and their banks. `students` train
-    there in turn.
+    there in turn. `networks`: those that the caller brings.
     """
 
-    def __init__(self, data: ImageSet, device: torch.device, students: int = 1):
-        self.data, self.digest = data, data.digest()
+    def __init__(self, data: ImageSet, device: torch.device, students: int = 1, networks: Networks = NO_NETWORKS):
+        self.data, self.digest, self.networks = data, data.digest(), networks
         self.device, self.students = device, students
         self.local = data.to(device)
         self.teachers = Shared()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.config import Config
@@ -20,20 +21,21 @@ from mdistiller.runs.folder import RunFolder, resumable, run_folder
 from mdistiller.runs.recorder import Recorder, require_wandb, start_wandb
 
 
-def train(cfg: Config, resume: bool | str = False) -> dict:
+def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None = None) -> dict:
     """Train what `cfg` says, in the folder that it and its overrides name.
 
-    `resume`: True goes on with that run, "auto" does so if there is one. Returns the result: last_acc, best_acc,
-    best_epoch, epochs, and the folder. Raises UserError before anything is written if a part is missing, Preempted
+    `resume`: True goes on with that run, "auto" does so if there is one. `workspace`: data and networks that the caller
+    brings. Returns last_acc, best_acc, best_epoch, epochs, the folder, the rows of metrics.jsonl ("history") and the
+    trained "student". Raises UserError before anything is written if a part is missing, Preempted
     where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
     request = RunRequest(cfg)
     request.check(resume)
-    workspace = open_workspace(cfg)
-    request.find_teacher(resume)
+    workspace = workspace or open_workspace(cfg)
+    request.find_teacher(resume, workspace.networks.teacher)
     with failures(cfg), entered(workspace) as closing:
         run = Run(request, resume, workspace, closing)
-        return run.trainer.fit(run.start()) | {"folder": str(request.path)}
+        return run.trainer.fit(run.start()) | run.outcome()
 
 
 class RunRequest:
@@ -59,9 +61,9 @@ class RunRequest:
                 f"--resume: there is no run in {self.path}; start it without --resume, or with --resume auto"
             )
 
-    def find_teacher(self, resume: bool | str) -> None:
-        """Find the teacher's checkpoint, or train it."""
-        if needs_teacher(self.cfg):
+    def find_teacher(self, resume: bool | str, given: nn.Module | None = None) -> None:
+        """Find the teacher's checkpoint, or train it, unless the teacher is `given` with its weights."""
+        if needs_teacher(self.cfg) and (given is None or self.cfg.DISTILLER.TEACHER_CKPT):
             self.teacher_file = find_teacher(self.cfg, self.path, bool(resume), train)
 
 
@@ -90,7 +92,7 @@ class Run:
         cfg = request.cfg
         set_determinism(cfg.DETERMINISTIC)
         seed_everything(cfg.SEED)
-        distiller = build_distiller(cfg, workspace.data, request.teacher_file, workspace.device)
+        distiller = build_distiller(cfg, workspace.data, request.teacher_file, workspace.device, workspace.networks)
         self.trainer, self.bank = build_trainer(cfg, distiller, workspace, request.path, request.teacher_file)
         self.folder = RunFolder(request.path, resume)
         closing.callback(self.folder.close)
@@ -114,7 +116,13 @@ class Run:
         recorder.label, recorder.bar_row = request.label, request.bar_row
         self.closing.callback(recorder.close)
         self.introduce(recorder)
+        self.rows = recorder.rows
         return recorder
+
+    def outcome(self) -> dict:
+        """Return the run's folder, the rows of its epochs and its student."""
+        student = self.trainer.distiller.student
+        return {"folder": str(self.request.path), "history": self.rows, "student": student}
 
     def introduce(self, recorder: Recorder) -> None:
         """Say what the run is, or where it goes on; what is true of all students of the process once."""

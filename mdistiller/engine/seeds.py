@@ -20,12 +20,15 @@ from mdistiller.runs.stop import Stop
 from mdistiller.terminal import say
 
 
-def train_seeds(cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False) -> dict:
+def train_seeds(
+    cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False, workspace: Workspace | None = None
+) -> dict:
     """Train a student for each of `seeds`; every one is what `train` makes of `cfg` with that SEED.
 
     They share the images, the teacher and its bank, and take turns, a step each; on CUDA each on a stream of its own.
     A loss that is no longer finite ends that student alone. Returns the summary that is written beside the runs'
-    folders. `resume`: as for `train`, for each. Raises as `train` does; RunFailed at the end if a student was lost.
+    folders, with each run's "history" and "student". `resume`, `workspace`: as for `train`. Raises as `train` does;
+    RunFailed at the end if a student was lost.
     """
     if cfg.LOG.WANDB:
         raise UserError(
@@ -53,9 +56,9 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False) 
             raise FolderInUse(f"{request.path}: another process trains there; wait for it, or leave that seed out")
     file = summary_file(cfg, seeds)
     check_writable(file, "LOG.PREFIX")
-    workspace = open_workspace(cfg, len(seeds))
+    workspace = workspace or open_workspace(cfg, len(seeds))
     for request in requests:
-        request.find_teacher(resume)
+        request.find_teacher(resume, workspace.networks.teacher)
         workspace.teachers.files.append(request.teacher_file)
 
     with failures(cfg), entered(workspace) as closing:
@@ -71,6 +74,8 @@ def train_seeds(cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False) 
     lost = [student for student in students if isinstance(student.error, TrainingDiverged)]
     if lost:
         raise RunFailed(*(f"{student.label.strip()}: {line}" for student in lost for line in student.error.lines))
+    for run, student in zip(summary["runs"], students, strict=True):
+        run |= student.run.outcome()
     return summary
 
 

@@ -1,0 +1,221 @@
+"""The library: `train` what a configuration says, `distill` networks and data of your own, `evaluate` a network."""
+
+import copy
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from mdistiller.config import Config
+from mdistiller.dataset import Batches, ImageSet, image_set, load_dataset
+from mdistiller.device import plain, prepare, resolve_device
+from mdistiller.engine.build import Networks, Workspace, build_model, needs_teacher
+from mdistiller.engine.cfg import load
+from mdistiller.engine.evaluator import Scores, images_together
+from mdistiller.engine.evaluator import evaluate as scores_of
+from mdistiller.engine.run import open_workspace
+from mdistiller.engine.run import train as train_run
+from mdistiller.engine.seeds import train_seeds
+from mdistiller.errors import UserError
+from mdistiller.files import expand
+from mdistiller.runs import checkpoint
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has come to. Accuracies are top-1 on the test set, in percent."""
+
+    last: float  # of the last epoch
+    best: float  # of the best epoch, `best_epoch`
+    best_epoch: int
+    history: list[dict]  # the rows of metrics.jsonl, one an epoch
+    student: nn.Module  # with the weights of the last epoch, in eval mode
+    folder: Path | None  # the run's, None where nothing was to be kept
+    seed: int
+
+
+@dataclass(frozen=True)
+class Results(Sequence):
+    """The results of several seeds, in their order."""
+
+    runs: tuple[Result, ...]
+
+    def __getitem__(self, number: int) -> Result:
+        return self.runs[number]
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    @property
+    def last(self) -> tuple[float, float]:
+        """Mean and sample deviation of the last epoch's accuracy; a deviation of 0 for one run."""
+        return _mean_and_deviation(run.last for run in self.runs)
+
+    @property
+    def best(self) -> tuple[float, float]:
+        """Mean and sample deviation of the best epoch's accuracy; a deviation of 0 for one run."""
+        return _mean_and_deviation(run.best for run in self.runs)
+
+
+def train(
+    config: str | Path | Config | None = None,
+    overrides: Mapping[str, object] | Sequence = (),
+    seeds: Iterable[int] | None = None,
+    resume: bool | str = False,
+) -> Result | Results:
+    """Train what a configuration says, as tools/train_ours.py does.
+
+    `config`: a YAML file, or what `load_config` gave. `overrides`: {"SOLVER.EPOCHS": 6}, or KEY, VALUE, KEY, VALUE.
+    `seeds`: train a student for each of them, side by side, and return Results; otherwise SEED's alone, a Result.
+    `resume`: True to go on with the run, "auto" to do so if there is one. Raises UserError for a mistake, before
+    anything is written.
+    """
+    cfg = load_config(config, overrides)
+    if seeds is None:
+        return _result(train_run(cfg, resume), cfg.SEED)
+    return _results(train_seeds(cfg, list(seeds), resume))
+
+
+def distill(
+    teacher: str | nn.Module | None = None,
+    student: str | nn.Module = "resnet8",
+    train: object = "digits",
+    test: object = None,
+    *,
+    method: str = "DTKD",
+    epochs: int = 30,
+    folder: str | Path | None = None,
+    seeds: Iterable[int] | None = None,
+    resume: bool | str = False,
+    num_classes: int = 0,
+    **overrides: object,
+) -> Result | Results:
+    """Distil `teacher` into `student` by the same loop as `train`, and return the Result, or Results where `seeds` are
+    given.
+
+    Networks are names of cifar_model_dict (a teacher's checkpoint then lies where DISTILLER.TEACHER_CKPT says), or any
+    nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats) for methods that compare features.
+    A module is copied: the student starts from its weights, under every seed. Without a teacher the method is NONE.
+
+    `train` and `test`: the name of a data set as `train` alone, an ImageSet as `train` alone, or each a pair (images,
+    labels) or a torch Dataset of (image, label); see mdistiller.dataset.image_set. `num_classes`: 0 for one more than
+    the largest label.
+
+    `folder`: where the run keeps its checkpoints and figures, needed for `resume`; None keeps nothing. Other keywords
+    are configuration keys, with __ for the dot: SOLVER__LR=0.1, DTKD__ALPHA=2.0, DEVICE="cpu". The learning rate falls
+    after 5/8, 6/8 and 7/8 of the epochs, as in the published protocol, unless SOLVER__LR_DECAY_STAGES is given. Raises
+    UserError for a mistake, before anything is written.
+    """
+    if folder is None and resume:
+        raise UserError("distill: resume needs a folder; pass folder=")
+    method = "NONE" if teacher is None else method
+    data = _image_set(train, test, num_classes)
+    stages = sorted({part for part in (epochs * 5 // 8, epochs * 6 // 8, epochs * 7 // 8) if part})
+    keys = {"DISTILLER.TYPE": method, "SOLVER.EPOCHS": epochs, "SOLVER.LR_DECAY_STAGES": stages}
+    keys |= {"DISTILLER.STUDENT": student, "DISTILLER.TEACHER": teacher or "resnet8"}
+    keys |= {"DATASET.TYPE": train} if isinstance(train, str) else {}
+    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
+    modules = {key: value for key, value in keys.items() if isinstance(value, nn.Module)}
+    cfg = load(None, [word for key, value in keys.items() if key not in modules for word in (key, value)])
+    networks = Networks(modules.get("DISTILLER.STUDENT"), modules.get("DISTILLER.TEACHER"))
+    with tempfile.TemporaryDirectory() as nowhere:
+        cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
+        numbers = None if seeds is None else list(seeds)
+        if data is None:
+            shared = open_workspace(cfg, len(numbers or [0]))
+            data = shared.data
+        workspace = Workspace(data, resolve_device(cfg.DEVICE), len(numbers or [0]), networks)
+        if numbers is None:
+            return _result(train_run(cfg, resume, workspace), cfg.SEED, keep=folder is not None)
+        return _results(train_seeds(cfg, numbers, resume, workspace), keep=folder is not None)
+
+
+def evaluate(model: str | nn.Module, data: object, weights: str | Path | None = None, device: str = "auto") -> Scores:
+    """Return top-1, top-5 (both in percent) and the mean cross entropy of `model` on test images.
+
+    `model`: a name of cifar_model_dict, whose `weights` are needed, or an nn.Module as for `distill`. `data`: the name
+    of a data set or an ImageSet, whose test part counts, or a pair (images, labels) or a torch Dataset.
+    """
+    where = resolve_device(device)
+    if isinstance(data, str):
+        data = load_dataset(data, "./data")
+    elif not isinstance(data, ImageSet):
+        data = image_set(data, data)
+    given = model if isinstance(model, nn.Module) else None
+    network = build_model(str(model), data.num_classes, given)
+    if weights is not None:
+        checkpoint.load_weights(network, str(model), data.num_classes, weights)
+    prepare(network, where).eval()
+    local = data.to(where)
+    size = images_together(64, data.test_images.shape[1], where)
+    batches = Batches(local.test_images, local.test_labels, data.mean, data.std, size)
+    return scores_of(lambda image: network(image)[0], batches)
+
+
+def load_config(config: str | Path | Config | None = None, overrides: Mapping[str, object] | Sequence = ()) -> Config:
+    """Return the frozen configuration of a YAML file, or of another configuration, under `overrides`.
+
+    Raises ConfigError with one line for each mistake found, all at once.
+    """
+    words = [word for pair in overrides.items() for word in pair] if isinstance(overrides, Mapping) else [*overrides]
+    if not isinstance(config, Config):
+        return load(config, words)
+    cfg = config.clone()
+    cfg.defrost()
+    cfg.merge_from_list(words)
+    cfg.freeze()
+    return cfg
+
+
+def _image_set(train: object, test: object, num_classes: int) -> ImageSet | None:
+    """Return the data that the caller brings, None for a data set by name."""
+    if isinstance(train, (str, ImageSet)):
+        if test is not None:
+            raise UserError("distill: a data set brings its own test images; leave test out")
+        return None if isinstance(train, str) else train
+    if test is None:
+        raise UserError("distill: test is missing; pass test=(images, labels) or a Dataset")
+    return image_set(train, test, num_classes)
+
+
+def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, object]) -> Config:
+    """Return `cfg` with the run's folder set to `root`, modules named by their class, a teacher's weights beside it."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    root = expand(root).absolute()
+    cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT = str(root.parent), root.name
+    cfg.EXPERIMENT.NAME = cfg.EXPERIMENT.TAG = "run"
+    cfg.overrides[:] = [("EXPERIMENT.NAME", "run")]
+    for key, module in (("STUDENT", networks.student), ("TEACHER", networks.teacher)):
+        if module is not None:
+            cfg.DISTILLER[key] = type(module).__name__
+    if not isinstance(keys.get("DATASET.TYPE"), str):
+        cfg.DATASET.TYPE = "arrays"
+    if networks.teacher is not None and needs_teacher(cfg):
+        state = {key: value.detach().cpu() for key, value in networks.teacher.state_dict().items()}
+        file = root / f"teacher-{checkpoint.digest(state)[:12]}"
+        if not file.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            checkpoint.save({"model": state}, file)
+        cfg.DISTILLER.TEACHER_CKPT = str(file)
+    cfg.freeze()
+    return cfg
+
+
+def _result(outcome: Mapping, seed: int, keep: bool = True) -> Result:
+    student = plain(copy.deepcopy(outcome["student"])).eval()
+    folder = Path(outcome["folder"]) if keep else None
+    figures = (outcome["last_acc"], outcome["best_acc"], outcome["best_epoch"], outcome["history"])
+    return Result(*figures, student, folder, seed)
+
+
+def _results(summary: Mapping, keep: bool = True) -> Results:
+    return Results(tuple(_result(run, run["seed"], keep) for run in summary["runs"]))
+
+
+def _mean_and_deviation(values: Iterator[float]) -> tuple[float, float]:
+    values = list(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,72 @@
+"""A data set out of what the user has in memory: arrays, tensors, a torch Dataset."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller.dataset._images import ImageSet, channel_statistics
+from mdistiller.errors import UserError
+
+FORMS = "a pair (images, labels), or a Dataset of (image, label)"
+
+
+def image_set(train: object, test: object, num_classes: int = 0, augment: str = "crop_flip") -> ImageSet:
+    """Return the ImageSet of `train` and `test`, each a pair (images, labels) or a torch Dataset of (image, label).
+
+    Images are square, grey or RGB: uint8, or floats in [0, 1], which are rounded to 8 bits; as arrays or tensors
+    (N, H, W), (N, H, W, C) or (N, C, H, W), in a Dataset also as PIL images. Labels count from 0. `num_classes`: 0 for
+    one more than the largest label. `augment`: crop_flip, crop or none. Normalisation is by the training images' mean
+    and deviation. Raises UserError where the data are something else.
+    """
+    train_images, train_labels = _arrays(train, "train")
+    test_images, test_labels = _arrays(test, "test")
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise UserError(
+            f"train and test differ in size: {tuple(train_images.shape[1:])} and {tuple(test_images.shape[1:])}"
+        )
+    classes = num_classes or max(2, 1 + int(max(train_labels.max(), test_labels.max())))
+    mean, std = channel_statistics(train_images)
+    return ImageSet(train_images, train_labels, test_images, test_labels, classes, mean, std, augment)
+
+
+def _arrays(data: object, name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        images, labels = (_as_numpy(part) for part in data)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        samples = [data[number] for number in range(len(data))]
+        if not samples or not all(isinstance(sample, Sequence) and len(sample) == 2 for sample in samples):
+            raise UserError(f"{name}: must be {FORMS}")
+        images = np.stack([_as_numpy(image) for image, _ in samples])
+        labels = np.asarray([int(label) for _, label in samples])
+    else:
+        raise UserError(f"{name}: must be {FORMS}; got {type(data).__name__}")
+    images = _as_pixels(images, name)
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise UserError(f"{name}: labels must be {len(images)} whole numbers from 0; got {labels.dtype} {labels.shape}")
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def _as_numpy(values: object) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _as_pixels(images: np.ndarray, name: str) -> np.ndarray:
+    """Return uint8 images (N, H, W, 3)."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim == 4 and images.shape[3] not in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1] != images.shape[2] or not images.size:
+        raise UserError(f"{name}: images must be square, grey or RGB, such as (N, H, H, 3); got {images.shape}")
+    if images.dtype.kind == "f":
+        if not (images.min() >= 0 and images.max() <= 1):
+            raise UserError(
+                f"{name}: images must be uint8, or floats in [0, 1]; got {images.min():.3g} to {images.max():.3g}; "
+                "leave out your own normalisation"
+            )
+        images = (255 * images).round().astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise UserError(f"{name}: images must be uint8, or floats in [0, 1]; got {images.dtype}")
+    return np.broadcast_to(images, (*images.shape[:3], 3)).copy()

@@ -1,0 +1,116 @@
+"""The library as a user calls it: own networks, own data, names, seeds, folders."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import digits_opts
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import mdistiller as md
+
+GENERATOR = np.random.default_rng(0)
+LABELS = np.arange(120) % 4
+IMAGES = GENERATOR.integers(0, 128, (120, 16, 16, 3), dtype=np.uint8) + (32 * LABELS[:, None, None, None]).astype("u1")
+TRAIN, TEST = (IMAGES[:80], LABELS[:80]), (IMAGES[80:], LABELS[80:])
+
+
+class Net(nn.Module):
+    """Returns logits alone, as most people's networks do."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, stride=2, groups=width)
+        self.fc = nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.fc(self.depthwise(self.bn(self.conv(x)).relu()).relu().mean((2, 3)))
+
+
+def nets():
+    torch.manual_seed(0)
+    return Net(16), Net(8)
+
+
+def quick(teacher, student, train=TRAIN, test=TEST, **changes):
+    given = {"method": "DTKD", "epochs": 2, "DEVICE": "cpu", "SOLVER__BATCH_SIZE": 16} | changes
+    return md.distill(teacher, student, train, test, **given)
+
+
+def test_any_network_and_any_arrays():
+    teacher, student = nets()
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    result = quick(teacher, student)
+    assert [row["epoch"] for row in result.history] == [1, 2]
+    assert result.last == result.history[-1]["test_acc"]
+    assert result.best == max(row["test_acc"] for row in result.history)
+    assert result.folder is None
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert not all(torch.equal(value, before[key]) for key, value in result.student.state_dict().items())
+    assert result.student(torch.zeros(2, 3, 16, 16)).shape == (2, 4)  # logits alone, as its author wrote it
+    assert md.evaluate(result.student, TEST, device="cpu").top1 == pytest.approx(result.last)
+
+
+def test_the_same_data_in_any_form_gives_the_same_student():
+    tensors = [
+        (torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)) for images, labels in (TRAIN, TEST)
+    ]
+    sets = [TensorDataset(images.float() / 255, labels) for images, labels in tensors]
+    students = [quick(*nets(), *data, epochs=1).student for data in ((TRAIN, TEST), tensors, sets)]
+    for other in students[1:]:
+        for value, expected in zip(other.state_dict().values(), students[0].state_dict().values(), strict=True):
+            assert torch.equal(value, expected)
+
+
+def test_seeds_and_a_folder_to_go_on_in(tmp_path):
+    stages = {"SOLVER__LR_DECAY_STAGES": [1]}
+    first = quick(*nets(), seeds=[3, 4], epochs=1, folder=tmp_path / "mine", **stages)
+    assert [run.seed for run in first] == [3, 4]
+    assert first.last[0] == pytest.approx(np.mean([run.last for run in first]))
+    again = quick(*nets(), seeds=[3, 4], epochs=2, folder=tmp_path / "mine", resume="auto", **stages)
+    assert [len(run.history) for run in again] == [2, 2]
+    assert again[0].history[0] == first[0].history[0]
+    assert (again[1].folder / "student_best").exists()
+
+
+def test_the_student_alone_and_names():
+    result = md.distill(student="resnet8", train="digits", epochs=1, DEVICE="cpu", SOLVER__BATCH_SIZE=256)
+    assert result.history[0]["train_losses"].keys() == {"loss/ce"}
+
+
+def test_train_does_what_the_command_does(tmp_path):
+    opts = digits_opts(SOLVER__BATCH_SIZE=256, LOG__PREFIX=tmp_path)
+    by_list = md.train(None, opts)
+    by_dict = md.train(None, dict(zip(opts[::2], opts[1::2], strict=True)) | {"EXPERIMENT.TAG": "again"})
+    figures = [{k: row[k] for k in ("train_loss", "test_acc")} for row in (by_list.history[0], by_dict.history[0])]
+    assert figures[0] == figures[1]
+    assert by_list.folder.parent == tmp_path / "distill"
+    assert "SOLVER.BATCH_SIZE:256" in by_list.folder.name
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": "DTK"}, "did you mean DTKD"),
+        ({"resume": True}, "pass folder="),
+        ({"test": None}, "test is missing"),
+        ({"train": "digits"}, "leave test out"),
+        ({"train": (IMAGES.astype(float) - 300, LABELS)}, "leave out your own normalisation"),
+        ({"train": (IMAGES[:, :8], LABELS)}, "square"),
+        ({"train": (IMAGES, LABELS[:5])}, "120 whole numbers"),
+        ({"SOLVER__LRR": 1}, "did you mean SOLVER.LR"),
+    ],
+)
+def test_a_mistake_is_a_line_and_leaves_nothing(tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(md.UserError) as caught:
+        quick(*nets(), **given)
+    assert says in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in md.__all__:
+        assert getattr(md, name).__doc__, name
+    assert set(md.__all__) <= set(dir(md))
