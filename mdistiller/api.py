@@ -75,8 +75,14 @@ def train(
     """
     cfg = load_config(config, overrides)
     if seeds is None:
-        return _result(train_run(cfg, resume), cfg.SEED)
-    return _results(train_seeds(cfg, list(seeds), resume))
+        outcomes, numbers = [train_run(cfg, resume)], [cfg.SEED]
+    else:
+        numbers = list(seeds)
+        outcomes = train_seeds(cfg, numbers, resume)["runs"]
+    runs = tuple(
+        _result(o, n, _network(o["student"]), Path(o["folder"])) for o, n in zip(outcomes, numbers, strict=True)
+    )
+    return runs[0] if seeds is None else Results(runs)
 
 
 def distill(
@@ -91,6 +97,7 @@ def distill(
     seeds: Iterable[int] | None = None,
     resume: bool | str = False,
     num_classes: int = 0,
+    layers: tuple[Sequence[str], Sequence[str]] = ((), ()),
     **overrides: object,
 ) -> Result | Results:
     """Distil `teacher` into `student` by the same loop as `train`, and return the Result, or Results where `seeds` are
@@ -99,6 +106,8 @@ def distill(
     Networks are names of cifar_model_dict (a teacher's checkpoint then lies where DISTILLER.TEACHER_CKPT says), or any
     nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats) for methods that compare features.
     A module is copied: the student starts from its weights, under every seed. Without a teacher the method is NONE.
+    `layers`: for features of modules that return logits alone, the names of the teacher's and of the student's
+    submodules whose outputs are compared, in the order of the forward pass, the stem first.
 
     `train` and `test`: the name of a data set as `train` alone, an ImageSet as `train` alone, or each a pair (images,
     labels) or a torch Dataset of (image, label); see mdistiller.dataset.image_set. `num_classes`: 0 for one more than
@@ -120,7 +129,8 @@ def distill(
     keys |= {key.replace("__", "."): value for key, value in overrides.items()}
     modules = {key: value for key, value in keys.items() if isinstance(value, nn.Module)}
     cfg = load(None, [word for key, value in keys.items() if key not in modules for word in (key, value)])
-    networks = Networks(modules.get("DISTILLER.STUDENT"), modules.get("DISTILLER.TEACHER"))
+    named = (tuple(layers[1]), tuple(layers[0]))
+    networks = Networks(modules.get("DISTILLER.STUDENT"), modules.get("DISTILLER.TEACHER"), *named)
     with tempfile.TemporaryDirectory() as nowhere:
         cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
         numbers = None if seeds is None else list(seeds)
@@ -129,8 +139,13 @@ def distill(
             data = shared.data
         workspace = Workspace(data, resolve_device(cfg.DEVICE), len(numbers or [0]), networks)
         if numbers is None:
-            return _result(train_run(cfg, resume, workspace), cfg.SEED, keep=folder is not None)
-        return _results(train_seeds(cfg, numbers, resume, workspace), keep=folder is not None)
+            outcomes, numbers = [train_run(cfg, resume, workspace)], [cfg.SEED]
+        else:
+            outcomes = train_seeds(cfg, numbers, resume, workspace)["runs"]
+        own = [_network(outcome["student"], networks.student) for outcome in outcomes]
+        folders = [Path(outcome["folder"]) if folder is not None else None for outcome in outcomes]
+        runs = tuple(map(_result, outcomes, numbers, own, folders))
+        return runs[0] if seeds is None else Results(runs)
 
 
 def evaluate(model: str | nn.Module, data: object, weights: str | Path | None = None, device: str = "auto") -> Scores:
@@ -144,8 +159,7 @@ def evaluate(model: str | nn.Module, data: object, weights: str | Path | None = 
         data = load_dataset(data, "./data")
     elif not isinstance(data, ImageSet):
         data = image_set(data, data)
-    given = model if isinstance(model, nn.Module) else None
-    network = build_model(str(model), data.num_classes, given)
+    network = copy.deepcopy(model) if isinstance(model, nn.Module) else build_model(model, data.num_classes)
     if weights is not None:
         checkpoint.load_weights(network, str(model), data.num_classes, weights)
     prepare(network, where).eval()
@@ -205,15 +219,20 @@ def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, objec
     return cfg
 
 
-def _result(outcome: Mapping, seed: int, keep: bool = True) -> Result:
-    student = plain(copy.deepcopy(outcome["student"])).eval()
-    folder = Path(outcome["folder"]) if keep else None
+def _network(trained: nn.Module, given: nn.Module | None = None) -> nn.Module:
+    """Return a network in eval mode with the weights of `trained`, as its author wrote it: a copy of `given`, or of
+    itself.
+    """
+    if given is None:
+        return plain(copy.deepcopy(trained)).eval()
+    network = copy.deepcopy(given).to(next(trained.parameters()).device)
+    network.load_state_dict(trained.state_dict())
+    return network.eval()
+
+
+def _result(outcome: Mapping, seed: int, student: nn.Module, folder: Path | None) -> Result:
     figures = (outcome["last_acc"], outcome["best_acc"], outcome["best_epoch"], outcome["history"])
     return Result(*figures, student, folder, seed)
-
-
-def _results(summary: Mapping, keep: bool = True) -> Results:
-    return Results(tuple(_result(run, run["seed"], keep) for run in summary["runs"]))
 
 
 def _mean_and_deviation(values: Iterator[float]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict
+from mdistiller.models import cifar_model_dict, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
@@ -32,18 +33,28 @@ def needs_teacher(cfg: CfgNode) -> bool:
 
 
 class Networks(NamedTuple):
-    """Networks that the caller brings, in place of those that the configuration names. They are copied, not touched."""
+    """Networks that the caller brings, in place of those that the configuration names. They are copied, not touched.
+    `*_layers`: names of the layers whose outputs are the features of one that returns logits alone.
+    """
 
     student: nn.Module | None = None
     teacher: nn.Module | None = None
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
 
 
 NO_NETWORKS = Networks()
 
 
-def build_model(name: str, num_classes: int, given: nn.Module | None = None) -> nn.Module:
-    """Return a copy of `given`, or else the model `name` of cifar_model_dict, freshly initialised."""
-    return copy.deepcopy(given) if given is not None else cifar_model_dict[name][0](num_classes=num_classes)
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """Return the model `name` of cifar_model_dict, freshly initialised."""
+    return cifar_model_dict[name][0](num_classes=num_classes)
+
+
+def copy_model(given: nn.Module, layers: Sequence[str], size: int) -> nn.Module:
+    """Return a copy of `given`; with `layers`, one that returns their outputs on images `size` pixels high as well."""
+    model = copy.deepcopy(given)
+    return name_layers(model, layers, size) if layers else model
 
 
 def build_distiller(
@@ -51,12 +62,19 @@ def build_distiller(
 ) -> nn.Module:
     """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`."""
     cls = distiller_dict[cfg.DISTILLER.TYPE]
-    student = build_model(cfg.DISTILLER.STUDENT, data.num_classes, networks.student)
+    size, names = data.train_images.shape[1], cfg.DISTILLER
+    if networks.student is None:
+        student = build_model(names.STUDENT, data.num_classes)
+    else:
+        student = copy_model(networks.student, networks.student_layers, size)
     if not needs_teacher(cfg):
         return prepare_parts(cls(student), device)
-    teacher = build_model(cfg.DISTILLER.TEACHER, data.num_classes, networks.teacher)
+    if networks.teacher is None:
+        teacher = build_model(names.TEACHER, data.num_classes)
+    else:
+        teacher = copy_model(networks.teacher, networks.teacher_layers, size)
     if teacher_file and networks.teacher is None:
-        checkpoint.load_weights(teacher, cfg.DISTILLER.TEACHER, data.num_classes, teacher_file)
+        checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
     wanted = inspect.signature(cls).parameters
     arguments = {name: value for name, value in offered.items() if name in wanted}

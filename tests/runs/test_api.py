@@ -74,6 +74,15 @@ def test_seeds_and_a_folder_to_go_on_in(tmp_path):
     assert (again[1].folder / "student_best").exists()
 
 
+@pytest.mark.parametrize("method", ["AT", "FITNET", "SP", "CRD", "RKD", "VID"])
+def test_features_of_named_layers(method):
+    layers = (["conv", "depthwise"], ["conv", "depthwise"])
+    options = {"FITNET__HINT_LAYER": 1, "CRD__NCE__K": 8} if method in ("FITNET", "CRD") else {}
+    result = quick(*nets(), method=method, epochs=1, layers=layers, **options)
+    assert np.isfinite(result.history[0]["train_loss"])
+    assert result.student(torch.zeros(1, 3, 16, 16)).shape == (1, 4)
+
+
 def test_the_student_alone_and_names():
     result = md.distill(student="resnet8", train="digits", epochs=1, DEVICE="cpu", SOLVER__BATCH_SIZE=256)
     assert result.history[0]["train_losses"].keys() == {"loss/ce"}
@@ -95,6 +104,8 @@ def test_train_does_what_the_command_does(tmp_path):
         ({"method": "DTK"}, "did you mean DTKD"),
         ({"resume": True}, "pass folder="),
         ({"test": None}, "test is missing"),
+        ({"method": "AT", "layers": (["conv"], ["cov"])}, "did you mean conv"),
+        ({"method": "AT", "layers": (["conv"], ["fc"])}, "a feature map is"),
         ({"train": "digits"}, "leave test out"),
         ({"train": (IMAGES.astype(float) - 300, LABELS)}, "leave out your own normalisation"),
         ({"train": (IMAGES[:, :8], LABELS)}, "square"),
