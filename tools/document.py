@@ -1,4 +1,4 @@
-"""Write the pages that come from the code: docs/config.md and docs/methods.md.
+"""Write the pages that come from the code: docs/api.md, docs/config.md and docs/methods.md.
 
 python3 tools/document.py docs
 """
@@ -8,12 +8,14 @@ from pathlib import Path
 
 from mdistiller.analysis import methods
 from mdistiller.engine import cfg
+from mdistiller.study import reference
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    (folder / "api.md").write_text(reference.page(), encoding="utf-8")
     (folder / "config.md").write_text(cfg.page(), encoding="utf-8")
     (folder / "methods.md").write_text(methods.page(Path(__file__).resolve().parents[1]), encoding="utf-8")
 
