@@ -46,8 +46,19 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
         return None, ""
     if own:  # torch computes parts of the forward pass anew for the backward one, from what it has left by then
         return None, f"{cfg.DISTILLER.TYPE} writes to '{own[0]}', which a compiled backward pass would read too late"
-    # fallback_random: the same random numbers as an eager step
-    return torch.compile(distiller, dynamic=False, options={"fallback_random": True}), ""
+    return compiled_at_first_call(distiller), ""
+
+
+def compiled_at_first_call(distiller: nn.Module) -> Callable:
+    """Return the compiled form of `distiller`. The compiler takes seconds to import: a run's first steps go before it."""
+    compiled: list[Callable] = []
+
+    def forward(**given):
+        if not compiled:  # fallback_random: the same random numbers as an eager step
+            compiled.append(torch.compile(distiller, dynamic=False, options={"fallback_random": True}))
+        return compiled[0](**given)
+
+    return forward
 
 
 def check_step(cfg: CfgNode, device: torch.device) -> None:
