@@ -16,7 +16,7 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto: cuda, else mps, else cpu. Raises UserError if the machine lacks the device."""
+    """Return the device `name`; for auto cuda, else mps, else cpu. Raises UserError if the machine lacks the device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -30,13 +30,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_amp(amp: str, device: torch.device) -> None:
-    """Raises UserError for fp16 off CUDA."""
+    """Raise UserError for fp16 off CUDA."""
     if amp == "fp16" and device.type != "cuda":
         raise UserError(f"SOLVER.AMP: fp16 needs CUDA, and the device is {device.type}; set SOLVER.AMP bf16 or none")
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is arithmetic of the device's own. What emulates it can be ten times slower than float32."""
+    """Return whether bfloat16 is arithmetic of the device's own. What emulates it can be ten times slower than float32.
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # no public interface
@@ -49,8 +49,8 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
-    """To the device, convolutions channels-last; under autocast the model's logits come out in float32, so that every
-    method's loss on them is computed in float32.
+    """Move `model` to the device, convolutions channels-last, and return it. Under autocast its logits come out in
+    float32, so that every method's loss on them is computed in float32.
     """
     model.to(device=device, memory_format=torch.channels_last)
     model.register_forward_hook(logits_in_float32)
@@ -72,7 +72,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def _depthwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """In float32 where oneDNN's backward pass in bfloat16 is five to fifty times slower: strides, tiny images."""
+    """Convolve in float32 where oneDNN's backward pass in bfloat16 is five to fifty times slower: strides, tiny images.
     slow = max(conv.stride) > 1 or x.shape[-1] <= 2
     if not (slow and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
         return nn.Conv2d.forward(conv, x)
@@ -81,8 +81,8 @@ def _depthwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def side_stream(device: torch.device) -> AbstractContextManager:
-    """A context whose work runs beside that of other contexts, on a CUDA stream of its own, after all that came before;
-    graphs are captured on such a stream only. Elsewhere nothing.
+    """Return a context whose work runs beside that of other contexts, on a CUDA stream of its own, after all that came
+    before; graphs are captured on such a stream only. Elsewhere nothing.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -98,8 +98,8 @@ def logits_in_float32(_model: nn.Module, _inputs: tuple, output: torch.Tensor | 
 
 
 def set_determinism(deterministic: bool) -> None:
-    """The same bits from the same seed on the same machine. A CPU gives them anyway, for a given number of threads;
-    on CUDA it takes slower kernels, and operations that have none raise RuntimeError.
+    """Ask for the same bits from the same seed on the same machine. A CPU gives them anyway, for a given number of
+    threads; on CUDA it takes slower kernels, and operations that have none raise RuntimeError.
     """
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports a compiler: seconds
         torch.use_deterministic_algorithms(deterministic)
@@ -116,7 +116,7 @@ def seed_everything(seed: int) -> None:
 
 
 def generators() -> tuple:
-    """Every generator's state, to be given to `set_generators` in this process."""
+    """Return every generator's state, to be given to `set_generators` in this process."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda
 
@@ -131,7 +131,7 @@ def set_generators(state: tuple) -> None:
 
 
 def rng_state() -> dict:
-    """Every generator's state, in types that a weights-only load accepts."""
+    """Return every generator's state, in types that a weights-only load accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {

@@ -17,7 +17,9 @@ class UserError(Exception):
 
 
 def _one_line(text: str) -> str:
-    """What a file or an argument brought in must neither break the line, nor steer the terminal, nor flood it."""
+    """Return `text` on one line: what a file or an argument brought in must neither break the line, nor steer the
+    terminal, nor flood it.
+    """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
@@ -75,7 +77,7 @@ def run_command(
 
 
 def _complain(*lines: str) -> None:
-    """To stderr, where somebody still reads that: the exit status must not depend on it."""
+    """Print to stderr, where somebody still reads that: the exit status must not depend on it."""
     try:
         for line in lines:
             print(line, file=sys.stderr)

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The names of `known` that look most like `name`, whatever its case."""
+    """Return the names of `known` that look most like `name`, whatever its case."""
     by_fold = {k.casefold(): k for k in known}
     close = difflib.get_close_matches(str(name).casefold(), by_fold, n=count, cutoff=0.5)
     return [by_fold[c] for c in close]
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """One line: what is unknown, the nearest name and every name there is."""
+    """Return one line: what is unknown, the nearest name and every name there is."""
     known = sorted(known)
     close = nearest(str(name), known)
     hint = f"did you mean {close[0]}? " if close else ""

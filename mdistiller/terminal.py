@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """Where the terminal or pipe behind stdout is closed, what is left to say goes nowhere; the run's files have it."""
+    """Survive a closed terminal or pipe behind stdout: what is left to say goes nowhere, the run's files have it."""
     try:
         yield
     except OSError:
@@ -21,7 +21,7 @@ def unbroken() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line on stdout, above a progress bar."""
+    """Print a line on stdout, above a progress bar."""
     with unbroken():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()

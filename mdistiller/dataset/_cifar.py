@@ -27,7 +27,9 @@ class BinaryLayout:
 
 
 def load(name: str, root: Path, layout: BinaryLayout, num_classes: int, mean: tuple, std: tuple) -> ImageSet:
-    """`root` holds the binary version's folder (or is it), or the python version's; else the binary one is fetched."""
+    """Read CIFAR. `root` holds the binary version's folder (or is it), or the python version's; else the binary one is
+    fetched.
+    """
     names = (*layout.train_files, layout.test_file)
     folder = next((f for f in (root, root / layout.folder) if any(os.path.lexists(f / name) for name in names)), None)
     if folder is None and (root / layout.python_folder).is_dir():

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images (N, H, W, C), in units of [0, 1]."""
+    """Return mean and standard deviation of each channel of uint8 images (N, H, W, C), in units of [0, 1]."""
     flat = images.numpy().reshape(-1, images.shape[-1])
     mean = flat.mean(0, dtype=np.float64) / 255
     # exact integer second moments: a float64 copy of the whole set would cost eight times its memory
@@ -94,13 +94,13 @@ class Batches:
 
     @property
     def views(self) -> int:
-        """How many different views of an image there are: crops times flips."""
+        """Return how many different views of an image there are: crops times flips."""
         crops = (2 * self.padding + 1) ** 2
         return {"crop_flip": 2 * crops, "crop": crops}.get(self.augment, 1)
 
     def plan(self, epoch: int) -> Tensor:
-        """The epoch's decisions on the CPU, (4, N) int64: order, crop row, crop column (0 .. 2 * padding), flip; the
-        last three by place in the order.
+        """Return the epoch's decisions on the CPU, (4, N) int64: order, crop row, crop column (0 .. 2 * padding), flip;
+        the last three by place in the order.
         """
         n = self.num_samples
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
@@ -114,7 +114,7 @@ class Batches:
         return torch.stack([order, top, left, flip])
 
     def row_numbers(self, plan: Tensor) -> Tensor:
-        """A number for each view in `plan` (4, B), below num_samples * views: (B,)."""
+        """Return a number for each view in `plan` (4, B), below num_samples * views: (B,)."""
         index, top, left, flip = plan
         if self.views == 1:
             return index
@@ -122,7 +122,7 @@ class Batches:
         return index * self.views + (2 * view + flip if self.augment == "crop_flip" else view)
 
     def plan_of(self, rows: Tensor) -> Tensor:
-        """The plan (4, B) whose `row_numbers` (B,) these are."""
+        """Return the plan (4, B) whose `row_numbers` (B,) these are."""
         index, view = rows // self.views, rows % self.views
         if self.views == 1:
             middle = torch.full_like(index, self.padding)
@@ -133,18 +133,18 @@ class Batches:
         return torch.stack([index, view // side, view % side, flip])
 
     def batch(self, plan: Tensor) -> Batch:
-        """What `plan` (4, B), on the images' device, says."""
+        """Return what `plan` (4, B), on the images' device, says."""
         index, top, left, flip = plan
         return Batch(self.normalise(self.crop(self.images[index], top, left, flip)), self.labels[index], index)
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
-        """The training batches of `epoch`, but for its first `done`."""
+        """Yield the training batches of `epoch`, but for its first `done`."""
         plan = self.plan(epoch).to(self.images.device)  # one transfer an epoch
         for start in range(done * self.batch_size, self.num_samples, self.batch_size):
             yield self.batch(plan[:, start : start + self.batch_size])
 
     def crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) padded with black, cut at (top, left) (B,), mirrored where flip (B,) is 1."""
+        """Return uint8 images (B, H, W, 3) padded with black, cut at (top, left) (B,), mirrored where flip (B,) is 1.
         padded = F.pad(images, (0, 0, self.padding, self.padding, self.padding, self.padding))
         columns = torch.where(flip[:, None] == 1, self.columns.flip(0), self.columns)  # (B, W)
         rows = top[:, None] + self.rows  # (B, H)
@@ -152,11 +152,13 @@ class Batches:
         return padded[sample[:, None, None], rows[:, :, None], (left[:, None] + columns)[:, None, :]]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), which the permutation leaves channels-last in memory."""
+        """Return uint8 images (B, H, W, 3) as float32 (B, 3, H, W), which the permutation leaves channels-last in
+        memory.
+        """
         return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The samples in their order, as they are."""
+        """Yield the samples in their order, as they are."""
         for start in range(0, self.num_samples, self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, self.num_samples), device=self.images.device)
             rows = slice(start, start + self.batch_size)

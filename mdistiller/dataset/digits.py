@@ -11,7 +11,9 @@ from mdistiller.dataset._registry import register_dataset
 
 @register_dataset("digits")
 def digits(root: Path) -> ImageSet:
-    """Nothing is read from `root`. Every fifth image of each class is for testing: fixed, stratified."""
+    """Return the digits. Nothing is read from `root`. Every fifth image of each class is for testing: fixed,
+    stratified.
+    """
     from sklearn.datasets import load_digits  # slow to import, and not needed for any other data
 
     data = load_digits()

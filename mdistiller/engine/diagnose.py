@@ -57,7 +57,7 @@ def first_bad_tensor(
 
 
 def describe_losses(losses: dict[str, float]) -> str:
-    """loss_ce 2.31, loss_kd NaN"""
+    """Return the losses as text: loss_ce 2.31, loss_kd NaN."""
     names = {True: "NaN", False: "infinite"}
     return ", ".join(
         f"{name} {value:.4g}" if math.isfinite(value) else f"{name} {names[math.isnan(value)]}"
@@ -68,7 +68,7 @@ def describe_losses(losses: dict[str, float]) -> str:
 def dump(
     distiller: nn.Module, batch: Batch, epoch: int, config: str, rng: Tensor, logits_teacher: Tensor | None = None
 ) -> dict:
-    """What tools/replay.py needs to run the step again: configuration, weights, batch, generator."""
+    """Return what tools/replay.py needs to run the step again: configuration, weights, batch, generator."""
     return {
         "config": config,
         "model": distiller.state_dict(),

@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Scores:
-    """Scores of `logits_of`, images (B, 3, H, W) -> logits (B, K). Reads the device once, at the end."""
+    """Return scores of `logits_of`, images (B, 3, H, W) -> logits (B, K). Reads the device once, at the end."""
     counts, samples = None, 0
     for image, target, _ in batches:
         logits = logits_of(image).float()
@@ -40,8 +40,8 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) ->
 
 
 def images_together(wanted: int, size: int, device: torch.device) -> int:
-    """Images in an evaluation batch of images `size` pixels high: on CUDA at least as many pixels as 1,000 images of
-    32 x 32 have, since fewer leave the device idle.
+    """Return images in an evaluation batch of images `size` pixels high: on CUDA at least as many pixels as 1,000
+    images of 32 x 32 have, since fewer leave the device idle.
     """
     return max(wanted, 1000 * 32**2 // size**2) if device.type == "cuda" else wanted
 
@@ -57,7 +57,7 @@ class Report(NamedTuple):
 def evaluate_checkpoint(
     model: str, file: str, dataset: str, root: str, batch_size: int, device: torch.device, amp: str = "none"
 ) -> Report:
-    """Scores of the weights in `file`, a path or "pretrain" (the model's default teacher checkpoint).
+    """Return scores of the weights in `file`, a path or "pretrain" (the model's default teacher checkpoint).
 
     Raises UserError where the model, the checkpoint or the data set is missing or does not fit.
     """

@@ -86,7 +86,7 @@ class GraphStep:
             self.work(plan, logits, epoch)
 
     def _record(self, plan: Tensor, logits: Tensor | None) -> None:
-        """Recording runs nothing: what the step would do is done by the replay that follows."""
+        """Record the step. Recording runs nothing: what the step would do is done by the replay that follows."""
         held, given = plan.clone(), None if logits is None else logits.clone()
         beside = next((graph for graph, *_ in self.graphs.values()), None)
         self.graphs[plan.shape[1]] = self.capture(lambda: self.work(held, given, self.epoch), beside), held, given
@@ -115,8 +115,8 @@ class GraphStep:
         return f"it replaces {changed[0]}, which a graph would not" if changed else ""
 
     def _state(self) -> dict[str, object]:
-        """By name, the identity of every tensor and the value of every number and generator that the modules hold, in
-        containers and plain objects too.
+        """Return by name the identity of every tensor and the value of every number and generator that the modules
+        hold, in containers and plain objects too.
         """
         held: dict[str, object] = {}
         seen: set[int] = set()
@@ -155,7 +155,7 @@ def generator_state(generator: object) -> object:
 
 
 def parts_of(value: object) -> list[tuple[str, object]]:
-    """What a container or a plain object holds, each with what is written behind the name of `value` for it."""
+    """Return what a container or a plain object holds, each with what is written behind the name of `value` for it."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if isinstance(value, (list, tuple, deque, set, frozenset)):
@@ -165,7 +165,7 @@ def parts_of(value: object) -> list[tuple[str, object]]:
 
 
 def host_generators() -> tuple:
-    """What changes where a random number is drawn on the host."""
+    """Return what changes where a random number is drawn on the host."""
     kind, keys, *rest = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), (kind, keys.tobytes(), *rest), random.getstate()
 
@@ -176,7 +176,7 @@ def device_generator() -> bytes:
 
 @contextlib.contextmanager
 def waits_are_warnings() -> Iterator[None]:
-    """torch warns of whatever waits for a CUDA device."""
+    """Let torch warn of whatever waits for a CUDA device."""
     if not torch.cuda.is_available():
         yield
         return

@@ -74,7 +74,7 @@ def open_workspace(cfg: CfgNode, students: int = 1) -> Workspace:
 
 @contextlib.contextmanager
 def entered(workspace: Workspace) -> Iterator[contextlib.ExitStack]:
-    """While the runs train, their device is CUDA's current one; what they open is closed at the end."""
+    """Make the runs' device CUDA's current one while they train, and close at the end what they open."""
     with contextlib.ExitStack() as closing:
         if workspace.device.type == "cuda":
             closing.enter_context(torch.cuda.device(workspace.device))

@@ -100,7 +100,7 @@ class Student:
         return self.result is None and self.error is None
 
     def advance(self) -> None:
-        """One training step, and what is due after it."""
+        """Do one training step, and what is due after it."""
         set_generators(self.random)
         try:
             with self.stream:
@@ -113,7 +113,7 @@ class Student:
         self.random = generators()
 
     def share_teacher(self) -> None:
-        """After the first step, which tells whether the method writes to its teacher."""
+        """Share the teacher's memory after the first step, which tells whether the method writes to its teacher."""
         teachers, self.teachers = self.teachers, None
         frozen = self.trainer.state.teacher
         if teachers is not None and frozen:

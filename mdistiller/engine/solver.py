@@ -16,12 +16,12 @@ class MultiStep:
     decay_rate: float = 0.1
 
     def at(self, epoch: int) -> float:
-        """The learning rate of `epoch`."""
+        """Return the learning rate of `epoch`."""
         return self.lr * self.decay_rate ** sum(epoch > stage for stage in self.stages)
 
 
 def sgd(parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with weight decay on every parameter, BatchNorm's too, as published. The trainer sets the rate.
+    """Return SGD with weight decay on every parameter, BatchNorm's too, as published. The trainer sets the rate.
 
     On CUDA the fused kernel, whose momenta start at zero: its own first step would leave them undefined if the step
     is skipped. Its rate is a tensor, so that a captured step sees the rate of now.
@@ -61,8 +61,8 @@ class DOT(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, distillation: Sequence[Tensor | None]) -> None:
-        """`distillation` holds g_kd of each parameter, None for zero; p.grad is the whole loss's gradient,
-        g_task + g_kd. Parameters without a gradient stay as they are.
+        """Move the parameters. `distillation` holds g_kd of each parameter, None for zero; p.grad is the whole loss's
+        gradient, g_task + g_kd. Parameters without a gradient stay as they are.
         """
         rest = iter(distillation)
         for group in self.param_groups:
@@ -95,7 +95,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict:
-    """Its state_dict, the rate a number: for a checkpoint that any device may go on from."""
+    """Return the optimizer's state_dict, the rate a number: for a checkpoint that any device may go on from."""
     state = optimizer.state_dict()
     return state | {"param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]]}
 

@@ -32,7 +32,7 @@ class Meter:
             value.zero_()
 
     def add(self, images: int, sound: Tensor, **values: Tensor) -> None:
-        """`values`: sums over `images` samples, which count where `sound`, a 0-dim bool, is true."""
+        """Add `values`, sums over `images` samples, which count where `sound`, a 0-dim bool, is true."""
         values |= {"samples": sound.new_full((), images, dtype=torch.float32), "skipped": ~sound}
         for name, value in values.items():
             value = value.float() if name == "skipped" else torch.where(sound, value.float(), 0.0)
@@ -42,7 +42,7 @@ class Meter:
                 self.sums[name] = value.clone()
 
     def read(self) -> dict[str, float]:
-        """The means so far over the samples that count, and the number of skipped steps; waits for the device."""
+        """Return the means so far over the samples that count, and the number of skipped steps; waits for the device.
         if not self.sums:
             return {}
         values = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))
@@ -139,7 +139,7 @@ class Step:
         return self.distiller(**given)
 
     def _change_parameters(self, loss: Tensor, extra: tuple) -> Tensor:
-        """Update the parameters where loss and gradients are finite; returns whether they are, a 0-dim bool."""
+        """Update the parameters where loss and gradients are finite. Return whether they are, a 0-dim bool."""
         sound = loss.isfinite()
         if not self.scaler.is_enabled():  # scaled gradients overflow at times, which the scaler is there for
             gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -156,19 +156,20 @@ class Step:
         return sound
 
     def _buffers(self) -> list[Tensor]:
-        """What a forward pass changes: all buffers but those of a teacher in eval mode."""
+        """Return what a forward pass changes: all buffers but those of a teacher in eval mode."""
         teacher = getattr(self.distiller, "teacher", None)
         frozen = teacher is not None and not teacher.training
         return [b for name, b in self.distiller.named_buffers() if not (frozen and name.startswith("teacher."))]
 
     def bad_step(self) -> int:
-        """The number (from 0) of the first step that was not sound under the policy "stop", -1 for none; waits for
-        the device.
+        """Return the number (from 0) of the first step that was not sound under the policy "stop", -1 for none; waits
+        for the device.
         """
         return int(self._first_bad)
 
     def distillation_gradients(self, losses: dict[str, Tensor]) -> list[Tensor | None]:
-        """Gradients of all losses but the task's, by parameter of the DOT optimizer; the graph stays for backward().
+        """Return gradients of all losses but the task's, by parameter of the DOT optimizer; the graph stays for
+        backward().
 
         A task's loss has "ce" in its name, as a word of its own: ce, loss_ce. Raises RunFailed where the method's
         losses are not of both kinds.

@@ -50,7 +50,7 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
 
 
 def compiled_at_first_call(distiller: nn.Module) -> Callable:
-    """Return the compiled form of `distiller`. The compiler takes seconds to import: a run's first steps go before it."""
+    """Return the compiled form of `distiller`. The compiler takes seconds to import: a run's first steps go before it.
     compiled: list[Callable] = []
 
     def forward(**given):
@@ -62,7 +62,7 @@ def compiled_at_first_call(distiller: nn.Module) -> Callable:
 
 
 def check_step(cfg: CfgNode, device: torch.device) -> None:
-    """Raises UserError where the device cannot run steps as SOLVER.STEP says."""
+    """Raise UserError where the device cannot run steps as SOLVER.STEP says."""
     if cfg.SOLVER.STEP == "graph" and device.type != "cuda":
         raise UserError(f"SOLVER.STEP: graph needs CUDA, and the device is {device.type}; set SOLVER.STEP auto")
     if cfg.SOLVER.STEP == "graph" and cfg.SOLVER.AMP == "fp16":

@@ -19,7 +19,7 @@ from mdistiller.terminal import say, unbroken
 
 
 def line_of(row: dict, epochs: int, seconds_left: float) -> str:
-    """One epoch on one line; columns align from epoch to epoch."""
+    """Return one epoch on one line; columns align from epoch to epoch."""
     width = len(str(epochs))
     return (
         f"epoch {row['epoch']:>{width}}/{epochs}  lr {row['lr']:<7.5g} loss {row['train_loss']:8.4f}  "
@@ -30,7 +30,7 @@ def line_of(row: dict, epochs: int, seconds_left: float) -> str:
 
 
 def temperature_lines(row: dict) -> list[str]:
-    """An epoch's temperatures in the worklog: of each figure mean and deviation, extremes and quantiles."""
+    """Return an epoch's temperatures for the worklog: of each figure mean and deviation, extremes and quantiles."""
     t, lines = row["temperature"], []
     for name in ("t_student", "t_teacher", "sharpness_student", "sharpness_teacher"):
         f = t[name]
@@ -80,7 +80,7 @@ class Recorder:
         write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def say(self, text: str) -> None:
-        """To the terminal and the worklog."""
+        """Print to the terminal and write to the worklog."""
         say(self.label + text)
         self.log(text)
 
@@ -110,19 +110,19 @@ class Recorder:
             self.bar.update(samples)
 
     def point(self, step: int, means: dict[str, float]) -> None:
-        """A point inside an epoch, for TensorBoard alone: means from the epoch's start to here."""
+        """Write a point inside an epoch, for TensorBoard alone: means from the epoch's start to here."""
         if math.isfinite(means["loss"]):  # NaN: every step so far was skipped
             self.events.scalar("step/train_loss", means["loss"], step)
             self.events.flush()  # a look at the run while it trains
 
     def histograms(self, epoch: int, temperatures: EpochBuffer) -> None:
-        """Both temperatures of every sample, into TensorBoard."""
+        """Write both temperatures of every sample, for TensorBoard."""
         for name, values in temperatures.columns("t_student", "t_teacher").items():
             if values.size:  # a method may leave its rule unused
                 self.events.histogram(f"temperature/{name}", values, epoch)
 
     def end_epoch(self, row: dict, seconds_left: float) -> None:
-        """`row`: the figures of one epoch; it becomes a line of metrics.jsonl."""
+        """Record `row`, the figures of one epoch: it becomes a line of metrics.jsonl."""
         self._close_bar()
         self.rows.append(row)
         self._write_rows()
@@ -161,7 +161,7 @@ class Recorder:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl; lines that are none, such as one that a crash cut short, are left out."""
+    """Return the rows of metrics.jsonl; lines that are none, such as one that a crash cut short, are left out."""
     file = folder / "metrics.jsonl"
     rows = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
@@ -175,13 +175,13 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def require_wandb() -> None:
-    """Raises UserError if Weights & Biases is not installed."""
+    """Raise UserError if Weights & Biases is not installed."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("LOG.WANDB is True, but wandb is not installed: pip install wandb, or set LOG.WANDB False")
 
 
 def start_wandb(project: str, name: str, config: dict):
-    """A Weights & Biases run."""
+    """Start and return a Weights & Biases run."""
     import wandb
 
     return wandb.init(project=project, name=name, config=config)

@@ -44,12 +44,12 @@ class Stop:
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint\n")
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, until a signal comes. Raises StopRequested when the work on an item is done after that."""
+        """Yield `items` until a signal comes. Raises StopRequested when the work on an item is done after that."""
         for item in items:
             yield item
             self.check()
 
     def check(self) -> None:
-        """Raises StopRequested where a signal has come."""
+        """Raise StopRequested where a signal has come."""
         if self.signal:
             raise StopRequested

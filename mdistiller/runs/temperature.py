@@ -36,7 +36,7 @@ class EpochBuffer:
         self.values.fill_(torch.nan)
 
     def put(self, index: Tensor, logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures) -> None:
-        """A batch: index (B,), logits (B, K), temperatures (B, 1)."""
+        """Take in a batch: index (B,), logits (B, K), temperatures (B, 1)."""
         with torch.no_grad():
             student, teacher = bounded(logits_student), bounded(logits_teacher)
             columns = (
@@ -52,14 +52,14 @@ class EpochBuffer:
             self.values[:, index] = torch.cat([column.float() for column in columns], 1).T
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """The named FIELDS of the samples that were seen, in finite logits, in float64; reads the device."""
+        """Return the named FIELDS of the samples that were seen, in finite logits, in float64; reads the device."""
         seen = self.values[:, self.values.isfinite().all(0)]
         return {name: seen[FIELDS.index(name)].cpu().double().numpy() for name in names}
 
     def summary(self) -> dict:
-        """The epoch's figures, for one line of metrics.jsonl: of student and teacher temperature and sharpness mean,
-        std, min, max and quantiles; the share of samples that fell back; the correlation of the temperatures with the
-        teacher's confidence (0 where either does not vary). Samples that were not seen do not count.
+        """Return the epoch's figures, for one line of metrics.jsonl: of student and teacher temperature and sharpness
+        mean, std, min, max and quantiles; the share of samples that fell back; the correlation of the temperatures with
+        the teacher's confidence (0 where either does not vary). Samples that were not seen do not count.
         """
         data = self.columns(*FIELDS)
         if not data["sound"].size:
@@ -80,7 +80,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's; 0 where either is constant."""
+    """Return Pearson's correlation; 0 where either is constant."""
     x, y = x - x.mean(), y - y.mean()
     scale = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale > 1e-12 * len(x) else 0.0
@@ -126,7 +126,7 @@ class Record(NamedTuple):
 
 
 def read_record(path: Path) -> Record:
-    """The finished epochs of a record. Raises UserError where the file is missing or is none."""
+    """Return the finished epochs of a record. Raises UserError where the file is missing or is none."""
     with open_regular(path, "a run recorded with LOG.TEMPERATURE samples") as file:
         try:
             header = json.loads(file.read(HEADER))
