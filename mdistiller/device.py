@@ -36,7 +36,9 @@ def check_amp(amp: str, device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether bfloat16 is arithmetic of the device's own. What emulates it can be ten times slower than float32.
+    """Return whether bfloat16 is arithmetic of the device's own. What emulates it can be ten times slower than
+    float32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # no public interface
@@ -72,7 +74,9 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def _depthwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Convolve in float32 where oneDNN's backward pass in bfloat16 is five to fifty times slower: strides, tiny images.
+    """Convolve in float32 where oneDNN's backward pass in bfloat16 is five to fifty times slower: strides, tiny
+    images.
+    """
     slow = max(conv.stride) > 1 or x.shape[-1] <= 2
     if not (slow and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
         return nn.Conv2d.forward(conv, x)

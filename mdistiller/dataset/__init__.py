@@ -16,7 +16,9 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def load_dataset(name: str, root: str | Path) -> ImageSet:
-    """Return the data set `name`, read from `root`. Raises UserError with one line where the files are missing or bad.
+    """Return the data set `name`, read from `root`. Raises UserError with one line where the files are missing or
+    bad.
+    """
     return dataset_dict[name](files.expand(root))
 
 

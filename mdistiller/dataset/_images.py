@@ -144,7 +144,9 @@ class Batches:
             yield self.batch(plan[:, start : start + self.batch_size])
 
     def crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """Return uint8 images (B, H, W, 3) padded with black, cut at (top, left) (B,), mirrored where flip (B,) is 1.
+        """Return uint8 images (B, H, W, 3) padded with black, cut at (top, left) (B,), mirrored where flip (B,) is
+        1.
+        """
         padded = F.pad(images, (0, 0, self.padding, self.padding, self.padding, self.padding))
         columns = torch.where(flip[:, None] == 1, self.columns.flip(0), self.columns)  # (B, W)
         rows = top[:, None] + self.rows  # (B, H)

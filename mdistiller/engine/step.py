@@ -42,7 +42,9 @@ class Meter:
                 self.sums[name] = value.clone()
 
     def read(self) -> dict[str, float]:
-        """Return the means so far over the samples that count, and the number of skipped steps; waits for the device.
+        """Return the means so far over the samples that count, and the number of skipped steps; waits for the
+        device.
+        """
         if not self.sums:
             return {}
         values = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))

@@ -50,7 +50,9 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
 
 
 def compiled_at_first_call(distiller: nn.Module) -> Callable:
-    """Return the compiled form of `distiller`. The compiler takes seconds to import: a run's first steps go before it.
+    """Return the compiled form of `distiller`. The compiler takes seconds to import: a run's first steps go before
+    it.
+    """
     compiled: list[Callable] = []
 
     def forward(**given):
