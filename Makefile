@@ -1,10 +1,11 @@
-# make quickstart | test | lint | docs | results
+# make quickstart | test | test-long | lint | docs | results
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DIGITS := output/digits
+KILLS ?= 200
 
-.PHONY: install quickstart test browser lint docs results
+.PHONY: install quickstart test test-long browser lint docs results
 
 install: $(VENV)/.installed
 
@@ -26,7 +27,11 @@ quickstart: install
 	@echo "Results, figures of every epoch and checkpoints: $(DIGITS)/"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not browser'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not browser and not slow'
+
+# Runs that are killed again and again, and what needs a compiler: half an hour.
+test-long: install
+	KILLS=$(KILLS) $(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not browser' -s
 
 # The report in a real browser: needs chromium and chromedriver.
 browser: install

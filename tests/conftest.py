@@ -7,7 +7,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it o
 import numpy as np
 import pytest
 import torch
-from helpers import digits_opts, save_teacher, small_run
+from helpers import digits_opts, save_teacher, small_run, stopping_after
+
+from mdistiller.engine import build
+from mdistiller.runs import keeper
+from mdistiller.runs.stop import Stop
 
 torch.set_num_threads(1)
 # a shell's background job ignores it, and so would what the tests start
@@ -20,10 +24,23 @@ def teacher_file(tmp_path):
     return save_teacher(tmp_path / "teacher.pth")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """Options of a `small_run`."""
     return small_run(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """`stop_after(items)`: SIGTERM reaches the next runs at that batch, of training or of a test; 0: none any more."""
+    return lambda items: monkeypatch.setattr(build, "Stop", stopping_after(items) if items else Stop)
+
+
+@pytest.fixture
+def save_every_step(monkeypatch):
+    """Checkpoints inside an epoch come at every step, however long they take, in runs with these options."""
+    monkeypatch.setattr(keeper, "MOST_SHARE", float("inf"))
+    return ["LOG.SAVE_EVERY_SECONDS", "1e-9"]
 
 
 @pytest.fixture(scope="session")

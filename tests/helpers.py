@@ -1,23 +1,44 @@
 """What several test files use."""
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from mdistiller import config
-from mdistiller.dataset import load_dataset
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.teacher import TeacherLogits
+from mdistiller.dataset import Batches
+from mdistiller.distillers import LogitDistiller, distiller_dict
+from mdistiller.engine.build import build_model, prepare_parts
+from mdistiller.engine.feed import Feed
+from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.run import train
+from mdistiller.engine.solver import DOT, MultiStep, set_lr, sgd
+from mdistiller.engine.step import Step
+from mdistiller.engine.stepmode import RunStep
+from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.models import cifar_model_dict
+from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import read_metrics
+from mdistiller.runs.stop import Stop
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+OPTIONS = Options(9, temperature="samples")
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+config.load()  # fills the registries
+METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
+# one method of each kind of state that a run may keep: none but the student's; a record of temperatures; a memory of
+# the samples, and numbers drawn on the device; views drawn on the host; a learned temperature; learned parameters
+KINDS = ["NONE", "DTKD", "CRD", "MLKD", "CTKD", "VID"]
 
 
 def cases(names: list[str], on_cuda: tuple[str, ...]) -> list:
@@ -53,6 +74,14 @@ def tool(name: str, *words: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240)
 
 
+def load_tool(name: str) -> ModuleType:
+    """tools/NAME.py as a module, so that its `main` can be called in this process."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def digits_opts(**changes: object) -> list[str]:
     """KEY VALUE pairs of a short run on digits; in keywords, a double underscore stands for the dot."""
     opts = {"DATASET.TYPE": "digits", "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": 1, "DEVICE": "cpu"}
@@ -61,18 +90,81 @@ def digits_opts(**changes: object) -> list[str]:
 
 
 def small_run(root: Path) -> list[str]:
-    """KEY VALUE pairs of a run on 40 + 20 digits, three steps of 16 an epoch, with a resnet14 as teacher."""
-    data = load_dataset("digits", ".")
-    arrays = {"train_images": data.train_images[:40], "train_labels": data.train_labels[:40]}
-    arrays |= {"test_images": data.test_images[:20], "test_labels": data.test_labels[:20]}
-    np.savez(root / "digits.npz", **{name: values.numpy() for name, values in arrays.items()})
-    classes = 1 + int(max(arrays["train_labels"].max(), arrays["test_labels"].max()))
+    """KEY VALUE pairs of a run on 40 + 20 random images, three steps of 16 an epoch, with a resnet14 as teacher."""
+    arrays, generator = {}, np.random.default_rng(0)
+    for split, size in (("train", 40), ("test", 20)):
+        arrays[f"{split}_images"] = generator.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(size) % 10
+    np.savez(root / "images.npz", **arrays)
     return digits_opts(
-        DATASET__TYPE="npz", DATASET__ROOT=root / "digits.npz", SOLVER__EPOCHS=2, SOLVER__BATCH_SIZE=16,
-        DISTILLER__TEACHER="resnet14", DISTILLER__TEACHER_CKPT=save_teacher(root / "teacher", "resnet14", classes),
+        DATASET__TYPE="npz", DATASET__ROOT=root / "images.npz", SOLVER__EPOCHS=2, SOLVER__BATCH_SIZE=16,
+        DISTILLER__TEACHER="resnet14", DISTILLER__TEACHER_CKPT=save_teacher(root / "teacher", "resnet14"),
         DTKD__WARMUP=1, LOG__TEMPERATURE="samples", LOG__TENSORBOARD_FREQ=2, EXPERIMENT__NAME="run",
         CRD__NCE__K=8, CRD__FEAT__DIM=8,
     )  # fmt: skip
+
+
+def make_trainer(
+    method, folder=None, device=CPU, seed=0, *, amp="none", policy="stop", dot=False, plugin=None, samples=40,
+    ahead=None, capture=None, options=OPTIONS,
+):  # fmt: skip
+    """A Trainer of resnet14 -> resnet8 on random images; batches of 16, the last one of 8. `plugin`: a class in place
+    of the method's; `ahead`: whether the teacher is asked ahead; `capture`: what stands in for a CUDA graph.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
+    given = images, torch.arange(samples, device=device) % 10, (0.5,) * 3, (0.25,) * 3, 16
+    data = Batches(*given, "crop_flip", seed)
+    torch.manual_seed(1)
+    teacher = build_model("resnet14", 10)
+    torch.manual_seed(seed)
+    student = build_model("resnet8", 10)
+    cfg = config.CFG.clone()
+    cfg.CRD.NCE.K, cfg.CRD.FEAT.DIM = 8, 8
+    cls = plugin or distiller_dict[method]
+    extra = {"num_data": samples} if method == "CRD" else {}
+    distiller = prepare_parts(cls(student) if method == "NONE" else cls(student, teacher, cfg, **extra), device).train()
+    parameters = distiller.get_learnable_parameters()
+    optimizer = DOT(parameters, 0.9, 5e-4, 0.075) if dot else sgd(parameters, 0.9, 5e-4)
+    ahead = isinstance(distiller, LogitDistiller) if ahead is None else ahead
+    logits = TeacherLogits(data, Inference(teacher, device, amp)) if ahead else None
+    run_step = RunStep(Step(distiller, optimizer, device, amp, policy), data)
+    if capture:
+        run_step.graph = GraphStep(run_step._run, distiller, device, True, capture)
+    return Trainer(
+        run_step, Feed(data, logits), Batches(*given), MultiStep(0.02, (2,)), Keeper(folder, every_epochs=2), options
+    )
+
+
+def train_steps(made: Trainer, epochs: int) -> tuple[list[float], list[str]]:
+    """Train from the first epoch on. The loss of every step, and what was said about how steps run."""
+    losses, lines = [], []
+    for epoch in range(1, epochs + 1):
+        made.state.start_epoch()
+        set_lr(made.step.optimizer, made.schedule.at(epoch))
+        made.step.temperatures = made.buffer
+        for plan, logits in made.feed.plans(epoch, 0, lambda: None):
+            made.step.meter.reset()
+            lines += made.run_step(plan, logits, epoch)
+            losses.append(made.step.meter.read()["loss"])
+            made.state.done += 1
+    return losses, lines
+
+
+def stopping_after(items: int) -> type[Stop]:
+    """A Stop to which the signal comes while it handles its item number `items`, be it a training or a test batch."""
+
+    class Timed(Stop):
+        seen = 0
+
+        def watch(self, batches):
+            for batch in super().watch(batches):
+                self.seen += 1
+                if self.seen == items:
+                    self.signal = "SIGTERM"
+                yield batch
+
+    return Timed
 
 
 def changed(opts: list[str], prefix: Path, **changes: object) -> list[str]:

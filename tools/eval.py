@@ -6,8 +6,7 @@ python3 tools/eval.py -m resnet32x4 -c pretrain -d cifar100 -bs 256
 
 import argparse
 
-from mdistiller.device import AMP_DTYPES, check_amp, resolve_device
-from mdistiller.engine.evaluator import evaluate_checkpoint
+from mdistiller.config import KEYS
 from mdistiller.errors import run_command
 
 
@@ -19,8 +18,12 @@ def main() -> None:
     parser.add_argument("-r", "--root", default="./data", help="folder of the data set; for npz, the file")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", default="none", choices=AMP_DTYPES)
+    parser.add_argument("--amp", default="none", choices=KEYS["SOLVER.AMP"].check.names)
     a = parser.parse_args()
+
+    from mdistiller.device import check_amp, resolve_device  # torch takes seconds to import, and --help needs none
+    from mdistiller.engine.evaluator import evaluate_checkpoint
+
     device = resolve_device(a.device)
     check_amp(a.amp, device)
     report = evaluate_checkpoint(a.model, a.ckpt, a.dataset, a.root, a.batch_size, device, a.amp)

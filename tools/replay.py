@@ -8,14 +8,17 @@ Exit status: 1 where the step goes bad again, 0 where it does not, 2 for a file 
 import argparse
 from pathlib import Path
 
-from mdistiller.engine.replay import replay
 from mdistiller.errors import run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="bad_batch,... in the run's folder")
-    bad, losses = replay(parser.parse_args().file)
+    file = parser.parse_args().file
+
+    from mdistiller.engine.replay import replay  # torch takes seconds to import, and --help needs none
+
+    bad, losses = replay(file)
     print(f"losses: {losses}")
     print(f"first to go bad: {bad or 'nothing: the step is fine here'}")
     raise SystemExit(1 if bad else 0)

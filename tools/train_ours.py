@@ -9,14 +9,13 @@ SIGINT, SIGUSR1 or SIGHUP after a step, to go on there with --resume; 130 stoppe
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 
-from mdistiller.engine.cfg import load
-from mdistiller.engine.run import train
-from mdistiller.engine.seeds import train_seeds
 from mdistiller.errors import UserError, run_command
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Train as `words` say, those of the command line by default."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -29,7 +28,7 @@ def main() -> None:
         "--seeds", metavar="N",
         help="several students side by side, one for each SEED: 0 1 2, or 0-2; they share the teacher and its bank",
     )  # fmt: skip
-    words = sys.argv[1:]
+    words = list(sys.argv[1:] if words is None else words)
     seeds = take_seeds(words)
     for place in [place for place, word in enumerate(words) if word == "--resume"][::-1]:
         value = words[place + 1] if words[place + 1 : place + 2] in (["auto"], ["last"]) else ""
@@ -40,11 +39,16 @@ def main() -> None:
         raise UserError(
             f"unknown option {flags[0]}; options are --cfg, --seeds and --resume, the rest are KEY VALUE pairs"
         )
+    if seeds is not None and "SEED" in opts[::2]:
+        raise UserError("--seeds and SEED: give one of them")
     resume = {"auto": "auto", "last": True}.get(arguments.resume, False)
+
+    from mdistiller.engine.cfg import load  # torch takes seconds to import, and --help needs none
+    from mdistiller.engine.run import train
+    from mdistiller.engine.seeds import train_seeds
+
     if seeds is None:
         train(load(arguments.cfg, opts), resume)
-    elif "SEED" in opts[::2]:
-        raise UserError("--seeds and SEED: give one of them")
     else:
         train_seeds(load(arguments.cfg, opts), seeds, resume)
 

@@ -140,7 +140,7 @@ def build_trainer(
         Feed(train, logits),
         test,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
-        Keeper(folder, origin, cfg.LOG.SAVE_CHECKPOINT_FREQ, workspace.students * cfg.LOG.SAVE_EVERY_SECONDS),
+        Keeper(folder, origin, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.SAVE_EVERY_SECONDS, workspace.students),
         Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, cfg.dump()),
         workspace.stop,
     )

@@ -19,18 +19,24 @@ class Keeper:
     `origin` holds digests of what the run starts from, "data" and "teacher", which a resumed run must share.
     `every_epochs`: epochs between the checkpoints epoch_N that stay. `every_seconds`: seconds between checkpoints
     inside an epoch, 0 for none; they are further apart where writing them would take more than 2 % of the time.
+    `students`: how many runs of the process take turns, which share both.
     """
 
     def __init__(
-        self, folder: Path, origin: dict[str, str] | None = None, every_epochs: int = 40, every_seconds: float = 0.0
+        self,
+        folder: Path,
+        origin: dict[str, str] | None = None,
+        every_epochs: int = 40,
+        every_seconds: float = 0.0,
+        students: int = 1,
     ):
         self.folder, self.origin = folder, origin or {}
-        self.every_epochs, self.every_seconds = every_epochs, every_seconds
+        self.every_epochs, self.every_seconds, self.students = every_epochs, every_seconds, students
         self._end, self._cost = time.monotonic(), 0.0  # of the last checkpoint: when it was written, in how long
 
     def due(self) -> bool:
         """Return whether the run has trained long enough for a checkpoint inside the epoch."""
-        waited = time.monotonic() - self._end
+        waited = (time.monotonic() - self._end) / self.students
         return bool(self.every_seconds) and waited > max(self.every_seconds, self._cost / MOST_SHARE)
 
     def save(self, state: dict, *more_names: str) -> None:

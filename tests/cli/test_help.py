@@ -1,0 +1,26 @@
+"""--help comes at once."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+TOOLS = ["download", "eval", "replay", "train_ours"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_imports_nothing_heavy(tool):
+    """Torch and pandas take seconds to import."""
+    code = f"""
+import runpy, sys
+sys.argv = ["{tool}.py", "--help"]
+try:
+    runpy.run_path("tools/{tool}.py", run_name="__main__")
+finally:
+    heavy = {{"torch", "pandas", "altair", "matplotlib", "sklearn", "tensorboardX"}} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
