@@ -3,7 +3,7 @@
 import difflib
 import importlib
 from collections import UserDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
@@ -29,13 +29,19 @@ class UnknownName(KeyError):
 
 
 class Registry(UserDict):
-    """A dict from name to object that refuses a second object under a name it already holds."""
+    """A dict from name to object that refuses a second object under a name it already holds.
+
+    `accept(name, object)`, where a room sets it, returns what is entered: the door for objects from plug-ins.
+    """
 
     def __init__(self, kind: str):
         self.kind = kind
+        self.accept: Callable[[str, object], object] | None = None
         super().__init__()
 
     def __setitem__(self, name: str, item: object) -> None:
+        if self.accept is not None:
+            item = self.accept(name, item)
         if name in self.data and self.data[name] is not item:
             raise ValueError(f"{self.kind} '{name}' is registered already, by {self.data[name]!r}; pick another name")
         super().__setitem__(name, item)

@@ -165,6 +165,6 @@ def test_a_plugin_that_fails_is_one_line(tmp_path, text, says):
 
 def test_vanilla_is_the_student_alone():
     assert distiller_dict["NONE"] is Vanilla
-    assert not issubclass(Vanilla, Distiller)
+    assert issubclass(Vanilla, Distiller)
     _, losses = build("NONE").train()(image=reference.images(), target=reference.labels(), index=None, epoch=1)
     assert list(losses) == ["ce"]

@@ -10,6 +10,7 @@ from torch import nn
 from mdistiller import config
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
+from mdistiller.engine.run import train
 from mdistiller.engine.solver import DOT, set_lr, sgd
 from mdistiller.engine.step import Meter, Step
 from mdistiller.errors import ConfigError, UserError
@@ -20,6 +21,9 @@ CPU = torch.device("cpu")
 
 class TwoLosses(nn.Module):
     """A linear student with a task and a distillation loss; `own` is reached by the second alone."""
+
+    teacher = None
+    task_losses = ("ce", "loss_ce")
 
     def __init__(self, names=("loss_ce", "loss_kd")):
         super().__init__()
@@ -168,14 +172,14 @@ def test_a_run_resumes_with_all_that_it_keeps(method, tmp_path):
         "LOG.PREFIX": str(tmp_path),
     }
 
-    def train(name: str, epochs: int, resume: bool = False) -> dict:
+    def checkpoint(name: str, epochs: int, resume: bool = False) -> dict:
         chosen = opts | {"EXPERIMENT.NAME": name, "SOLVER.EPOCHS": str(epochs)}
         folder = train(config.load(None, [part for item in chosen.items() for part in item]), resume=resume)
         return torch.load(f"{folder['folder']}/latest", weights_only=True)
 
-    whole = train("whole", 2)
-    train("halves", 1)
-    halves = train("halves", 2, resume=True)
+    whole = checkpoint("whole", 2)
+    checkpoint("halves", 1)
+    halves = checkpoint("halves", 2, resume=True)
     assert all(torch.equal(value, halves["model"][key]) for key, value in whole["model"].items())
     for key, state in whole["optimizer"]["state"].items():
         assert all(torch.equal(value, halves["optimizer"]["state"][key][name]) for name, value in state.items())

@@ -5,7 +5,6 @@ of the teacher but its logits on the views that it meets, so no view has to pass
 """
 
 import contextlib
-import inspect
 import os
 import sys
 import time
@@ -22,7 +21,6 @@ from yacs.config import CfgNode
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.store import RowStore, check_space
 from mdistiller.dataset import Batches
-from mdistiller.distillers import LogitDistiller
 from mdistiller.errors import RunFailed, UserError
 from mdistiller.files import expand
 from mdistiller.runs import checkpoint
@@ -44,11 +42,10 @@ def takes_logits(distiller: nn.Module) -> bool:
     """Whether the method can do without a teacher's pass of its own on the batch: it says so, and its teacher neither
     learns nor leaves eval mode.
     """
-    if not isinstance(distiller, LogitDistiller):
+    if not distiller.takes_teacher_logits:
         return False
-    given = "logits_teacher" in inspect.signature(distiller.forward_train).parameters
     learns = not {*distiller.teacher.parameters()}.isdisjoint(distiller.get_learnable_parameters())
-    return given and not learns and not distiller.train().teacher.training
+    return not learns and not distiller.train().teacher.training
 
 
 class Bank:

@@ -162,19 +162,27 @@ def computed(cfg: Mapping) -> dict[str, object]:
     given = leaves(cfg)
     flat = {name: _plain(key.default) for name, key in KEYS.items()} | {k: _plain(v) for k, v in given.items()}
     method = flat["DISTILLER.TYPE"]
-    distils = getattr(registry.distillers.get(method), "needs_teacher", method != "NONE")
+    distils = needs_teacher(method)
     methods = {name for name in SECTIONS if "." not in name} - {method}
     kept = {}
     for name, value in flat.items():
         key = KEYS.get(name, Key(None))
         here = name == "DATASET.ROOT" and flat["DATASET.TYPE"] == "npz"  # the images are that file
         default = _plain(key.default)
-        if (key.role != "computes" and not here) or (key.distils and not distils):
+        section = name.split(".")[0]
+        if (key.role != "computes" and not here) or (key.distils and not distils and section != method):
             continue
-        if name.split(".")[0] in methods and value == default:
+        if section in methods and value == default:
             continue
         kept[name] = key.effect(value) if key.effect else value
     return kept
+
+
+def needs_teacher(method: str) -> bool:
+    """Return whether the method learns from a teacher. One that nobody registered, as a plug-in's may be, does."""
+    registry.fill()
+    cls = registry.distillers.get(method)
+    return cls is None or cls.needs_teacher
 
 
 def _plain(value: object) -> object:

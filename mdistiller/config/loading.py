@@ -10,7 +10,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller import files, registry
-from mdistiller.config.keys import CFG, KEYS, Config, leaves, show
+from mdistiller.config.keys import CFG, KEYS, Config, leaves, needs_teacher, show
 from mdistiller.config.plugins import load_plugin
 from mdistiller.config.reading import read_yaml
 from mdistiller.errors import ConfigError, UserError
@@ -252,8 +252,9 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
     if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
         yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
-    if (flat["SOLVER.TRAINER"], flat["DISTILLER.TYPE"]) == ("dot", "NONE"):
-        yield "SOLVER.TRAINER: dot separates task from distillation, and NONE does not distil; set SOLVER.TRAINER base"
+    method = flat["DISTILLER.TYPE"]
+    if flat["SOLVER.TRAINER"] == "dot" and not needs_teacher(method):
+        yield f"SOLVER.TRAINER: dot separates task from distillation; {method} does not distil; set SOLVER.TRAINER base"
     for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
         if ".." in Path(flat[name]).parts or Path(flat[name]).is_absolute():
             yield f"{name}: must be a folder name below LOG.PREFIX; got {flat[name]!r}"

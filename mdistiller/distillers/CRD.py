@@ -106,6 +106,9 @@ class CRD(FeatureDistiller):
     accepted for mdistiller's YAML files; the widths are the models'.
     """
 
+    needs = ("num_data", "labels")
+    needs_features = ("pooled_feat",)
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg, num_data: int, labels: Tensor | None = None):
         cfg = cfg.CRD
         super().__init__(student, teacher, cfg.LOSS.CE_WEIGHT, cfg.LOSS.FEAT_WEIGHT)

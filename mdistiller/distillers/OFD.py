@@ -64,6 +64,8 @@ class OFD(FeatureDistiller):
     the ReLU covers only some of the stage's channels has no margins for the others and is refused.
     """
 
+    needs_features = ("preact_feats", "get_stage_channels", "get_bn_before_relu")
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT)
         channels = list(zip(student.get_stage_channels()[:0:-1], teacher.get_stage_channels()[:0:-1], strict=False))

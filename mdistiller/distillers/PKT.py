@@ -33,6 +33,8 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 class PKT(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * pkt_loss of the pooled features."""
 
+    needs_features = ("pooled_feat",)
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.PKT.LOSS.CE_WEIGHT, cfg.PKT.LOSS.FEAT_WEIGHT)
 

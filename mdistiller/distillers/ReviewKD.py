@@ -81,6 +81,8 @@ class ReviewKD(FeatureDistiller):
     from the models, the sizes from each batch.
     """
 
+    needs_features = ("feats", "preact_feats", "pooled_feat", "get_stage_channels")
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         cfg = cfg.REVIEWKD
         super().__init__(student, teacher, cfg.CE_WEIGHT, cfg.REVIEWKD_WEIGHT)

@@ -4,10 +4,15 @@ import importlib
 import pkgutil
 
 from mdistiller.config import load_plugin
+from mdistiller.distillers._adapter import adapt
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller, RuleDistiller, Vanilla
 from mdistiller.distillers.rules import register_rule
 from mdistiller.registry import distillers as distiller_dict
+
+register_method = register_distiller
+
+distiller_dict.accept = adapt
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -22,5 +27,6 @@ __all__ = [
     "distiller_dict",
     "load_plugin",
     "register_distiller",
+    "register_method",
     "register_rule",
 ]

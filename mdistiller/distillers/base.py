@@ -1,6 +1,6 @@
 """The contract of a method, the student alone, and the bases of the methods that need logits and features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
@@ -15,52 +15,60 @@ class Distiller(nn.Module):
 
     A method overrides `forward_train(image, target, **kwargs)`, which returns (student logits (B, K), {name: scalar
     loss}); kwargs hold at least `epoch` (from 1) and `index` (B,), the samples' places in the training set. The sum of
-    the losses is minimised.
+    the losses is minimised. The class attributes below declare what a method needs and gives.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module):
+    needs_teacher = True  # else it is built with None in the teacher's place
+    needs: tuple[str, ...] = ()  # arguments beside (student, teacher, cfg): num_data, the training set's labels (N,)
+    needs_features: tuple[str, ...] = ()  # parts of the models' feature contract that it reads
+    takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass
+    has_parts = False  # whether TEMPERATURE.PART applies
+    task_losses: Container[str] = ("loss_ce",)  # names of the losses that learn from labels; the others distil
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None):
         super().__init__()
         self.student = student
         self.teacher = teacher
 
     def train(self, mode: bool = True) -> "Distiller":
-        """The teacher stays in eval mode: its BatchNorm statistics are part of what it knows."""
+        """Set the mode, but leave the teacher in eval mode: its BatchNorm statistics are part of what it knows."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer gets: the student's parameters, and a method's own where it has some."""
+        """Return what the optimizer gets: the student's parameters, and a method's own where it has some."""
         return list(self.student.parameters())
 
     def get_extra_parameters(self) -> int:
-        """Number of parameters that the method adds to the student's."""
+        """Return the number of parameters that the method adds to the student's."""
         return 0
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the student's logits (B, K) and the losses of a training batch."""
         raise NotImplementedError
 
     def forward_test(self, image: Tensor) -> Tensor:
+        """Return the student's logits (B, K)."""
         return self.student(image)[0]
 
     def forward(self, **kwargs):
+        """Return `forward_train` of the arguments in training mode, `forward_test` of the image in eval mode."""
         if self.training:
             return self.forward_train(**kwargs)
         return self.forward_test(kwargs["image"])
 
 
 @register_distiller("NONE")
-class Vanilla(nn.Module):
+class Vanilla(Distiller):
     """The student alone, by cross entropy."""
 
-    def __init__(self, student: nn.Module):
-        super().__init__()
-        self.student = student
+    needs_teacher = False
+    task_losses = ("ce",)
 
-    get_learnable_parameters = Distiller.get_learnable_parameters
-    get_extra_parameters = Distiller.get_extra_parameters
-    forward_test = Distiller.forward_test
-    forward = Distiller.forward
+    def __init__(self, student: nn.Module, teacher: None = None, cfg=None):
+        super().__init__(student, None)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
         logits_student, _ = self.student(image)
@@ -75,13 +83,18 @@ class LogitDistiller(Distiller):
     sees a model: so it can be tested, reused and fed with stored teacher logits.
     """
 
+    takes_teacher_logits = True
+
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+        """Return {name: scalar loss} of logits (B, K) and labels (B,); kwargs: epoch, index."""
         raise NotImplementedError
 
     def forward_train(
         self, image: Tensor, target: Tensor, logits_teacher: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`logits_teacher` (B, K), where it is given, stands for the teacher's forward pass on `image`."""
+        """Return student logits (B, K) and losses. `logits_teacher` (B, K), where it is given, stands for the teacher's
+        forward pass on `image`.
+        """
         logits_student, _ = self.student(image)
         if logits_teacher is None:
             with torch.no_grad():
@@ -96,7 +109,6 @@ class RuleDistiller(LogitDistiller):
     """
 
     own_rule = "fixed"
-    has_parts = False  # whether TEMPERATURE.PART applies
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher)
@@ -107,8 +119,8 @@ class RuleDistiller(LogitDistiller):
     def soften(
         self, logits_student: Tensor, logits_teacher: Tensor, tau: float, observe: bool = True, **kwargs
     ) -> Temperatures:
-        """The rule's temperatures for logits (B, K); kwargs are those of `losses`. The observer sees them, unless
-        `observe` is False: a method that softens a batch more than once shows it once.
+        """Return the rule's temperatures for logits (B, K); kwargs are those of `losses`. The observer sees them,
+        unless `observe` is False: a method that softens a batch more than once shows it once.
         """
         temperatures = self.rule(logits_student, logits_teacher, tau, **kwargs)
         if observe and self.observer:
@@ -129,11 +141,14 @@ class FeatureDistiller(Distiller):
     the student, and counted as extra.
     """
 
+    needs_features = ("feats",)
+
     def __init__(self, student: nn.Module, teacher: nn.Module, ce_weight: float, feat_weight: float):
         super().__init__(student, teacher)
         self.ce_weight, self.feat_weight = ce_weight, feat_weight
 
     def own_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that are neither the student's nor the teacher's."""
         sides = ("student.", "teacher.")
         return [parameter for name, parameter in self.named_parameters() if not name.startswith(sides)]
 
@@ -144,7 +159,9 @@ class FeatureDistiller(Distiller):
         return sum(parameter.numel() for parameter in self.own_parameters())
 
     def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:
-        """A scalar from both models' features (feats, preact_feats, pooled_feat); kwargs: target (B,), epoch, index."""
+        """Return a scalar from both models' features (feats, preact_feats, pooled_feat); kwargs: target (B,), epoch,
+        index.
+        """
         raise NotImplementedError
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,7 +1,6 @@
 """From a configuration to a trainer: models, method, optimizer, data, teacher's logits."""
 
 import copy
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict, name_layers
+from mdistiller.models import cifar_model_dict, given_parts, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
@@ -29,7 +28,7 @@ from mdistiller.runs.stop import Stop
 
 def needs_teacher(cfg: CfgNode) -> bool:
     """Return whether the method that `cfg` names learns from a teacher."""
-    return getattr(distiller_dict[cfg.DISTILLER.TYPE], "needs_teacher", cfg.DISTILLER.TYPE != "NONE")
+    return distiller_dict[cfg.DISTILLER.TYPE].needs_teacher
 
 
 class Networks(NamedTuple):
@@ -60,25 +59,30 @@ def copy_model(given: nn.Module, layers: Sequence[str], size: int) -> nn.Module:
 def build_distiller(
     cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device, networks: Networks = NO_NETWORKS
 ) -> nn.Module:
-    """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`."""
-    cls = distiller_dict[cfg.DISTILLER.TYPE]
-    size, names = data.train_images.shape[1], cfg.DISTILLER
-    if networks.student is None:
-        student = build_model(names.STUDENT, data.num_classes)
-    else:
-        student = copy_model(networks.student, networks.student_layers, size)
-    if not needs_teacher(cfg):
-        return prepare_parts(cls(student), device)
-    if networks.teacher is None:
-        teacher = build_model(names.TEACHER, data.num_classes)
-    else:
-        teacher = copy_model(networks.teacher, networks.teacher_layers, size)
-    if teacher_file and networks.teacher is None:
-        checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file)
+    """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`.
+
+    Raises UserError where a network does not fit the data, or lacks features that the method compares.
+    """
+    cls, names, size = distiller_dict[cfg.DISTILLER.TYPE], cfg.DISTILLER, data.train_images.shape[1]
+
+    def network(name: str, given: nn.Module | None, layers: Sequence[str]) -> nn.Module:
+        model = build_model(name, data.num_classes) if given is None else copy_model(given, layers, size)
+        parts = given_parts(model, name, data.num_classes, size)
+        missing = [part for part in cls.needs_features if part not in parts]
+        if missing:
+            raise UserError(
+                f"{names.TYPE} compares features, and the model {name} does not give {', '.join(missing)}; take a "
+                "method that compares logits, such as KD, or let the model give them (docs/plugins.md)"
+            )
+        return model
+
+    student, teacher = network(names.STUDENT, networks.student, networks.student_layers), None
+    if cls.needs_teacher:
+        teacher = network(names.TEACHER, networks.teacher, networks.teacher_layers)
+        if teacher_file and networks.teacher is None:
+            checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
-    wanted = inspect.signature(cls).parameters
-    arguments = {name: value for name, value in offered.items() if name in wanted}
-    return prepare_parts(cls(student, teacher, cfg, **arguments), device)
+    return prepare_parts(cls(student, teacher, cfg, **{name: offered[name] for name in cls.needs}), device)
 
 
 def refuse_unused(cfg: CfgNode) -> None:
@@ -92,13 +96,13 @@ def refuse_unused(cfg: CfgNode) -> None:
     if (cfg.TEMPERATURE.RULE or cfg.EXPERIMENT.LOGIT_STAND) and not issubclass(cls, RuleDistiller):
         takers = [name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller)]
         raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
-    if cfg.TEMPERATURE.PART != "all" and not getattr(cls, "has_parts", False):
+    if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
         raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
 
 
 def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
     """Return the method on `device`, its models in the form that trains fastest there."""
-    for part in (distiller.student, getattr(distiller, "teacher", None)):
+    for part in (distiller.student, distiller.teacher):
         if part is not None:
             prepare(part, device)
     return distiller.to(device)
@@ -121,7 +125,7 @@ def build_trainer(
     cfg: CfgNode, distiller: nn.Module, workspace: Workspace, folder: Path, teacher_file: Path | None = None
 ) -> tuple[Trainer, str]:
     """Return the trainer of a run in `folder`, and a line about the bank of its teacher's logits."""
-    solver, teacher, data, device = cfg.SOLVER, getattr(distiller, "teacher", None), workspace.local, workspace.device
+    solver, teacher, data, device = cfg.SOLVER, distiller.teacher, workspace.local, workspace.device
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
     train = Batches(data.train_images, data.train_labels, data.mean, data.std, solver.BATCH_SIZE, augment, cfg.SEED)
     together = images_together(cfg.DATASET.TEST.BATCH_SIZE, data.test_images.shape[1], device)

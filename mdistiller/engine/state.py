@@ -18,7 +18,7 @@ class FrozenTeacher:
     """Tells whether the teacher is as its file has it: it does not learn, and the method has not written to it."""
 
     def __init__(self, distiller: nn.Module, learning: list[nn.Parameter]):
-        self.model = getattr(distiller, "teacher", None)
+        self.model = distiller.teacher
         self.shared = False  # whether other students read the same memory
         self._frozen = self.model is not None and {*self.model.parameters()}.isdisjoint(learning)
         self._sums = self._checksums()

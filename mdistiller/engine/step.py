@@ -159,7 +159,7 @@ class Step:
 
     def _buffers(self) -> list[Tensor]:
         """Return what a forward pass changes: all buffers but those of a teacher in eval mode."""
-        teacher = getattr(self.distiller, "teacher", None)
+        teacher = self.distiller.teacher
         frozen = teacher is not None and not teacher.training
         return [b for name, b in self.distiller.named_buffers() if not (frozen and name.startswith("teacher."))]
 
@@ -170,17 +170,14 @@ class Step:
         return int(self._first_bad)
 
     def distillation_gradients(self, losses: dict[str, Tensor]) -> list[Tensor | None]:
-        """Return gradients of all losses but the task's, by parameter of the DOT optimizer; the graph stays for
-        backward().
-
-        A task's loss has "ce" in its name, as a word of its own: ce, loss_ce. Raises RunFailed where the method's
-        losses are not of both kinds.
+        """Return the gradients of all losses but the method's `task_losses`, by parameter of the DOT optimizer; the
+        graph stays for backward(). Raises RunFailed where the method's losses are not of both kinds.
         """
-        distillation = [loss for name, loss in losses.items() if "ce" not in name.split("_")]
+        distillation = [loss for name, loss in losses.items() if name not in self.distiller.task_losses]
         if not 0 < len(distillation) < len(losses):
             names = [name for name, cls in distiller_dict.items() if cls is type(self.distiller)]
             raise RunFailed(
-                f"SOLVER.TRAINER: dot needs a task loss (named ..._ce) and another one, and "
+                f"SOLVER.TRAINER: dot needs a task loss (such as loss_ce) and another one, and "
                 f"{(names or [type(self.distiller).__name__])[0]} gives {', '.join(losses)}; set SOLVER.TRAINER base"
             )
         loss = self.scaler.scale(sum(distillation))

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 
 from mdistiller.models._common import default_checkpoint, register_model
+from mdistiller.models._contract import given_parts
 from mdistiller.models._layers import name_layers
 from mdistiller.registry import cifar_models as cifar_model_dict
 from mdistiller.registry import imagenet_models as imagenet_model_dict
@@ -14,4 +15,11 @@ for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["cifar_model_dict", "default_checkpoint", "imagenet_model_dict", "name_layers", "register_model"]
+__all__ = [
+    "cifar_model_dict",
+    "default_checkpoint",
+    "given_parts",
+    "imagenet_model_dict",
+    "name_layers",
+    "register_model",
+]

@@ -25,9 +25,17 @@ def default_checkpoint(name: str, dataset: str = "cifar100") -> str:
 
 
 def register_model(constructor: Callable) -> Callable:
-    """Enter `constructor(num_classes=...)` into cifar_model_dict under its own name."""
-    cifar_models[constructor.__name__] = (constructor, default_checkpoint(constructor.__name__))
+    """Enter `constructor(num_classes=...)`, a class or function, under its own name into cifar_model_dict."""
+    cifar_models[constructor.__name__] = constructor
     return constructor
+
+
+def entry(name: str, constructor: object) -> object:
+    """Return what cifar_model_dict holds for a bare constructor: the pair with its default teacher checkpoint."""
+    return (constructor, default_checkpoint(name)) if callable(constructor) else constructor
+
+
+cifar_models.accept = entry
 
 
 def features(feats: list[Tensor], preact_feats: list[Tensor], pooled_feat: Tensor) -> dict:

@@ -28,8 +28,6 @@ class VGG(nn.Module):
     fourth as well where it is 64 pixels high.
     """
 
-    compiles_well = False  # max-pooling's compiled backward pass costs more than all the rest gains
-
     def __init__(self, counts: tuple[int, int, int, int, int], num_classes: int = 100):
         super().__init__()
         in_channels = 3

@@ -1,0 +1,32 @@
+"""What a network gives of the feature contract, found out by one image."""
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.errors import UserError
+
+METHODS = ("get_stage_channels", "get_bn_before_relu")
+
+
+@torch.no_grad()
+def given_parts(network: nn.Module, name: str, num_classes: int, size: int) -> set[str]:
+    """Return the parts of the feature contract that `network` gives: names of features and of METHODS.
+
+    It sees one black image of `size` x `size` pixels in eval mode, which leaves no trace. Raises UserError where it
+    fails, or where its logits are not (1, num_classes).
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            output = network.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # whatever a forward() of the user's raises
+        reason = str(error).split("\n")[0]
+        raise UserError(f"the model {name} fails on an image of shape (1, 3, {size}, {size}): {reason}") from None
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    logits, feats = output if isinstance(output, tuple) and len(output) == 2 else (output, {})
+    if not (isinstance(logits, Tensor) and logits.shape == (1, num_classes)):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the model {name} must give logits (1, {num_classes}) for one image; it gives {got}")
+    return {*feats, *(method for method in METHODS if hasattr(network, method))}
