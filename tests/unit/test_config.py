@@ -1,7 +1,7 @@
 import pytest
 from helpers import ROOT
 
-from mdistiller.config import leaves
+from mdistiller.config import KEYS, computed, leaves
 from mdistiller.engine.cfg import CFG, describe, load
 from mdistiller.errors import ConfigError
 from mdistiller.registry import Registry
@@ -41,6 +41,7 @@ def test_yaml_then_overrides(tmp_path):
     assert type(cfg.SOLVER.LR) is float
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.LR_DECAY_STAGES, cfg.EXPERIMENT.TAG) == (3, [1, 2], "7")
     assert CFG.SOLVER.EPOCHS == 240
+    assert cfg.overrides[0] == ("SOLVER.EPOCHS", "3") and len(cfg.clone().overrides) == 3 and not CFG.overrides
     with pytest.raises(AttributeError):
         cfg.SOLVER.LR = 3.0  # frozen
 
@@ -90,26 +91,19 @@ def test_base_files_inherit_and_cycles_are_named(tmp_path):
         (["SOLVER.LR_DECAY_STAGES", "150"], "SOLVER.LR_DECAY_STAGES", "a list"),
         (["SOLVER.LR_DECAY_STAGES", "[1.5]"], "SOLVER.LR_DECAY_STAGES", "a list"),
         (["SOLVER.LR_DECAY_STAGES", "[180,150]"], "SOLVER.LR_DECAY_STAGES", "rising order"),
-        (["SOLVER.LR", "-0.1"], "SOLVER.LR", "greater than 0"),
         (["SOLVER.LR", "0"], "SOLVER.LR", "greater than 0"),
         (["SOLVER.LR", "1e999"], "SOLVER.LR", "finite"),
         (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS", "at least 1"),
-        (["SOLVER.BATCH_SIZE", "0"], "SOLVER.BATCH_SIZE", "at least 1"),
-        (["DATASET.TEST.BATCH_SIZE", "-1"], "DATASET.TEST.BATCH_SIZE", "at least 1"),
         (["SOLVER.MOMENTUM", "1"], "SOLVER.MOMENTUM", "[0, 1)"),
         (["SOLVER.AMP", "bf61"], "SOLVER.AMP", "did you mean bf16?"),
         (["SOLVER.TYPE", "Adam"], "SOLVER.TYPE", "known: SGD"),
         (["DEVICE", "gpu"], "DEVICE", "cuda"),
         (["SEED", "-1"], "SEED", "[0, 2**32)"),
         (["DISTILLER.TYPE", "dtkd"], "DISTILLER.TYPE", "did you mean DTKD?"),
-        (["DISTILLER.TEACHER", "resnet57"], "DISTILLER.TEACHER", "did you mean resnet56?"),
         (["DISTILLER.STUDENT", "mobilenetv2"], "DISTILLER.STUDENT", "did you mean MobileNetV2?"),
         (["DATASET.TYPE", "cifar"], "DATASET.TYPE", "did you mean cifar"),
         (["KD.TEMPERATURE", "0"], "KD.TEMPERATURE", "greater than 0"),
-        (["DTKD.T", "-4"], "DTKD.T", "greater than 0"),
         (["MLKD.TEMPERATURES", "[2, 0]"], "MLKD.TEMPERATURES", "greater than 0"),
-        (["CRD.NCE.K", "0"], "CRD.NCE.K", "at least 1"),
-        (["AT.P", "0"], "AT.P", "greater than 0"),
         (["FITNET.INPUT_SIZE", "[0, 0]"], "FITNET.INPUT_SIZE", "two sizes"),
         (["SOLVER.TRAINER", "dot"], "SOLVER.TRAINER", "set SOLVER.TRAINER base"),
         (["DTKD.WARMUP", "-1"], "DTKD.WARMUP", "0 or more"),
@@ -126,23 +120,39 @@ def test_a_mistake_is_one_line_that_says_what_to_type(opts, key, says):
     assert "\n" not in line
 
 
+def test_every_check_passes_its_default_and_says_what_it_wants():
+    for name, key in KEYS.items():
+        assert key.doc and (key.check is None or key.check.problem(key.default) is None), name
+        if key.check and key.check.names is None:
+            assert key.check.wanted.startswith("must "), name
+
+
+def test_what_is_computed_is_a_runs_identity():
+    """Neither places nor ways, nor what nothing reads; a key that is not given has its default."""
+
+    def same(one, other):
+        return computed(load(None, one)) == computed(load(None, other))
+
+    kd = ["DISTILLER.TYPE", "KD"]
+    assert same(kd, [*kd, "LOG.PREFIX", "/x", "DEVICE", "cuda", "SOLVER.STEP", "eager", "DATASET.TEST.BATCH_SIZE", "1"])
+    assert same(kd, [*kd, "TEACHER_BANK", "full"]) and not same(kd, [*kd, "TEACHER_BANK", "off"])
+    assert same([], ["DISTILLER.TEACHER", "resnet20", "TEMPERATURE.RULE", "std"]), "there is no teacher"
+    assert not same(kd, [*kd, "DISTILLER.TEACHER", "resnet20"])
+    assert same(kd, [*kd, "DATASET.ROOT", "/x"])
+    npz = [*kd, "DATASET.TYPE", "npz", "DATASET.ROOT"]
+    assert not same([*npz, "a.npz"], [*npz, "b.npz"]), "the images are that file"
+    assert computed({"DISTILLER": {"TYPE": "KD"}}) == computed(load(None, kd))
+
+
 def test_all_mistakes_come_together():
     lines = problems(opts=["SOLVER.LRR", "1", "SOLVER.EPOCHS", "0", "DISTILLER.TYPE", "KDD", "SEED", "x"])
     assert [line.split(":")[0] for line in lines] == ["SOLVER.LRR", "SEED", "DISTILLER.TYPE", "SOLVER.EPOCHS"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[1, 2]",
-        "SOLVER: [",
-        "a: b: c",
-        "SOLVER: {LR: 1, LR: 2}",
-        "!!python/object/apply:os.system ['true']",
-        "\x00",
-        "5",
-    ],
-)
+BAD = ["[1, 2]", "SOLVER: [", "SOLVER: {LR: 1, LR: 2}", "!!python/object/apply:os.system ['true']", "\x00", "5"]
+
+
+@pytest.mark.parametrize("text", [*BAD, "SOLVER: &a {LR: 1}\nLOG: *a"])
 def test_a_bad_file_is_refused(tmp_path, text):
     (line,) = problems(write(tmp_path, text))
     assert str(tmp_path / "x.yaml") in line
