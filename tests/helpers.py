@@ -39,6 +39,7 @@ METHODS = sorted(name for name, cls in distiller_dict.items() if cls.__module__.
 # one method of each kind of state that a run may keep: none but the student's; a record of temperatures; a memory of
 # the samples, and numbers drawn on the device; views drawn on the host; a learned temperature; learned parameters
 KINDS = ["NONE", "DTKD", "CRD", "MLKD", "CTKD", "VID"]
+DRAWING = ("CRD", "MLKD")  # random numbers in a step, on its device
 
 
 def cases(names: list[str], on_cuda: tuple[str, ...]) -> list:
