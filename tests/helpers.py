@@ -114,7 +114,8 @@ def make_trainer(
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
-    given = images, torch.arange(samples, device=device) % 10, (0.5,) * 3, (0.25,) * 3, 16
+    labels = torch.arange(samples, device=device) % 10
+    given = images, labels, (0.5,) * 3, (0.25,) * 3, 16
     data = Batches(*given, "crop_flip", seed)
     torch.manual_seed(1)
     teacher = build_model("resnet14", 10)
@@ -122,9 +123,9 @@ def make_trainer(
     student = build_model("resnet8", 10)
     cfg = config.CFG.clone()
     cfg.CRD.NCE.K, cfg.CRD.FEAT.DIM = 8, 8
-    cls = plugin or distiller_dict[method]
-    extra = {"num_data": samples} if method == "CRD" else {}
-    distiller = prepare_parts(cls(student) if method == "NONE" else cls(student, teacher, cfg, **extra), device).train()
+    cls, offered = plugin or distiller_dict[method], {"num_data": samples, "labels": labels.cpu()}
+    distiller = cls(student, teacher if cls.needs_teacher else None, cfg, **{name: offered[name] for name in cls.needs})
+    distiller = prepare_parts(distiller, device).train()
     parameters = distiller.get_learnable_parameters()
     optimizer = DOT(parameters, 0.9, 5e-4, 0.075) if dot else sgd(parameters, 0.9, 5e-4)
     ahead = isinstance(distiller, LogitDistiller) if ahead is None else ahead

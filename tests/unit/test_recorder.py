@@ -1,0 +1,47 @@
+"""Rows and lines of a run, and the signals that stop it."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from mdistiller.runs.recorder import Recorder, line_of, read_metrics
+from mdistiller.runs.stop import Stop
+
+
+def test_columns_align():
+    row = dict.fromkeys(["train_loss", "train_acc", "test_acc", "test_acc_top5", "best_acc", "epoch_seconds"], 7.0)
+    row |= {"images_per_second": 10.0, "lr": 0.05, "epoch": 9, "best_epoch": 9}
+    late = row | {"epoch": 210, "best_epoch": 109, "test_acc": 71.25, "lr": 5e-4}
+    lines = [line_of(one, 240, 5) for one in (row, late)]
+    assert len({line.index("top-5") for line in lines}) == len({line.index("img/s") for line in lines}) == 1
+
+
+def test_what_a_crash_left_behind_is_removed(tmp_path):
+    rows = [{"epoch": 1, "x": 1}, {"epoch": 2, "x": 2}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"epoch": 3, "x"')
+    (tmp_path / "worklog.txt").write_text("head\n  indented\nepoch 1/3  a\nepoch 2/3  b\nepoch 3")
+    Recorder(tmp_path, 3, done=1, log=len("head\n  indented\nepoch 1/3  a\n")).close()
+    assert read_metrics(tmp_path) == rows[:1]
+    assert (tmp_path / "worklog.txt").read_text() == "head\n  indented\nepoch 1/3  a\n"
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
