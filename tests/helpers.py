@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +28,7 @@ from mdistiller.engine.solver import DOT, MultiStep, set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep
 from mdistiller.engine.trainer import Options, Trainer
+from mdistiller.errors import run_command
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import read_metrics
@@ -204,24 +208,44 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def forked(work) -> int:
-    """Run `work()` in a forked child with its output thrown away; returns the child's process id."""
+def forked(work: Callable[[], None], errors: str | Path = os.devnull) -> int:
+    """Run `work()` in a forked child, which takes no time to start, with its output thrown away and its stderr in the
+    file `errors`. Return the child's process id; it ends with the status that a command would end with.
+    """
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        for descriptor in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")  # noqa: SIM115
-        work()
+        for descriptor, path in ((1, os.devnull), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+        run_command(work)
         status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
 
+def status_of(child: int) -> int:
+    """Wait for the child's end. Return its exit status, negative for the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def killed(child: int) -> bool:
-    """Wait for the child; whether a SIGKILL ended it. It must not have failed."""
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL), "a resumed run failed"
-    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    """Wait for the child's end. Return whether a SIGKILL ended it. It must not have failed."""
+    status = status_of(child)
+    assert status in (0, -signal.SIGKILL), "a resumed run failed"
+    return status == -signal.SIGKILL
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Return as soon as `condition()` is true, which must not take a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -5,12 +5,13 @@ python3 tools/eval.py -m resnet32x4 -c pretrain -d cifar100 -bs 256
 """
 
 import argparse
+from collections.abc import Sequence
 
 from mdistiller.config import KEYS
 from mdistiller.errors import run_command
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", required=True, help="a name of cifar_model_dict")
     parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint, or pretrain: the default teacher file")
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="none", choices=KEYS["SOLVER.AMP"].check.names)
-    a = parser.parse_args()
+    a = parser.parse_args(words)
 
     from mdistiller.device import check_amp, resolve_device  # torch takes seconds to import, and --help needs none
     from mdistiller.engine.evaluator import evaluate_checkpoint

@@ -6,15 +6,16 @@ Exit status: 1 where the step goes bad again, 0 where it does not, 2 for a file 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from mdistiller.errors import run_command
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="bad_batch,... in the run's folder")
-    file = parser.parse_args().file
+    file = parser.parse_args(words).file
 
     from mdistiller.engine.replay import replay  # torch takes seconds to import, and --help needs none
 

@@ -111,7 +111,7 @@ class RunFolder:
         if bad:
             raise UserError(f"--resume: {file}: {bad} holds a value of another kind; start a new run without --resume")
         then, now = config.computed(then), config.computed(cfg)
-        ignored = {"SOLVER.EPOCHS"}
+        ignored = {"SOLVER.EPOCHS", "DATASET.ROOT"}  # a file may have moved: the digest of its images is compared
         if not issubclass(distiller_dict[cfg.DISTILLER.TYPE], LogitDistiller):
             ignored |= {"TEACHER_BANK", "TEACHER_BANK_DTYPE"}
         differ = [k for k in now if k in then and then[k] != now[k] and k not in ignored]

@@ -1,0 +1,169 @@
+"""Runs that are stopped or killed, and go on to the same end, bit for bit."""
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import GPU, KINDS, forked, killed, outcome, run, same, save_teacher, stopping_after
+
+from mdistiller.engine import build
+from mdistiller.engine.solver import zero_momenta
+from mdistiller.errors import Preempted, UserError
+from mdistiller.runs.keeper import Keeper
+from mdistiller.runs.recorder import read_metrics
+from mdistiller.runs.temperature import read_record
+
+
+def assert_same_run(one, other):
+    """The folders hold the same state, rows and record of temperatures."""
+    assert same(outcome(one), outcome(other))
+    if (one / "temperatures.bin").exists():
+        assert (one / "temperatures.bin").read_bytes() == (other / "temperatures.bin").read_bytes()
+
+
+@pytest.mark.parametrize(("method", "solver"), [*((name, "base") for name in KINDS), ("CRD", "dot"), ("VID", "dot")])
+def test_a_stopped_run_goes_on_at_the_very_step(small, tmp_path, stop_after, method, solver):
+    opts = [*small, "DISTILLER.TYPE", method, "SOLVER.TRAINER", solver]
+    whole = run(opts, tmp_path / "whole")
+    for items in (2, 2):  # after step 2 of epoch 1; then in its evaluation, which comes again
+        stop_after(items)
+        with pytest.raises(Preempted, match="SIGTERM in epoch 1"):
+            run(opts, tmp_path / "parts", resume="auto")
+    stop_after(0)
+    parts = run(opts, tmp_path / "parts", resume=True)
+    assert_same_run(whole, parts)
+    log = (parts / "worklog.txt").read_text()
+    assert [log.count(words) for words in ("stopped by", "resumed after", "epoch 1/2", "epoch 2/2")] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["DTKD", "CRD", "MLKD"])
+def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(small, tmp_path, monkeypatch, method):
+    """The child writes one after the first step of epoch 2, and dies while it handles the third."""
+    opts = [*small, "DISTILLER.TYPE", method]
+    calls = iter(range(100))
+
+    class Killed(stopping_after(7)):  # three steps and a test in epoch 1, three steps in epoch 2
+        signal = property(lambda self: "", lambda self, name: name and os.kill(os.getpid(), signal.SIGKILL))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Keeper, "due", lambda self: next(calls) == 3)
+        patched.setattr(build, "Stop", Killed)
+        assert killed(forked(lambda: run(opts, tmp_path / "killed")))
+    folder = run(opts, tmp_path / "killed", resume="auto")
+    assert "resumed after epoch 1 of 2, 1 steps into the next" in (folder / "worklog.txt").read_text()
+    assert_same_run(run(opts, tmp_path / "whole"), folder)
+
+
+def test_a_damaged_latest_costs_one_checkpoint(small, tmp_path, capsys):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.EPOCHS", "3"]
+    whole, folder = run(opts, tmp_path / "whole"), run(opts, tmp_path / "hurt")
+    data = (folder / "latest").read_bytes()
+    (folder / "latest").unlink()  # best has the same contents under another name
+    (folder / "latest").write_bytes(data[: len(data) // 2])
+    run(opts, tmp_path / "hurt", resume=True)
+    said = capsys.readouterr().out
+    assert "going on from the checkpoint before it" in said and "resumed after epoch 2 of 3" in said
+    assert_same_run(whole, folder)
+
+
+def test_another_teacher_or_other_data_are_refused(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    folder = run(opts, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    other = save_teacher(tmp_path / "other", "resnet14", 10)
+    state = torch.load(other, weights_only=True)
+    state["model"]["fc.bias"][0] += 1
+    torch.save(state, other)
+    with np.load(small[small.index("DATASET.ROOT") + 1]) as file:
+        arrays = dict(file)
+    arrays["train_images"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    for key, path in (("DISTILLER.TEACHER_CKPT", other), ("DATASET.ROOT", tmp_path / "other.npz")):
+        with pytest.raises(UserError, match=f"in {key} is not what this run was started with"):
+            run([*opts, key, str(path)], tmp_path, resume=True, SOLVER__EPOCHS=3)
+    del before[".lock"]
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}, "nothing is written"
+
+
+@pytest.mark.parametrize("change", ["summary first", "gone", "junk"])
+def test_a_record_that_lacks_epochs_costs_no_run(small, tmp_path, capsys, change):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    first = {"LOG__TEMPERATURE": "summary"} if change == "summary first" else {}
+    folder = run(opts, tmp_path, SOLVER__EPOCHS=1, **first)
+    if change == "gone":
+        (folder / "temperatures.bin").unlink()
+    if change == "junk":
+        (folder / "temperatures.bin").write_bytes(b"junk" * 5000)
+    for epochs in (2, 3):
+        run(opts, tmp_path, resume=True, SOLVER__EPOCHS=epochs)
+    assert capsys.readouterr().out.count("has nothing of 1 finished epochs") == 1
+    values = read_record(folder / "temperatures.bin").values
+    assert [bool(np.isnan(epoch).all()) for epoch in values] == [True, False, False]
+
+
+def test_more_epochs_take_the_teacher_that_the_run_was_started_with(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place = small.index("DISTILLER.TEACHER_CKPT")
+    opts = [*small[:place], *small[place + 2 :], "DISTILLER.TYPE", "KD", "DISTILLER.TRAIN_TEACHER", "True"]
+    run(opts, tmp_path / "out", SOLVER__EPOCHS=1)
+    folder = run(opts, tmp_path / "out", resume="auto", SOLVER__EPOCHS=2)
+    assert len(read_metrics(folder)) == 2
+    assert capsys.readouterr().out.count("comes first") == 1
+
+
+def test_a_run_goes_on_with_the_kernels_of_another_device(small, tmp_path, monkeypatch, stop_after):
+    stop_after(2)
+    with pytest.raises(Preempted):
+        run(small, tmp_path)
+    stop_after(0)
+
+    def fused(parameters, momentum, weight_decay):
+        optimizer = torch.optim.SGD([*parameters], 0.0, momentum, weight_decay=weight_decay, fused=True)
+        zero_momenta(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(build, "sgd", fused)
+    assert [row["epoch"] for row in read_metrics(run(small, tmp_path, resume=True))] == [1, 2]
+
+
+# The same seed gives the same student, whatever looks on
+
+
+def test_nothing_that_looks_on_changes_the_student(small, tmp_path, save_every_step):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    expected = outcome(run(opts, tmp_path / "0", LOG__TEMPERATURE="off"))[0]
+    key, often = save_every_step
+    changes = [
+        {"LOG__TEMPERATURE": "summary"},
+        {"LOG__TEMPERATURE": "samples"},
+        {"LOG__TENSORBOARD_FREQ": 1, "LOG__SAVE_CHECKPOINT_FREQ": 1},
+        {key: often},
+        {"DETERMINISTIC": True},
+        {"SOLVER__NAN_POLICY": "skip"},
+        {"DATASET__TEST__BATCH_SIZE": 7},
+    ]
+    for number, change in enumerate(changes, 1):
+        state = outcome(run(opts, tmp_path / str(number), **change))[0]
+        assert same(state["model"], expected["model"]), change
+        assert same(state["optimizer"], expected["optimizer"]), change
+    torch.use_deterministic_algorithms(False)
+    other = outcome(run(opts, tmp_path / "seed", SEED=1))[0]
+    assert not same(other["model"], expected["model"])
+
+
+def test_a_clock_that_jumps_changes_nothing(small, tmp_path, monkeypatch):
+    expected = run(small, tmp_path / "a")
+    jumps = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
+    assert same(outcome(expected), outcome(run(small, tmp_path / "b")))
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=GPU) for name in ("NONE", "DTKD", "CRD")])
+def test_deterministic_runs_on_cuda_give_the_same_bits(small, tmp_path, method):
+    opts = [*small, "DISTILLER.TYPE", method, "DEVICE", "cuda", "DETERMINISTIC", "True"]
+    assert same(*(outcome(run(opts, tmp_path / name)) for name in "ab"))
+    torch.use_deterministic_algorithms(False)
