@@ -1,5 +1,6 @@
 """The reference figures of ../shared/reference, and the rule by which they fill a module (see its README)."""
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/reference is not here")
 
 
+@functools.cache
 def golden() -> dict[str, np.ndarray]:
     """Every array of every golden file, by its key; empty where the folder is missing."""
     arrays: dict[str, np.ndarray] = {}

@@ -8,6 +8,7 @@ from mdistiller import files
 from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._images import Batch, Batches, ImageSet
 from mdistiller.dataset._registry import register_dataset
+from mdistiller.errors import UserError
 from mdistiller.registry import datasets as dataset_dict
 
 for _module in pkgutil.iter_modules(__path__):
@@ -19,7 +20,10 @@ def load_dataset(name: str, root: str | Path) -> ImageSet:
     """Return the data set `name`, read from `root`. Raises UserError with one line where the files are missing or
     bad.
     """
-    return dataset_dict[name](files.expand(root))
+    data = dataset_dict[name](files.expand(root))
+    if not isinstance(data, ImageSet):
+        raise UserError(f"the data set {name} must be an ImageSet, which image_set makes; got {type(data).__name__}")
+    return data
 
 
 __all__ = ["Batch", "Batches", "ImageSet", "dataset_dict", "image_set", "load_dataset", "register_dataset"]

@@ -64,10 +64,12 @@ class OFD(FeatureDistiller):
     the ReLU covers only some of the stage's channels has no margins for the others and is refused.
     """
 
-    needs_features = ("preact_feats", "get_stage_channels", "get_bn_before_relu")
+    needs_features = ("preact_feats", "get_stage_channels")
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT)
+        if not hasattr(teacher, "get_bn_before_relu"):
+            refuse("OFD", student, teacher, "the teacher has no get_bn_before_relu()")
         channels = list(zip(student.get_stage_channels()[:0:-1], teacher.get_stage_channels()[:0:-1], strict=False))
         channels.reverse()
         self.stages = len(channels)

@@ -5,12 +5,10 @@ from torch import Tensor, nn
 
 from mdistiller.errors import UserError
 
-METHODS = ("get_stage_channels", "get_bn_before_relu")
-
 
 @torch.no_grad()
 def given_parts(network: nn.Module, name: str, num_classes: int, size: int) -> set[str]:
-    """Return the parts of the feature contract that `network` gives: names of features and of METHODS.
+    """Return the parts of the feature contract that `network` gives: names of features, get_stage_channels.
 
     It sees one black image of `size` x `size` pixels in eval mode, which leaves no trace. Raises UserError where it
     fails, or where its logits are not (1, num_classes).
@@ -29,4 +27,4 @@ def given_parts(network: nn.Module, name: str, num_classes: int, size: int) -> s
     if not (isinstance(logits, Tensor) and logits.shape == (1, num_classes)):
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model {name} must give logits (1, {num_classes}) for one image; it gives {got}")
-    return {*feats, *(method for method in METHODS if hasattr(network, method))}
+    return {*feats} | ({"get_stage_channels"} if hasattr(network, "get_stage_channels") else set())

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +9,6 @@ from torch import nn
 from mdistiller import config
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.run import train
 from mdistiller.engine.solver import DOT, set_lr, sgd
 from mdistiller.engine.step import Meter, Step
 from mdistiller.errors import ConfigError, UserError
@@ -101,14 +99,11 @@ def test_resumes_exactly():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("names", [("ce",), ("loss_kd",), ("loss_a", "loss_b"), ("loss_ce", "ce")])
-def test_losses_of_one_kind_are_refused_by_name(names):
-    model = TwoLosses(names)
-    with pytest.raises(UserError, match=f"TwoLosses gives {', '.join(names)}; set SOLVER.TRAINER base"):
-        run(model, DOT(model.parameters(), 0.9, 0.0, 0.075), batches(1))
-
-
-def test_none_is_refused_by_its_registered_name():
+def test_losses_of_one_kind_are_refused_by_name():
+    for names in (("ce",), ("loss_kd",), ("loss_a", "loss_b"), ("loss_ce", "ce")):
+        model = TwoLosses(names)
+        with pytest.raises(UserError, match=f"TwoLosses gives {', '.join(names)}; set SOLVER.TRAINER base"):
+            run(model, DOT(model.parameters(), 0.9, 0.0, 0.075), batches(1))
     model = distiller_dict["NONE"](cifar_model_dict["resnet8"][0](num_classes=10)).train()
     batch = Batch(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
     with pytest.raises(UserError, match="NONE gives ce"):
@@ -125,61 +120,12 @@ def test_a_method_with_parameters_of_its_own():
     assert all(p.isfinite().all() for p in distiller.get_learnable_parameters())
 
 
-@pytest.mark.parametrize(
-    ("momentum", "delta", "legal"), [(0.9, 0.075, 1), (0.9, 0.1, 0), (0.05, 0.075, 0), (0.9, -1.0, 0)]
-)
-def test_momenta_stay_in_range(momentum, delta, legal):
-    opts = [
-        "SOLVER.TRAINER",
-        "dot",
-        "DISTILLER.TYPE",
-        "KD",
-        "SOLVER.MOMENTUM",
-        str(momentum),
-        "SOLVER.DOT.DELTA",
-        str(delta),
-    ]
-    if legal:
-        assert config.load(None, opts).SOLVER.DOT.DELTA
-    else:
-        with pytest.raises(ConfigError, match="SOLVER.DOT.DELTA"):
-            config.load(None, opts)
-    config.load(None, opts[2:])  # without dot, DELTA means nothing
-
-
-@pytest.mark.parametrize("method", ["CRD", "VID"])
-def test_a_run_resumes_with_all_that_it_keeps(method, tmp_path):
-    """Two epochs at once and one after the other end in the same state: buffers, own parameters, both momenta."""
-    torch.manual_seed(0)
-    torch.save({"model": cifar_model_dict["resnet8"][0](num_classes=10).state_dict()}, tmp_path / "teacher")
-    data = np.random.RandomState(0)
-    np.savez(
-        tmp_path / "data.npz",
-        **{f"{part}_images": data.randint(0, 256, (24, 16, 16, 3)).astype(np.uint8) for part in ("train", "test")},
-        **{f"{part}_labels": np.arange(24) % 10 for part in ("train", "test")},
-    )
-    opts = {
-        "DISTILLER.TYPE": method,
-        "DISTILLER.TEACHER": "resnet8",
-        "DISTILLER.STUDENT": "resnet8",
-        "DISTILLER.TEACHER_CKPT": str(tmp_path / "teacher"),
-        "DATASET.TYPE": "npz",
-        "DATASET.ROOT": str(tmp_path / "data.npz"),
-        "SOLVER.TRAINER": "dot",
-        "SOLVER.BATCH_SIZE": "12",
-        "CRD.NCE.K": "8",
-        "DEVICE": "cpu",
-        "LOG.PREFIX": str(tmp_path),
-    }
-
-    def checkpoint(name: str, epochs: int, resume: bool = False) -> dict:
-        chosen = opts | {"EXPERIMENT.NAME": name, "SOLVER.EPOCHS": str(epochs)}
-        folder = train(config.load(None, [part for item in chosen.items() for part in item]), resume=resume)
-        return torch.load(f"{folder['folder']}/latest", weights_only=True)
-
-    whole = checkpoint("whole", 2)
-    checkpoint("halves", 1)
-    halves = checkpoint("halves", 2, resume=True)
-    assert all(torch.equal(value, halves["model"][key]) for key, value in whole["model"].items())
-    for key, state in whole["optimizer"]["state"].items():
-        assert all(torch.equal(value, halves["optimizer"]["state"][key][name]) for name, value in state.items())
+def test_momenta_stay_in_range():
+    for momentum, delta, legal in ((0.9, 0.075, True), (0.9, 0.1, False), (0.05, 0.075, False), (0.9, -1.0, False)):
+        opts = ["DISTILLER.TYPE", "KD", "SOLVER.MOMENTUM", momentum, "SOLVER.DOT.DELTA", delta]
+        config.load(None, opts)  # without dot, DELTA means nothing
+        if legal:
+            assert config.load(None, [*opts, "SOLVER.TRAINER", "dot"]).SOLVER.DOT.DELTA
+        else:
+            with pytest.raises(ConfigError, match="SOLVER.DOT.DELTA"):
+                config.load(None, [*opts, "SOLVER.TRAINER", "dot"])

@@ -1,0 +1,369 @@
+"""One contract over the whole registry: what every method keeps, whoever wrote it; and every pair that fits."""
+
+import copy
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import reference
+import torch
+from helpers import METHODS
+from torch import nn
+from torch.nn import functional as F
+
+import mdistiller.losses as L
+from mdistiller import config
+from mdistiller.device import prepare
+from mdistiller.distillers import Distiller, LogitDistiller, distiller_dict
+from mdistiller.engine.build import prepare_parts
+from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict
+
+DISTILS = [name for name in METHODS if name != "NONE"]
+# Identical networks cost nothing, where the maths says so: the others have modules of their own between the two, or
+# compare different things on the two sides (TTM, WTTM: another temperature; RLD: the teacher's mistakes).
+ZERO = ("AT", "CTKD", "DIST", "DKD", "DTKD", "KD", "KDSVD", "MLKD", "NORMKD", "NST", "PKT", "RKD", "SP")
+FEATURES = [name for name in METHODS if distiller_dict[name].needs_features]
+STANDARDISED = ["EXPERIMENT.LOGIT_STAND", "True"]
+LOGIT = {name: (name, []) for name in DISTILS if name not in FEATURES} | {
+    "LSKD": ("KD", STANDARDISED),
+    "CTKD instance": ("CTKD", ["TEMPERATURE.LEARNED.MODE", "instance"]),
+    "CTKD standardised": ("CTKD", STANDARDISED),
+    "MLKD standardised": ("MLKD", STANDARDISED),
+}
+
+
+def model(name, num_classes=10):
+    torch.manual_seed(len(name))
+    return cifar_model_dict[name][0](num_classes=num_classes)
+
+
+def build(method, student=None, teacher=None, *opts):
+    """In training, resnet14 -> resnet8 on ten classes unless told otherwise; CRD over 20 samples."""
+    cfg = config.load(None, ["CRD.NCE.K", "6", "CRD.FEAT.DIM", "8", *opts])
+    extra = {"num_data": 20, "labels": torch.arange(20) % 10}
+    cls = distiller_dict[method]
+    parts = student or model("resnet8"), teacher or model("resnet14") if cls.needs_teacher else None
+    return cls(*parts, cfg, **{name: extra[name] for name in cls.needs}).train()
+
+
+def batch(size=4):
+    torch.manual_seed(0)
+    index = torch.arange(size)
+    return {"image": torch.randn(size, 3, 32, 32), "target": index % 10, "index": index, "epoch": 3}
+
+
+def test_the_registry_is_the_published_list_and_declares_itself():
+    names = "NONE KD DTKD FITNET AT NST PKT KDSVD OFD RKD VID SP CRD REVIEWKD DKD CTKD MLKD DIST NORMKD TTM WTTM RLD"
+    assert set(METHODS) == set(names.split())
+    for name in METHODS:
+        cls = distiller_dict[name]
+        assert issubclass(cls, Distiller) and cls.needs_teacher is (name != "NONE")
+        assert cls.takes_teacher_logits is issubclass(cls, LogitDistiller) is (name in LOGIT)
+    assert {name for name in METHODS if distiller_dict[name].needs} == {"CRD"}
+    assert {name for name in METHODS if distiller_dict[name].has_parts} == {"KD", "DTKD", "DKD"}
+
+
+@reference.needs_reference
+@pytest.mark.parametrize("key", [key for key in reference.golden() if key.startswith("distiller/")])
+def test_golden_figures(key):
+    """Total loss, L2 norm of the student's gradients and extra parameters, by the reference's recipe."""
+    _, teacher, student, method, epoch = key.split("/")
+    student, teacher = (reference.fill(model(name, 100)) for name in (student, teacher))
+    extra, kwargs = (), {}
+    if method == "CRD":
+        negatives = torch.from_numpy(np.random.RandomState(2).randint(0, 50000, (8, 64)))
+        extra, kwargs = (50000,), {"contrastive_index": torch.cat([torch.arange(8)[:, None], negatives], 1)}
+    distiller = reference.fill(distiller_dict[method](student, teacher, config.load(), *extra)).train()
+    image, target = reference.images(), reference.labels()
+    _, losses = distiller(image=image, target=target, epoch=int(epoch), index=torch.arange(8), **kwargs)
+    total = sum(loss.mean() for loss in losses.values())
+    total.backward()
+    norm = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).norm()
+    figures = [total.item(), norm.item(), distiller.get_extra_parameters()]
+    np.testing.assert_allclose(figures, reference.golden()[key], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_reaches_every_learnable_parameter_and_nothing_of_the_teacher(method):
+    models = model("MobileNetV2").train(), model("resnet8").train()
+    before = [copy.deepcopy(m.state_dict()) for m in models]
+    build(method, *models)
+    for m, state in zip(models, before, strict=True):  # building leaves both as they were
+        assert all(torch.equal(value, state[key]) for key, value in m.state_dict().items())
+    distiller = build(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits, losses = distiller(**batch())
+    assert logits.shape == (4, 10)
+    assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
+    assert set(losses) == {*distiller.task_losses} | ({"loss_kd"} if distiller.needs_teacher else set())
+    sum(losses.values()).backward()
+    learnable = distiller.get_learnable_parameters()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learnable)
+    own = [p for name, p in distiller.named_parameters() if not name.startswith(("student.", "teacher."))]
+    assert {id(p) for p in learnable} == {id(p) for p in [*distiller.student.parameters(), *own]}
+    before = [p.detach().clone() for p in learnable]
+    torch.optim.SGD(learnable, lr=0.01).step()
+    assert all(p.isfinite().all() for p in learnable)
+    assert any(not torch.equal(a, b) for a, b in zip(before, learnable, strict=True))
+    if distiller.teacher is not None:
+        assert all(p.grad is None for p in distiller.teacher.parameters())
+        assert distiller.teacher.training == (method == "OFD")
+        assert not distiller.eval().teacher.training
+    distiller.eval()
+    assert torch.equal(distiller(image=batch()["image"]), distiller.student(batch()["image"])[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_dict_round_trip(method):
+    first, second = build(method), build(method)
+    first(**batch())
+    second.load_state_dict(first.state_dict())
+    for key, value in second.state_dict().items():
+        assert torch.equal(value, first.state_dict()[key])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_autocast_leaves_the_losses_in_float32(method):
+    distiller = prepare_parts(build(method), torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, losses = distiller(**batch())
+    assert {value.dtype for value in (logits, *losses.values())} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in distiller.get_learnable_parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_loss_reads_a_value_from_the_device(method):
+    """A meta tensor has no values: whatever would wait for the device to learn one raises here."""
+    distiller = build(method).to("meta")
+    _, losses = distiller(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch().items()})
+    sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_batchs_order_does_not_matter(method):
+    order, data, totals = torch.tensor([2, 0, 3, 1]), batch(), []
+    given = {}  # what the contract leaves to chance, fixed: CRD's negatives, MLKD's strong view
+    if method == "CRD":
+        given["contrastive_index"] = torch.stack([torch.arange(4), torch.arange(4) + 10, torch.arange(4) + 15], 1)
+    for permutation in (torch.arange(4), order):
+        precision = torch.float32 if method == "CRD" else torch.float64  # CRD embeds in float32 whatever arrives
+        distiller, image = build(method).to(precision), data["image"].to(precision)
+        moved = {key: value[permutation] for key, value in given.items()}
+        moved |= {key: data[key][permutation] for key in ("target", "index")}
+        if method == "MLKD":
+            moved["image_strong"] = image.flip(3)[permutation]
+        _, losses = distiller(image=image[permutation], epoch=3, **moved)
+        totals.append(sum(losses.values()))
+    torch.testing.assert_close(*totals, rtol=1e-4, atol=1e-6)
+
+
+def test_identical_networks_cost_nothing():
+    for method in ZERO:
+        teacher = model("resnet8")
+        distiller = build(method, copy.deepcopy(teacher), teacher)
+        distiller.student.eval()
+        assert distiller(**batch())[1]["loss_kd"].abs() < 1e-4, method
+
+
+class Net(nn.Module):
+    """The smallest model that keeps the contract: (logits, feats)."""
+
+    def __init__(self, classes, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc = nn.Linear(3 * 8 * 8, classes)
+        nn.init.normal_(self.fc.weight, std=0.2)
+
+    def forward(self, image):
+        return self.fc(image.flatten(1)), {}
+
+
+def logit_method(name, classes=5):
+    method, opts = LOGIT[name]
+    return build(method, Net(classes, 1), Net(classes, 2), *opts)
+
+
+IMAGE = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TARGET = torch.tensor([0, 3, 1, 4, 2, 0])
+
+
+def corners():
+    torch.manual_seed(0)
+    v, u = 4 * torch.randn(2, 6, 5)
+    big = torch.finfo(torch.float32).max
+    two = torch.tensor([[3.0, -1.0], [-2.0, -1.0]])
+    one_row = v.clone()
+    one_row[1] = 2.5
+    return {
+        "huge teacher": (v, 1e4 * u),
+        "gigantic teacher": (v, 1e30 * u),
+        "gigantic both": (1e30 * v, 1e30 * u),
+        "largest floats": (torch.where(v > 0, big, -big), torch.where(u > 0, big, -big)),
+        "opposite ends": (1e-9 * v, 1e30 * u),
+        "one hot teacher": (v, F.one_hot(u.argmax(1), 5) * 1e6),
+        "zero student": (torch.zeros_like(v), u),
+        "zero both": (torch.zeros_like(v), torch.zeros_like(u)),
+        "a zero row": (v * torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None], u),
+        "a constant row": (one_row, u),
+        "far constant": (torch.full_like(v, -1e30), u),
+        "negative maxima": (v - 100, u - 100),
+        "cancelling maxima": (v - v.amax(1, keepdim=True) + 3, u - u.amax(1, keepdim=True) - 3),
+        "tiny student": (1e-30 * v, u),
+        "denormal student": (torch.full_like(v, 1e-45), u),
+        "small maximum, deep rest": (torch.where(v > 3, 1e-9, -1e20), u),
+        "small spread": (1e-5 * v, u),
+        "ties": (torch.ones_like(v), torch.ones_like(u)),
+        "two classes": (two, -two),
+        "batch of one": (v[:1], u[:1]),
+        "bf16": (v.bfloat16(), (1e3 * u).bfloat16()),
+        "fp16": (v.half(), u.half()),
+    }
+
+
+@pytest.mark.parametrize("name", LOGIT)
+def test_every_finite_input_gives_finite_losses_and_gradients(name):
+    sides = {corner: pair[::step] for corner, pair in corners().items() for step in (1, -1)}
+    for (corner, pair), ends in ((item, end) for item in sides.items() for end in (-1e4, None, 1e4)):
+        if ends is not None and name != "CTKD":
+            continue
+        v, u = (side.clone().requires_grad_() for side in pair)
+        method = logit_method(name, v.shape[1])
+        if ends is not None:  # of the range of the learned temperature
+            nn.init.constant_(method.rule.theta, ends)
+        losses = method.losses(v, u, TARGET[: len(v)] % v.shape[1], epoch=20)
+        assert set(losses) == {"loss_ce", "loss_kd"}
+        for value in losses.values():
+            assert value.dtype == torch.float32 and value.isfinite() and value >= -1e-4, corner
+        sum(losses.values()).backward()
+        own = [p for p in method.get_learnable_parameters() if p.grad is not None]
+        for leaf in (v, *own) if u.grad is None else (v, u, *own):
+            assert leaf.grad.isfinite().all(), corner
+
+
+@pytest.mark.parametrize("name", LOGIT)
+def test_a_logit_method_under_its_options(name):
+    """Gradients reach all that learns, and stored logits stand for the teacher."""
+    method = logit_method(name)
+    extra = {"image_strong": IMAGE.flip(3)} if name.startswith("MLKD") else {}
+    with torch.no_grad():
+        stored, _ = method.teacher(IMAGE)
+    passes = []
+    method.teacher.register_forward_hook(lambda *_: passes.append(1))
+    own, given = (
+        method(image=IMAGE, target=TARGET, index=torch.arange(6), epoch=5, **extra, **more)[1]
+        for more in ({}, {"logits_teacher": stored})
+    )
+    assert len(passes) == (3 if extra else 1)  # a strong view passes through the teacher all the same
+    for key, value in own.items():
+        torch.testing.assert_close(value, given[key])
+    sum(own.values()).backward()
+    for parameter in method.get_learnable_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
+    if name.startswith("CTKD"):
+        counts = {"CTKD": 1, "CTKD instance": 10 * 5 + 5 + 5 + 1, "CTKD standardised": 0}
+        assert method.get_extra_parameters() == counts[name]
+
+
+def test_mlkd_counts_every_level_of_both_views():
+    for name in ("MLKD", "MLKD standardised"):
+        method = logit_method(name)
+        strong = IMAGE.flip(3)
+        _, losses = method(image=IMAGE, target=TARGET, index=torch.arange(6), epoch=1, image_strong=strong)
+        expected_ce = expected_kd = 0.0
+        for view in (IMAGE, strong):
+            v, u = method.student(view)[0], method.teacher(view)[0]
+            expected_ce = expected_ce + 0.1 * F.cross_entropy(v, TARGET)
+            if name != "MLKD":
+                v, u = ((x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True) for x in (v, u))
+            for t in (2.0, 3.0, 4.0, 5.0, 6.0):
+                expected_kd = expected_kd + 0.9 * (L.kd_loss(v, u, t) + sum(L.correlation_losses(v, u, t, t)))
+        torch.testing.assert_close(losses["loss_ce"], expected_ce)
+        torch.testing.assert_close(losses["loss_kd"], expected_kd)
+
+
+PAIRS = (
+    ("resnet8", "MobileNetV2"),  # three stages against four
+    ("ResNet18", "resnet8"),  # four against three
+    ("vgg8", "resnet8"),  # the student's maps are the larger ones
+    ("wrn_16_2", "ShuffleV1"),
+)
+MORE_PAIRS = (
+    *PAIRS,
+    ("resnet14", "resnet8"),
+    ("resnet8x4", "resnet8"),
+    ("wrn_16_2", "wrn_16_1"),
+    ("vgg11", "vgg8"),
+    ("vgg8", "MobileNetV2"),
+    ("ResNet18", "MobileNetV2"),
+    ("resnet8x4", "ShuffleV1"),
+    ("resnet8x4", "ShuffleV2"),
+    ("ShuffleV1", "vgg8"),
+    ("ShuffleV2", "resnet8"),
+)
+
+
+@functools.cache
+def shared(name, side):
+    return model(name)
+
+
+@pytest.mark.parametrize("method", ["DKD", *FEATURES])
+def test_pairs(method):
+    for teacher, student in MORE_PAIRS if method == "VID" else PAIRS:  # VID has a module for each stage
+        distiller = build(method, shared(student, "student"), shared(teacher, "teacher"))
+        logits, losses = distiller(**batch())
+        assert logits.shape == (4, 10)
+        assert all(loss.isfinite() for loss in losses.values())
+        grads = torch.autograd.grad(losses["loss_kd"], distiller.get_learnable_parameters(), allow_unused=True)
+        assert all(grad is None or grad.isfinite().all() for grad in grads)
+        assert any(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def test_pairs_and_settings_that_do_not_fit_are_refused():
+    strided, unnamed = model("MobileNetV2"), prepare(Net(10, 0), torch.device("cpu"))
+    strided.conv1[0].stride = (4, 4)
+    unnamed.get_stage_channels = model("resnet8").get_stage_channels
+    for method, student, teacher, opts, says in (
+        ("OFD", model("resnet8"), model("ShuffleV2"), (), r"^OFD: \w+ -> \w+: .* covers 58 of 116 channels$"),
+        ("OFD", model("resnet8"), unnamed, (), r"no get_bn_before_relu\(\)$"),
+        ("FITNET", strided, model("resnet8"), (), "^FITNET: ResNet -> MobileNet: no regressor from a 4 x 4 map to 16"),
+        ("FITNET", None, None, ("FITNET.HINT_LAYER", "4"), "HINT_LAYER 4 must be 0 to 3"),
+        ("REVIEWKD", None, None, ("REVIEWKD.IN_CHANNELS", "[8, 8, 8, 8]"), r"must be \[16, 32, 64, 64\]"),
+        ("REVIEWKD", None, None, ("REVIEWKD.SHAPES", "[1, 8]"), "SHAPES needs 4 sizes"),
+        ("REVIEWKD", None, None, ("REVIEWKD.OUT_SHAPES", "[1, 8, 16, 'wide']"), "OUT_SHAPES needs 4 sizes"),
+        ("CRD", None, None, ("CRD.MODE", "loose"), "known: exact, relax"),
+        ("KDSVD", None, None, ("KDSVD.K", "0"), "must be at least 1"),
+        ("OFD", None, None, ("OFD.CONNECTOR.KERNEL_SIZE", "2"), "must be odd"),
+        ("VID", None, None, ("VID.INIT_PRED_VAR", "0.0"), "greater than 0"),
+        ("VID", None, None, ("VID.INIT_PRED_VAR", "1e-6"), "must exceed VID.EPS"),
+    ):
+        with pytest.raises(UserError, match=says) as caught:
+            build(method, student, teacher, *opts)
+        assert len(caught.value.lines) == 1
+
+
+def test_reviewkd_takes_the_widths_and_sizes_that_it_would_read():
+    typed = ["REVIEWKD.IN_CHANNELS", "[16, 32, 64, 64]", "REVIEWKD.OUT_CHANNELS", "[16, 32, 64, 64]"]
+    sizes = ["REVIEWKD.SHAPES", "[1, 8, 16, 32]", "REVIEWKD.OUT_SHAPES", "[1, 8, 16, 32]"]
+    read, given = build("REVIEWKD"), build("REVIEWKD", None, None, *typed, *sizes)
+    given.load_state_dict(read.state_dict())
+    with torch.no_grad():
+        a, b = (d(**batch())[1]["loss_kd"] for d in (read, given))
+    torch.testing.assert_close(a, b)
+
+
+def test_vid_log_scales_are_trained_saved_and_counted_apart():
+    distiller = build("VID")
+    names = [name for name, _ in distiller.named_parameters() if name.startswith("log_scales")]
+    assert len(names) == 3
+    assert set(names) <= set(distiller.state_dict())
+    for log_scale in distiller.log_scales:
+        torch.testing.assert_close(F.softplus(log_scale) + 1e-5, torch.full_like(log_scale, 5.0))
+    _, losses = distiller(**batch())
+    sum(losses.values()).backward()
+    assert all(log_scale.grad.abs().sum() > 0 for log_scale in distiller.log_scales)
+    assert distiller.get_extra_parameters() == 3 * (16**2 + 32**2 + 64**2)

@@ -1,0 +1,239 @@
+"""Files from outside: methods as users of mdistiller have them, models, data sets and rules; what is wrong with one."""
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import reference
+import torch
+from helpers import METHODS, ROOT, save_teacher, tool
+from torch import nn
+
+from mdistiller import registry
+from mdistiller.config import computed, load
+from mdistiller.dataset import load_dataset
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict
+from mdistiller.distillers._adapter import adapt
+from mdistiller.distillers.CRD import CRD
+from mdistiller.distillers.KD import KD
+from mdistiller.engine.build import prepare_parts
+from mdistiller.errors import ConfigError, UserError
+from mdistiller.models import cifar_model_dict
+from mdistiller.runs.recorder import read_metrics
+
+# A method file as users of mdistiller have them: relative imports, cfg.X, an entry added to the dict by hand.
+FOREIGN = """
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from ._base import Distiller
+from ._common import ConvReg, get_feat_shapes
+from .KD import kd_loss
+from mdistiller.distillers import distiller_dict
+
+
+class Hybrid(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super(Hybrid, self).__init__(student, teacher)
+        self.weight = cfg.HYBRID.WEIGHT
+        self.temperature = cfg.HYBRID.T
+        shapes_s, shapes_t = get_feat_shapes(self.student, self.teacher, cfg.HYBRID.INPUT_SIZE)
+        self.regressor = ConvReg(shapes_s[2], shapes_t[2])
+
+    def get_learnable_parameters(self):
+        return super().get_learnable_parameters() + list(self.regressor.parameters())
+
+    def forward_train(self, image, target, **kwargs):
+        logits_student, feature_student = self.student(image)
+        with torch.no_grad():
+            logits_teacher, feature_teacher = self.teacher(image)
+        hint = F.mse_loss(self.regressor(feature_student["feats"][2]), feature_teacher["feats"][2])
+        return logits_student, {
+            "loss_ce": F.cross_entropy(logits_student, target),
+            "loss_kd": self.weight * (hint + kd_loss(logits_student, logits_teacher, self.temperature)),
+        }
+
+
+distiller_dict["HYBRID"] = Hybrid
+"""
+
+
+def test_a_foreign_file_runs_unchanged(tmp_path):
+    plugin = tmp_path / "Hybrid.py"
+    plugin.write_text(FOREIGN)
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"EXPERIMENT: {{PLUGINS: [{plugin}]}}\nDISTILLER: {{TYPE: HYBRID, TEACHER: resnet14, STUDENT: resnet8}}\n"
+        "HYBRID: {WEIGHT: 5e-1, T: 4, INPUT_SIZE: [32, 32]}\n"
+    )
+    for _ in range(2):  # the same file may be loaded again
+        cfg = load(path)
+    assert (cfg.HYBRID.WEIGHT, cfg.HYBRID.INPUT_SIZE) == (0.5, [32, 32])
+    student, teacher = (cifar_model_dict[m][0](num_classes=100) for m in ("resnet8", "resnet14"))
+    distiller = prepare_parts(distiller_dict["HYBRID"](student, teacher, cfg), torch.device("cpu")).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, losses = distiller(image=reference.images(), target=reference.labels(), epoch=1, index=None)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in distiller.get_learnable_parameters())
+
+
+def test_pairs_reach_a_section_that_a_foreign_file_reads(tmp_path):
+    (tmp_path / "reader.py").write_text("def build(cfg):\n    return cfg.READER.LOSS.WEIGHT, cfg.READER.SIZE\n")
+    pairs = ["READER.LOSS.WEIGHT", "2.5", "READER.SIZE", "(32,32)", "READER.LOSS.MORE", "1"]
+    cfg = load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "reader.py"), *pairs])
+    assert (cfg.READER.LOSS.WEIGHT, cfg.READER.SIZE, cfg.READER.LOSS.MORE) == (2.5, (32, 32), 1)
+
+
+def test_a_plugin_declares_its_own_section(tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        textwrap.dedent("""
+        '''Mine, a test.'''
+        from mdistiller.distillers import Distiller, register_method
+
+        @register_method("MINE_OWN", defaults={"T": 2.0, "LOSS": {"WEIGHT": 1.0}})
+        class Mine(Distiller):
+            needs_teacher = False
+        """)
+    )
+    words = ["EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "MINE_OWN"]
+    cfg = load(None, [*words, "MINE_OWN.LOSS.WEIGHT", "3"])
+    assert (cfg.MINE_OWN.T, cfg.MINE_OWN.LOSS.WEIGHT) == (2.0, 3.0)
+    counted = computed(cfg)
+    assert counted["MINE_OWN.LOSS.WEIGHT"] == 3.0 and "DISTILLER.TEACHER" not in counted
+    with pytest.raises(ConfigError, match="did you mean MINE_OWN.LOSS.WEIGHT"):
+        load(None, [*words, "MINE_OWN.LOSS.WEIHGT", "3"])
+    with pytest.raises(ConfigError, match="MINE_OWN does not distil"):
+        load(None, [*words, "SOLVER.TRAINER", "dot"])
+
+
+def test_a_plugin_that_fails_is_one_line(tmp_path):
+    for text, says in (
+        ("1 / 0", "ZeroDivisionError"),
+        ("def", "SyntaxError"),
+        ("from mdistiller.distillers import distiller_dict as d\nd['KD'] = 1", "the method KD must be a class"),
+        ("from mdistiller.distillers import distiller_dict as d\nd['X'] = dict", "derived from mdistiller.distillers"),
+        ("from mdistiller.models import register_model\n@register_model\ndef resnet8(num_classes): pass", "registered"),
+    ):
+        plugin = tmp_path / "bad.py"
+        plugin.write_text(text)
+        with pytest.raises(ConfigError, match=says) as caught:
+            load(None, ["EXPERIMENT.PLUGINS", f"['{plugin}']"])
+        assert len(caught.value.lines) == 1
+
+
+class Sniffed(CRD):
+    def __init__(self, student, teacher, cfg, labels):
+        super().__init__(student, teacher, cfg, 9)
+
+
+class Renamed(KD):
+    def forward_train(self, image, target, **kwargs):
+        return super().forward_train(image, target, **kwargs)
+
+
+class Declared(Renamed):
+    takes_teacher_logits = True
+    task_losses = ("loss_kd",)
+
+
+class Unchanged(CRD):
+    pass
+
+
+def test_what_a_plugin_does_not_declare_is_read_off_its_signatures():
+    assert adapt("A", Sniffed).needs == ("labels",)
+    assert adapt("B", Unchanged).needs == ("num_data", "labels")
+    assert adapt("C", Renamed).takes_teacher_logits is False
+    names = ("ce", "loss_ce", "ce_weak", "loss_once", "loss_kd")
+    assert [name in adapt("D", Renamed).task_losses for name in names] == [True, True, True, False, False]
+    declared = adapt("E", Declared)
+    assert declared.takes_teacher_logits and declared.task_losses == ("loss_kd",) and declared.needs == ()
+    for name in METHODS:
+        before = dict(vars(distiller_dict[name]))
+        assert dict(vars(adapt(name, distiller_dict[name]))) == before, "ours declare themselves"
+
+
+def test_vanilla_is_a_distiller_without_a_teacher():
+    assert distiller_dict["NONE"] is Vanilla and issubclass(Vanilla, Distiller)
+    method = Vanilla(nn.Linear(2, 3))
+    assert method.teacher is None and list(method.state_dict()) == ["student.weight", "student.bias"]
+    assert method.train().training and not method.eval().student.training
+
+
+def test_a_data_set_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setitem(registry.datasets.data, "odd", lambda root: (1, 2))
+    with pytest.raises(UserError, match="the data set odd must be an ImageSet, which image_set makes; got tuple"):
+        load_dataset("odd", ".")
+
+
+def blocks(page):
+    """{file name: text} of every code block that a line `name.py`: announces."""
+    return dict(re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)```", (ROOT / page).read_text(), re.M | re.S))
+
+
+def write(folder, page, expected):
+    files = blocks(page)
+    assert set(files) == expected
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("method", ["CONFIDENCE_KD", "HINT"])
+def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method):
+    write(tmp_path, "docs/new_method.md", {"confidence_kd.py", "confidence_kd.yaml", "hint.py"})
+    words = ["DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", save_teacher(tmp_path / "teacher.pth")]
+    if method == "HINT":
+        words += ["EXPERIMENT.PLUGINS", "['confidence_kd.py', 'hint.py']", "DISTILLER.TYPE", "HINT"]
+    words += ["EXPERIMENT.NAME", "x", "SOLVER.EPOCHS", 1, "SOLVER.LR_DECAY_STAGES", "[]"]
+    done = tool("train_ours", "--cfg", "confidence_kd.yaml", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_metrics(tmp_path / "output" / "distill" / "x")
+    assert row["train_losses"]["loss/loss_kd"] > 0
+
+
+def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
+    write(tmp_path, "docs/plugins.md", {"small_net.py", "staged_net.py", "squares.py", "confidence.py", "squares.yaml"})
+    done = tool("train_ours", "--cfg", "squares.yaml", "SOLVER.EPOCHS", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_metrics(tmp_path / "output" / "distill" / "confidence,small+SOLVER.EPOCHS:1")
+    assert row["train_losses"]["loss/loss_kd"] > 0
+    code = """
+        import torch, mdistiller as md
+        from mdistiller.config import load
+        from mdistiller.dataset import load_dataset
+        from mdistiller.distillers import distiller_dict
+        from mdistiller.engine.build import build_distiller
+        given = ["EXPERIMENT.PLUGINS", "['small_net.py', 'staged_net.py', 'squares.py']", "CRD.NCE.K", 8]
+        given += ["DATASET.TYPE", "squares", "DISTILLER.STUDENT", "StagedNet", "DISTILLER.TEACHER"]
+        load(None, [*given, "StagedNet"])
+        data = load_dataset("squares", ".")
+        for name, cls in distiller_dict.items():
+            for teacher in ("StagedNet", "SmallNet") if cls.needs_features else ("SmallNet",):
+                cfg = load(None, [*given, teacher, "DISTILLER.TYPE", name])
+                try:
+                    method = build_distiller(cfg, data, None, torch.device("cpu"))
+                except md.UserError as error:
+                    print(error)
+                    continue
+                batch = {"image": torch.randn(4, 3, 32, 32), "target": torch.arange(4), "index": torch.arange(4)}
+                losses = method.train()(**batch, epoch=1)[1]
+                assert all(loss.isfinite() for loss in losses.values()), name
+    """
+    (tmp_path / "all_methods.py").write_text(textwrap.dedent(code))
+    done = subprocess.run([sys.executable, "all_methods.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = r"^(\w+) compares features, and the model SmallNet does not give (.*?);"
+    needs = {name: ", ".join(cls.needs_features) for name, cls in distiller_dict.items() if cls.needs_features}
+    assert dict(re.findall(lines, done.stdout, re.M)) == needs
+
+
+def test_the_page_on_plugins_says_what_methods_read():
+    rows = re.findall(r"^\| `(?:feats\[\")?(\w+).*?` \|.*\| (.*) \|$", (ROOT / "docs/plugins.md").read_text(), re.M)
+    table = {part: re.findall(r"[A-Z]{2,}", methods) for part, methods in rows}
+    assert table.pop("get_bn_before_relu") == ["OFD"]
+    for part, methods in table.items():
+        assert methods == sorted(name for name in METHODS if part in distiller_dict[name].needs_features), part
