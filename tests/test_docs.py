@@ -25,7 +25,7 @@ def test_readme_method_loads(tmp_path):
     from mdistiller.distillers import distiller_dict
     from mdistiller.engine.cfg import load
 
-    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (text,) = re.findall(r"```python\n(.*?MyKD.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "my_kd.py").write_text(text)
     cfg = load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "my_kd.py"), "DISTILLER.TYPE", "MYKD", "MYKD.FACTOR", "2"])
     assert distiller_dict["MYKD"](torch.nn.Identity(), torch.nn.Identity(), cfg).kd_weight == 1.8
