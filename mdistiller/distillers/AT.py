@@ -11,7 +11,7 @@ from mdistiller.distillers.losses import in_float32
 
 
 def attention(f: Tensor, p: int) -> Tensor:
-    """Attention map of features (B, C, H, W): the channels' mean of f^p, flattened to a unit vector, (B, H W).
+    """Return the attention map of features (B, C, H, W), the channels' mean of f^p, as unit vectors (B, H W).
 
     F_sum^p of section 3.1 up to the factor 1 / C, which the norm takes out. The map of a zero feature is zero. For an
     odd p the sign of f stays, as in the published training code.
@@ -21,7 +21,7 @@ def attention(f: Tensor, p: int) -> Tensor:
 
 @in_float32
 def at_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], p: int) -> Tensor:
-    """Sum over the stages of the mean squared difference of the attention maps: a scalar (section 3.1).
+    """Return the sum over the stages of the mean squared difference of the attention maps: a scalar (section 3.1).
 
     Lists of (B, C_i, H_i, W_i); channels may differ, and the larger map is average-pooled to the smaller one's size.
     Zero for equal features, whatever their scale.

@@ -21,7 +21,7 @@ UNUSED_WIDTH = "Accepted for mdistiller's YAML files; the width is read from the
 
 @in_float32
 def similarities(anchor: Tensor, memory: Tensor, index: Tensor, temperature: float) -> Tensor:
-    """g' g / tau of unit anchors (B, D) with the rows `index` (B, K + 1) of the memory (N, D): (B, K + 1).
+    """Return g' g / tau of unit anchors (B, D) with the rows `index` (B, K + 1) of the memory (N, D): (B, K + 1).
 
     One product with the whole memory, of which entries are picked: the rows themselves, (B, K + 1, D), would not fit.
     """
@@ -31,7 +31,7 @@ def similarities(anchor: Tensor, memory: Tensor, index: Tensor, temperature: flo
 
 @in_float32
 def nce_loss(similarity: Tensor, z: Tensor, num_data: int) -> Tensor:
-    """Noise-contrastive estimation of the first column among the others: a scalar (section 3).
+    """Return the noise-contrastive estimation loss of the first column among the others: a scalar (section 3).
 
     Similarities (B, K + 1), the positive first; exp(similarity) / z is the model's likelihood under z > 0, 1 / num_data
     the noise's. Logistic in the log-likelihoods, so that no exponential overflows.
@@ -70,7 +70,7 @@ class Negatives(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)  # the data set knows them
 
     def forward(self, index: Tensor, target: Tensor, draws: int) -> Tensor:
-        """Samples' places and labels (B,) -> places of their negatives (B, draws)."""
+        """Return the places (B, draws) of negatives for the samples at `index` (B,) with labels `target` (B,)."""
         start, count = (self.start[target], self.count[target]) if self.by_class else (index, torch.ones_like(index))
         # a remainder of so wide a range is uniform to one part in 2^40
         draw = torch.randint(2**62, (len(index), draws), device=index.device) % (self.num_data - count)[:, None]
@@ -127,7 +127,7 @@ class CRD(FeatureDistiller):
         self.register_buffer("params", torch.tensor(constants))
 
     def get_extra_parameters(self) -> int:
-        """The embeddings' parameters and, as published, the memory banks and constants."""
+        """Count the embeddings' parameters and, as published, the memory banks and constants."""
         buffers = (self.memory_v1, self.memory_v2, self.params)
         return super().get_extra_parameters() + sum(buffer.numel() for buffer in buffers)
 
@@ -152,7 +152,7 @@ class CRD(FeatureDistiller):
         return nce_loss(of_v1, z1, self.num_data) + nce_loss(of_v2, z2, self.num_data)
 
     def draw(self, index: Tensor, target: Tensor) -> Tensor:
-        """(B, NCE.K): places of each sample's negatives."""
+        """Return the places (B, NCE.K) of each sample's negatives."""
         if self.mode == "exact" and not self.negatives.by_class:
             warnings.warn("CRD: MODE exact without the training set's labels draws as relax", stacklevel=2)
         return self.negatives(index, target, self.k)

@@ -28,15 +28,15 @@ class Reverse(torch.autograd.Function):
 
 
 def curriculum(epoch: int | Tensor, length: float, end: float) -> float | Tensor:
-    """lambda = end / 2 (1 - cos(pi min(epoch / length, 1))): from 0 at epoch 0 to `end` at epoch `length` (Eq. 11);
-    `end` throughout if length is 0. It rises, as in the paper: the temperature's opposition grows.
+    """Return lambda = end / 2 (1 - cos(pi min(epoch / length, 1))) (Eq. 11): 0 at epoch 0, `end` at epoch `length`, or
+    throughout if length is 0. It rises, as in the paper: the temperature's opposition grows.
     """
     angle = math.pi * warmup(epoch, length)
     return end * (1 - (angle.cos() if isinstance(angle, Tensor) else math.cos(angle))) / 2 if length > 0 else end
 
 
 def learned_temperature(theta: Tensor, start: float, span: float) -> Tensor:
-    """T = start + span sigmoid(theta), of theta's shape, in [start, start + span] for every theta."""
+    """Return T = start + span sigmoid(theta), of theta's shape, in [start, start + span] for every theta."""
     return start + span * theta.sigmoid()
 
 
@@ -89,7 +89,7 @@ class LearnedTemperature(nn.Module):
     def forward(
         self, logits_student: Tensor, logits_teacher: Tensor, tau: float, *, epoch: int, **kwargs
     ) -> Temperatures:
-        """Logits (B, K); the gradient that reaches theta is multiplied by -lambda of the epoch."""
+        """Return the temperatures for logits (B, K). Theta's gradient is multiplied by -lambda of the epoch."""
         if isinstance(self.theta, Tensor):
             theta = self.theta.expand(len(logits_student), 1)
         else:

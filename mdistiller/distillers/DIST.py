@@ -15,7 +15,7 @@ MIN_NORM = 1e-12  # of a centred vector: below it, what is divided by the norm l
 
 
 def centred_unit(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """x minus its mean along `dim`, at norm 1, and where that is defined; 0 where x is constant but for rounding."""
+    """Return x less its mean along `dim`, at norm 1, and where it is defined; 0 where x is constant up to rounding."""
     centred = x - x.mean(dim, keepdim=True)
     square = centred.square().sum(dim, keepdim=True)
     rounding = 16 * torch.finfo(x.dtype).eps * x.detach().norm(dim=dim, keepdim=True)
@@ -26,7 +26,7 @@ def centred_unit(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Pearson's correlation of x and y (B, K) along `dim`: (B,) for dim 1, (K,) for dim 0.
+    """Return Pearson's correlation of x and y (B, K) along `dim`: (B,) for dim 1, (K,) for dim 0.
 
     Where one side is constant it is 0, where both are it is 1: neither then gives a gradient, and equal inputs
     correlate fully.
@@ -38,7 +38,7 @@ def pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
 def dist_loss(
     logits_student: Tensor, logits_teacher: Tensor, temperature: float, beta: float = 1.0, gamma: float = 1.0
 ) -> Tensor:
-    """tau^2 (beta (1 - mean_i rho(p_i, q_i)) + gamma (1 - mean_k rho(p_k, q_k))): a scalar.
+    """Return tau^2 (beta (1 - mean_i rho(p_i, q_i)) + gamma (1 - mean_k rho(p_k, q_k))): a scalar.
 
     q = softmax(v / tau) and p = softmax(u / tau) of student logits v and teacher logits u, (B, K); rho is Pearson's
     correlation, over the classes of sample i (inter-class) and over the samples for class k (intra-class). The factor
@@ -52,8 +52,8 @@ def dist_loss(
 def softened_dist(
     logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures, beta: float, gamma: float
 ) -> Tensor:
-    """`dist_loss` at the temperatures of any rule; each sample's factor weights its inter-class term, their mean the
-    intra-class term, which belongs to no one sample.
+    """Return `dist_loss` at the temperatures of any rule. Each sample's factor weights its inter-class term, their mean
+    the intra-class term, which belongs to no one sample.
     """
     student = F.softmax(bounded(logits_student) / temperatures.student, dim=1)
     teacher = F.softmax(bounded(logits_teacher) / temperatures.teacher, dim=1)

@@ -13,7 +13,7 @@ from mdistiller.distillers.rules import fixed
 def dkd_loss(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """tau^2 (alpha TCKD + beta NCKD), mean over the batch: a scalar (Eq. 6 and 7).
+    """Return tau^2 (alpha TCKD + beta NCKD), mean over the batch: a scalar (Eq. 6 and 7).
 
     TCKD is the KL divergence between the probabilities (target, not target), NCKD the one among the other classes.
     Logits (B, K), K >= 2, labels (B,), temperature tau > 0. Zero where the logits differ by a constant; finite, with
@@ -31,7 +31,7 @@ def softened_dkd(
     beta: float,
     temperatures: Temperatures,
 ) -> Tensor:
-    """`dkd_loss` at the temperatures of any rule: the mean of factor (alpha TCKD + beta NCKD)."""
+    """Return `dkd_loss` at the temperatures of any rule: the mean of factor (alpha TCKD + beta NCKD)."""
     t_student, t_teacher = temperatures.student, temperatures.teacher
     tckd, nckd = part_divergences(logits_student, logits_teacher, target, t_student, t_teacher)
     return (temperatures.factor.squeeze(1) * (alpha * tckd + beta * nckd)).mean()
@@ -55,8 +55,8 @@ class DKD(RuleDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
         self.ce_weight = cfg.DKD.CE_WEIGHT
-        self.alpha = cfg.DKD.ALPHA * (self.part != "non_target")
-        self.beta = cfg.DKD.BETA * (self.part != "target")
+        self.alpha = cfg.DKD.ALPHA if self.part != "non_target" else 0.0
+        self.beta = cfg.DKD.BETA if self.part != "target" else 0.0
         self.temperature = cfg.DKD.T
         self.warmup = cfg.DKD.WARMUP
 

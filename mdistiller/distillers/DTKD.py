@@ -11,7 +11,7 @@ from mdistiller.distillers.rules import fixed, max_logit
 
 
 def dtkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of T_teacher T_student KL(softmax(u / T_teacher) || softmax(v / T_student)): a scalar.
+    """Return the batch's mean of T_teacher T_student KL(softmax(u / T_teacher) || softmax(v / T_student)): a scalar.
 
     Student logits v and teacher logits u are (B, K); `temperature` is the reference tau > 0. Finite, with finite
     gradients, for every finite input; zero for identical logits.

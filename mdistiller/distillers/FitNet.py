@@ -13,7 +13,7 @@ from mdistiller.distillers.losses import in_float32
 
 @in_float32
 def hint_loss(guided: Tensor, hint: Tensor) -> Tensor:
-    """Mean squared difference of the regressed student map and the teacher's, both (B, C, H, W): a scalar (Eq. 3)."""
+    """Return the mean squared difference of the regressed student map and the teacher's, both (B, C, H, W) (Eq. 3)."""
     return F.mse_loss(guided, hint)
 
 

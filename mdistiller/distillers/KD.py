@@ -10,7 +10,7 @@ from mdistiller.distillers.rules import std
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, logit_stand: bool = False) -> Tensor:
-    """tau^2 KL(softmax(u / tau) || softmax(v / tau)), mean over the batch: a scalar (section 2 of the paper).
+    """Return tau^2 KL(softmax(u / tau) || softmax(v / tau)), mean over the batch: a scalar (section 2 of the paper).
 
     Student logits v and teacher logits u are (B, K), temperature tau > 0. Zero where v and u differ by a constant.
     `logit_stand`: of z-scores, as method files written for LSKD's code ask for it.

@@ -14,7 +14,7 @@ SPARE = 3  # more of the student's vectors than the teacher's, so that each of t
 
 
 def leading_vectors(f: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest singular values (B, n) and right singular vectors (B, W, n) of feature maps (B, C, H, W).
+    """Return the `count` largest singular values (B, n) and right singular vectors (B, W, n) of maps (B, C, H, W).
 
     Each map is read as a matrix X of C H rows and W columns, scaled to unit norm; n = min(count, W). A vector's sign is
     chosen so that its components add up to 0 or more: a solver's own differs from build to build, and kdsvd_loss
@@ -38,7 +38,7 @@ def leading_vectors(f: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def aligned(v_s: Tensor, v_t: Tensor) -> Tensor:
-    """Of the student's vectors (B, W, m), for each of the teacher's (B, W, n) the most parallel one, turned to it."""
+    """Return for each of the teacher's vectors (B, W, n) the student's (B, W, m) most parallel one, turned to it."""
     cosine = v_s.mT @ v_t  # (B, m, n)
     best = cosine.abs().argmax(1, keepdim=True)  # (B, 1, n)
     sign = cosine.gather(1, best).sign()
@@ -46,14 +46,14 @@ def aligned(v_s: Tensor, v_t: Tensor) -> Tensor:
 
 
 def _relation(front: Tensor, back: Tensor) -> Tensor:
-    """RBF between the components of two stages' vectors (B, W, n) and (B, W', n): (B, W, W', n)."""
+    """Return the RBF between the components of two stages' vectors (B, W, n) and (B, W', n): (B, W, W', n)."""
     n = min(front.shape[2], back.shape[2])
     return torch.exp(-(front[:, :, None, :n] - back[:, None, :, :n]).square() / 8)
 
 
 @in_float32
 def kdsvd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], k: int) -> Tensor:
-    """Squared difference of the stage-to-stage relations, summed over all but the batch: a scalar (section 3).
+    """Return a scalar, the squared difference of stage-to-stage relations, summed over all but the batch (section 3).
 
     Lists of (B, C_i, H_i, W_i); channels may differ, and the larger map is average-pooled to the smaller one's size. A
     stage is described by its k leading right singular vectors, weighted by the teacher's singular values (of unit

@@ -20,7 +20,7 @@ from mdistiller.distillers.rules import fixed
 def correlation_losses(
     logits_student: Tensor, logits_teacher: Tensor, t_student: Tensor | float, t_teacher: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Batch level, |p p^T - q q^T|^2 / B, and class level, |p^T p - q^T q|^2 / K: two scalars (Frobenius norms).
+    """Return the batch level, |p p^T - q q^T|^2 / B, and the class level, |p^T p - q^T q|^2 / K (Frobenius norms).
 
     q = softmax(v / T_student) and p = softmax(u / T_teacher) of student logits v and teacher logits u, (B, K),
     temperatures numbers or (B, 1). p p^T (B, B) holds how alike two samples are, p^T p (K, K) how often two classes are
@@ -35,7 +35,7 @@ def correlation_losses(
 
 
 def level_losses(logits_student: Tensor, logits_teacher: Tensor, temperatures: Temperatures) -> Tensor:
-    """The instance, batch and class level losses at one temperature, added up: a scalar. Logits (B, K).
+    """Return the sum of the instance, batch and class level losses at one temperature: a scalar. Logits are (B, K).
 
     The instance level is Hinton's, the factor tau^2 included. Zero where the logits differ by a constant in each row.
     """
@@ -44,7 +44,7 @@ def level_losses(logits_student: Tensor, logits_teacher: Tensor, temperatures: T
 
 
 def mlkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Sum of `level_losses` over the temperatures: a scalar. Student and teacher logits are (B, K)."""
+    """Return the sum of `level_losses` over the temperatures: a scalar. Student and teacher logits are (B, K)."""
     return sum(
         level_losses(logits_student, logits_teacher, fixed(logits_student, logits_teacher, tau)) for tau in temperatures
     )
@@ -52,9 +52,9 @@ def mlkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperatures: Sequ
 
 @torch.no_grad()
 def strong_view(image: Tensor) -> Tensor:
-    """A second, harder view of normalised images (B, 3, H, W), each by its own draw: rotated by up to 30 degrees,
-    sheared by up to 0.3 and shifted by up to a quarter of the side, contrast changed by up to a half, each channel
-    shifted by up to a half of its deviation, a square of half the side set to 0, the data set's mean pixel.
+    """Return a second, harder view of normalised images (B, 3, H, W), each by its own draw: rotated by up to 30
+    degrees, sheared by up to 0.3 and shifted by up to a quarter of the side, contrast changed by up to a half, each
+    channel shifted by up to a half of its deviation, a square of half the side set to 0, the data set's mean pixel.
     """
     batch, height, width = len(image), *image.shape[-2:]
 
@@ -100,7 +100,7 @@ class MLKD(RuleDistiller):
     def losses(
         self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, observe: bool = True, **kwargs
     ) -> dict[str, Tensor]:
-        """Of one view."""
+        """Return the losses of one view, weak or strong."""
         mlkd = 0.0
         for tau in self.temperatures:
             softened = self.soften(logits_student, logits_teacher, tau, observe=observe, **kwargs)
@@ -116,7 +116,9 @@ class MLKD(RuleDistiller):
         logits_teacher: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`logits_teacher` (B, K), where it is given, stands for the teacher's forward pass on the weak view."""
+        """Return the student's logits on the weak view, and the losses of both. `logits_teacher` (B, K), where it is
+        given, stands for the teacher's forward pass on the weak view.
+        """
         strong = strong_view(image) if image_strong is None else image_strong
         logits_student, weak_losses = super().forward_train(image, target, logits_teacher, **kwargs)
         _, strong_losses = super().forward_train(strong, target, observe=False, **kwargs)

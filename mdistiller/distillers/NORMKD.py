@@ -10,7 +10,7 @@ from mdistiller.distillers.rules import norm
 
 
 def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of T_teacher^2 KL(softmax(u / T_teacher) || softmax(v / T_student)): a scalar.
+    """Return the mean over the batch of T_teacher^2 KL(softmax(u / T_teacher) || softmax(v / T_student)): a scalar.
 
     Student logits v and teacher logits u are (B, K); `temperature` is the paper's T_norm > 0. Zero where v and u are
     positive affine images of each other.

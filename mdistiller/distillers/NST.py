@@ -10,13 +10,13 @@ from mdistiller.distillers.losses import in_float32
 
 
 def _kernel_mean(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of the polynomial kernel (x . y)^2 over all pairs of rows x of a (B, C, N) and y of b (B, C', N)."""
+    """Return the mean of the kernel (x . y)^2 over all pairs of rows x of a (B, C, N) and y of b (B, C', N)."""
     return (a @ b.mT).square().mean()
 
 
 @in_float32
 def nst_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
-    """Sum over the stages of the squared MMD between the two sets of channel maps: a scalar (section 4).
+    """Return the sum over the stages of the squared MMD between the two sets of channel maps: a scalar (section 4).
 
     Lists of (B, C_i, H_i, W_i). Each channel's map is a sample: flattened and scaled to unit length; a dead channel
     stays zero. The kernel is polynomial, d = 2 and c = 0. Channels may differ; the larger map is average-pooled to the

@@ -18,7 +18,7 @@ ODD = Check(lambda v: v > 0 and v % 2 == 1, "must be odd and greater than 0")
 
 @torch.no_grad()
 def negative_mean(bn: nn.BatchNorm2d) -> Tensor:
-    """E[x | x < 0] of each channel, x ~ N(bias, weight^2) as the BatchNorm leaves it: (1, C, 1, 1) (section 3).
+    """Return E[x | x < 0] of each channel, x ~ N(bias, weight^2) as the BatchNorm leaves it: (1, C, 1, 1) (section 3).
 
     -3 |weight| where less than one value in a thousand is negative: there the expectation rests on nothing.
     """
@@ -32,7 +32,7 @@ def negative_mean(bn: nn.BatchNorm2d) -> Tensor:
 
 @in_float32
 def ofd_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
-    """Partial L2 distance to the margin-ReLU'd target, summed over (C, H, W), mean over the batch (section 3).
+    """Return the partial L2 distance to the margin-ReLU'd target, summed over (C, H, W), mean over the batch: a scalar.
 
     The connected student map and the teacher's pre-ReLU map are (B, C, H, W), the margin (1, C, 1, 1), negative. Where
     the target is negative, only a source above it costs. Zero for equal maps.
@@ -43,7 +43,7 @@ def ofd_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
 
 
 def connector(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
-    """The student's transform: a convolution without bias and BatchNorm (section 3)."""
+    """Return the student's transform: a convolution without bias and BatchNorm (section 3)."""
     conv = nn.Conv2d(in_channels, channels, kernel_size, padding=(kernel_size - 1) // 2, bias=False)
     nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel_size**2 * channels)))
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
@@ -83,8 +83,8 @@ class OFD(FeatureDistiller):
             self.register_buffer(f"margin{i}", negative_mean(bn))
 
     def train(self, mode: bool = True) -> "OFD":
-        """The teacher trains along, unlike in every other method: its authors normalise it by the batch's statistics,
-        and its running statistics move. Its weights do not.
+        """Set the mode, the teacher's too, unlike every other method: OFD's authors normalise it by the batch's
+        statistics, and its running statistics move. Its weights do not.
         """
         super(Distiller, self).train(mode)
         return self

@@ -11,7 +11,7 @@ from mdistiller.distillers.losses import in_float32
 
 
 def _affinity(f: Tensor, eps: float) -> Tensor:
-    """(B, C) -> (B, B): row i is the distribution of sample i's neighbours by the cosine kernel (section 3)."""
+    """Map (B, C) to (B, B): row i is the distribution of sample i's neighbours by the cosine kernel (section 3)."""
     f = unit(f, 1)
     kernel = (f @ f.mT + 1) / 2
     return kernel / kernel.sum(1, keepdim=True).clamp(min=eps)
@@ -19,7 +19,7 @@ def _affinity(f: Tensor, eps: float) -> Tensor:
 
 @in_float32
 def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
-    """KL of the student's affinities from the teacher's, mean over all B^2 pairs: a scalar (section 3).
+    """Return the KL of the student's affinities from the teacher's, mean over all B^2 pairs: a scalar (section 3).
 
     Features (B, C_s) and (B, C_t); widths may differ. A zero feature is half as near to everyone. Zero for equal
     features, whatever each sample's scale.

@@ -13,7 +13,7 @@ from mdistiller.distillers.losses import in_float32
 
 
 def pairwise_distance(f: Tensor, eps: float, squared: bool) -> Tensor:
-    """(B, C) -> (B, B): Euclidean distances, or their squares; the diagonal is zero.
+    """Map (B, C) to the Euclidean distances (B, B), or their squares; the diagonal is zero.
 
     Centred first, which changes no distance but keeps the difference of squares from cancelling. Squares below `eps`
     count as `eps` and pass no gradient, so that equal samples keep the square root's finite.
@@ -26,7 +26,7 @@ def pairwise_distance(f: Tensor, eps: float, squared: bool) -> Tensor:
 
 
 def angles(f: Tensor) -> Tensor:
-    """(B, C) -> (B, B, B): at vertex i, the cosine of the angle between the samples j and k; 0 where two coincide."""
+    """Map (B, C) to (B, B, B): at vertex i, the cosine of the angle between samples j and k; 0 where two coincide."""
     edges = unit(f[None, :] - f[:, None], 2)  # (B, B, C)
     return edges @ edges.mT
 
@@ -40,8 +40,7 @@ def rkd_loss(
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
 ) -> Tensor:
-    """distance_weight * RKD-D + angle_weight * RKD-A: a scalar (section 3.2: Huber loss, means over all
-    tuples).
+    """Return distance_weight * RKD-D + angle_weight * RKD-A: a scalar (section 3.2: Huber loss, means over all tuples).
 
     Features (B, C_s) and (B, C_t); widths may differ. Distances are divided by their mean over the pairs of different
     samples. Zero for equal features, and for any rotation, shift and scale of them.

@@ -12,7 +12,7 @@ from mdistiller.distillers.losses import bounded, ce_loss
 
 
 def binary_log_probabilities(logits: Tensor, index: Tensor) -> Tensor:
-    """log of (p_index, 1 - p_index), p = softmax(logits (B, K)), index (B,): (B, 2)."""
+    """Return log of (p_index, 1 - p_index), p = softmax(logits (B, K)), index (B,): (B, 2)."""
     log_p = F.log_softmax(logits, dim=1)
     chosen = F.one_hot(index, logits.shape[1]).bool()
     rest = log_p.masked_fill(chosen, -torch.inf).logsumexp(1, keepdim=True)
@@ -20,7 +20,7 @@ def binary_log_probabilities(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def scd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Sample confidence: tau^2 KL((p_max, 1 - p_max) || (q_target, 1 - q_target)), mean over the batch: a scalar.
+    """Return the sample confidence: tau^2 KL((p_max, 1 - p_max) || (q_target, 1 - q_target)), mean over the batch.
 
     q = softmax(v / tau) and p = softmax(u / tau) of student logits v and teacher logits u, (B, K); target (B,). Zero
     for identical logits where the teacher is right: where it errs, the student learns its confidence, not its class.
@@ -33,8 +33,8 @@ def scd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, tem
 
 
 def mcd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Masked correlation: tau^2 KL(softmax(u / tau) || softmax(v / tau)) over the classes that the teacher ranks below
-    the target, {k: u_k < u_target}, mean over the batch: a scalar.
+    """Return the masked correlation: tau^2 KL(softmax(u / tau) || softmax(v / tau)) over the classes that the teacher
+    ranks below the target, {k: u_k < u_target}, mean over the batch: a scalar.
 
     Student logits v and teacher logits u are (B, K), target (B,). Zero for identical logits, and for a sample of which
     fewer than two classes remain.
@@ -54,8 +54,8 @@ def mcd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, tem
 def rld_loss(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """alpha * scd_loss + beta * mcd_loss: a scalar. Logits (B, K), target (B,). The target itself is never among the
-    correlated classes, so that the two parts do not pull at it both.
+    """Return alpha * scd_loss + beta * mcd_loss: a scalar. Logits (B, K), target (B,). The target itself is never among
+    the correlated classes, so that the two parts do not pull at it both.
     """
     scd = scd_loss(logits_student, logits_teacher, target, temperature)
     return alpha * scd + beta * mcd_loss(logits_student, logits_teacher, target, temperature)

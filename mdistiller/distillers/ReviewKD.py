@@ -14,7 +14,7 @@ from mdistiller.distillers.losses import in_float32, warmup
 
 @in_float32
 def hcl_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
-    """Hierarchical context loss, summed over the stages: a scalar (section 3).
+    """Return the hierarchical context loss, summed over the stages: a scalar (section 3).
 
     Lists of maps of equal shapes (B, C, H, W). A stage's loss is the weighted mean of the squared differences at full
     size (weight 1) and pooled to 4, 2 and 1 pixels (1/2, 1/4, 1/8, less where the map is small). Zero for equal maps.
@@ -47,7 +47,7 @@ class ABF(nn.Module):
     def forward(
         self, x: Tensor, deeper: Tensor | None, size: torch.Size, out_size: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        """(what is compared with the teacher, what is passed on); fused at `size`, both returned at `out_size`."""
+        """Return what is compared with the teacher and what is passed on, fused at `size`, both at `out_size`."""
         x = self.conv1(x)
         if self.att_conv is not None:
             deeper = F.interpolate(deeper, size, mode="nearest")
@@ -122,5 +122,5 @@ class ReviewKD(FeatureDistiller):
         return warmup(epoch, self.warmup) * hcl_loss(reviewed, goal)
 
     def last_stages(self, feats: list[Tensor], pooled: Tensor) -> list[Tensor]:
-        """The pooled feature as (B, C, 1, 1) and the stages before it, the deepest first."""
+        """Return the pooled feature as (B, C, 1, 1) and the stages before it, the deepest first."""
         return [*feats[1:], pooled[:, :, None, None]][: -self.stages - 1 : -1]

@@ -10,14 +10,14 @@ from mdistiller.distillers.losses import in_float32
 
 
 def _similarity(f: Tensor) -> Tensor:
-    """(B, ...) -> (B, B): inner products of the flattened samples, each row of unit length (section 3)."""
+    """Map (B, ...) to (B, B): inner products of the flattened samples, each row of unit length (section 3)."""
     f = f.flatten(1)
     return unit(f @ f.mT, 1)
 
 
 @in_float32
 def sp_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
-    """Mean squared difference of the two similarity matrices over all B^2 pairs: a scalar (section 3).
+    """Return the mean squared difference of the two similarity matrices over all B^2 pairs: a scalar (section 3).
 
     Features (B, ...) of any two shapes. A zero feature has zero similarity to all. Zero for equal features.
     """

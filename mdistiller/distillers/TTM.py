@@ -12,8 +12,8 @@ from mdistiller.distillers.losses import Temperatures, bounded, ce_loss, softene
 
 
 def power_sum(logits: Tensor, temperature: float) -> Tensor:
-    """U = sum_k p_k^(1 / T), p = softmax(logits), of each row (Eq. 22): (B, 1), from 1 where p is one-hot to
-    K^(1 - 1 / T) where p is uniform, for T >= 1.
+    """Return U = sum_k p_k^(1 / T), p = softmax(logits), of each row (Eq. 22): (B, 1). For T >= 1 it goes from 1, where
+    p is one-hot, to K^(1 - 1 / T), where p is uniform.
     """
     powers = F.log_softmax(bounded(logits), dim=1) / temperature
     return powers.logsumexp(1, keepdim=True).exp()
@@ -22,8 +22,8 @@ def power_sum(logits: Tensor, temperature: float) -> Tensor:
 def transformed_teacher(
     logits_student: Tensor, logits_teacher: Tensor, tau: float, weighted: bool = False
 ) -> Temperatures:
-    """The temperature rule of TTM: the teacher alone is softened, T_student = 1, T_teacher = tau. The factor is 1, or
-    `weighted` the smoothness of the teacher's output, its `power_sum`. Logits (B, K); defined everywhere.
+    """Return the temperatures of TTM: the teacher alone is softened, T_student = 1, T_teacher = tau. The factor is 1,
+    or `weighted` the smoothness of the teacher's output, its `power_sum`. Logits (B, K); defined everywhere.
     """
     one = torch.ones_like(bounded(logits_teacher[:, :1]))  # (B, 1)
     factor = power_sum(logits_teacher, tau) if weighted else one
@@ -31,7 +31,7 @@ def transformed_teacher(
 
 
 def ttm_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of KL(softmax(u / T) || softmax(v)): a scalar (Eq. 2).
+    """Return the mean over the batch of KL(softmax(u / T) || softmax(v)): a scalar (Eq. 2).
 
     Student logits v and teacher logits u are (B, K). Zero where v = u / T up to a constant; not for v = u.
     """
@@ -39,7 +39,7 @@ def ttm_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float)
 
 
 def wttm_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of U(u) KL(softmax(u / T) || softmax(v)), U the `power_sum`: a scalar (Eq. 23).
+    """Return the mean over the batch of U(u) KL(softmax(u / T) || softmax(v)), U the `power_sum`: a scalar (Eq. 23).
 
     Student logits v and teacher logits u are (B, K). Zero where v = u / T up to a constant; not for v = u.
     """

@@ -16,7 +16,7 @@ from mdistiller.distillers.losses import in_float32
 
 @in_float32
 def vid_loss(mean: Tensor, target: Tensor, log_scale: Tensor, eps: float) -> Tensor:
-    """Mean of -log N(target; mean, variance), less its constant: a scalar (section 2).
+    """Return the mean of -log N(target; mean, variance), less its constant: a scalar (section 2).
 
     The predicted `mean` and the teacher's map `target` are (B, C, H, W); a channel's variance is softplus(log_scale) +
     eps, log_scale (C,). Not bounded below by zero: at a perfect prediction it is the mean of log(variance) / 2.
@@ -26,7 +26,7 @@ def vid_loss(mean: Tensor, target: Tensor, log_scale: Tensor, eps: float) -> Ten
 
 
 def regressor(in_channels: int, channels: int) -> nn.Sequential:
-    """Predicts the teacher's map: three 1 x 1 convolutions without bias, ReLU between them."""
+    """Return the predictor of the teacher's map: three 1 x 1 convolutions without bias, ReLU between them."""
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, 1, bias=False),
         nn.ReLU(),
@@ -65,7 +65,7 @@ class VID(FeatureDistiller):
         self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), log_scale)) for _, t in channels)
 
     def get_extra_parameters(self) -> int:
-        """The regressors' parameters, as published; the log-scales, one a channel, are not counted."""
+        """Count the regressors' parameters, as published; the log-scales, one a channel, are left out."""
         return sum(parameter.numel() for parameter in self.regressors.parameters())
 
     def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:

@@ -7,7 +7,7 @@ from mdistiller import config, registry
 
 
 def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[type], type]:
-    """Class decorator: enters the class into distiller_dict as `name` and declares CFG.<name> with `defaults`.
+    """Enter the decorated class into distiller_dict as `name` and declare CFG.<name>, of Keys or plain defaults.
 
     The first line of the module's docstring becomes the section's title in docs/config.md.
     """

@@ -11,29 +11,29 @@ from mdistiller.errors import UserError
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
-    """x divided by its L2 norm along `dim`. A vector shorter than 1e-12 stays as it is, so that no gradient is scaled
-    by the inverse of nothing.
+    """Return x divided by its L2 norm along `dim`. A vector shorter than 1e-12 stays as it is, so that no gradient is
+    scaled by the inverse of nothing.
     """
     square = x.square().sum(dim, keepdim=True)
     return x * torch.where(square > 1e-24, square, 1.0).rsqrt()
 
 
 def match_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps (B, C, H, W) at the smaller of their two sizes: the larger one is average-pooled."""
+    """Return two maps (B, C, H, W) at the smaller of their two sizes: the larger one is average-pooled."""
     size = [min(s, t) for s, t in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
     f_s, f_t = (f if list(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
     return f_s, f_t
 
 
 def sum_over_stages(loss: Callable, feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) -> Tensor:
-    """Sum of loss(f_s, f_t) over the stages that both lists have, counted from the first."""
+    """Return the sum of loss(f_s, f_t) over the stages that both lists have, counted from the first."""
     return sum(loss(f_s, f_t) for f_s, f_t in zip(feats_student, feats_teacher, strict=False))
 
 
 @torch.no_grad()
 def probe(model: nn.Module, input_size: tuple[int, int] = (32, 32)) -> dict:
-    """The features of one black image (3, *input_size). Leaves no trace: the probe runs in eval mode, so that it does
-    not shift BatchNorm statistics, and draws no random numbers.
+    """Return the features of one black image (3, *input_size). The probe leaves no trace: it runs in eval mode, so that
+    it does not shift BatchNorm statistics, and draws no random numbers.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -46,13 +46,13 @@ def probe(model: nn.Module, input_size: tuple[int, int] = (32, 32)) -> dict:
 def get_feat_shapes(
     student: nn.Module, teacher: nn.Module, input_size: tuple[int, int]
 ) -> tuple[list[torch.Size], list[torch.Size]]:
-    """Shapes of feats["feats"] of student and teacher for one image (3, *input_size); leaves no trace in either."""
+    """Return the shapes of feats["feats"] of student and teacher for one image (3, *input_size), without a trace."""
     student_shapes, teacher_shapes = ([f.shape for f in probe(m, input_size)["feats"]] for m in (student, teacher))
     return student_shapes, teacher_shapes
 
 
 def pooled_width(model: nn.Module) -> int:
-    """Channels of the model's pooled_feat, which some models widen after their last stage."""
+    """Return the channels of the model's pooled_feat, which some models widen after their last stage."""
     return probe(model)["pooled_feat"].shape[1]
 
 

@@ -18,7 +18,7 @@ MIN_DEVIATION = 1e-5
 
 
 def bounded(logits: Tensor) -> Tensor:
-    """(B, K) in float32 (float64 stays), each row scaled into [-LOGIT_LIMIT, LOGIT_LIMIT].
+    """Return logits (B, K) in float32 (float64 stays), each row scaled into [-LOGIT_LIMIT, LOGIT_LIMIT].
 
     A row that lies inside comes back bit for bit. Scaling, not clamping: a row with inf or NaN becomes NaN, so that a
     loss never hides one.
@@ -29,14 +29,14 @@ def bounded(logits: Tensor) -> Tensor:
 
 
 def ce_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy of logits (B, K) and labels (B,), in float32, finite for every finite logit."""
+    """Return the mean cross entropy of logits (B, K) and labels (B,), in float32, finite for every finite logit."""
     return F.cross_entropy(bounded(logits), target)
 
 
 def kl_divergence(
     logits_student: Tensor, logits_teacher: Tensor, t_student: Tensor | float, t_teacher: Tensor | float
 ) -> Tensor:
-    """KL(softmax(u / T_teacher) || softmax(v / T_student)) of each sample: (B,).
+    """Return KL(softmax(u / T_teacher) || softmax(v / T_student)) of each sample: (B,).
 
     Logits (B, K), temperatures (B, 1) or numbers. From log-probabilities on both sides, so that a probability that
     underflows contributes its limit, 0, and a finite gradient.
@@ -47,7 +47,7 @@ def kl_divergence(
 
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """A context without autocast on the tensor's device: what multiplies matrices in a loss does so in float32."""
+    """Return a context without autocast on the tensor's device, in which matrix products are in float32."""
     device = tensor.device.type
     return (
         torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
@@ -55,8 +55,8 @@ def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviation (over K, not K - 1) of each row of logits (B, K), and where it is above MIN_DEVIATION: (B, 1)
-    each. Elsewhere the deviation given is 1, so that it may stand in a denominator.
+    """Return the standard deviation (over K, not K - 1) of each row of logits (B, K), and where it is above
+    MIN_DEVIATION: (B, 1) each. Elsewhere the deviation given is 1, so that it may stand in a denominator.
     """
     variance = bounded(logits).var(1, correction=0, keepdim=True)
     sound = variance > MIN_DEVIATION**2
@@ -74,7 +74,7 @@ class Temperatures(NamedTuple):
 
 
 def split(logits: Tensor, target: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Logits (B, K), K >= 2, and labels (B,) -> the two halves of the problem, both logits again (DKD, 2203.08679).
+    """Split logits (B, K), K >= 2, by labels (B,) into two problems, both logits again (DKD, arXiv 2203.08679).
 
     (B, 2): the target's, and the one that stands for all others together, T logsumexp(z / T) over them; (B, K - 1): the
     others alone. Temperature T a number or (B, 1). Gathered rather than masked: no probability is formed, so none
@@ -90,7 +90,7 @@ def split(logits: Tensor, target: Tensor, temperature: Tensor | float) -> tuple[
 def part_divergences(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, t_student: Tensor | float, t_teacher: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD of each sample, (B,) each (DKD, arXiv 2203.08679, Eq. 5 to 7): the KL divergence between the
+    """Return TCKD and NCKD of each sample, (B,) each (DKD, arXiv 2203.08679, Eq. 5 to 7): the KL divergence between the
     probabilities (target, not target), and the one among the other classes. KL = TCKD + (1 - p_target) NCKD.
     """
     binary_student, others_student = split(bounded(logits_student), target, t_student)
@@ -106,8 +106,8 @@ def softened_kl(
     target: Tensor | None = None,
     part: str = "all",
 ) -> Tensor:
-    """Mean over the batch of factor * KL at the temperatures: a scalar. `part`: all of it, or its "target" (TCKD) or
-    "non_target" (NCKD) half alone, which need the labels `target` (B,).
+    """Return the mean over the batch of factor * KL at the temperatures: a scalar. `part`: all of it, or its "target"
+    (TCKD) or "non_target" (NCKD) half alone, which need the labels `target` (B,).
     """
     t_student, t_teacher = temperatures.student, temperatures.teacher
     if part == "all":
@@ -119,7 +119,7 @@ def softened_kl(
 
 
 def warmup(epoch: int | Tensor, length: float) -> float | Tensor:
-    """min(epoch / length, 1): the weight of a loss that is raised over the first `length` epochs; 1 if length is 0.
+    """Return min(epoch / length, 1), the weight of a loss raised over the first `length` epochs; 1 if length is 0.
 
     A step that is captured once and replayed for many epochs passes the epoch as a 0-dim tensor.
     """
@@ -130,7 +130,7 @@ def warmup(epoch: int | Tensor, length: float) -> float | Tensor:
 
 
 def in_float32(loss: Callable) -> Callable:
-    """Decorator of a loss of tensors and lists of tensors: computed in float32 (float64 stays) whatever the autocast.
+    """Compute the decorated loss of tensors and lists of tensors in float32 (float64 stays), whatever the autocast.
 
     Casting the arguments alone would not do: inside autocast a matrix product takes float32 back to half precision.
     """

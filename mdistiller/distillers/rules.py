@@ -24,7 +24,7 @@ MIN_SLOPE = 1e-6  # of the sharpness difference: less than its rounding moves th
 
 
 def register_rule(name: str, defaults: Mapping | None = None) -> Callable:
-    """Decorator: enters `rule(logits_student, logits_teacher, tau, **options) -> Temperatures` under `name`.
+    """Enter the decorated `rule(logits_student, logits_teacher, tau, **options) -> Temperatures` under `name`.
 
     `defaults` become the section CFG.TEMPERATURE.<NAME in capitals>; its keys reach the rule in lower case. A class is
     built once as rule(teacher, **options), an nn.Module whose parameters are trained, and called with `epoch` besides.
@@ -53,7 +53,7 @@ class Rule(nn.Module):
 
 
 def build_rule(cfg, own: str, teacher: nn.Module) -> nn.Module:
-    """The rule that `cfg` asks for, or the method's `own`. EXPERIMENT.LOGIT_STAND is another name for rule "std".
+    """Return the rule that `cfg` asks for, or the method's `own`. EXPERIMENT.LOGIT_STAND means the rule "std".
 
     Raises UserError where the two disagree, or where a rule is to learn and to be detached.
     """
@@ -78,13 +78,13 @@ def _both(tau: float, like: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_rule("fixed")
 def fixed(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
-    """Both temperatures are tau and the factor is tau^2, for every sample (Hinton et al., arXiv 1503.02531)."""
+    """Return tau on both sides and the factor tau^2, for every sample (Hinton et al., arXiv 1503.02531)."""
     column, sound = _both(tau, bounded(logits_student))
     return Temperatures(column, column, column * column, sound)
 
 
 def _shares(max_student: Tensor, max_teacher: Tensor, tau: float) -> Temperatures:
-    """2 tau, shared out in proportion to two maxima (B, 1); tau each where one of them is not positive."""
+    """Share out 2 tau in proportion to two maxima (B, 1); tau each where one of them is not positive."""
     sound = (max_student > MIN_MAXIMUM) & (max_teacher > MIN_MAXIMUM)
     # chosen before the division, not after: the gradient of an unused quotient by zero is NaN all the same
     max_student = torch.where(sound, max_student, 1.0)
@@ -97,7 +97,7 @@ def _shares(max_student: Tensor, max_teacher: Tensor, tau: float) -> Temperature
 
 @register_rule("max_logit")
 def max_logit(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
-    """The rule of DTKD as published (arXiv 2404.12711, section 3):
+    """Return the temperatures of DTKD as published (arXiv 2404.12711, section 3):
 
         T_student = 2 tau max(v) / (max(u) + max(v)),   T_teacher = 2 tau max(u) / (max(u) + max(v))
 
@@ -115,7 +115,7 @@ def max_logit(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tem
 
 @register_rule("centred")
 def centred(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
-    """`max_logit` on logits minus their mean: blind, as softmax is, to a constant added to either side.
+    """Return `max_logit` on logits minus their mean: blind, as softmax is, to a constant added to either side.
 
     The maximum above the mean is positive for every row that is not constant, so the rule is defined for all others;
     beside a constant row both temperatures are tau. The student's scale is no more anchored than under `max_logit`.
@@ -140,7 +140,7 @@ def centred(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tempe
     },
 )
 def erratum(logits_student: Tensor, logits_teacher: Tensor, tau: float, margin: float = 0.05) -> Temperatures:
-    """The correction that DTKD's authors published beside their code:
+    """Return the temperatures by the correction that DTKD's authors published beside their code:
 
         delta = tau max_i (u_i - v_i) / (u_i + v_i),   T_teacher = tau + delta,   T_student = tau - delta
 
@@ -181,8 +181,8 @@ def erratum(logits_student: Tensor, logits_teacher: Tensor, tau: float, margin: 
 def sharpness(
     logits_student: Tensor, logits_teacher: Tensor, tau: float, iterations: int = 24, margin: float = 0.01
 ) -> Temperatures:
-    """The pair with T_student + T_teacher = 2 tau at which the softened sharpness agrees, which is what the derivation
-    of DTKD is after (arXiv 2404.12711, section 3, sharpness = log-sum-exp of the scaled logits):
+    """Return the pair with T_student + T_teacher = 2 tau at which the softened sharpness agrees, which is what the
+    derivation of DTKD is after (arXiv 2404.12711, section 3, sharpness = log-sum-exp of the scaled logits):
 
         f(T_teacher) = logsumexp(u / T_teacher) - logsumexp(v / (2 tau - T_teacher)) = 0
 
@@ -230,7 +230,8 @@ def sharpness(
 
 @register_rule("std")
 def std(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
-    """LSKD (Sun et al., CVPR 2024, arXiv 2403.01427, section 4.3): T = tau std(logits) on each side, the factor tau^2.
+    """Return T = tau std(logits) on each side and the factor tau^2: LSKD (Sun et al., CVPR 2024, arXiv 2403.01427,
+    section 4.3).
 
     The same as comparing z-scores (x - mean) / std at tau, as softmax is blind to the mean. The deviation is over K,
     not K - 1. A side whose row is constant falls back to tau.
@@ -240,8 +241,8 @@ def std(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatu
 
 @register_rule("norm")
 def norm(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
-    """NormKD (arXiv 2308.00520): T = tau std(logits) on each side, and the factor is T_teacher^2, which gives each
-    sample's gradient back the size that its own temperature took from it.
+    """Return T = tau std(logits) on each side and the factor T_teacher^2, which gives each sample's gradient back the
+    size that its own temperature took from it: NormKD (arXiv 2308.00520).
     """
     return _deviations(logits_student, logits_teacher, tau, lambda t_teacher: t_teacher**2)
 

@@ -19,7 +19,7 @@ from mdistiller.registry import cifar_models
 
 
 def default_checkpoint(name: str, dataset: str = "cifar100") -> str:
-    """Where the teacher `name` for `dataset` lies, relative to the working directory; mdistiller's layout."""
+    """Return where the teacher `name` for `dataset` lies, relative to the working directory; mdistiller's layout."""
     folder = "cifar" if dataset == "cifar100" else dataset
     return f"download_ckpts/{folder}_teachers/{name}_vanilla/ckpt_epoch_240.pth"
 
@@ -51,20 +51,21 @@ def run_stage(blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def global_average(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C), for any H and W."""
+    """Return the mean over H and W of x: (B, C, H, W) -> (B, C), for any H and W."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 def init_kaiming(model: nn.Module) -> None:
-    """He et al., arXiv 1502.01852, for every convolution: fan-out, normal."""
+    """Initialise every convolution as He et al. do (arXiv 1502.01852): fan-out, normal."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def init_fan_normal(model: nn.Module, linear_std: float | None = None) -> None:
-    """Convolutions N(0, 2 / (k * k * C_out)), their biases and the classifier's 0; the classifier's weights
-    N(0, linear_std^2), or PyTorch's own where linear_std is None. Unlike init_kaiming, C_out is not divided by groups.
+    """Initialise convolutions by N(0, 2 / (k * k * C_out)), their biases and the classifier's by 0; the classifier's
+    weights by N(0, linear_std^2), or as PyTorch does where linear_std is None. Unlike init_kaiming, C_out is not
+    divided by groups.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

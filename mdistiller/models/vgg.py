@@ -9,7 +9,7 @@ CHANNELS = (64, 128, 256, 512, 512)
 
 
 def _block(in_channels: int, channels: int, count: int) -> nn.Sequential:
-    """`count` convolutions, each with BatchNorm; the last ReLU is the caller's."""
+    """Return `count` convolutions, each with BatchNorm; the last ReLU is the caller's."""
     layers: list[nn.Module] = []
     for _ in range(count):
         layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -19,7 +19,7 @@ def _block(in_channels: int, channels: int, count: int) -> nn.Sequential:
 
 @fx.wrap  # a trace cannot follow a branch on the size, and takes it as one operation
 def _halve_tall(x: Tensor, image: Tensor) -> Tensor:
-    """x (B, C, H, W), halved where `image` is 64 pixels high."""
+    """Return x (B, C, H, W), halved where `image` is 64 pixels high."""
     return F.max_pool2d(x, 2) if image.shape[2] == 64 else x
 
 
