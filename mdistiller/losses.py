@@ -12,7 +12,7 @@ weight of its own and leaves cross entropy to `ce_loss`:
 
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CRD import nce_loss
-from mdistiller.distillers.CTKD import LearnedTemperature, curriculum
+from mdistiller.distillers.CTKD import curriculum, learned_temperature
 from mdistiller.distillers.DIST import dist_loss, softened_dist
 from mdistiller.distillers.DKD import dkd_loss, softened_dkd
 from mdistiller.distillers.DTKD import dtkd_loss
@@ -44,7 +44,6 @@ from mdistiller.distillers.TTM import transformed_teacher, ttm_loss, wttm_loss
 from mdistiller.distillers.VID import vid_loss
 
 __all__ = [
-    "LearnedTemperature",
     "Temperatures",
     "at_loss",
     "bounded",
@@ -63,6 +62,7 @@ __all__ = [
     "kd_loss",
     "kdsvd_loss",
     "kl_divergence",
+    "learned_temperature",
     "level_losses",
     "max_logit",
     "mcd_loss",

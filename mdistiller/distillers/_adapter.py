@@ -19,7 +19,7 @@ def adapt(name: str, cls: type) -> type:
     """Return the method `cls`, with the declarations of Distiller that classes of a plug-in leave out.
 
     Its own `__init__` says by its parameters what it needs, its own `forward_train` whether it takes the teacher's
-    logits. Raises TypeError for a class that is no Distiller.
+    logits. Raises TypeError for a class that is no Distiller, or that needs what nobody offers.
     """
     if not (isinstance(cls, type) and issubclass(cls, Distiller)):
         raise TypeError(f"the method {name} must be a class derived from mdistiller.distillers.Distiller")
@@ -27,6 +27,8 @@ def adapt(name: str, cls: type) -> type:
     own = {attribute for base in foreign for attribute in vars(base)}
     if "__init__" in own and "needs" not in own:
         cls.needs = tuple(word for word in OFFERED if word in inspect.signature(cls).parameters)
+    if unknown := {*cls.needs} - {*OFFERED}:
+        raise TypeError(f"the method {name} needs {', '.join(sorted(unknown))}; there are {' and '.join(OFFERED)}")
     if "forward_train" in own and "takes_teacher_logits" not in own:
         given = "logits_teacher" in inspect.signature(cls.forward_train).parameters
         cls.takes_teacher_logits = cls.takes_teacher_logits and given

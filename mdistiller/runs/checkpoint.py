@@ -194,8 +194,11 @@ def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
     if not 0 < num_classes < 2**31:  # a model of so many cannot be described, let alone be held
         return None
     for name, (constructor, _) in cifar_model_dict.items():
-        with torch.device("meta"):
-            model = constructor(num_classes=num_classes)
+        try:
+            with torch.device("meta"):
+                model = constructor(num_classes=num_classes)
+        except Exception:  # a constructor of the user's may need values, which a meta tensor has not
+            continue
         own = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
         if own == shapes:
             return name, num_classes

@@ -7,7 +7,7 @@ from torch import nn
 import mdistiller.losses as L
 from mdistiller.config import load
 from mdistiller.distillers import RuleDistiller, distiller_dict, register_rule
-from mdistiller.distillers.CTKD import learned_temperature
+from mdistiller.distillers.CTKD import LearnedTemperature
 from mdistiller.distillers.rules import MIN_TEMPERATURE
 from mdistiller.engine.build import refuse_unused
 from mdistiller.errors import ConfigError, UserError
@@ -148,7 +148,7 @@ def test_std_is_the_z_score_of_lskd_and_norm_weights_it_back():
 
 @pytest.mark.parametrize("mode", ["global", "instance"])
 def test_the_student_descends_and_the_learned_temperature_climbs(mode):
-    rule = L.LearnedTemperature(nn.Linear(3, 6), mode, lambda_epochs=0).double()
+    rule = LearnedTemperature(nn.Linear(3, 6), mode, lambda_epochs=0).double()
     parameters = list(rule.parameters())
 
     def loss(v, strength):
@@ -172,7 +172,7 @@ def test_the_student_descends_and_the_learned_temperature_climbs(mode):
 
 
 def test_the_learned_temperature_is_differentiable_and_stays_in_its_range():
-    rule = L.LearnedTemperature(nn.Linear(3, 6), lambda_max=-1.0, lambda_epochs=0).double()  # the reversal undone
+    rule = LearnedTemperature(nn.Linear(3, 6), lambda_max=-1.0, lambda_epochs=0).double()  # the reversal undone
 
     def loss(v, theta):
         t = torch.func.functional_call(rule, {"theta": theta}, (v, U, TAU), {"epoch": 1})
@@ -181,7 +181,7 @@ def test_the_learned_temperature_is_differentiable_and_stays_in_its_range():
     theta = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (V.clone().requires_grad_(), theta))
     theta = torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4], requires_grad=True)
-    t = learned_temperature(theta, 1.0, 20.0)
+    t = L.learned_temperature(theta, 1.0, 20.0)
     torch.testing.assert_close(t[[0, 2, 4]], torch.tensor([1.0, 11.0, 21.0]))
     t.sum().backward()
     assert theta.grad.isfinite().all()
