@@ -4,56 +4,27 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from methods import batch, build, model
 
 from mdistiller import config
 from mdistiller.dataset import load_dataset
 from mdistiller.distillers.CRD import CRD, Negatives, nce_loss, similarities
-from mdistiller.engine import build
+from mdistiller.engine.build import build_distiller
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict
 
 
-def model(name: str, num_classes: int = 10) -> nn.Module:
-    return cifar_model_dict[name][0](num_classes=num_classes)
-
-
-def small() -> CRD:
-    """resnet14 -> resnet8 over 20 samples of 10 classes."""
-    cfg = config.load(None, ["CRD.NCE.K", "6", "CRD.FEAT.DIM", "8"])
-    return CRD(model("resnet8"), model("resnet14"), cfg, 20, torch.arange(20) % 10).train()
-
-
-def batch(size: int = 4) -> dict:
-    torch.manual_seed(0)
-    index = torch.arange(size)
-    return {"image": torch.randn(size, 3, 32, 32), "target": index % 10, "index": index, "epoch": 3}
-
-
-def crd_draws(mode: str, draws: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("mode", ["exact", "relax"])
+def test_negatives_are_uniform_over_the_other_classes_or_samples(mode):
     labels = torch.tensor([2, 0, 1, 0, 2, 2, 0, 1, 0, 0])
     torch.manual_seed(0)
     index = torch.arange(10)
-    return labels, Negatives(10, labels if mode == "exact" else None)(index, labels[index], draws)
-
-
-def test_exact_negatives_are_uniform_over_the_other_classes():
-    labels, drawn = crd_draws("exact")
+    drawn = Negatives(10, labels if mode == "exact" else None)(index, labels[index], 2000)
     for i in range(10):
         count = torch.bincount(drawn[i], minlength=10).double()
-        allowed = labels != labels[i]
+        allowed = labels != labels[i] if mode == "exact" else index != i
         assert (count[~allowed] == 0).all()
         want = drawn.shape[1] / allowed.sum()
         assert ((count[allowed] - want).abs() < 5 * math.sqrt(want)).all()
-
-
-def test_relaxed_negatives_are_uniform_over_the_other_samples():
-    _, drawn = crd_draws("relax")
-    for i in range(10):
-        count = torch.bincount(drawn[i], minlength=10).double()
-        want = drawn.shape[1] / 9
-        assert count[i] == 0
-        assert ((count[torch.arange(10) != i] - want).abs() < 5 * math.sqrt(want)).all()
 
 
 def test_crd_without_labels_says_so_and_draws():
@@ -63,7 +34,7 @@ def test_crd_without_labels_says_so_and_draws():
 
 
 def test_crd_honours_a_passed_index():
-    distiller = small()
+    distiller = build("CRD")
     places = torch.tensor([[0, 5, 6], [1, 7, 8], [2, 9, 3], [3, 1, 2]])
     distiller.negatives = None  # would raise if it were asked
     torch.manual_seed(0)
@@ -72,7 +43,7 @@ def test_crd_honours_a_passed_index():
 
 
 def test_crd_memory_and_constants_move_once_and_only_where_seen():
-    distiller = small()
+    distiller = build("CRD")
     assert (distiller.params[2:4] == -1).all()
     before = distiller.memory_v1.clone()
     distiller(**batch())
@@ -106,7 +77,7 @@ def test_the_builder_gives_crd_the_labels(tmp_path):
     data = load_dataset("digits", str(tmp_path))
     torch.save({"model": model("resnet8", data.num_classes).state_dict()}, tmp_path / "teacher")
     cfg = config.load(None, ["DISTILLER.TYPE", "CRD", "DISTILLER.TEACHER", "resnet8", "DISTILLER.STUDENT", "resnet8"])
-    distiller = build.build_distiller(cfg, data, tmp_path / "teacher", torch.device("cpu"))
+    distiller = build_distiller(cfg, data, tmp_path / "teacher", torch.device("cpu"))
     assert distiller.negatives.by_class
     assert len(distiller.memory_v1) == len(data.train_labels)
 

@@ -4,15 +4,14 @@ import copy
 
 import pytest
 import torch
+from methods import build
 from torch import nn
 
 from mdistiller import config
 from mdistiller.dataset import Batch
-from mdistiller.distillers import distiller_dict
 from mdistiller.engine.solver import DOT, set_lr, sgd
 from mdistiller.engine.step import Meter, Step
 from mdistiller.errors import ConfigError, UserError
-from mdistiller.models import cifar_model_dict
 
 CPU = torch.device("cpu")
 
@@ -104,15 +103,14 @@ def test_losses_of_one_kind_are_refused_by_name():
         model = TwoLosses(names)
         with pytest.raises(UserError, match=f"TwoLosses gives {', '.join(names)}; set SOLVER.TRAINER base"):
             run(model, DOT(model.parameters(), 0.9, 0.0, 0.075), batches(1))
-    model = distiller_dict["NONE"](cifar_model_dict["resnet8"][0](num_classes=10)).train()
+    model = build("NONE")
     batch = Batch(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
     with pytest.raises(UserError, match="NONE gives ce"):
         run(model, DOT(model.get_learnable_parameters(), 0.9, 0.0, 0.075), [batch])
 
 
 def test_a_method_with_parameters_of_its_own():
-    student, teacher = (cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "resnet14"))
-    distiller = distiller_dict["VID"](student, teacher, config.load()).train()
+    distiller = build("VID")
     before = distiller.log_scales[0].detach().clone()
     batch = Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4))
     run(distiller, DOT(distiller.get_learnable_parameters(), 0.9, 5e-4, 0.075), [batch, batch])

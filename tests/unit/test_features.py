@@ -2,19 +2,16 @@
 
 import pytest
 import torch
+from methods import model
 from torch import nn
 
 from mdistiller.distillers.features import ConvReg, get_feat_shapes, pooled_width, unit
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict, given_parts
-
-
-def model(name, num_classes=5):
-    return cifar_model_dict[name][0](num_classes=num_classes)
+from mdistiller.models import given_parts
 
 
 def test_probing_leaves_no_trace():
-    student, teacher = model("resnet8").train(), model("wrn_16_2").train()
+    student, teacher = model("resnet8", 5).train(), model("wrn_16_2", 5).train()
     student.conv1.eval()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     noise = torch.get_rng_state()

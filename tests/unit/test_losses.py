@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from methods import logits
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,13 +23,6 @@ from mdistiller.distillers.TTM import power_sum
 GOLDEN = reference.golden()
 TARGET = torch.tensor([0, 3, 1, 4, 2, 0])
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
-
-
-def logits(seed=0, batch=6, classes=5, scale=4.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    values = scale * torch.randn(batch, classes, generator=generator, dtype=dtype)
-    values[:, 0] = values[:, 0].abs() + 0.1  # both maxima positive: max_logit is defined
-    return values
 
 
 def maps(seed, dtype=torch.float64, size=6, channels=(3, 5)):
