@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +24,7 @@ from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.run import train
+from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.solver import DOT, MultiStep, set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep
@@ -179,11 +180,21 @@ def changed(opts: list[str], prefix: Path, **changes: object) -> list[str]:
     return words + [str(word) for key, value in changes.items() for word in (key.replace("__", "."), value)]
 
 
+def unnamed(opts: list[str]) -> list[str]:
+    """`opts` without EXPERIMENT.NAME, so that a run's name tells its seed."""
+    place = opts.index("EXPERIMENT.NAME")
+    return opts[:place] + opts[place + 2 :] + ["EXPERIMENT.TAG", "run"]
+
+
 def run(opts: list[str], prefix: Path, resume: bool | str = False, **changes: object) -> Path:
-    """Train a `small_run`; returns its folder."""
-    words = changed(opts, prefix, **changes)
-    train(config.load(None, words), resume)
-    return prefix / "distill" / "run"
+    """Train a `small_run`. Return its folder."""
+    return Path(train(config.load(None, changed(opts, prefix, **changes)), resume)["folder"])
+
+
+def run_set(opts: list[str], prefix: Path, seeds: Iterable[int], resume: bool | str = False, **changes: object):
+    """Train a `small_run` in several seeds. Return the summary, and the folder of each seed."""
+    summary = train_seeds(config.load(None, changed(unnamed(opts), prefix, **changes)), list(seeds), resume)
+    return summary, {run["seed"]: Path(run["folder"]) for run in summary["runs"]}
 
 
 def outcome(folder: Path) -> tuple[dict, list[dict]]:

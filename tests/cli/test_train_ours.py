@@ -1,0 +1,162 @@
+"""tools/train_ours.py: its words, its exit status, signals, terminals and pipes. Commands run in forked children, where
+nothing depends on a process of their own.
+"""
+
+import fcntl
+import os
+import pty
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from helpers import ROOT, changed, forked, load_tool, outcome, run, same, status_of, unnamed, wait_for
+
+from mdistiller.errors import UserError
+from mdistiller.runs import checkpoint
+from mdistiller.runs.recorder import read_metrics
+
+main = load_tool("train_ours").main
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The run's, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "output" / "distill" / "run"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds"], "no seed follows"),
+        (["--seeds", "0", "0"], "given twice"),
+        (["--seeds", "0", "--seeds", "1"], "given twice"),
+        (["--seed", "3"], "unknown option --seed"),
+        (["--seeds", "0-5000"], "1,000 at most"),
+        (["--seeds", "3-1"], "the smaller one first"),
+        (["--seeds", "4294967296"], "2**32"),
+        (["--seeds=1.5"], "is no seed"),
+        (["--seeds", "0", "-1"], "--seeds: -1 is no seed; write --seeds 0 1 2"),
+        (["--seeds", "0", "-", "2"], "--seeds: - is no seed"),
+        (["--seeds", "0-999", "1000-1999"], "2,000, and 1,000 at most"),
+        (["--seeds", "0", "1", "SEED", "3"], "give one of them"),
+        (["--seeds", "0", "LOG.WANDB", "True"], "LOG.WANDB False"),
+        (["LOG.PREFIX", "/proc/nowhere"], "set LOG.PREFIX"),
+        (["LOG.PREFIX", "/dev/null/x"], "set LOG.PREFIX"),
+        (["--resume"], "there is no run in"),
+    ],
+)
+def test_a_mistake_is_a_line_and_nothing_is_written(tmp_path, words, message):
+    with pytest.raises(UserError) as caught:
+        main([*words, "DATASET.TYPE", "digits"])
+    assert message in caught.value.lines[0]
+    assert caught.value.status == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_lists_and_ranges_of_seeds(small, tmp_path, capsys):
+    main(["--seeds", "5", "0-1", *changed(unnamed(small), tmp_path, DISTILLER__TYPE="NONE", SOLVER__EPOCHS=1)])
+    assert len(list((tmp_path / "distill").glob("run*SEED:*/student_latest"))) == 3
+    assert "mean ± sd" in capsys.readouterr().out
+
+
+def endless(small, *words):
+    """A command that goes on until it is stopped."""
+    return lambda: main([*small, *words, "SOLVER.EPOCHS", "100000", "SOLVER.STEP", "eager"])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_ends_the_command_with_status_75(small, folder, name):
+    child = forked(endless(small, "--resume", "auto"), "errors")
+    wait_for((folder / "latest").exists)
+    os.kill(child, getattr(signal, name))
+    assert status_of(child) == 75
+    with open("errors") as file:
+        errors = file.read()
+    assert f"stopped by {name} in epoch" in errors
+    assert "--resume auto" in errors
+    assert "Traceback" not in errors
+    assert len(read_metrics(folder)) == checkpoint.load(folder / "latest")["epoch"]
+
+
+def test_ctrl_c_after_a_signal_ends_it_at_once_with_status_130(small, folder):
+    child = forked(endless(small), "errors")
+    wait_for((folder / "latest").exists)
+    os.kill(child, signal.SIGSTOP)  # both come before the next step is done
+    os.kill(child, signal.SIGHUP)
+    os.kill(child, signal.SIGINT)
+    os.kill(child, signal.SIGCONT)
+    assert status_of(child) == 130
+
+
+def test_the_status_does_not_depend_on_who_listens(small, folder):
+    """As in `train 2>&1 | tee log`, where Ctrl-C ends tee as well."""
+    reader, writer = os.pipe()
+    child = forked(endless(small), f"/dev/fd/{writer}")
+    os.close(writer)
+    wait_for((folder / "latest").exists)
+    os.close(reader)
+    os.kill(child, signal.SIGINT)
+    assert status_of(child) == 75
+    assert checkpoint.load(folder / "latest")["progress"]["done"] in (1, 2, 3)
+
+
+def test_a_pipe_that_breaks_changes_nothing(small, tmp_path, folder):
+    expected = run(small, tmp_path / "whole")
+    words = " ".join(f"'{word}'" for word in small)
+    command = f"{sys.executable} {ROOT}/tools/train_ours.py {words} | head -c 10; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert same(outcome(expected), outcome(folder))
+    assert "result:" in (folder / "worklog.txt").read_text()
+
+
+def test_a_terminal_with_its_bar_changes_nothing(small, tmp_path, folder):
+    expected = run(small, tmp_path / "plain")
+    main_side, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+
+    def work():
+        sys.stdout = os.fdopen(side, "w", buffering=1)
+        main(small)
+
+    child = forked(work)
+    os.close(side)
+    shown = b""
+    try:
+        while part := os.read(main_side, 4096):
+            shown += part
+    except OSError:
+        pass  # the other side is closed
+    assert status_of(child) == 0
+    assert b"epoch 1/2:" in shown
+    assert same(outcome(folder), outcome(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_disk_that_is_full_and_enlarged(small, tmp_path):
+    """On a tmpfs that the second checkpoint overfills; with room again, the run goes on to the same end."""
+    opts = [*small, "DISTILLER.TYPE", "KD", "LOG.SAVE_CHECKPOINT_FREQ", "1", "SOLVER.EPOCHS", "5"]
+    expected = run(opts, tmp_path / "whole")
+    words = " ".join(f"'{word}'" for word in opts)
+    train_it = f"{sys.executable} {ROOT}/tools/train_ours.py {words} --resume auto LOG.PREFIX {tmp_path}/full"
+    script = f"""
+        mount -t tmpfs -o size=4m none {tmp_path}/full || exit 99
+        {train_it} > /dev/null; echo status $?
+        ls -A {tmp_path}/full/distill/run | grep tmp
+        mount -o remount,size=40m {tmp_path}/full
+        {train_it} > /dev/null; echo status $?
+        cp -r {tmp_path}/full/distill/run {tmp_path}/after"""
+    (tmp_path / "full").mkdir()
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no tmpfs for an ordinary user here: {done.stderr}")
+    assert done.stdout.split("\n")[:2] == ["status 1", "status 0"], done
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert same(outcome(expected), outcome(tmp_path / "after"))

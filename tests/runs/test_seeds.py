@@ -1,0 +1,194 @@
+"""Several students in one process: each is the one that its seed gives alone."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+from helpers import KINDS, agree, cases, changed, on, outcome, run, run_set, same, unnamed
+
+from mdistiller import config
+from mdistiller.engine import seeds
+from mdistiller.engine.seeds import summary_file, table, train_seeds
+from mdistiller.engine.step import Step
+from mdistiller.errors import FolderInUse, Preempted, RunFailed, UserError
+from mdistiller.files import FileLock
+
+
+def alone(opts, prefix, seed, **changes) -> Path:
+    """Train that seed by itself. Return its folder."""
+    return run(unnamed(opts), prefix, SEED=seed, **changes)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The runs of a set, as they are opened."""
+    runs, real = [], seeds.Run
+    monkeypatch.setattr(seeds, "Run", lambda *given: runs.append(real(*given)) or runs[-1])
+    return runs
+
+
+@pytest.mark.parametrize(("method", "device"), cases(KINDS, ("DTKD", "FITNET", "NONE")))
+def test_each_is_the_one_trained_alone(small, tmp_path, method, device):
+    opts = [*on(device, small, epochs=1), "DISTILLER.TYPE", method]
+    _, folders = run_set(opts, tmp_path / "set", [3, 0, 11])
+    for seed in (3, 0, 11)[: 3 if method == "CRD" else 1]:
+        by_itself = alone(opts, tmp_path / "alone", seed)
+        assert agree(outcome(folders[seed]), outcome(by_itself), device)
+        assert folders[seed].name == by_itself.name
+
+
+def test_five_seeds_are_five_runs_and_a_set_of_one_is_a_run(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "DTKD"]
+    _, folders = run_set(opts, tmp_path / "set", range(5))
+    _, one = run_set(opts, tmp_path / "one", [4])
+    assert same(outcome(folders[4]), outcome(one[4]))
+    for seed, folder in folders.items():
+        by_itself = alone(opts, tmp_path / "alone", seed)
+        assert same(outcome(folder), outcome(by_itself))
+        assert (folder / "temperatures.bin").read_bytes() == (by_itself / "temperatures.bin").read_bytes()
+
+
+@pytest.mark.parametrize(("bank", "device"), cases(["off", "lazy", "full"], ("off", "lazy", "full")))
+def test_a_shared_bank_changes_no_bit(small, tmp_path, bank, device):
+    opts = [*on(device, small), "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", bank]
+    _, folders = run_set(opts, tmp_path / "set", [0, 1], TEACHER_BANK_FOLDER=tmp_path / "common")
+    by_itself = alone(opts, tmp_path / "alone", 1, TEACHER_BANK_FOLDER=tmp_path / "own")
+    assert agree(outcome(folders[1]), outcome(by_itself), device)
+
+
+def test_the_summary_says_mean_and_deviation_of_last_and_best(small, tmp_path, capsys):
+    summary, folders = run_set([*small, "DISTILLER.TYPE", "KD"], tmp_path, [0, 1, 2], SOLVER__EPOCHS=1)
+    (file,) = (tmp_path / "distill").glob("*.json")
+    written = json.loads(file.read_text())
+    assert {key: summary[key] for key in written if key != "runs"} | {"runs": written["runs"]} == written
+    assert file.name.endswith("+SEED:0,1,2.json")
+    for key in ("last", "best"):
+        values = [outcome(folder)[0][f"{key}_acc"] for folder in folders.values()]
+        spread = {"mean": pytest.approx(statistics.mean(values)), "std": pytest.approx(statistics.stdev(values))}
+        assert summary[key] == {"n": 3} | spread
+    assert "\n".join(table(summary)) in capsys.readouterr().out
+    assert len({len(line) for line in table(summary)}) == 1, "columns align"
+    single, _ = run_set([*small, "DISTILLER.TYPE", "KD"], tmp_path, [0], resume=True, SOLVER__EPOCHS=1)
+    assert single["last"]["std"] is None
+    assert "±" not in table(single)[-1].removeprefix("mean ± sd")
+
+
+@pytest.mark.parametrize(("steps", "device"), cases([1, 9], (5, 40)))
+def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, tmp_path, stop_after, steps, device):
+    opts = [*on(device, small), "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy"]
+    opts = changed(opts, tmp_path, TEACHER_BANK_FOLDER=tmp_path / "bank")
+    _, whole = run_set(opts, tmp_path / "whole", [0, 1, 2])
+    stop_after(steps)
+    with pytest.raises(Preempted, match="3 of 3 students"):
+        run_set(opts, tmp_path / "parts", [0, 1, 2])
+    stop_after(0)
+    summary, parts = run_set(opts, tmp_path / "parts", [0, 1, 2], resume=True)
+    for seed in (0, 1, 2):
+        assert agree(outcome(whole[seed]), outcome(parts[seed]), device)
+    assert summary["last"]["n"] == 3
+
+
+def test_resume_auto_starts_what_is_missing_and_leaves_what_is_done(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    first = alone(opts, tmp_path, 1)
+    before = (first / "latest").stat().st_mtime_ns
+    with pytest.raises(UserError, match="no run of seed 0 in .*--resume auto"):
+        run_set(opts, tmp_path, [0, 1], resume=True)
+    summary, folders = run_set(opts, tmp_path, [0, 1], resume="auto")
+    assert folders[1] == first
+    assert (first / "latest").stat().st_mtime_ns == before
+    assert [run["epochs"] for run in summary["runs"]] == [2, 2]
+
+
+def test_one_lost_student_does_not_stop_the_others(small, tmp_path, monkeypatch, opened):
+    real = Step.update
+
+    def harmed(self, batch, *given):
+        if self.steps == 4 and self is opened[1].trainer.step:
+            batch.image.fill_(math.nan)
+        real(self, batch, *given)
+
+    opts = [*small, "DISTILLER.TYPE", "KD"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Step, "update", harmed)
+        with pytest.raises(RunFailed, match="seed 1: epoch 2, step 2"):
+            run_set(opts, tmp_path / "set", [0, 1, 2])
+    (file,) = (tmp_path / "set" / "distill").glob("*.json")
+    summary = json.loads(file.read_text())
+    assert [("error" in run) for run in summary["runs"]] == [False, True, False]
+    assert summary["last"]["n"] == 2
+    assert same(outcome(Path(summary["runs"][2]["folder"])), outcome(alone(opts, tmp_path / "alone", 2)))
+
+
+def test_a_name_of_ones_own_gets_the_seed(small, tmp_path):
+    words = changed(small, tmp_path, DISTILLER__TYPE="NONE", SOLVER__EPOCHS=1)
+    summary = train_seeds(config.load(None, words), [0, 1])
+    assert [run["folder"].rpartition("/")[2] for run in summary["runs"]] == ["run+SEED:0", "run+SEED:1"]
+
+
+def test_teachers_share_their_parameters(small, tmp_path, opened):
+    run_set([*small, "DISTILLER.TYPE", "FITNET"], tmp_path, [0, 1], SOLVER__EPOCHS=1)
+    pointers = [{p.data_ptr() for p in run.trainer.distiller.teacher.parameters()} for run in opened]
+    assert pointers[0] == pointers[1]
+
+
+def fading(small, tmp_path, write, after=0):
+    """Options of a method that writes to its teacher's weights, from the epoch behind `after` on."""
+    name = f"F{len(write)}{after}"
+    plugin = tmp_path / "fading.py"
+    plugin.write_text(
+        "import torch\nfrom mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
+        f"@register_distiller('{name}', defaults={{'A': 1.0}})\nclass Fading(KD):\n"
+        "    def losses(self, *args, epoch, **kwargs):\n        with torch.no_grad():\n"
+        "            for p in self.teacher.parameters():\n"
+        f"                if epoch > {after}:\n                    {write}\n"
+        "        return super().losses(*args, epoch=epoch, **kwargs)\n"
+    )
+    return [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", name, "TEACHER_BANK", "off"]
+
+
+@pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)", "p.data = 0.9 * p.data"])
+def test_a_teacher_that_its_method_writes_to_is_kept_and_not_shared(small, tmp_path, stop_after, write):
+    opts = fading(small, tmp_path, write)
+    expected = outcome(alone(opts, tmp_path / "alone", 1))
+    assert "teacher.fc.weight" in expected[0]["model"]
+    stop_after(3)
+    with pytest.raises(Preempted):
+        run_set(opts, tmp_path / "parts", [0, 1])
+    stop_after(0)
+    _, folders = run_set(opts, tmp_path / "parts", [0, 1], resume=True)
+    assert same(outcome(folders[1]), expected)
+
+
+@pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)"])
+def test_a_shared_teacher_that_is_written_to_ends_the_set_before_it_is_kept(small, tmp_path, write):
+    opts = fading(small, tmp_path, write, after=1)
+    with pytest.raises(RunFailed, match="run seed by seed"):
+        run_set(opts, tmp_path, [0, 1])
+    expected, rows = outcome(alone(opts, tmp_path / "alone", 0))
+    (kept,) = (tmp_path / "distill").glob("run*/latest")  # the first one's first epoch; what follows was not kept
+    state, kept_rows = outcome(kept.parent)
+    assert same(kept_rows, rows[:1])
+    assert "teacher.fc.weight" in expected["model"]
+    assert "teacher.fc.weight" not in state["model"]
+
+
+def test_a_summary_of_many_seeds_has_a_short_name(small, tmp_path):
+    cfg = config.load(None, changed(unnamed(small), tmp_path))
+    assert summary_file(cfg, range(100)).name.endswith("+SEED:0-99.json")
+    assert summary_file(cfg, [0, 1, 2, 9]).name.endswith("+SEED:0,1,2,9.json")
+    assert len(summary_file(cfg, [7 * seed + seed**2 for seed in range(200)]).name) < 255
+
+
+def test_a_seed_in_use_is_found_before_another_ones_run_is_touched(small, tmp_path):
+    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.EPOCHS", "1"]
+    _, folders = run_set(opts, tmp_path, [0, 1])
+    before = (folders[0] / "latest").stat().st_mtime_ns
+    lock = FileLock(folders[1] / ".lock")
+    with pytest.raises(FolderInUse, match="SEED:1"):
+        run_set(opts, tmp_path, [0, 1])
+    lock.close()
+    assert (folders[0] / "latest").stat().st_mtime_ns == before
+    assert not list((tmp_path / "distill").glob("*~1"))
