@@ -13,6 +13,7 @@ from mdistiller.bank.teacher import Shared
 from mdistiller.dataset import Batches, ImageSet
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import images_together
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.solver import DOT, MultiStep, sgd
@@ -145,7 +146,7 @@ def build_trainer(
         test,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         Keeper(folder, origin, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.SAVE_EVERY_SECONDS, workspace.students),
-        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, cfg.dump()),
+        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, describe(cfg)),
         workspace.stop,
     )
     return trainer, bank
