@@ -10,7 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 from mdistiller import config, files
-from mdistiller.distillers import LogitDistiller, distiller_dict
+from mdistiller.distillers import distiller_dict
 from mdistiller.errors import FolderInUse, UserError
 from mdistiller.files import FileLock, is_locked, remove_leftovers, write_atomic
 from mdistiller.runs import checkpoint
@@ -112,7 +112,7 @@ class RunFolder:
             raise UserError(f"--resume: {file}: {bad} holds a value of another kind; start a new run without --resume")
         then, now = config.computed(then), config.computed(cfg)
         ignored = {"SOLVER.EPOCHS", "DATASET.ROOT"}  # a file may have moved: the digest of its images is compared
-        if not issubclass(distiller_dict[cfg.DISTILLER.TYPE], LogitDistiller):
+        if not distiller_dict[cfg.DISTILLER.TYPE].takes_teacher_logits:
             ignored |= {"TEACHER_BANK", "TEACHER_BANK_DTYPE"}
         differ = [k for k in now if k in then and then[k] != now[k] and k not in ignored]
         if differ:
