@@ -10,6 +10,7 @@ import torch
 from helpers import digits_opts, save_teacher, small_run, stopping_after
 
 from mdistiller.engine import build
+from mdistiller.engine.solver import zero_momenta
 from mdistiller.runs import keeper
 from mdistiller.runs.stop import Stop
 
@@ -41,6 +42,18 @@ def save_every_step(monkeypatch):
     """Checkpoints inside an epoch come at every step, however long they take, in runs with these options."""
     monkeypatch.setattr(keeper, "MOST_SHARE", float("inf"))
     return ["LOG.SAVE_EVERY_SECONDS", "1e-9"]
+
+
+@pytest.fixture
+def fused_kernels(monkeypatch):
+    """As on CUDA: fused kernels, and a look at what they decided only where the loop waits for the device anyway."""
+
+    def fused(parameters, momentum, weight_decay):
+        optimizer = torch.optim.SGD([*parameters], 0.0, momentum, weight_decay=weight_decay, fused=True)
+        zero_momenta(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(build, "sgd", fused)
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,11 @@ KINDS = ["NONE", "DTKD", "CRD", "MLKD", "CTKD", "VID"]
 DRAWING = ("CRD", "MLKD")  # random numbers in a step, on its device
 
 
+def gpu(test):
+    """Mark a test that needs CUDA."""
+    return GPU[0](GPU[1](test))
+
+
 def cases(names: list[str], on_cuda: tuple[str, ...]) -> list:
     """(name, device) for tests: all of them on the CPU, some on CUDA."""
     return [(name, "cpu") for name in names] + [pytest.param(name, "cuda", marks=GPU) for name in on_cuda]

@@ -7,9 +7,7 @@ import pytest
 import torch
 from helpers import KINDS, load_tool, run, tool
 
-from mdistiller.engine import build
 from mdistiller.engine.replay import replay
-from mdistiller.engine.solver import zero_momenta
 from mdistiller.engine.step import Step
 from mdistiller.errors import TrainingDiverged, UserError
 from mdistiller.runs import checkpoint
@@ -102,27 +100,17 @@ def test_a_run_that_only_skips_stops(small, tmp_path, harm):
         run(small, tmp_path, SOLVER__NAN_POLICY="skip")
 
 
-@pytest.fixture
-def lazily(monkeypatch):
-    """As on CUDA: fused kernels, and a look at what they decided only where the loop waits for the device anyway."""
-
-    def fused(parameters, momentum, weight_decay):
-        optimizer = torch.optim.SGD([*parameters], 0.0, momentum, weight_decay=weight_decay, fused=True)
-        zero_momenta(optimizer)
-        return optimizer
-
-    monkeypatch.setattr(build, "sgd", fused)
-
-
 @pytest.mark.parametrize("method", ["DTKD", "CRD"])
-def test_what_the_device_marked_is_named_at_the_epochs_end(small, tmp_path, harm, lazily, method):
+def test_what_the_device_marked_is_named_at_the_epochs_end(small, tmp_path, harm, fused_kernels, method):
     harm(4, "gradient")  # step 2 of epoch 2, whose last batch is smaller
     with pytest.raises(TrainingDiverged, match="epoch 2, step 2 of 3: .*nothing when the step ran again"):
         run([*small, "DISTILLER.TYPE", method, "LOG.TENSORBOARD_FREQ", "500"], tmp_path)
 
 
 @pytest.mark.parametrize("how", ["a signal", "a minute that is over"])
-def test_behind_a_bad_step_no_checkpoint_is_written(small, tmp_path, harm, lazily, stop_after, save_every_step, how):
+def test_behind_a_bad_step_no_checkpoint_is_written(
+    small, tmp_path, harm, fused_kernels, stop_after, save_every_step, how
+):
     harm(0)
     more = ["LOG.TENSORBOARD_FREQ", "500"]
     if how == "a signal":

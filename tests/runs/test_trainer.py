@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import GPU, agree, make_trainer, on, outcome, run
-from torch import nn
+from helpers import agree, gpu, make_trainer, on, outcome, run
 from torch.nn import functional as F
 
+from mdistiller.distillers.KD import KD
 from mdistiller.engine import build, stepmode
 from mdistiller.engine import run as runs
 from mdistiller.engine.graph import GraphStep
@@ -86,21 +86,13 @@ def test_a_kill_at_an_epochs_end_costs_no_row_and_doubles_none(tmp_path, monkeyp
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
-class Exploding(nn.Module):
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
+def test_a_loss_term_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
+    class Exploding(KD):
+        def losses(self, logits_student, *given, **more):
+            return {"fine": logits_student.mean(), "bad": logits_student.mean() * math.inf}
 
-    def forward(self, image, **kwargs):
-        logits = self.student(image)[0]
-        return logits, {"fine": logits.mean(), "bad": logits.mean() * math.inf}
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
-    made = trainer(tmp_path)
-    made.distiller = made.step.distiller = Exploding(made.distiller.student)
     with pytest.raises(TrainingDiverged, match="the loss term bad"):
-        made.fit(Recorder(tmp_path, 2))
+        trainer(tmp_path, "KD", plugin=Exploding).fit(Recorder(tmp_path, 2))
     assert not (tmp_path / "latest").exists()
     assert len(checkpoint.load(next(tmp_path.glob("bad_batch*")))["batch"]["target"]) == 16
 
@@ -141,10 +133,6 @@ def test_a_step_is_not_alone_beside_the_teachers_own_graph(small, tmp_path, monk
     monkeypatch.setattr(build, "uses_graph", lambda cfg, device: True)
     run([*small, "DISTILLER.TYPE", "KD", "TEACHER_BANK", bank], tmp_path, TEACHER_BANK_FOLDER=tmp_path / "banks")
     assert seen == [exclusive]
-
-
-def gpu(test):
-    return GPU[0](GPU[1](test))
 
 
 @gpu
