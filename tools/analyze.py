@@ -7,7 +7,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from mdistiller.analysis.analyse import analyse
 from mdistiller.errors import run_command
 
 
@@ -25,6 +24,9 @@ def main() -> None:
         help="where files lie now: DATASET.ROOT, DISTILLER.TEACHER_CKPT, DEVICE",
     )  # fmt: skip
     words = parser.parse_args()
+
+    from mdistiller.analysis.analyse import analyse  # torch takes seconds to import, and --help needs none
+
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     done = analyse(words.runs, words.out, words.published, words.opts, words.latex, words.markdown, say)
     for note in done.notes:

@@ -6,14 +6,17 @@ python3 tools/compare.py output/digits/*
 import argparse
 from pathlib import Path
 
-from mdistiller.analysis.compare import table
 from mdistiller.errors import run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    print(table(parser.parse_args().runs))
+    runs = parser.parse_args().runs
+
+    from mdistiller.analysis.compare import table  # torch takes seconds to import, and --help needs none
+
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ python3 tools/document.py docs
 import argparse
 from pathlib import Path
 
-from mdistiller.analysis import methods
-from mdistiller.engine import cfg
-from mdistiller.study import reference
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+
+    from mdistiller.analysis import methods  # torch takes seconds to import, and --help needs none
+    from mdistiller.engine import cfg
+    from mdistiller.study import reference
+
     (folder / "api.md").write_text(reference.page(), encoding="utf-8")
     (folder / "config.md").write_text(cfg.page(), encoding="utf-8")
     (folder / "methods.md").write_text(methods.page(Path(__file__).resolve().parents[1]), encoding="utf-8")

@@ -11,7 +11,6 @@ done; 1 a run failed; 2 a mistake in the input; 75 stopped, or out of budget, wi
 import argparse
 from pathlib import Path
 
-from mdistiller.campaign import command
 from mdistiller.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +45,9 @@ def main() -> None:
     flags = [word for word in opts if word.startswith("--")]
     if flags:
         raise UserError(f"unknown option {flags[0]}; see --help")
+
+    from mdistiller.campaign import command  # torch takes seconds to import, and --help needs none
+
     raise SystemExit(command.reproduce(**vars(words) | {"folder": ROOT / "configs/plans", "opts": opts}))
 
 

@@ -8,7 +8,6 @@ python3 tools/results.py --page docs/reproduction.md       the tables between th
 import argparse
 from pathlib import Path
 
-from mdistiller.campaign import command
 from mdistiller.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +25,9 @@ def main() -> None:
     )
     parser.add_argument("--page", type=Path, help="a Markdown page with markers")
     words = parser.parse_args()
+
+    from mdistiller.campaign import command  # torch takes seconds to import, and --help needs none
+
     if words.page and (words.what or words.only or words.out):
         raise UserError("--page: goes with --results and --published alone; its markers name the plans")
     if words.page:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-TOOLS = ["download", "eval", "replay", "train_ours"]
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
 @pytest.mark.parametrize("tool", TOOLS)
