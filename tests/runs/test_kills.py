@@ -17,6 +17,7 @@ import pytest
 from helpers import changed, forked, killed, outcome, run, same
 
 from mdistiller import config
+from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.runs.recorder import read_metrics
 
@@ -48,34 +49,39 @@ def assert_undisturbed(folder: Path, expected: Path) -> None:
     assert not list(folder.glob(".*.tmp")) + list(folder.parent.glob("run~*"))
 
 
-def killed_until_done(work, seconds: float, draw: random.Random, check) -> int:
-    """Start `work` in children that are killed within `seconds`, until one comes to its end. Return the kills."""
-    kills, alive = 0, True
-    while alive:
-        child = forked(work)
-        time.sleep(draw.uniform(0, seconds) * (1 + kills / 10))  # even where the machine has become slow
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        alive = killed(child)
-        kills += alive
-        check()
-    return kills
+@pytest.mark.parametrize("students", [1, 2])
+def test_kill_9_at_random_moments_changes_nothing(opts, tmp_path, students):
+    """Children are started and killed until one comes to its end."""
 
+    def work(prefix, resume=False):
+        words = changed(opts, prefix, TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=prefix / "bank")
+        if students > 1:
+            train_seeds(config.load(None, words), range(students), resume)
+        else:
+            train(config.load(None, words), resume)
 
-def test_kill_9_at_random_moments_changes_nothing(opts, tmp_path):
-    expected = run(opts, tmp_path / "whole")
+    work(tmp_path / "whole")
     begin = time.monotonic()
-    assert not killed(forked(lambda: run(opts, tmp_path / "timed")))
+    assert not killed(forked(lambda: work(tmp_path / "timed")))
     seconds, draw, kills, runs = time.monotonic() - begin, random.Random(0), 0, 0
-    while kills < KILLS:
-        runs += 1
-        prefix = tmp_path / str(runs)
-        folder = prefix / "distill" / "run"
-        work = functools.partial(run, opts, prefix, resume="auto")
-        kills += killed_until_done(work, seconds, draw, lambda folder=folder: assert_whole(folder))
-        assert_undisturbed(folder, expected)
-        shutil.rmtree(prefix)
-    print(f"{kills} kills, {runs} runs, 0 differences")
+    names = [path.parent.name for path in (tmp_path / "whole" / "distill").glob("*/latest")]
+    assert len(names) == students
+    while kills < KILLS // students**2:
+        runs, alive, before = runs + 1, True, kills
+        folders = [tmp_path / str(runs) / "distill" / name for name in names]
+        while alive:
+            child = forked(functools.partial(work, tmp_path / str(runs), resume="auto"))
+            time.sleep(draw.uniform(0, seconds) * (1 + (kills - before) / 10))  # even where the machine becomes slow
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            alive = killed(child)
+            kills += alive
+            for folder in folders:
+                assert_whole(folder)
+        for folder in folders:
+            assert_undisturbed(folder, tmp_path / "whole" / "distill" / folder.name)
+        shutil.rmtree(tmp_path / str(runs))
+    print(f"{kills} kills, {runs} runs of {students}, 0 differences")
 
 
 def test_a_kill_at_any_file_operation_changes_nothing(opts, tmp_path):
@@ -111,21 +117,3 @@ def test_a_kill_at_any_file_operation_changes_nothing(opts, tmp_path):
         number += max(1, 150 // KILLS)  # every one of them for KILLS 150 and more
     assert kills > 10
     print(f"{kills} kills at file operations, of {number} in a run, 0 differences")
-
-
-def test_a_set_that_is_killed_goes_on_to_the_same_end(opts, tmp_path):
-    def train_both(prefix, resume=False):
-        words = changed(opts, prefix, TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=prefix / "bank")
-        train_seeds(config.load(None, words), [0, 1], resume)
-
-    train_both(tmp_path / "whole")
-    begin = time.monotonic()
-    assert not killed(forked(lambda: train_both(tmp_path / "timed")))
-    seconds, draw, kills, sets = time.monotonic() - begin, random.Random(0), 0, 0
-    while kills < KILLS // 4:
-        sets += 1
-        work = functools.partial(train_both, tmp_path / str(sets), resume="auto")
-        kills += killed_until_done(work, seconds, draw, lambda: None)
-        for name in ("run+SEED:0", "run+SEED:1"):
-            assert_undisturbed(*(tmp_path / part / "distill" / name for part in (str(sets), "whole")))
-    print(f"{kills} kills, {sets} sets of two, 0 differences")
