@@ -265,3 +265,16 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """{name: content} of all that lies below `folder`; None for what is no regular file."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
+
+
+class Bomb:
+    """Unpickled, it makes the folder `bomb`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)

@@ -1,0 +1,86 @@
+"""tools/download.py as users type it."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from helpers import ROOT, tool, tree
+from webserver import FILES, NAME, TEACHERS, Server
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def start(root, server, **options):
+    command = [sys.executable, str(ROOT / "tools" / "download.py"), "teachers", "--to", root, "--mirror", server.url]
+    return subprocess.Popen(command, env=os.environ | {"NO_PROXY": "127.0.0.1"}, **options)
+
+
+def test_an_archive_from_elsewhere_then_nothing_to_do(tmp_path):
+    (tmp_path / "my.tar").write_bytes(TEACHERS)
+    for says in ("SHA-256|sha256:", "complete, 2 files"):
+        done = tool("download", "teachers", "--from", "my.tar", "--to", "x", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.search(says, done.stdout) and "\r" not in done.stdout
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"cifar_teachers", f"{NAME}.sha256"}
+
+
+def test_offline_is_one_line_that_says_what_to_type(tmp_path):
+    env = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NO_PROXY": ""}
+    command = [sys.executable, str(ROOT / "tools" / "download.py"), "cifar100"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    for words in ("error: https://www.cs.toronto.edu/", "Connection refused", "HTTPS_PROXY", "--mirror", "--from"):
+        assert words in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_download_goes_on(tmp_path, server, number):
+    server.plan = [{"pace": 10_000}]
+    victim = start(tmp_path, server, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part, deadline = tmp_path / f"{NAME}.part" / "archive", time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    victim.send_signal(number)
+    _, errors = victim.communicate()
+    if number == signal.SIGINT:
+        assert victim.returncode == 130
+        assert "goes on from there" in errors and errors.count("\n") == 1
+    have = part.stat().st_size
+    assert 0 < have < len(TEACHERS)
+    assert start(tmp_path, server).wait(60) == 0
+    assert server.sent[-1] == len(TEACHERS) - have
+    found = tree(tmp_path)
+    assert {name: found[name] for name in FILES} == FILES
+    assert not any(".part" in name or ".lock" in name for name in found)
+
+
+def test_a_bar_with_the_time_left_on_a_terminal(tmp_path, server):
+    server.plan = [{"pace": 20_000}]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = start(tmp_path, server, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while data := os.read(ours, 4096):
+            seen += data
+    os.close(ours)
+    assert process.wait() == 0
+    assert re.search(rb"\d+%.*\[\d\d:\d\d<\d\d:\d\d,", seen), "time gone < time left"
