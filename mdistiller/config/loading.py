@@ -167,7 +167,7 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
 def _unquoted(name: str, value: object) -> object:
     """Return the word that YAML 1.1 took for a truth value, where the key `name` knows it: off, on."""
     check = KEYS[name].check if name in KEYS else None
-    word = {"True": "on", "False": "off"}.get(str(value))
+    word = {"True": "on", "False": "off"}.get(str(value)) if isinstance(value, (bool, str)) else None
     return word if check and check.names is not None and word in check.names else value
 
 

@@ -37,6 +37,18 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.Node) -> int | str:
+        """Return the whole number; what YAML reads in base 60, where 4:00 is 240, stays text."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.Node) -> float | str:
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+_StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)  # a date is text
+
 
 def read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> dict:
     """Return the tree of `path` over those of its _BASE_ files. `seen`: the files that led here."""
