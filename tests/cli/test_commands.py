@@ -1,5 +1,6 @@
 """The commands that users type."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import ROOT, digits_opts, outcome, same, save_teacher, tool
+from helpers import ROOT, digits_opts, outcome, same, tool
 
 from mdistiller.runs.recorder import read_metrics
 
@@ -40,7 +41,7 @@ def test_train_then_eval_then_compare(tmp_path, teacher_file):
     assert done.returncode == 0, done.stderr
     figures = dict(line.split()[:2] for line in done.stdout.splitlines()[1:])
     assert float(figures["top-1"]) == pytest.approx(row["test_acc"], abs=0.6)  # float32 here, bf16 there
-    assert figures["parameters"] == f"{sum(p.numel() for p in resnet8_parameters()):,}"
+    assert figures["parameters"] == "78,042"
 
     done = tool("compare", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -49,12 +50,6 @@ def test_train_then_eval_then_compare(tmp_path, teacher_file):
     again = tool("train_ours", *opts, "SOLVER.AMP", "bf16", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert read_metrics(folder.with_name(folder.name + "~1")) == [row], "the earlier run is kept"
-
-
-def resnet8_parameters():
-    from mdistiller.models import cifar_model_dict
-
-    return cifar_model_dict["resnet8"][0](num_classes=10).parameters()
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, teacher_file):
@@ -108,76 +103,9 @@ def test_a_missing_teacher_says_the_three_things_to_type_and_can_be_trained(tmp_
     assert done.stdout.count("result:") == 1, "a stored teacher is not trained again"
 
 
-def test_mistakes_leave_nothing_behind(tmp_path):
-    save_teacher(tmp_path / "wrong.pth", "resnet14", 100)
-    kd = digits_opts(DISTILLER__TYPE="KD", DISTILLER__TEACHER="resnet8")
-    cases = [
-        (["SOLVER.LRR", "3", "SOLVER.EPOCHS", "0"], "did you mean SOLVER.LR?"),
-        (["--lr", "3"], "--lr"),
-        (["--cfg", "gone.yaml"], "gone.yaml"),
-        ([*kd, "DISTILLER.TEACHER_CKPT", "gone.pth"], "gone.pth"),
-        ([*kd, "DISTILLER.TEACHER_CKPT", "wrong.pth"], "resnet14 with 100 classes, but resnet8 with 10"),
-        ([*digits_opts(), "--resume"], "there is no run"),
-        (["DATASET.TYPE", "npz", "DATASET.ROOT", "gone.npz"], "gone.npz"),
-        ([*digits_opts(), "DEVICE", "cuda:77"], "DEVICE"),
-        ([*digits_opts(), "SOLVER.AMP", "fp16"], "fp16 needs CUDA"),
-    ]
-    for words, says in cases:
-        done = tool("train_ours", *words, cwd=tmp_path)
-        assert done.returncode == 2, (words, done.stderr)
-        assert says in done.stderr
-        assert "Traceback" not in done.stderr
-        assert [path.name for path in tmp_path.iterdir()] == ["wrong.pth"], words
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["-m", "resnet9", "-c", "wrong.pth", "-d", "digits"], "did you mean resnet"),
-        (["-m", "resnet8", "-c", "wrong.pth", "-d", "digit"], "did you mean digits?"),
-        (["-m", "resnet8", "-c", "wrong.pth", "-d", "digits"], "holds resnet14 with 100 classes"),
-        (["-m", "resnet8", "-d", "digits", "-bs", "0"], "at least 1"),
-        (["-m", "resnet8", "-c", "pretrain", "-d", "digits"], "digits_teachers/resnet8_vanilla"),
-    ],
-)
-def test_eval_names_what_is_wrong(tmp_path, words, says):
-    save_teacher(tmp_path / "wrong.pth", "resnet14", 100)
-    done = tool("eval", *words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "opts", [["EXPERIMENT.NAME", "."], ["EXPERIMENT.NAME", " "], ["EXPERIMENT.TAG", ".."], ["EXPERIMENT.NAME", "a\nb"]]
-)
-def test_a_name_that_is_no_folder_is_refused(opts):
-    from mdistiller.engine.cfg import load
-    from mdistiller.errors import ConfigError, UserError
-    from mdistiller.runs.folder import run_folder
-
-    with pytest.raises((UserError, ConfigError), match=r"EXPERIMENT\.NAME"):
-        run_folder(load(None, opts))
-
-
-def test_a_folder_in_use_is_refused(tmp_path):
-    from mdistiller.errors import UserError
-    from mdistiller.runs.folder import RunFolder
-
-    held = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-        RunFolder(tmp_path / "run")
-    held.close()
-    RunFolder(tmp_path / "run").close()
-
-
 def test_wandb_is_named_where_it_is_missing(tmp_path):
-    pytest.importorskip("yacs")
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        done = tool("train_ours", *digits_opts(LOG__WANDB=True), cwd=tmp_path)
-        assert done.returncode == 2
-        assert "pip install wandb" in done.stderr
-    else:
+    if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
+    done = tool("train_ours", *digits_opts(LOG__WANDB=True), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pip install wandb" in done.stderr

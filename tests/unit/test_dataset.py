@@ -1,3 +1,5 @@
+"""Data sets: what is drawn from them, the files that they come from, and the lines that refuse other files."""
+
 import zipfile
 
 import numpy as np
@@ -18,7 +20,7 @@ def random_images(n=20, size=32, seed=0):
 
 
 def batches(n=20, batch_size=8, augment="crop_flip", seed=0, size=32):
-    return Batches(random_images(n, size), torch.arange(n), MEAN, STD, batch_size, torch.device("cpu"), augment, seed)
+    return Batches(random_images(n, size), torch.arange(n), MEAN, STD, batch_size, augment, seed)
 
 
 def test_augmentation_equals_torchvisions_pixel_for_pixel():
@@ -147,9 +149,7 @@ def test_npz(tmp_path):
     expected = data.train_images.double().div(255).reshape(-1, 3)
     np.testing.assert_allclose(data.mean, expected.mean(0), rtol=1e-9)
     np.testing.assert_allclose(data.std, expected.std(0, unbiased=False), rtol=1e-9)
-    (batch,) = Batches(data.train_images, data.train_labels, data.mean, data.std, 8, torch.device("cpu"), "crop").epoch(
-        1
-    )
+    (batch,) = Batches(data.train_images, data.train_labels, data.mean, data.std, 8, "crop").epoch(1)
     assert batch.image.shape == (8, 3, 28, 28)
 
 
@@ -176,6 +176,12 @@ def test_grey_npz(tmp_path):
         ({"train_labels": np.full(8, -1)}, "count from 0"),
         ({"train_labels": np.full(8, 2**40)}, "count classes from 0"),
         ({"train_labels": np.array([None] * 8)}, "allow_pickle"),
+        ({"train_images": np.zeros((0, 28, 28, 3), np.uint8), "train_labels": np.zeros(0, int)}, "expected uint8"),
+        ({"train_labels": np.full(8, 2**64 - 1, np.uint64)}, "count from 0"),
+        ({"train_labels": np.zeros(8)}, "float64"),
+        ({"train_labels": np.array(["a"] * 8)}, "expected 8 integers"),
+        ({"train_labels": np.zeros(8, [("a", "i8"), ("b", "u1")])}, "expected 8 integers"),
+        ({"train_labels": np.array(3)}, "expected 8 integers"),
     ],
 )
 def test_bad_npz_is_refused_in_one_line(tmp_path, changes, says):
@@ -185,24 +191,55 @@ def test_bad_npz_is_refused_in_one_line(tmp_path, changes, says):
     assert len(caught.value.lines) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04junk", b"not a zip"])
+def member(header, content=b""):
+    """An array's file with that header."""
+    return np.lib.format.MAGIC_PREFIX + b"\1\0" + len(header).to_bytes(2, "little") + header.encode() + content
+
+
+def header(shape, kind="|u1"):
+    return f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}\n"
+
+
+BAD_MEMBERS = {
+    "text": b"text",
+    "a tera": member(header((10**12 // 784, 28, 28))),
+    "less than it says": member(header((7, 28, 28, 3)), bytes(6 * 28 * 28 * 3)),
+    "a negative shape": member(header((-8, -28, 28, 3)), bytes(8 * 28 * 28 * 3)),
+    "a shape beyond counting": member(header((2**70, 0, 28, 3))),
+    "numbers of no bytes": member(header((10**15,), "|V0")),
+    "code": member("{'descr': __import__('os').mkdir('bomb')}\n"),
+    "a deep header": member("[" * 9000),
+    "another format": b"\x93NUMPY\x09\x00" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MEMBERS)
+def test_a_member_that_is_no_array_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("x.npz", "w") as file:
+        for name in arrays():
+            file.writestr(f"{name}.npy", BAD_MEMBERS[kind])
+    with pytest.raises(UserError, match=r"x\.npz") as caught:
+        load_dataset("npz", "x.npz")
+    assert len(caught.value.lines) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04junk", b"not a zip", 0.0001, 0.1, 0.9, 0.999])
 def test_files_that_are_no_npz(tmp_path, content):
-    (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(UserError, match="x.npz"):
+    np.savez(tmp_path / "whole.npz", **arrays())
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(whole[: int(content * len(whole))] if isinstance(content, float) else content)
+    with pytest.raises(UserError, match=r"x\.npz"):
         load_dataset("npz", tmp_path / "x.npz")
-    with pytest.raises(UserError, match="gone.npz"):
+    with pytest.raises(UserError, match=r"gone\.npz"):
         load_dataset("npz", tmp_path / "gone.npz")
 
 
-def test_an_array_and_members_that_are_none_are_refused(tmp_path):
+def test_a_single_array_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
     with pytest.raises(UserError, match="single array"):
         load_dataset("npz", tmp_path / "x.npy")
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
-        for name in arrays():
-            file.writestr(name, "text")
-    with pytest.raises(UserError, match="must be arrays"):
-        load_dataset("npz", tmp_path / "x.npz")
 
 
 def test_constant_channels_have_a_usable_deviation():
