@@ -260,7 +260,7 @@ def test_a_report_onto_a_file(tmp_path, monkeypatch, capsys):
     check_refused(tmp_path, monkeypatch, capsys, ANALYZE, "-o out")
 
 
-@pytest.mark.parametrize("case", ["weights that run", "npz of objects that run", "plug-in that exits"])
+@pytest.mark.parametrize("case", ["weights that run", "plug-in that exits"])
 def test_a_process_of_its_own_refuses_too(tmp_path, case):
     """Nothing of this is caught by the test's own process."""
     name, content, words, says = FILES[case]

@@ -25,3 +25,11 @@ def test_a_folder_in_use_is_refused(tmp_path):
         RunFolder(tmp_path / "run")
     held.close()
     RunFolder(tmp_path / "run").close()
+
+
+def test_a_run_is_named_by_what_was_typed():
+    cfg = load(
+        None, ["SOLVER.LR", "0.1", "LOG.PREFIX", "out", "EXPERIMENT.TAG", "x", "SOLVER.LR_DECAY_STAGES", "[1, 2]"]
+    )
+    assert str(run_folder(cfg)) == "out/distill/x+SOLVER.LR:0.1,SOLVER.LR_DECAY_STAGES:[1,2]"
+    assert str(run_folder(load(None, ["SEED", "3", "EXPERIMENT.NAME", "y"]))) == "output/distill/y"
