@@ -13,7 +13,6 @@ from mdistiller import config, files
 from mdistiller.distillers import distiller_dict
 from mdistiller.errors import FolderInUse, UserError
 from mdistiller.files import FileLock, is_locked, remove_leftovers, write_atomic
-from mdistiller.runs import checkpoint
 from mdistiller.runs.environment import environment
 from mdistiller.terminal import say
 
@@ -47,11 +46,6 @@ def check_writable(path: Path, key: str) -> None:
 def resumable(path: Path) -> bool:
     """Return whether the run in the folder `path` has left a checkpoint to go on from."""
     return any(os.path.exists(path / name) for name in ("latest", "previous"))
-
-
-def identity(cfg: CfgNode) -> str:
-    """Return a digest: the same for two configurations that compute the same, whatever the number of epochs."""
-    return checkpoint.digest({k: v for k, v in sorted(config.computed(cfg).items()) if k != "SOLVER.EPOCHS"})
 
 
 def in_use(path: Path) -> bool:
