@@ -3,13 +3,23 @@
 from yacs.config import CfgNode
 
 from mdistiller import dataset, distillers, models  # noqa: F401  (they fill the registries and the sections)
-from mdistiller.config import CFG, KEYS, SECTIONS, Key, leaves, load
+from mdistiller.config import CFG, KEYS, SECTIONS, Key, get, leaves, load
 from mdistiller.terminal import say
 
 
 def describe(cfg: CfgNode) -> str:
-    """Return the configuration as YAML, without the sections of methods that are not in use."""
-    return CfgNode({key: cfg[key] for key in cfg if key not in SECTIONS or key == cfg.DISTILLER.TYPE}).dump()
+    """Return the configuration as YAML, without the sections of methods that are not in use, and of temperature rules
+    that stand at their defaults.
+    """
+    shown = cfg.clone()
+    for name in SECTIONS:
+        parent, _, last = name.rpartition(".")
+        node = get(shown, parent)
+        if last not in node or name == cfg.DISTILLER.TYPE:
+            continue
+        if not parent or all(value == KEYS[key].default for key, value in leaves(node[last], f"{name}.").items()):
+            del node[last]
+    return shown.dump()
 
 
 def show_cfg(cfg: CfgNode) -> None:

@@ -169,10 +169,12 @@ def test_an_empty_file_is_the_defaults(tmp_path):
     assert load(write(tmp_path, "")) == load()
 
 
-def test_show_leaves_other_methods_out():
-    text = describe(load(None, ["DISTILLER.TYPE", "KD"]))
-    assert "TEMPERATURE" in text
-    assert "WARMUP" not in text
+def test_a_description_loads_again_and_leaves_out_what_is_not_in_use(tmp_path):
+    cfg = load(None, ["DISTILLER.TYPE", "KD", "TEMPERATURE.ERRATUM.MARGIN", "0.1"])
+    text = describe(cfg)
+    assert "ERRATUM" in text and "DTKD" not in text and "WARMUP" not in text
+    assert "ERRATUM" not in describe(load())
+    assert load(write(tmp_path, text)) == cfg
 
 
 def test_a_name_is_registered_once():
