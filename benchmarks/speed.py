@@ -3,7 +3,7 @@
 python3 benchmarks/speed.py [--pairs resnet32x4,resnet8x4 ...] [--rounds 5] [--out results/speed]
 
 The plain loop is what the public frameworks do: DataLoader with two workers, PIL transforms, float32, the teacher in
-every step. Ours are the trainer's own steps on DTKD (without journal and records: benchmarks/overhead.py has those):
+every step. Ours are the trainer's own steps on DTKD (without checkpoints and records: benchmarks/overhead.py has those):
   off      the teacher in every step (TEACHER_BANK off)
   ahead    its pass made ahead, folded (auto where a bank does not pay)
   cold     a lazy bank that holds nothing yet: every view is computed and kept
