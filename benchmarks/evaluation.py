@@ -107,15 +107,15 @@ def main() -> None:
                     times[name].append(taken)
         begin = time.perf_counter()
         for _ in range(10):
-            inference.refresh()
-        refresh = (time.perf_counter() - begin) / 10
+            Inference(distiller.student, device, amp)
+        making = (time.perf_counter() - begin) / 10
         median = {name: statistics.median(values) for name, values in times.items()}
         epochs = {name: TRAIN * median.pop(name) for name in ("given", "teacher")}
         precision = "float32" if amp == "none" else amp
         print(
             f"\n{a.teacher} -> {a.student}, {device}, {torch.get_num_threads()} threads, {precision}, PyTorch "
             f"{torch.__version__}, {platform.machine()}; an epoch: {epochs['given']:.1f} s with the teacher's logits "
-            f"given, {epochs['teacher']:.1f} s with its pass; a refresh: {1000 * refresh:.1f} ms\n"
+            f"given, {epochs['teacher']:.1f} s with its pass; making the evaluated form: {1000 * making:.1f} ms\n"
         )
         print("| evaluation, batch | seconds | of an epoch, logits given | of an epoch with the teacher |")
         print("| --- | --- | --- | --- |")

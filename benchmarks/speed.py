@@ -3,7 +3,7 @@
 python3 benchmarks/speed.py [--pairs resnet32x4,resnet8x4 ...] [--rounds 5] [--out results/speed]
 
 The plain loop is what the public frameworks do: DataLoader with two workers, PIL transforms, float32, the teacher in
-every step. Ours are the trainer's own steps on DTKD (without checkpoints and records: benchmarks/overhead.py has those):
+every step. Ours are the trainer's own steps on DTKD (without checkpoints and records, see benchmarks/overhead.py):
   off      the teacher in every step (TEACHER_BANK off)
   ahead    its pass made ahead, folded (auto where a bank does not pay)
   cold     a lazy bank that holds nothing yet: every view is computed and kept
@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from mdistiller.bank.inference import Inference
+from mdistiller.bank.segments import Segments
 from mdistiller.bank.teacher import Bank, TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.device import AMP_DTYPES, has_bf16, resolve_device, set_determinism, side_stream
@@ -129,7 +130,7 @@ class OurLoop:
             logits = None
             if teacher != "off":
                 if not seed:
-                    inference = Inference(distiller.teacher, device, amp)
+                    inference = Inference(distiller.teacher, device, amp, captured=True)
                 logits = TeacherLogits(batches, inference, stream=shared)
             graph = device.type == "cuda" and step != "eager"
             work = Step(distiller, optimizer, device, amp, forward=forward)
@@ -140,14 +141,14 @@ class OurLoop:
             self.new_bank()
         if teacher == "warm":
             self.pass_once()  # the views of this epoch, which comes again and again
+            self.feeds[0].teacher.bank.commit()
 
     def new_bank(self) -> None:
-        if self.feeds[0].teacher.bank is not None:
-            self.feeds[0].teacher.bank.close()
         batches = self.feeds[0].batches
-        shape = {"rows": batches.num_samples * batches.views, "width": CLASSES, "dtype": "float16"}
-        bank = Bank(self.folder / f"{id(self)}-{self.number}", {}, shape, batches.images.device)
-        bank.open()
+        shape = (batches.num_samples * batches.views, CLASSES, torch.float16)
+        bank = Bank(Segments(self.folder / f"{id(self)}-{self.number}", {}, *shape))
+        if batches.images.device.type == "cuda":
+            bank.rows.to_device(batches.images.device)
         self.number += 1
         for feed in self.feeds:
             feed.teacher.bank = bank
@@ -180,7 +181,7 @@ class OurLoop:
         begin = time.perf_counter()
         self.pass_once()
         if self.teacher == "cold":
-            self.feeds[0].teacher.commit()
+            self.feeds[0].teacher.bank.commit()
         return len(self.steps) * self.feeds[0].batches.num_samples / (time.perf_counter() - begin)
 
 

@@ -2,9 +2,8 @@
 
 python3 benchmarks/start.py [--cfg configs/cifar100/dtkd/res32x4_res8x4.yaml] [--rounds 5] [KEY VALUE ...]
 
-The teacher's weights are random. A run is killed as soon as its first checkpoint appears, which it writes after its first
-step. The first
-round, whose files may have to come from the disk, is not counted.
+The teacher's weights are random. A run is killed as soon as its first checkpoint appears, which it writes after its
+first step. The first round, whose files may have to come from the disk, is not counted.
 """
 
 import argparse

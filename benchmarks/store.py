@@ -1,10 +1,9 @@
-"""What a store of rows costs: adding, committing, opening with its verification, reading.
+"""What a bank's rows cost on disk: adding, committing, opening, reading from many files and from merged ones.
 
-python3 benchmarks/store.py [--rows 8100000] [--width 100] [--dtype float16] [--folder .] [--json FILE]
+python3 benchmarks/store.py [--rows 8100000] [--width 100] [--dtype float16] [--commits 60] [--folder .] [--json FILE]
 
-Fills a store in a new folder below `folder`, which is removed at the end: one epoch's 50,000 rows in adds of 64 with
-one commit, as in lazy filling, then what is left of it in adds of 65,536 rows with a commit each. Random gathers are
-the median of 2,000, behind as many that bring the file's pages in.
+Fills a new folder below `folder`, which is removed at the end, by so many commits of rows that are added 1,024
+together. Random look-ups are the median of 2,000, behind as many that bring the files' pages in.
 """
 
 import argparse
@@ -14,18 +13,27 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from mdistiller.bank.store import RowStore
+from mdistiller.bank import segments
+from mdistiller.bank.segments import Segments
 
-EPOCH, BATCH, CHUNK = 50_000, 64, 1 << 16
+TOGETHER = 1024
 
 
-def resident() -> int:
-    """Megabytes of this process that are no file's pages."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def look_ups(store: Segments, count: int) -> float:
+    """Return the median microseconds of reading `count` random rows."""
+    every = [torch.randint(0, store.rows, (count,)) for _ in range(4000)]
+    return 1e6 * statistics.median([seconds(lambda rows=rows: store.read(rows)) for rows in every][2000:])
 
 
 def main() -> None:
@@ -33,52 +41,32 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8_100_000)
     parser.add_argument("--width", type=int, default=100)
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32"])
+    parser.add_argument("--commits", type=int, default=60)
     parser.add_argument("--folder", type=Path, default=Path("."))
     parser.add_argument("--json", type=Path, help="also write the figures there")
     a = parser.parse_args()
-    generator = np.random.default_rng(0)
-    values = generator.standard_normal((CHUNK, a.width)).astype(a.dtype)
-    order, figures = generator.permutation(a.rows), {}
+    values = torch.randn(TOGETHER, a.width).to(getattr(torch, a.dtype))
+    figures = {}
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
-        wanted = (Path(folder) / "store", {"benchmark": "store"}, a.rows, a.width, a.dtype)
-        before = resident()
-        with RowStore(*wanted) as store:
-            epoch = order[:EPOCH]
-            begin = time.perf_counter()
-            for first in range(0, len(epoch), BATCH):
-                rows = epoch[first : first + BATCH]
-                store.add(rows, values[: len(rows)])
-            figures["add_64_rows_us"] = (time.perf_counter() - begin) / (len(epoch) / BATCH) * 1e6
-            begin = time.perf_counter()
-            store.commit()
-            figures["commit_of_an_epoch_ms"] = (time.perf_counter() - begin) * 1e3
-            begin = time.perf_counter()
-            for first in range(len(epoch), a.rows, CHUNK):
-                rows = order[first : first + CHUNK]
-                store.add(rows, values[: len(rows)])
-                store.commit()
-            figures["fill_MB_per_s"] = (a.rows - len(epoch)) * values[0].nbytes / (time.perf_counter() - begin) / 1e6
-        size = (wanted[0] / "rows.bin").stat().st_size
-        begin = time.perf_counter()
-        store = RowStore(*wanted)
-        seconds = time.perf_counter() - begin
-        figures |= {"file_MB": size / 1e6, "open_s": seconds, "verify_MB_per_s": size / seconds / 1e6}
-        assert store.complete
-        for count in (64, 1024):
-            times = []
-            for _ in range(4000):
-                rows = generator.integers(0, a.rows, count)
-                begin = time.perf_counter()
-                store.read(rows)
-                times.append(time.perf_counter() - begin)
-            figures[f"read_{count}_rows_us"] = statistics.median(times[2000:]) * 1e6
-            figures[f"read_{count}_rows_us_first"] = statistics.median(times[:200]) * 1e6
-        begin = time.perf_counter()
-        total = sum(len(rows) for rows, _ in store.chunks())
-        figures["chunks_MB_per_s"] = total * values[0].nbytes / (time.perf_counter() - begin) / 1e6
-        figures["memory_MB"] = resident() - before
-        store.close()
-    machine = {"cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "numpy": np.__version__}
+        wanted = (Path(folder), {"benchmark": "store"}, a.rows, a.width, values.dtype)
+        segments.MOST_SMALL, limit = a.commits, segments.MOST_SMALL
+        store, adding, committing = Segments(*wanted), 0.0, 0.0
+        for part in torch.randperm(a.rows).chunk(a.commits):
+            for rows in part.split(TOGETHER):
+                adding += seconds(lambda rows=rows: store.add(rows, values[: len(rows)]))
+            committing += seconds(store.commit)
+        figures["add_1024_rows_us"] = 1e6 * adding * TOGETHER / a.rows
+        figures["commit_ms"] = 1e3 * committing / a.commits
+        figures["files_MB"] = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6
+        figures["open_s"] = seconds(lambda: Segments(*wanted))
+        store = Segments(*wanted)
+        figures |= {f"read_{count}_rows_us": look_ups(store, count) for count in (64, 1024)}
+        segments.MOST_SMALL = 0
+        figures["open_and_merge_s"] = seconds(lambda: Segments(*wanted))
+        segments.MOST_SMALL = limit
+        store = Segments(*wanted)
+        figures |= {f"read_{count}_merged_rows_us": look_ups(store, count) for count in (64, 1024)}
+    machine = {"cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__}
     for name, value in figures.items():
         print(f"{name:<28}{value:>12,.1f}")
     if a.json:

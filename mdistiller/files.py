@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -53,10 +54,13 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Temporary files of writers that were killed. Nobody else may be writing there."""
+def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
+    """Remove temporary files of writers that were killed, where nobody has written to them for so many seconds: with 0
+    nobody else may be writing in that folder.
+    """
     for file in folder.glob(".*.tmp"):
-        file.unlink(missing_ok=True)
+        if not older_than or time.time() - file.stat().st_mtime > older_than:
+            file.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from mdistiller.bank.inference import Inference
-from mdistiller.bank.teacher import TeacherLogits, choose, met, takes_logits
+from mdistiller.bank.pool import choose, expected_distinct_views
+from mdistiller.bank.teacher import TeacherLogits, takes_logits
 from mdistiller.campaign.ledger import Ledger, state
 from mdistiller.campaign.plan import Cell, Trial
 from mdistiller.dataset import ImageSet, load_dataset
@@ -102,13 +103,13 @@ def _measure(file: Path, opts: list[str], students: int) -> Measured:
         batches, dtype = trainer.feed.batches, getattr(torch, cfg.TEACHER_BANK_DTYPE)
         teacher = TeacherLogits(batches, Inference(distiller.teacher, device, cfg.SOLVER.AMP), dtype)
         parts = batches.row_numbers(batches.plan(1)).split(teacher.chunk)
-        seconds = timed(lambda: parts, lambda part: list(teacher.compute(part))) / teacher.chunk  # of a view
+        seconds = timed(lambda: parts, lambda part: list(teacher.run_teacher(part))) / teacher.chunk  # of a view
         draws = cfg.SOLVER.EPOCHS * students
         mode, _ = choose(cfg.TEACHER_BANK, batches.views, draws, 0.0, device.type == "cuda")
         if mode == "none":
             epoch += train * seconds
         else:
-            rows = int(train * met(batches.views, draws, mode == "full"))
+            rows = int(train * expected_distinct_views(batches.views, draws, mode == "full"))
             bank, filling = rows * data.num_classes * dtype.itemsize, rows * seconds
     return Measured(step, epoch, 2 * student, student, bank, filling)  # weights and momenta
 

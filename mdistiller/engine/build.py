@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.bank.teacher import Shared
+from mdistiller.bank.pool import TeacherPool
 from mdistiller.dataset import Batches, ImageSet
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, distiller_dict
@@ -118,7 +118,7 @@ class Workspace:
         self.data, self.digest, self.networks = data, data.digest(), networks
         self.device, self.students = device, students
         self.local = data.to(device)
-        self.teachers = Shared()
+        self.teachers = TeacherPool(data.num_classes, self.digest)
         self.stop = Stop()
 
 
@@ -132,9 +132,7 @@ def build_trainer(
     together = images_together(cfg.DATASET.TEST.BATCH_SIZE, data.test_images.shape[1], device)
     test = Batches(data.test_images, data.test_labels, data.mean, data.std, together)
     origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
-    logits, bank = workspace.teachers.logits_of(
-        cfg, distiller, train, teacher_file, origin, solver.EPOCHS, data.num_classes
-    )
+    logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
     forward, refusal = compiled_form(cfg, distiller, device, solver.EPOCHS * len(train))
     later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())

@@ -58,7 +58,6 @@ class Trainer:
         self.buffer = EpochBuffer(samples, self.step.device) if temperature != "off" else None
         self.records_samples = temperature == "samples"
         self.state = RunState(self.step, self.buffer)
-        self.inference: Inference | None = None  # the student's, from the first evaluation on
         self.random: torch.Tensor | None = None  # the host's generator before the latest step
 
     def fit(self, recorder: Recorder) -> dict:
@@ -167,12 +166,8 @@ class Trainer:
         if not has_default_test(self.distiller):
             with autocast(self.step.device, self.step.amp):
                 return evaluate(lambda image: self.distiller(image=image), batches)
-        if self.inference is None:
-            size = self.test.images.shape[1]
-            self.inference = Inference(self.distiller.student, self.step.device, self.step.amp, size)
-        else:
-            self.inference.refresh()
-        return evaluate(self.inference, batches)
+        size = self.test.images.shape[1]
+        return evaluate(Inference(self.distiller.student, self.step.device, self.step.amp, size), batches)
 
     def score(self, scores: Scores) -> dict:
         """Close the epoch with its test scores. Return the test figures of its row."""

@@ -4,26 +4,23 @@ import copy
 
 import pytest
 import torch
+from helpers import CPU, make_trainer
 from torch import nn
 from torch.nn import functional as F
 
 from mdistiller.bank import inference as inference_module
-from mdistiller.bank.inference import Inference, _Captured, _PackedConv
-from mdistiller.dataset import Batches
+from mdistiller.bank.inference import CapturedFunction, Inference
+from mdistiller.bank.onednn import PackedConv, can_fuse
 from mdistiller.device import autocast, prepare
-from mdistiller.distillers import Distiller, Vanilla, distiller_dict
+from mdistiller.distillers.base import Distiller, Vanilla
 from mdistiller.engine.evaluator import evaluate, images_together
-from mdistiller.engine.solver import MultiStep, sgd
-from mdistiller.engine.step import Step
-from mdistiller.engine.trainer import Trainer, student_is_tested
+from mdistiller.engine.trainer import has_default_test
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
-CPU = torch.device("cpu")
-LARGE = ("resnet32", "resnet44", "resnet56", "resnet32x4", "vgg11", "vgg16", "wrn_16_1", "wrn_40_1")  # as their sisters
-ZOO = {name: constructor for name, (constructor, _) in cifar_model_dict.items() if name not in LARGE}
+FAMILIES = ["resnet8", "resnet8x4", "vgg8", "wrn_16_2", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+ZOO = {name: cifar_model_dict[name][0] for name in (*FAMILIES, "resnet20", "wrn_40_2", "ResNet18", "ResNet50")}
 ZOO |= {f"imagenet/{name}": constructor for name, constructor in imagenet_model_dict.items() if name != "ResNet101"}
-FAMILIES = ("resnet8", "resnet8x4", "vgg8", "wrn_16_2", "MobileNetV2", "ShuffleV1", "ShuffleV2")
-can_fuse = pytest.mark.skipif(not inference_module._can_fuse("bf16"), reason="no fused operators here")
+fusing = pytest.mark.skipif(not can_fuse("bf16"), reason="no fused operators here")
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -65,7 +62,6 @@ def test_the_zoo_agrees_and_is_left_alone(name):
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     fast = Inference(model, CPU, "none")
     logits = fast(image)
-    fast.refresh()
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [m.training for m in model.modules()]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -79,7 +75,7 @@ def test_the_zoo_agrees_and_is_left_alone(name):
     assert fast.folded == norms
 
 
-@can_fuse
+@fusing
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_depends_on_nothing_but_itself(name, amp):
@@ -96,16 +92,15 @@ def test_a_row_depends_on_nothing_but_itself(name, amp):
     assert (logits - exact).norm() <= 1.5 * (plain(model, image, amp) - exact).norm() + 1e-4 * exact.norm()
 
 
-@can_fuse
+@fusing
 def test_the_fused_operators_run(monkeypatch):
-    calls, real = [], _PackedConv.forward
-    monkeypatch.setattr(_PackedConv, "forward", lambda *a: calls.append(len(a) - 1) or real(*a))
+    calls, real = [], PackedConv.forward
+    monkeypatch.setattr(PackedConv, "forward", lambda *a: calls.append((len(a) - 1, a[0].in_place)) or real(*a))
     fast = Inference(build("resnet8"), CPU, "none")
     calls.clear()
     fast(images(2))
-    assert (calls.count(1), calls.count(2)) == (6, 3)  # three of nine convolutions take a shortcut's sum with them
-    assert sum(isinstance(m, _PackedConv) and m.in_place for m in fast._fast.modules()) == 3
-    assert F.relu not in [node.target for node in fast._fast.graph.nodes]
+    assert calls.count((1, False)) == 6
+    assert calls.count((2, True)) == 3, "three of nine convolutions take a shortcut's sum with them, in its place"
 
 
 @pytest.mark.parametrize("broken", ["absent", "wrong", "raises"])
@@ -116,16 +111,16 @@ def test_without_sound_operators_the_folded_graph_runs(monkeypatch, broken):
         return torch.zeros(())
 
     if broken == "absent":
-        monkeypatch.setattr(inference_module, "_can_fuse", lambda amp: False)
+        monkeypatch.setattr(inference_module, "can_fuse", lambda amp: False)
     else:
-        monkeypatch.setattr(_PackedConv, "forward", forward)
+        monkeypatch.setattr(PackedConv, "forward", forward)
     model = build("resnet8")
     fast = Inference(model, CPU, "none")
     assert (fast.fused, fast.folded) == (0, 9)
     assert_close(fast(images(2)), plain(model, images(2)))
 
 
-def test_refresh_takes_over_the_weights():
+def test_it_has_the_weights_of_when_it_was_made():
     model, image = build("resnet8"), images(2)
     fast = Inference(model, CPU, "none")
     old = fast(image)
@@ -133,10 +128,8 @@ def test_refresh_takes_over_the_weights():
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.mul_(1.05)
-    assert torch.equal(fast(image), old), "its weights are its own"
-    fast.refresh()
-    assert_close(fast(image), plain(model, image))
-    assert not torch.allclose(fast(image), old)
+    assert torch.equal(fast(image), old)
+    assert not torch.allclose(Inference(model, CPU, "none")(image), old)
 
 
 @pytest.mark.parametrize("size", [16, 32, 48, 64])
@@ -148,15 +141,10 @@ def test_vgg_of_every_size(size):
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_not_a_number_is_not_hidden(amp):
     model, image = build("resnet8"), images(2)
-    fast = Inference(model, CPU, amp)
     image[0, 0, 3, 3] = torch.nan
-    assert fast(image)[0].isnan().all()
+    assert Inference(model, CPU, amp)(image)[0].isnan().all()
     model.conv1.weight.data[0, 0, 0, 0] = torch.nan
-    fast.refresh()
-    assert fast(images(2)).isnan().all()
-    model.conv1.weight.data[0, 0, 0, 0] = 0.1
-    fast.refresh()
-    assert_close(fast(images(2)), plain(model, images(2)), 1e-4 if amp == "none" else 0.1)
+    assert Inference(model, CPU, amp)(images(2)).isnan().all()
 
 
 class Small(nn.Module):
@@ -203,14 +191,14 @@ ROUTES = {  # route -> BatchNorms that may be folded
 }
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("route", ROUTES)
-def test_only_what_may_be_folded_is(route, amp):
+def test_only_what_may_be_folded_is(route):
     torch.manual_seed(0)
     model = lively(Small(ROUTES[route][0]))
-    fast = Inference(model, CPU, amp, 8)
-    assert fast.folded == ROUTES[route][1]
-    assert_close(fast(images(3, 8)), plain(model, images(3, 8)), 1e-4 if amp == "none" else 3e-2)
+    for amp, tolerance in (("none", 1e-4), ("bf16", 3e-2)):
+        fast = Inference(model, CPU, amp, 8)
+        assert fast.folded == ROUTES[route][1]
+        assert_close(fast(images(3, 8)), plain(model, images(3, 8)), tolerance)
 
 
 class ByContent(Small):
@@ -235,17 +223,22 @@ def test_a_model_that_cannot_be_traced_runs_as_it_is():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_hooks_and_settings_are_noticed():
+def test_hooks_are_noticed():
     torch.manual_seed(0)
-    model, image = lively(Small(lambda m, x: m.gain * m.bn(m.conv(x)))), images(3, 8)
-    fast = Inference(model, CPU, "none", 8)
-    model.gain = 3.0
-    fast.refresh()
-    assert_close(fast(image), plain(model, image))
+    model, image = lively(Small(lambda m, x: m.bn(m.conv(x)))), images(3, 8)
     model.conv.register_forward_hook(lambda _module, _inputs, output: 2 * output)
-    fast.refresh()
+    fast = Inference(model, CPU, "none", 8)
     assert_close(fast(image), plain(model, image))
     assert fast.folded == 0
+
+
+def test_a_model_may_return_logits_alone():
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    model, image = prepare(lively(alone), CPU), images(3, 8)
+    fast = Inference(model, CPU, "none", 8)
+    assert fast.folded == 1
+    assert_close(fast(image), plain(model, image))
 
 
 def test_a_captured_graph_serves_one_shape():
@@ -259,7 +252,7 @@ def test_a_captured_graph_serves_one_shape():
         output = function(static)
         return output, lambda: output.copy_(2 * static)
 
-    captured = _Captured(function, capture)
+    captured = CapturedFunction(function, capture)
     batches = [torch.full((4, 1), float(i)) for i in range(3)] + [torch.ones(2, 1)]
     outputs = [captured(x) for x in batches]
     assert all(torch.equal(y, 2 * x) for x, y in zip(batches, outputs, strict=True)), "no output is overwritten"
@@ -268,7 +261,7 @@ def test_a_captured_graph_serves_one_shape():
     def fails(function, static):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    captured = _Captured(function, fails)
+    captured = CapturedFunction(function, fails)
     assert torch.equal(captured(batches[2]), 2 * batches[2])
     assert torch.equal(captured(batches[3]), 2 * batches[3])
 
@@ -292,36 +285,22 @@ class AsBefore(Vanilla):
         return self.student(image)[0]
 
 
-def run(cls, folder, amp):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (150, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    batches = Batches(pixels, torch.arange(150) % 10, (0.5,) * 3, (0.25,) * 3, 64, CPU)
-    distiller = cls(build("resnet8"))
-    optimizer = sgd(distiller.get_learnable_parameters(), 0.9, 5e-4)
-    step = Step(distiller, optimizer, CPU, amp)
-    return Trainer(distiller, step, MultiStep(0.1, (1,), 0.1), batches, batches, 1, folder)
-
-
 @pytest.mark.parametrize(("amp", "tolerance"), [("none", 1e-5), ("bf16", 2e-2)])
-def test_evaluation_says_the_same(tmp_path, amp, tolerance):
-    ours, before = run(Vanilla, tmp_path, amp), run(AsBefore, tmp_path, amp)
+def test_evaluation_says_the_same(amp, tolerance):
+    ours, before = (make_trainer("NONE", amp=amp, plugin=cls) for cls in (Vanilla, AsBefore))
+    assert has_default_test(ours.distiller) and not has_default_test(before.distiller)
     for _ in range(2):
         a, b = ours.evaluate(), before.evaluate()
         assert a.loss == pytest.approx(b.loss, rel=tolerance)
-        assert (a.top1, a.top5) == pytest.approx((b.top1, b.top5), abs=0 if amp == "none" else 3)
+        assert (a.top1, a.top5) == pytest.approx((b.top1, b.top5), abs=0 if amp == "none" else 5)
         for trainer in (ours, before):
             trainer.distiller.student.fc.weight.data.mul_(0.5)
             trainer.distiller.student.bn1.running_mean.add_(0.1)
-    assert ours.inference.folded == 9
-    assert before.inference is None
 
 
-def test_a_methods_own_test_is_kept(tmp_path):
-    trainer = run(Doubled, tmp_path, "none")
-    assert not student_is_tested(trainer.distiller)
+def test_a_methods_own_test_is_kept():
+    trainer = make_trainer("NONE", plugin=Doubled)
     with torch.no_grad():
-        expected = evaluate(lambda image: 2 * plain(trainer.distiller.student, image), trainer.test_batches)
+        expected = evaluate(lambda image: 2 * plain(trainer.distiller.student, image), trainer.test)
     assert trainer.evaluate() == expected
-    assert student_is_tested(Vanilla(nn.Identity()))
-    assert student_is_tested(Distiller(nn.Identity(), nn.Identity()))
-    assert all(cls.forward_test is Distiller.forward_test for cls in distiller_dict.values())
+    assert has_default_test(Distiller(nn.Identity(), nn.Identity()))

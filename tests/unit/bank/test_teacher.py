@@ -1,0 +1,234 @@
+"""A teacher's logits on a batch, with a bank and without: the same numbers, however the bank came to be."""
+
+import errno
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from helpers import CPU, forked
+
+from mdistiller.bank import segments, teacher
+from mdistiller.bank.inference import Inference
+from mdistiller.bank.segments import Segments
+from mdistiller.bank.teacher import Bank, TeacherLogits
+from mdistiller.dataset import Batches
+from mdistiller.device import has_bf16
+from mdistiller.errors import RunFailed, UserError
+from mdistiller.models import cifar_model_dict
+
+PRECISIONS = ["none", "bf16"] if has_bf16(CPU) else ["none"]
+ROWS = 6 * 162
+
+
+def batches(augment="crop_flip", n=6):
+    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Batches(images, torch.arange(n), (0.5,) * 3, (0.25,) * 3, 4, augment)
+
+
+def inference(name="resnet8", amp="none"):
+    torch.manual_seed(0)
+    return Inference(cifar_model_dict[name][0](num_classes=10).eval(), CPU, amp)
+
+
+def logits_of(folder=None, dtype=torch.float16, fast=None, data=None):
+    """A teacher's logits on 6 images; with the bank in `folder`."""
+    data = data or batches()
+    bank = folder and Bank(Segments(folder, {"teacher": "resnet8"}, data.num_samples * data.views, 10, dtype))
+    return TeacherLogits(data, fast or inference(), dtype, bank)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Passes of 8 images."""
+    monkeypatch.setitem(teacher.CHUNK, "cpu", 8)
+
+
+@pytest.mark.parametrize(("augment", "views"), [("crop_flip", 162), ("crop", 81), ("none", 1)])
+def test_every_view_has_its_number(augment, views):
+    data = batches(augment)
+    assert data.views == views
+    numbers = torch.arange(6 * views)
+    assert torch.equal(data.row_numbers(data.plan_of(numbers)), numbers)
+    plan = data.plan(3)
+    assert torch.equal(data.plan_of(data.row_numbers(plan)), plan)
+    assert data.row_numbers(plan).max() < 6 * views
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+@pytest.mark.parametrize("name", ["resnet8", "vgg8", "wrn_16_1", "MobileNetV2", "ShuffleV2"])
+def test_a_row_does_not_depend_on_what_it_is_computed_with(name, amp):
+    logits = logits_of(fast=inference(name, amp))
+    rows = torch.randperm(ROWS)[:70]
+    together = torch.cat(list(logits.run_teacher(rows)))
+    alone = torch.cat([part for row in rows[[0, 33, 69]] for part in logits.run_teacher(row[None])])
+    assert torch.equal(together[[0, 33, 69]], alone)
+    assert together.dtype == torch.float16
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_bank_changes_no_number(tmp_path, dtype, amp):
+    """Nor does it say other numbers than the teacher's, but for their rounding."""
+    fast, data = inference(amp=amp), batches()
+    plan = data.plan(1)
+    expected = logits_of(None, dtype, fast)(plan)
+    lazy = logits_of(tmp_path / "lazy", dtype, fast)
+    lazy(data.plan(2)[:, :4])
+    assert torch.equal(lazy(plan), expected), "some views are held, or none"
+    lazy.bank.commit()
+    warm = logits_of(tmp_path / "lazy", dtype, fast)
+    assert warm.bank.rows.holds(data.row_numbers(plan)).all()
+    assert torch.equal(warm(plan), expected)
+    full = logits_of(tmp_path / "full", dtype, fast)
+    full.bank.fill_first = True
+    full.prepare(lambda: None)
+    assert full.complete and torch.equal(full(plan), expected)
+    own = fast(data.batch(plan).image)
+    assert expected.dtype == torch.float32
+    assert (expected - own).abs().max() <= (0 if dtype == torch.float32 and amp == "none" else 1e-2) * own.abs().max()
+
+
+def test_a_full_bank_needs_no_teacher(tmp_path, monkeypatch):
+    first = logits_of(tmp_path)
+    first.fill(lambda: None)
+    monkeypatch.setattr(TeacherLogits, "run_teacher", None)
+    warm = logits_of(tmp_path)
+    assert warm.complete
+    for epoch in (1, 2):
+        plan = warm.batches.plan(epoch)
+        assert torch.equal(warm(plan), first(plan))
+
+
+def test_passes_have_one_size(small_chunks):
+    sizes = []
+    model = lambda image: (sizes.append(len(image)), torch.zeros(len(image), 10))[1]  # noqa: E731
+    logits = logits_of(fast=model)
+    logits(logits.batches.plan_of(torch.arange(19)))
+    assert sizes == [8, 8, 8]
+
+
+def test_logits_beyond_float16_are_named():
+    fast = lambda image: torch.full((len(image), 10), 1e5)  # noqa: E731
+    plan = batches().plan(1)
+    with pytest.raises(RunFailed, match=r"1e\+05.*TEACHER_BANK_DTYPE float32"):
+        logits_of(fast=fast)(plan)
+    assert (logits_of(None, torch.float32, fast)(plan) == 1e5).all()
+
+
+def test_a_teacher_whose_code_has_changed_is_noticed(tmp_path):
+    logits_of(tmp_path).fill(lambda: None)
+    real = inference()
+    changed = lambda image: 1.1 * real(image)  # noqa: E731
+    changed.amp = "none"
+    logits = logits_of(tmp_path, fast=changed)
+    with pytest.raises(UserError, match="other logits than this teacher gives.*TEACHER_BANK_FOLDER"):
+        logits.prepare(lambda: None)
+    logits_of(tmp_path).prepare(lambda: None)
+
+
+# filling
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_fill_that_is_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    passes, real = [], TeacherLogits.run_teacher
+
+    def counted(self, rows, check=lambda: None):
+        for part in real(self, rows, check):
+            passes.append(len(part))
+            yield part
+
+    def stop():
+        if len(passes) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TeacherLogits, "run_teacher", counted)
+    monkeypatch.setattr(teacher, "BLOCK", 16)
+    monkeypatch.setattr(teacher, "COMMIT_EVERY_S", 0.0)
+    data = batches("crop", 2)
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(tmp_path, data=data).fill(stop)
+    assert sum(passes) == logits_of(tmp_path, data=data).bank.rows.filled > 30, "what was done is kept"
+    logits_of(tmp_path, data=data).fill(lambda: None)
+    assert sum(passes) == 2 * 81, "no view came twice"
+    said = capsys.readouterr().out
+    assert "% done, " in said and f"complete after 00:00, in {tmp_path}" in said
+
+
+@pytest.fixture
+def often(monkeypatch, small_chunks):
+    """Every pass of the teacher is committed."""
+    monkeypatch.setattr(teacher, "COMMIT_EVERY_S", 0.0)
+    monkeypatch.setattr(teacher, "BLOCK", 32)
+    monkeypatch.setattr(segments, "MOST_SMALL", 6)
+
+
+@pytest.mark.usefixtures("often")
+def test_two_processes_fill_one_bank(tmp_path):
+    data, rows = batches("crop", 4), torch.arange(4 * 81)
+    logits = logits_of(tmp_path / "bank", data=data)
+    children = [forked(lambda: logits.fill(lambda: None), tmp_path / "errors") for _ in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0], (tmp_path / "errors").read_text()
+    both = logits_of(tmp_path / "bank", data=data)
+    assert both.complete and torch.equal(both.read(rows), torch.cat(list(both.run_teacher(rows))))
+
+
+@pytest.mark.usefixtures("often")
+def test_a_kill_while_filling_costs_a_commit_at_most(tmp_path):
+    generator, kills, before = random.Random(0), 0, 0
+    while not logits_of(tmp_path).complete and kills < 5:
+        source, sink = os.pipe()
+        child = forked(lambda sink=sink: logits_of(tmp_path).fill(lambda: os.write(sink, b"x")))  # after each pass
+        os.close(sink)
+        os.read(source, 1)
+        time.sleep(generator.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitpid(child, 0)[1] != 0
+        with open(source, "rb") as file:
+            passes = 1 + len(file.read())
+        filled = logits_of(tmp_path).bank.rows.filled
+        assert filled >= min(before + 8 * passes - 4, ROWS)  # a block's last pass has 4
+        before = filled
+    assert kills
+    expected, rows = logits_of(), logits_of(tmp_path).bank.rows.holds(torch.arange(ROWS)).nonzero()[:, 0]
+    assert torch.equal(logits_of(tmp_path).read(rows), torch.cat(list(expected.run_teacher(rows))))
+
+
+def full_disk(*given):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_ends_the_growth_and_not_the_run(tmp_path, monkeypatch, capsys):
+    logits, expected = logits_of(tmp_path), logits_of()
+    plans = [logits.batches.plan(epoch) for epoch in (1, 2, 3)]
+    monkeypatch.setattr(segments, "write_atomic", full_disk)
+    for plan in plans:
+        assert torch.equal(logits(plan), expected(plan))
+        logits.bank.commit()
+    assert capsys.readouterr().out.count(f"warning: {tmp_path}: No space left on device; the teacher bank grows") == 1
+
+
+def test_a_full_disk_ends_what_has_to_be_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(segments, "write_atomic", full_disk)
+    logits = logits_of(tmp_path / "bank")
+    with pytest.raises(RunFailed, match="bank: No space left on device; what it holds stays; make room, or"):
+        logits.fill(lambda: None)
+    logits.bank.commit()
+
+
+def test_files_come_at_intervals(tmp_path, monkeypatch):
+    logits = logits_of(tmp_path)
+    for epoch in range(3):
+        logits(logits.batches.plan(epoch))
+        logits.commit()
+    assert files(tmp_path) == []
+    monkeypatch.setattr(teacher, "COMMIT_EVERY_S", 0.0)
+    logits.commit()
+    assert len(files(tmp_path)) == 1
