@@ -14,8 +14,9 @@ from mdistiller.errors import UserError
 from mdistiller.files import remove_leftovers, write_atomic
 from mdistiller.terminal import say
 
-SMALL_BYTES = 1 << 24  # Files below this are merged
-MOST_SMALL = 64  # where there are more of them, for a look-up visits each.
+# A look-up visits every file, so more than MOST_SMALL files of fewer than SMALL_BYTES are merged.
+MOST_SMALL = 64
+SMALL_BYTES = 1 << 24
 
 
 class Segment(NamedTuple):

@@ -161,7 +161,7 @@ class TeacherLogits:
             torch.cuda.synchronize(self.device)  # it is read on another stream
         self.compare()
         if self.bank.fill_first and not self.complete:
-            with torch.cuda.stream(self.stream):  # None off CUDA, which changes nothing
+            with torch.cuda.stream(self.stream):  # off CUDA it is None, which changes nothing
                 self.fill(check)
 
     @property
@@ -172,7 +172,8 @@ class TeacherLogits:
     def commit(self) -> None:
         """Write what the bank has gathered to the disk, where that was last done long enough ago."""
         if self.bank is not None and self.bank.is_due():
-            self.bank.commit()
+            with torch.cuda.stream(self.stream):  # where device memory is written and read
+                self.bank.commit()
 
     def compare(self) -> None:
         """Compare a few rows of the bank with the teacher's own, once. Raises UserError where they differ: the

@@ -76,20 +76,18 @@ def test_the_zoo_agrees_and_is_left_alone(name):
 
 
 @fusing
-@pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_depends_on_nothing_but_itself(name, amp):
+def test_a_row_depends_on_nothing_but_itself(name):
     model, image = build(name), images(13)
-    fast = Inference(model, CPU, amp)
-    assert fast.fused == sum(isinstance(m, nn.Conv2d) for m in model.modules())
-    logits, order = fast(image), torch.randperm(13, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(fast(image[order]), logits[order])
-    others = image.clone()
-    others[:6] = 0
-    assert torch.equal(fast(others)[6:], logits[6:])
-    assert_close(logits, plain(model, image, amp), 1e-4 if amp == "none" else 5e-2)
-    exact = plain(model, image)
-    assert (logits - exact).norm() <= 1.5 * (plain(model, image, amp) - exact).norm() + 1e-4 * exact.norm()
+    exact, others = plain(model, image), torch.cat([torch.zeros(6, 3, 32, 32), image[6:]])
+    for amp, tolerance in (("none", 1e-4), ("bf16", 5e-2)):
+        fast = Inference(model, CPU, amp)
+        assert fast.fused == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+        logits, rounded, order = fast(image), plain(model, image, amp), torch.randperm(13)
+        assert torch.equal(fast(image[order]), logits[order])
+        assert torch.equal(fast(others)[6:], logits[6:])
+        assert_close(logits, rounded, tolerance)
+        assert (logits - exact).norm() <= 1.5 * (rounded - exact).norm() + 1e-4 * exact.norm()
 
 
 @fusing
@@ -120,22 +118,16 @@ def test_without_sound_operators_the_folded_graph_runs(monkeypatch, broken):
     assert_close(fast(images(2)), plain(model, images(2)))
 
 
-def test_it_has_the_weights_of_when_it_was_made():
-    model, image = build("resnet8"), images(2)
+def test_it_has_the_weights_of_when_it_was_made_and_takes_images_of_any_size():
+    model, image = build("vgg8"), images(2)
     fast = Inference(model, CPU, "none")
+    for size in (16, 48, 64):
+        assert_close(fast(images(2, size)), plain(model, images(2, size)))
     old = fast(image)
     with torch.no_grad():
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                value.mul_(1.05)
+        model.classifier.bias.add_(1)
     assert torch.equal(fast(image), old)
-    assert not torch.allclose(Inference(model, CPU, "none")(image), old)
-
-
-@pytest.mark.parametrize("size", [16, 32, 48, 64])
-def test_vgg_of_every_size(size):
-    model = build("vgg8")
-    assert_close(Inference(model, CPU, "none")(images(2, size)), plain(model, images(2, size)))
+    assert_close(Inference(model, CPU, "none")(image), old + 1)
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
@@ -153,7 +145,7 @@ class Small(nn.Module):
     def __init__(self, route):
         super().__init__()
         self.stem, self.conv, self.bn, self.bn2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), *map(nn.BatchNorm2d, (8, 8))
-        self.same, self.fc, self.route, self.gain = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4), route, 1.0
+        self.same, self.fc, self.route = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4), route
 
     def forward(self, image):
         x = self.route(self, F.relu(self.stem(image)))
@@ -223,22 +215,15 @@ def test_a_model_that_cannot_be_traced_runs_as_it_is():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_hooks_are_noticed():
-    torch.manual_seed(0)
-    model, image = lively(Small(lambda m, x: m.bn(m.conv(x)))), images(3, 8)
-    model.conv.register_forward_hook(lambda _module, _inputs, output: 2 * output)
-    fast = Inference(model, CPU, "none", 8)
-    assert_close(fast(image), plain(model, image))
-    assert fast.folded == 0
-
-
-def test_a_model_may_return_logits_alone():
+def test_a_model_may_have_hooks_and_may_return_logits_alone():
     torch.manual_seed(0)
     alone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
     model, image = prepare(lively(alone), CPU), images(3, 8)
-    fast = Inference(model, CPU, "none", 8)
-    assert fast.folded == 1
-    assert_close(fast(image), plain(model, image))
+    for folded in (1, 0):
+        fast = Inference(model, CPU, "none", 8)
+        assert fast.folded == folded
+        assert_close(fast(image), plain(model, image))
+        model[0].register_forward_hook(lambda _module, _inputs, output: 2 * output)
 
 
 def test_a_captured_graph_serves_one_shape():
@@ -289,13 +274,9 @@ class AsBefore(Vanilla):
 def test_evaluation_says_the_same(amp, tolerance):
     ours, before = (make_trainer("NONE", amp=amp, plugin=cls) for cls in (Vanilla, AsBefore))
     assert has_default_test(ours.distiller) and not has_default_test(before.distiller)
-    for _ in range(2):
-        a, b = ours.evaluate(), before.evaluate()
-        assert a.loss == pytest.approx(b.loss, rel=tolerance)
-        assert (a.top1, a.top5) == pytest.approx((b.top1, b.top5), abs=0 if amp == "none" else 5)
-        for trainer in (ours, before):
-            trainer.distiller.student.fc.weight.data.mul_(0.5)
-            trainer.distiller.student.bn1.running_mean.add_(0.1)
+    a, b = ours.evaluate(), before.evaluate()
+    assert a.loss == pytest.approx(b.loss, rel=tolerance)
+    assert (a.top1, a.top5) == pytest.approx((b.top1, b.top5), abs=0 if amp == "none" else 5)
 
 
 def test_a_methods_own_test_is_kept():

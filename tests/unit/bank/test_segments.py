@@ -14,7 +14,7 @@ import torch
 from helpers import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mdistiller.bank import segments as module
 from mdistiller.bank.segments import Segments
@@ -80,23 +80,14 @@ def test_what_was_added_is_read_at_once_and_later(tmp_path, dtype):
         assert torch.equal(store.read(part), values_of(part, 7, dtype))
     store.commit()
     store.commit()
-    assert len(files(folder)) == 1
+    (file,) = folder.iterdir()
+    found = load_file(file)
+    assert torch.equal(found["values"], values_of(found["rows"], 7, dtype)), "read back with nothing of the module"
     for at in (store, Segments(folder, DESCRIPTION, 500, 7, dtype)):
         assert at.filled == 203 and at.holds(order[:203]).all()
         twice = torch.cat([order[:203], order[:9]])
         assert torch.equal(at.read(twice), values_of(twice, 7, dtype))
         assert at.read(twice).dtype == dtype
-
-
-def test_a_file_is_as_described(folder):
-    """Read back with nothing of the module."""
-    found = {}
-    for path in folder.iterdir():
-        with safe_open(path, framework="np") as file:
-            assert file.metadata() == {"teacher": "resnet56", "views": "162"}
-            found |= dict(zip(file.get_tensor("rows").tolist(), file.get_tensor("values").tolist(), strict=True))
-    rows = torch.tensor([0, 1, 2, 3, 7, 11])
-    assert [found[row] for row in sorted(found)] == values_of(rows).tolist()
 
 
 def test_values_stay_on_the_disk(tmp_path):
@@ -149,17 +140,12 @@ def test_rows_of_another_kind_are_refused(folder, changed, said):
 
 def test_a_torn_file_is_left_out_with_a_line(folder, capsys):
     torn = min(folder.iterdir())
-    data, whole = torn.read_bytes(), held(opened(folder)) | {30}
+    data, whole = torn.read_bytes(), held(opened(folder))
     assert capsys.readouterr().out == ""
     for length in (0, 4, 8, 20, len(data) // 2, len(data) - 1):
         torn.write_bytes(data[:length])
-        store = opened(folder)
-        assert held(store) < whole
+        assert held(opened(folder)) < whole
         assert capsys.readouterr().out.count(f"warning: {torn}: cannot be read and is left out") == 1
-        add(store, {30})
-        store.commit()
-        assert 30 in held(opened(folder))
-        capsys.readouterr()
 
 
 def test_what_is_no_file_of_ours_is_left_alone(folder, capsys):

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import random
 import signal
 import time
 
@@ -16,7 +15,7 @@ from mdistiller.bank.segments import Segments
 from mdistiller.bank.teacher import Bank, TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.device import has_bf16
-from mdistiller.errors import RunFailed, UserError
+from mdistiller.errors import RunFailed
 from mdistiller.models import cifar_model_dict
 
 PRECISIONS = ["none", "bf16"] if has_bf16(CPU) else ["none"]
@@ -95,17 +94,6 @@ def test_a_bank_changes_no_number(tmp_path, dtype, amp):
     assert (expected - own).abs().max() <= (0 if dtype == torch.float32 and amp == "none" else 1e-2) * own.abs().max()
 
 
-def test_a_full_bank_needs_no_teacher(tmp_path, monkeypatch):
-    first = logits_of(tmp_path)
-    first.fill(lambda: None)
-    monkeypatch.setattr(TeacherLogits, "run_teacher", None)
-    warm = logits_of(tmp_path)
-    assert warm.complete
-    for epoch in (1, 2):
-        plan = warm.batches.plan(epoch)
-        assert torch.equal(warm(plan), first(plan))
-
-
 def test_passes_have_one_size(small_chunks):
     sizes = []
     model = lambda image: (sizes.append(len(image)), torch.zeros(len(image), 10))[1]  # noqa: E731
@@ -122,44 +110,7 @@ def test_logits_beyond_float16_are_named():
     assert (logits_of(None, torch.float32, fast)(plan) == 1e5).all()
 
 
-def test_a_teacher_whose_code_has_changed_is_noticed(tmp_path):
-    logits_of(tmp_path).fill(lambda: None)
-    real = inference()
-    changed = lambda image: 1.1 * real(image)  # noqa: E731
-    changed.amp = "none"
-    logits = logits_of(tmp_path, fast=changed)
-    with pytest.raises(UserError, match="other logits than this teacher gives.*TEACHER_BANK_FOLDER"):
-        logits.prepare(lambda: None)
-    logits_of(tmp_path).prepare(lambda: None)
-
-
 # filling
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_fill_that_is_stopped_goes_on(tmp_path, monkeypatch, capsys):
-    passes, real = [], TeacherLogits.run_teacher
-
-    def counted(self, rows, check=lambda: None):
-        for part in real(self, rows, check):
-            passes.append(len(part))
-            yield part
-
-    def stop():
-        if len(passes) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(TeacherLogits, "run_teacher", counted)
-    monkeypatch.setattr(teacher, "BLOCK", 16)
-    monkeypatch.setattr(teacher, "COMMIT_EVERY_S", 0.0)
-    data = batches("crop", 2)
-    with pytest.raises(KeyboardInterrupt):
-        logits_of(tmp_path, data=data).fill(stop)
-    assert sum(passes) == logits_of(tmp_path, data=data).bank.rows.filled > 30, "what was done is kept"
-    logits_of(tmp_path, data=data).fill(lambda: None)
-    assert sum(passes) == 2 * 81, "no view came twice"
-    said = capsys.readouterr().out
-    assert "% done, " in said and f"complete after 00:00, in {tmp_path}" in said
 
 
 @pytest.fixture
@@ -171,34 +122,16 @@ def often(monkeypatch, small_chunks):
 
 
 @pytest.mark.usefixtures("often")
-def test_two_processes_fill_one_bank(tmp_path):
+def test_two_processes_fill_one_bank_though_one_is_killed(tmp_path):
     data, rows = batches("crop", 4), torch.arange(4 * 81)
     logits = logits_of(tmp_path / "bank", data=data)
     children = [forked(lambda: logits.fill(lambda: None), tmp_path / "errors") for _ in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0], (tmp_path / "errors").read_text()
+    while not (tmp_path / "bank").exists() or len(files(tmp_path / "bank")) < 3:
+        time.sleep(0.01)
+    os.kill(children[0], signal.SIGKILL)
+    assert [os.waitpid(child, 0)[1] for child in children][1] == 0, (tmp_path / "errors").read_text()
     both = logits_of(tmp_path / "bank", data=data)
     assert both.complete and torch.equal(both.read(rows), torch.cat(list(both.run_teacher(rows))))
-
-
-@pytest.mark.usefixtures("often")
-def test_a_kill_while_filling_costs_a_commit_at_most(tmp_path):
-    generator, kills, before = random.Random(0), 0, 0
-    while not logits_of(tmp_path).complete and kills < 5:
-        source, sink = os.pipe()
-        child = forked(lambda sink=sink: logits_of(tmp_path).fill(lambda: os.write(sink, b"x")))  # after each pass
-        os.close(sink)
-        os.read(source, 1)
-        time.sleep(generator.uniform(0, 0.1))
-        os.kill(child, signal.SIGKILL)
-        kills += os.waitpid(child, 0)[1] != 0
-        with open(source, "rb") as file:
-            passes = 1 + len(file.read())
-        filled = logits_of(tmp_path).bank.rows.filled
-        assert filled >= min(before + 8 * passes - 4, ROWS)  # a block's last pass has 4
-        before = filled
-    assert kills
-    expected, rows = logits_of(), logits_of(tmp_path).bank.rows.holds(torch.arange(ROWS)).nonzero()[:, 0]
-    assert torch.equal(logits_of(tmp_path).read(rows), torch.cat(list(expected.run_teacher(rows))))
 
 
 def full_disk(*given):
@@ -223,7 +156,7 @@ def test_a_full_disk_ends_what_has_to_be_full(tmp_path, monkeypatch):
     logits.bank.commit()
 
 
-def test_files_come_at_intervals(tmp_path, monkeypatch):
+def test_files_come_at_intervals(tmp_path, monkeypatch, capsys):
     logits = logits_of(tmp_path)
     for epoch in range(3):
         logits(logits.batches.plan(epoch))
@@ -232,3 +165,6 @@ def test_files_come_at_intervals(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "COMMIT_EVERY_S", 0.0)
     logits.commit()
     assert len(files(tmp_path)) == 1
+    logits.fill(lambda: None)
+    said = capsys.readouterr().out
+    assert " % done, 00:0" in said and "complete after 00:0" in said
