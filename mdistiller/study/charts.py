@@ -1,0 +1,109 @@
+"""Charts as data: described once, drawn as PNG and SVG, shown in the report and written as numbers."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+# Ten hues of one lightness, that read on white and on near-black alike; the groups take them in turn.
+COLOURS = (
+    "#3f7fd9", "#dd6b20", "#2a9d6a", "#b5489e", "#c0392b", "#7a5fd0", "#1795a8", "#a8801c", "#6b8e23", "#8c6d5a",
+)  # fmt: skip
+GREY = "#8a9099"
+
+
+def colour(group: int | None) -> str:
+    """Return the colour of a group; grey for what belongs to none."""
+    return GREY if group is None else COLOURS[group % len(COLOURS)]
+
+
+@dataclass
+class Series:
+    """One line, set of points, set of bars or level of the group number `group`; None: always shown, in grey.
+
+    `x` holds numbers or names; `bands` maps the names of two columns to two arrays beside `y`, the widest band first:
+    shaded beside a line or level, the error bars of bars. A level is one figure across the whole panel.
+    """
+
+    name: str
+    group: int | None
+    x: Sequence
+    y: Sequence
+    kind: str = "line"  # line, points, bars or level
+    bands: dict[tuple[str, str], tuple[Sequence, Sequence]] = field(default_factory=dict)
+    dashed: bool = False
+    text: Sequence[str] = ()  # one for each point: shown on hover; above bars and levels
+    colour: str = ""  # the group's where it is empty
+
+    @property
+    def shade(self) -> str:
+        return self.colour or colour(self.group)
+
+
+@dataclass
+class Panel:
+    """One pair of axes. A `matrix` (K, K), whose K classes are called `ticks`, stands in place of series."""
+
+    title: str
+    x_label: str = ""
+    y_label: str = ""
+    series: list[Series] = field(default_factory=list)
+    matrix: np.ndarray | None = None
+    ticks: Sequence[str] = ()
+    diagonal: bool = False
+    bare: bool = False  # axes without meaning, as t-SNE's
+    y_range: tuple[float, float] | None = None
+
+    @property
+    def square(self) -> bool:
+        return self.bare or self.matrix is not None
+
+
+@dataclass
+class Chart:
+    """Panels side by side under one name, which is the file's too."""
+
+    name: str
+    section: str
+    title: str
+    caption: str
+    panels: list[Panel]
+    group: int | None = None  # the one group that it is of, if it is of one
+    columns: int = 3  # panels in a row, at most
+    # a chart of pictures has, in place of panels, blocks: a heading, uint8 images (M, H, W, 3) and a text for each
+    pictures: list[tuple[str, np.ndarray, list[str]]] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not self.pictures and not any(panel.series or panel.matrix is not None for panel in self.panels)
+
+
+def write_numbers(chart: Chart, path: Path) -> None:
+    """Write the numbers behind the chart as CSV: one line for each point, or each cell of a matrix."""
+    bands = list(dict.fromkeys(name for p in chart.panels for s in p.series for pair in s.bands for name in pair))
+    rows = []
+    for panel in chart.panels:
+        for s in panel.series:
+            ends = {name: values for pair, both in s.bands.items() for name, values in zip(pair, both, strict=True)}
+            for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)):
+                extra = [ends[name][i] if name in ends else None for name in bands]
+                rows.append([panel.title, s.name, x, y, *extra, s.text[i] if len(s.text) else None])
+        if panel.matrix is not None:
+            for name, row in zip(panel.ticks, panel.matrix, strict=True):
+                rows += [[panel.title, name, other, v, None] for other, v in zip(panel.ticks, row, strict=True)]
+    write_table(path, ["panel", "series", "x", "y", *bands, "note"], rows)
+
+
+def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None:
+    """Write CSV; None and NaN become empty cells, numbers have six digits."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(head)
+        for row in rows:
+            writer.writerow(["" if v is None or (isinstance(v, float) and np.isnan(v)) else _cell(v) for v in row])
+
+
+def _cell(value: object) -> object:
+    return f"{float(value):.6g}" if isinstance(value, (float, np.floating)) else value

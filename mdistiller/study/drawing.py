@@ -1,0 +1,290 @@
+"""Charts as Vega-Lite specifications: vl-convert makes PNG and SVG of them, and the report's page draws them itself."""
+
+import base64
+import io
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import vl_convert
+from PIL import Image
+
+from mdistiller.study.charts import Chart, Panel, Series
+
+WIDTH, HEIGHT, SQUARE = 300, 220, 320  # of a panel, in pixels; on the page it is as wide as its place
+MOST_NAMES = 20  # so many names fit along a matrix
+MOST_MARKED = 25  # so many points of a line are marked
+IMAGE, IN_A_ROW = 64, 8  # pixels of a picture, and pictures
+INK, SOFT, LINE = ({"expr": name} for name in ("ink", "soft", "line"))
+COMMON = {
+    "background": "transparent",
+    "params": [  # the page sets these: the colours of its theme, and the groups that are switched off
+        {"name": "ink", "value": "#1d2126"},
+        {"name": "soft", "value": "#5c6570"},
+        {"name": "line", "value": "#dfe2e6"},
+        {"name": "hidden", "value": []},
+    ],
+    "config": {
+        "aria": False,  # the page says what a plot shows; a label on every point would double the files
+        "font": "system-ui, -apple-system, Segoe UI, Arial, sans-serif",
+        "view": {"stroke": None},
+        "axis": {
+            "labelColor": SOFT, "titleColor": SOFT, "gridColor": LINE, "domainColor": LINE, "tickColor": LINE,
+            "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 140,
+        },
+        "legend": {"labelColor": INK, "labelFontSize": 11, "labelLimit": 0, "orient": "bottom", "symbolOpacity": 1},
+        "title": {"color": INK, "anchor": "start", "fontSize": 12, "fontWeight": "normal"},
+        "text": {"color": INK, "fontSize": 10},
+    },
+}  # fmt: skip
+DASHED = {"condition": {"test": "datum.dashed", "value": [6, 4]}, "value": [1, 0]}
+# An unseen point that is nearest to the pointer shows itself and says its values.
+POINTER = {"type": "point", "fields": ["number", "x", "y"], "nearest": True, "on": "pointerover", "clear": "pointerout"}
+NEAREST = {
+    "mark": {"type": "point", "filled": True, "size": 70},
+    "params": [{"name": "near", "select": POINTER}],
+    "encoding": {"opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}},
+}
+
+
+def save(chart: Chart, folder: Path, figures: Sequence[str] = ()) -> None:
+    """Write FOLDER/NAME.png and .svg. `figures`: of each group the accuracy that stands beside its name."""
+    spec = paper_spec(chart, figures)
+    (folder / f"{chart.name}.svg").write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+    picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=1.5)))
+    picture.convert("RGB").save(folder / f"{chart.name}.png", optimize=True)
+
+
+def page_spec(chart: Chart, panel: Panel, figures: Sequence[str]) -> dict:
+    """Return the specification of one panel for the page: as wide as its place, and a pointer asks for values.
+
+    The page itself says which colour is which group, so that a legend stands only where colours mean something else.
+    """
+    if chart.group is not None:  # the chart's caption says its figures
+        figures = ()
+    size = {"width": "container", "height": SQUARE if panel.square else HEIGHT, "padding": 2}
+    size["autosize"] = {"type": "fit-x", "contains": "padding"}
+    names = colours([panel], figures)
+    legend = columns_of(names, WIDTH) if panel.bare else 0
+    return COMMON | size | panel_spec(panel, figures, names, legend, hover=True)
+
+
+def paper_spec(chart: Chart, figures: Sequence[str]) -> dict:
+    """Return the specification of the whole chart: title, panels side by side, and one legend for all."""
+    title = [chart.title]
+    if chart.group is not None and figures:
+        title.append(figures[chart.group])
+        figures = ()
+    columns = min(len(chart.panels), chart.columns)
+    across = IN_A_ROW * IMAGE if chart.pictures else (WIDTH + 60) * columns
+    lines = [printable(line) for text in title for line in textwrap.wrap(text, max(across // 8, 40))]
+    heading = {"text": lines, "fontSize": 14, "fontWeight": "bold", "offset": 12}
+    paper = COMMON | {"background": "white", "padding": 12, "title": heading}
+    if chart.pictures:
+        return paper | {"vconcat": [pictures_spec(*block) for block in chart.pictures]}
+    names = colours(chart.panels, figures)
+    legend = columns_of(names, across) if len(names) > 1 else 0
+    panels = []
+    for panel in chart.panels:
+        size = {"width": SQUARE, "height": SQUARE} if panel.square else {"width": WIDTH, "height": HEIGHT}
+        panels.append({"title": printable(panel.title, 60)} | size | panel_spec(panel, figures, names, legend))
+    return paper | {"concat": panels, "columns": columns, "resolve": {"scale": {"color": "shared"}}}
+
+
+def panel_spec(
+    panel: Panel, figures: Sequence[str], names: dict[str, str], legend: int = 0, hover: bool = False
+) -> dict:
+    """Return the layers of one panel. `names`: the colours of all series of its legend, which has `legend` columns."""
+    if panel.matrix is not None:
+        return matrix_spec(panel)
+    scale = {"domain": list(names), "range": list(names.values())}
+    x, shared = x_axis(panel), {
+        "y": y_axis(panel),
+        "color": {"field": "name", "scale": scale, "legend": {"columns": legend, "title": None} if legend else None},
+        "detail": {"field": "number"},
+    }  # fmt: skip
+    if hover:
+        shared["tooltip"] = tooltip(panel)
+    layers = []
+    if panel.diagonal:
+        ends = {"values": [{"x": 0, "y": 0}, {"x": 1, "y": 1}]}
+        mark = {"type": "line", "color": "#999", "strokeDash": [2, 3], "strokeWidth": 1}
+        layers.append({"data": ends, "mark": mark, "encoding": {"x": x, "y": shared["y"]}})
+    for kind in dict.fromkeys(s.kind for s in panel.series):
+        rows = [row_of(number, s, figures) for number, s in enumerate(panel.series) if s.kind == kind]
+        arrays = list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, list)))
+        marks = LAYERS[kind](shared["y"], arrays, max(len(row["x"]) for row in rows))
+        layers.append({
+            "data": {"values": [dict.fromkeys(arrays, []) | row for row in rows]},
+            "transform": [{"filter": "indexof(hidden, datum.group) < 0"}, {"flatten": arrays}],
+            "encoding": shared | ({} if kind == "level" else {"x": x}),
+            "layer": [*marks, NEAREST] if hover and kind in ("line", "points") else marks,
+        })  # fmt: skip
+    return {"layer": layers}
+
+
+def row_of(number: int, s: Series, figures: Sequence[str]) -> dict:
+    """Return a series as one row of data, whose lists the specification unfolds into points."""
+    row = {"number": number, "name": label(s, figures), "group": s.group, "dashed": s.dashed}
+    row |= {"x": plain(s.x), "y": plain(s.y)}
+    for i, (low, high) in enumerate(s.bands.values()):
+        row |= {f"low{i}": plain(low), f"high{i}": plain(high)}
+    return row | ({"text": plain(s.text)} if len(s.text) else {})
+
+
+def label(s: Series, figures: Sequence[str]) -> str:
+    return printable(s.name if s.group is None or not figures else f"{s.name}: {figures[s.group]}")
+
+
+def colours(panels: Sequence[Panel], figures: Sequence[str]) -> dict[str, str]:
+    return {label(s, figures): s.shade for panel in panels for s in panel.series}
+
+
+def columns_of(names: dict[str, str], across: int) -> int:
+    """Return how many entries of a legend fit side by side into so many pixels."""
+    return max(int(across // (40 + 6.2 * max(map(len, names), default=0))), 1)
+
+
+def plain(values: Sequence) -> list:
+    """Return numbers of five digits, None for NaN, or printable texts."""
+    if len(values) and isinstance(values[0], str):
+        return [printable(value) for value in values]
+    return [float(f"{v:.5g}") if np.isfinite(v) else None for v in np.asarray(values, float)]
+
+
+def printable(text: object, width: int = 0) -> str:
+    """Return the text without control characters, cut to `width`."""
+    clean = "".join(c if c.isprintable() else " " for c in str(text))
+    return clean[: width - 1] + "…" if width and len(clean) > width else clean
+
+
+def x_axis(panel: Panel) -> dict:
+    first = panel.series[0].x
+    axis = {"field": "x", "title": printable(panel.x_label) or None}
+    if len(first) and isinstance(first[0], str):
+        crowded = f"width < {7 * max(map(len, first)) * len(first)}"
+        turn = {
+            "labelAngle": {"expr": f"{crowded} ? -40 : 0"},
+            "labelAlign": {"expr": f"{crowded} ? 'right' : 'center'"},
+        }
+        return axis | {"type": "nominal", "sort": None, "axis": turn}
+    ticks = {"tickCount": 6}
+    if all(np.asarray(s.x).dtype.kind in "iu" for s in panel.series):
+        low, high = min(min(s.x) for s in panel.series), max(max(s.x) for s in panel.series)
+        if high - low <= 10:  # no tick between two epochs
+            ticks = {"values": list(range(low, high + 1)), "format": "d"}
+    return axis | {"type": "quantitative", "scale": {"zero": False}, "axis": None if panel.bare else ticks}
+
+
+def y_axis(panel: Panel) -> dict:
+    scale = {"domain": list(panel.y_range)} if panel.y_range else {"zero": False}
+    axis = {"field": "y", "type": "quantitative", "scale": scale, "title": printable(panel.y_label) or None}
+    return axis | ({"axis": None} if panel.bare else {})
+
+
+def tooltip(panel: Panel) -> dict:
+    """Return what a pointer is told, as an expression: where points are nearest, `datum` is a cell around the point."""
+    point = "(datum.datum || datum)"
+    if panel.bare:
+        told = {"class": f"{point}.name"}
+    else:
+        told = {"run": f"{point}.name", printable(panel.x_label) or "of": f"{point}.x"}
+        told[printable(panel.y_label)] = f"format({point}.y, '.4~g')"
+        if any(len(s.text) for s in panel.series):
+            told["note"] = f"{point}.text"
+    return {"value": {"expr": "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in told.items()) + "}"}}
+
+
+def line_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
+    layers = bands({"type": "area", "opacity": 0.16}, y, arrays)
+    layers.append({"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"strokeDash": DASHED}})
+    marks = {"mark": {"type": "point", "filled": True, "size": 28, "opacity": 1}}
+    return [*layers, marks] if points <= MOST_MARKED else layers
+
+
+def point_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
+    return [{"mark": {"type": "point", "filled": True, "size": 14 if points > 60 else 40, "opacity": 0.8}}]
+
+
+def bar_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
+    """Return bars side by side, with an error bar on each and its text above it."""
+    beside = {"xOffset": {"field": "number", "type": "ordinal"}}
+    layers = [{"mark": {"type": "bar", "clip": True}}, *bands({"type": "rule", "color": INK}, y, arrays)]
+    if "text" in arrays:
+        top = y | ({"field": "high0"} if "high0" in arrays else {})
+        text = {"y": top, "text": {"field": "text"}, "color": {"value": INK}}
+        layers.append({"mark": {"type": "text", "dy": -7}, "encoding": text})
+    return [layer | {"encoding": layer.get("encoding", {}) | beside} for layer in layers]
+
+
+def level_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
+    """Return a line from edge to edge with its text at the right."""
+    layers = bands({"type": "rect", "opacity": 0.13}, y, arrays)
+    layers.append({"mark": "rule", "encoding": {"strokeDash": DASHED}})
+    text = {"x": {"value": "width"}, "text": {"field": "text"}, "color": {"value": INK}}
+    return [*layers, {"mark": {"type": "text", "align": "right", "dy": -7}, "encoding": text}]
+
+
+LAYERS = {"line": line_layers, "points": point_layers, "bars": bar_layers, "level": level_layers}
+
+
+def bands(mark: dict, y: dict, arrays: Sequence[str]) -> list[dict]:
+    """Return a layer for each pair low0 and high0, low1 and high1, ... of the arrays, the widest first."""
+    color = {"color": {"value": mark["color"]}} if "color" in mark else {}
+    pairs = [(name, name.replace("low", "high")) for name in arrays if name.startswith("low")]
+    return [{"mark": mark, "encoding": {"y": y | {"field": low}, "y2": {"field": high}} | color} for low, high in pairs]
+
+
+def matrix_spec(panel: Panel) -> dict:
+    ticks, limit = [printable(tick) for tick in panel.ticks], max(float(np.abs(panel.matrix).max()), 1e-6)
+    table = {"x": ticks, "y": ticks, "value": [plain(row) for row in panel.matrix.round(4)]}
+    named = {"type": "nominal", "sort": None, "title": None}
+    named["axis"] = {"labels": len(ticks) <= MOST_NAMES, "ticks": False, "labelAngle": 0}
+    return {
+        "data": {"values": [table]},
+        "transform": [{"flatten": ["y", "value"]}, {"flatten": ["x", "value"]}],
+        "mark": {"type": "rect", "width": {"band": 1.04}, "height": {"band": 1.04}},  # no seam between two cells
+        "encoding": {
+            "x": named | {"field": "x"},
+            "y": named | {"field": "y"},
+            "color": {
+                "field": "value",
+                "type": "quantitative",
+                "scale": {"scheme": "redblue", "reverse": True, "domain": [-limit, limit]},
+                "legend": {"title": None, "gradientLength": 200, "tickCount": 5},
+            },
+            "tooltip": [{"field": "y", "title": "class"}, {"field": "x", "title": "and"}, {"field": "value"}],
+        },
+    }
+
+
+def data_url(image: np.ndarray) -> str:
+    """Return a uint8 image (H, W, 3) as a PNG inside its own address."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def pictures_spec(heading: str, images: np.ndarray, texts: Sequence[str]) -> dict:
+    """Return pictures in rows, each above the lines of its text."""
+    rows = [
+        {"url": data_url(image), "text": [printable(line, 14) for line in text.split("\n")]}
+        | {"row": i // IN_A_ROW, "column": i % IN_A_ROW}
+        for i, (image, text) in enumerate(zip(images, texts, strict=True))
+    ]
+    image = {"type": "image", "width": IMAGE, "height": IMAGE, "smooth": False, "yOffset": -15}
+    return {
+        "title": printable(heading, 90),
+        "width": {"step": IMAGE + 12},
+        "height": {"step": IMAGE + 36},
+        "data": {"values": rows},
+        "encoding": {
+            name: {"field": of, "type": "ordinal", "axis": None} for name, of in (("x", "column"), ("y", "row"))
+        },
+        "layer": [
+            {"mark": image, "encoding": {"url": {"field": "url"}}},
+            {"mark": {"type": "text", "yOffset": IMAGE // 2 - 8}, "encoding": {"text": {"field": "text"}}},
+        ],
+    }
