@@ -44,6 +44,6 @@ lint: install
 docs: install
 	$(BIN)/python tools/document.py docs
 
-# Tables and charts of every campaign on record, and the page that shows them.
+# Tables and charts of every plan with runs on record, and the page that shows them.
 results: install
 	$(BIN)/python tools/results.py --page docs/reproduction.md

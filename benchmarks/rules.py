@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 from mdistiller import config
-from mdistiller.analysis.statistics import mean_and_std
-from mdistiller.campaign.identity import computing
 from mdistiller.engine.run import train
 from mdistiller.errors import UserError, run_command
 from mdistiller.runs.folder import run_folder
 from mdistiller.runs.recorder import read_metrics
+from mdistiller.study.statistics import mean_and_std
 
 CFG = Path(__file__).resolve().parents[1] / "configs/cifar100/dtkd/res20_res8.yaml"
 SHORT = [
@@ -44,7 +43,7 @@ def rows_of(opts: list[str]) -> list[dict]:
     cfg = config.load(CFG, opts)
     folder = run_folder(cfg)
     rows = read_metrics(folder)
-    if len(rows) != cfg.SOLVER.EPOCHS or computing(cfg) != computing(config.read(folder / "config.yaml")):
+    if len(rows) != cfg.SOLVER.EPOCHS or config.computed(cfg) != config.computed(config.read(folder / "config.yaml")):
         train(cfg, resume="auto")
         rows = read_metrics(folder)
     return rows

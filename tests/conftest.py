@@ -83,3 +83,12 @@ def recorded_runs(tmp_path_factory):
         opts = digits_opts(EXPERIMENT__NAME=name, EXPERIMENT__PROJECT="runs", **few | keys)
         train(load(None, [*opts, "LOG.PREFIX", str(root)]))
     return root / "runs"
+
+
+@pytest.fixture
+def small_plan(tmp_path, monkeypatch):
+    """The plan small.yaml, in the current folder."""
+    from studies import write_plan
+
+    monkeypatch.chdir(tmp_path)
+    return write_plan(tmp_path)

@@ -12,11 +12,10 @@ from mdistiller.errors import run_command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    runs = parser.parse_args().runs
+    words = parser.parse_args()
+    from mdistiller.study.tables import compared, plain  # torch takes seconds to import, and --help needs none
 
-    from mdistiller.analysis.compare import table  # torch takes seconds to import, and --help needs none
-
-    print(table(runs))
+    print(plain(compared(words.runs)))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 python3 tools/reproduce.py quick
 python3 tools/reproduce.py dtkd_charts --only KD,resnet20 --seeds 0-4 --budget 2h [LOG.PREFIX /scratch ...]
 
-The same command goes on after anything, kill -9 included: finished runs are in RESULTS/runs.jsonl and are left alone,
-half-done ones go on where they were, a run that another process trains is waited for. Exit status: 0 all is
-done; 1 a run failed; 2 a mistake in the input; 75 stopped, or out of budget, with something left; 130 a second Ctrl-C.
+The same command goes on after anything: finished runs are in RESULTS/runs.jsonl and are left alone, half-done ones go
+on where they were, a run that another process trains is waited for. Exit status: 0 all is done; 1 a run failed; 2 a
+mistake in the input; 75 stopped, or out of budget, with something left; 130 a second Ctrl-C.
 """
 
 import argparse
@@ -26,9 +26,7 @@ def main() -> None:
         help="runs that match, with their teachers: words between commas, such as DTKD,resnet20,resnet8 or 'res*,KD'; "
         "may be given several times",
     )  # fmt: skip
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would run, how long and how large; write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and how long; write nothing")
     parser.add_argument("--budget", metavar="TIME", help="such as 2h, 90m, 1h30m: start nothing that will not fit")
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument(
@@ -45,10 +43,9 @@ def main() -> None:
     flags = [word for word in opts if word.startswith("--")]
     if flags:
         raise UserError(f"unknown option {flags[0]}; see --help")
+    from mdistiller.study.reproduce import reproduce  # torch takes seconds to import, and --help needs none
 
-    from mdistiller.campaign import command  # torch takes seconds to import, and --help needs none
-
-    raise SystemExit(command.reproduce(**vars(words) | {"folder": ROOT / "configs/plans", "opts": opts}))
+    raise SystemExit(reproduce(words, ROOT / "configs/plans", opts))
 
 
 if __name__ == "__main__":

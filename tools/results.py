@@ -1,4 +1,4 @@
-"""Tables (Markdown, LaTeX, CSV) and bar charts (PNG, SVG) of finished campaigns.
+"""Tables (Markdown, LaTeX, CSV) and bar charts (PNG, SVG) of the runs on record.
 
 python3 tools/results.py dtkd_charts                      the plan's, from results/runs.jsonl, into results/
 python3 tools/results.py mine/runs.jsonl --only 'KD,resnet8'   of whatever is on record there, if its protocol is one
@@ -25,17 +25,18 @@ def main() -> None:
     )
     parser.add_argument("--page", type=Path, help="a Markdown page with markers")
     words = parser.parse_args()
-
-    from mdistiller.campaign import command  # torch takes seconds to import, and --help needs none
-
     if words.page and (words.what or words.only or words.out):
         raise UserError("--page: goes with --results and --published alone; its markers name the plans")
-    if words.page:
-        command.fill(words.page, ROOT / "configs/plans", words.published, words.results or ROOT / "results")
-    elif words.what:
-        print(command.show(words.what, ROOT / "configs/plans", words.results, words.out, words.published, words.only))
-    else:
+    if not words.page and not words.what:
         raise UserError("give a plan such as dtkd_charts, runs.jsonl files, or --page docs/reproduction.md")
+
+    from mdistiller.study import results  # torch takes seconds to import, and --help needs none
+
+    plans = ROOT / "configs/plans"
+    if words.page:
+        results.fill(words.page, plans, words.published, words.results or ROOT / "results")
+    else:
+        print(results.show(words.what, plans, words.results, words.out, words.published, words.only))
 
 
 if __name__ == "__main__":

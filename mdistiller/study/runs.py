@@ -1,14 +1,12 @@
-"""A Run, read from its folder or from a line of a runs.jsonl, and a Group: runs that differ in their seed alone."""
+"""A Run, read from its folder, and a Group: runs that differ in their seed alone."""
 
 import contextlib
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -35,7 +33,8 @@ class Run:
     """One run: its folder, its complete configuration and the rows of its metrics.jsonl, the first epoch first.
 
     A run that is planned has no rows yet. `environment` holds environment.json, empty where that is lost. `teacher`
-    holds the settings of its teacher's run (those that change what is computed) where they are known.
+    holds the settings of its teacher's run (those that change what is computed) where they are known, `study` the name
+    of the plan that it was run for.
     """
 
     folder: Path
@@ -43,10 +42,21 @@ class Run:
     rows: list[dict]
     environment: dict = field(default_factory=dict)
     teacher: dict[str, object] | None = None
+    study: str = ""
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def label(self) -> str:
+        """The run's name in a study, whose plan has no second one like it."""
+        return f"{self.cell},seed{self.seed}"
+
+    @property
+    def student_file(self) -> Path:
+        """The checkpoint of the student's last epoch."""
+        return self.folder / "student_latest"
 
     @property
     def cell(self) -> str:
@@ -76,8 +86,7 @@ class Run:
     def protocol(self) -> dict[str, object]:
         """Everything that runs must share to be averaged: {key: value}; the teacher's keys begin with `teacher `."""
         own = {key: value for key, value in self.settings.items() if key != "SEED"}
-        own |= {f"teacher {key}": value for key, value in (self.teacher or {}).items()}
-        return own | {"finished epochs": self.epochs}
+        return own | {f"teacher {key}": value for key, value in (self.teacher or {}).items()}
 
     @cached_property
     def hash(self) -> str:
@@ -139,6 +148,11 @@ class Group:
         return kind + stand + PARTS.get(self.cfg.TEMPERATURE.PART, "")
 
     @property
+    def method_and_rule(self) -> str:
+        """The method, with +RULE where neither its own temperature rule nor LSKD's is used."""
+        return self.method if self.rule in (own_rule(self.cfg.DISTILLER.TYPE), "std") else f"{self.method}+{self.rule}"
+
+    @property
     def published_name(self) -> str | None:
         """What the literature calls the method; None under a rule that it was not published with."""
         return self.method if self.rule in (own_rule(self.cfg.DISTILLER.TYPE), "std") else None
@@ -173,9 +187,7 @@ class Group:
     @property
     def label(self) -> str:
         """A short text, unique among the groups of a report."""
-        method = "alone" if self.method == "NONE" else self.method
-        if self.rule not in (own_rule(self.cfg.DISTILLER.TYPE), "std"):
-            method += f" with {self.rule}"
+        method = "alone" if self.method == "NONE" else self.method_and_rule
         return ", ".join(filter(None, [method, self.pair, self.schedule, self.extra]))
 
     @property
@@ -200,13 +212,18 @@ def rule_of(cfg: CfgNode) -> str:
 
 
 def complete(flat: Mapping[str, object]) -> CfgNode:
-    """Return {"SOLVER.LR": 0.1} as a configuration; keys that `flat` lacks have today's defaults."""
+    """Return {"SOLVER.LR": 0.1} as a configuration; keys that `flat` lacks have today's defaults.
+
+    Raises TypeError where a key is a section's name, or below another key.
+    """
     tree = CfgNode()
     for key, value in (config.leaves(CFG) | dict(flat)).items():
         *sections, leaf = key.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, CfgNode())
+        if isinstance(node.get(leaf), CfgNode):
+            raise TypeError(key)
         node[leaf] = value
     return tree
 
@@ -216,31 +233,29 @@ def read_run(folder: Path, opts: Sequence[str] = ()) -> Run:
 
     Raises UserError where the folder holds no finished epoch, or files of another kind.
     """
-    file = folder / "config.yaml"
-    if not os.path.isfile(file) or not os.path.isfile(folder / "metrics.jsonl"):
+    file, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    if not os.path.isfile(file) or not os.path.isfile(metrics):
         raise UserError(f"{folder}: is no run's folder; pass folders such as output/digits/none,res8")
+    flat = config.leaves(config.read(file))
+    moved = dict(zip(opts[::2], opts[1::2], strict=True))
     try:
-        cfg = config.read(file)
-        for key in NEEDED:
-            config.get(cfg, key)
-        key = config.misfit(cfg)
-    except (KeyError, TypeError):
-        raise UserError(f"{file}: is no configuration of this framework; it lacks {key}") from None
-    if key:
-        raise UserError(f"{file}: is no configuration of this framework; {key} is of another kind")
-    try:
-        files.open_regular(folder / "metrics.jsonl", "a run's folder").close()
-        rows = read_metrics(folder)
-        if not all(type(row["epoch"]) is int and all(math.isfinite(row[key]) for key in FIGURES) for row in rows):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-        raise UserError(f"{folder / 'metrics.jsonl'}: holds a line that is no epoch of this framework") from None
+        cfg = complete(flat | moved)
+        wrong = config.misfit(flat)
+    except TypeError as error:
+        wrong = error
+    lacking = [f"it lacks {key}" for key in NEEDED if key not in flat]
+    if wrong or lacking:
+        reason = lacking[0] if lacking else f"{wrong} is of another kind"
+        raise UserError(f"{file}: is no configuration of this framework; {reason}")
+    files.open_regular(metrics, "a run's folder").close()
+    rows = read_metrics(folder)
+    if not all(isinstance(row.get(key), (int, float)) and abs(row[key]) < 1e38 for row in rows for key in FIGURES):
+        raise UserError(f"{metrics}: holds a line that is no epoch of this framework")
     if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
-        raise UserError(f"{folder / 'metrics.jsonl'}: its epochs do not count 1, 2, 3, ...; the file is damaged")
+        raise UserError(f"{metrics}: its epochs do not count 1, 2, 3, ...; the file is damaged")
     if not rows:
         raise UserError(f"{folder}: no epoch is finished yet; wait for the first one")
-    moved = dict(zip(opts[::2], opts[1::2], strict=True))
-    return Run(folder, complete(config.leaves(cfg) | moved), rows, read_environment(folder))
+    return Run(folder, cfg, rows, read_environment(folder))
 
 
 def read_environment(folder: Path) -> dict:
@@ -250,28 +265,6 @@ def read_environment(folder: Path) -> dict:
         if isinstance(found, dict):
             return found
     return {}
-
-
-def run_of(record: Mapping) -> Run:
-    """Return the run of a line of a runs.jsonl: of each epoch the accuracy and, evenly spread, the time are known.
-
-    Raises KeyError, TypeError, ValueError or AttributeError where the line is no record.
-    """
-    teacher, curve = record["teacher"], record["curve"]
-    seconds = record["seconds"] / len(curve)
-    rows = [
-        {"epoch": number, "test_acc": last, "best_acc": best, "best_epoch": curve.index(best) + 1}
-        | {"epoch_seconds": seconds}
-        for number, (last, best) in enumerate(zip(curve, accumulate(curve, max), strict=True), 1)
-    ]
-    sessions = [{"git": commit, "students": record["students"], "epoch": 0} for commit in record["git"] or [None]]
-    environment = {**record["versions"], "device": record["device"], "threads": record.get("threads")}
-    environment |= {"sha256": {**record["sha256"], "teacher": teacher["sha256"]} if teacher else record["sha256"]}
-    cfg = complete(record["config"])
-    return Run(
-        Path(f"{record['cell']},seed{record['seed']}"), cfg, rows, environment | {"sessions": sessions},
-        config.computed(teacher["config"]) if teacher else None,
-    )  # fmt: skip
 
 
 def check_opts(opts: Sequence[str]) -> None:
@@ -287,7 +280,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     groups: dict[str, Group] = {}
     notes = []
     for run in runs:
-        group = groups.setdefault(json.dumps(run.protocol, sort_keys=True), Group([]))
+        group = groups.setdefault(json.dumps([run.protocol, run.epochs], sort_keys=True), Group([]))
         twin = next((other for other in group.runs if other.seed == run.seed), None)
         if twin:
             notes.append(f"{run.name}: left out, it repeats SEED {run.seed} of {twin.name}")

@@ -91,10 +91,9 @@ def markdown(table: Table) -> str:
     return f"{_tabulated(safe, 'pipe')}\n\n{table.caption}\n"
 
 
-def plain(table: Table, without: Sequence[str] = ()) -> str:
-    """Return the table as aligned text for a terminal, but for the columns `without`; units are left to the caption."""
-    kept = _frame(table).drop(columns=list(without), errors="ignore")
-    return _tabulated(kept.rename(columns=lambda name: name.removesuffix(" (%)")), "simple")
+def plain(table: Table) -> str:
+    """Return the table as aligned text for a terminal."""
+    return _tabulated(_frame(table), "simple")
 
 
 def latex(table: Table) -> str:

@@ -10,7 +10,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "mdistiller"
 BELOW = ["errors", "registry", "files", "terminal"]  # what every room may use
 ROOMS = ["config", "models", "distillers", "dataset", "device", "runs", "bank", "engine"]
-ROOMS += ["study", "analysis", "campaign"]
+ROOMS += ["study", "analysis"]
 MAY_IMPORT = {room: {*BELOW, *ROOMS[:place]} for place, room in enumerate(ROOMS)} | {
     "errors": set(),
     "registry": set(),

@@ -1,0 +1,310 @@
+"""Studies: a short YAML grid of pairs, methods, rules and seeds becomes the groups of runs that it stands for."""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from mdistiller import config, registry
+from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.errors import ConfigError, UserError
+from mdistiller.runs.folder import MOST_BYTES, run_folder
+from mdistiller.study.runs import Group, Run, own_rule
+
+# key: its default, by whose type it is checked, and its meaning
+KEYS = {
+    "title": ("", "of tables and charts"),
+    "note": ("", "a sentence below every table"),
+    "configs": ("../cifar100", "folder of METHOD/*.yaml with each pair's hyperparameters, relative to the plan"),
+    "results": ("results", "folder of runs.jsonl, tables and charts, relative to where the command runs"),
+    "pairs": ([], "teacher/student; or teachers and students"),
+    "teachers": ([], "each with every one of students"),
+    "students": ([], "of teachers; all runs of one before the next one's"),
+    "methods": ([], "names of distiller_dict; NONE is the student alone"),
+    "rules": ([], "temperature rules under each of the methods; none: the method's own"),
+    "seeds": ([], "of every student"),
+    "teacher_seed": (0, "of the one training of each teacher"),
+    "overrides": ({}, "configuration keys over those of the YAML files, for teachers and students alike"),
+}
+KINDS = {str: "text", int: "a whole number", list: "a list, [...]", dict: "a mapping of configuration keys"}
+EACH_RUN_S_OWN = ("EXPERIMENT.", "DISTILLER.", "LOG.WANDB")
+SET_BY_THE_PLAN = (
+    "SEED", "EXPERIMENT.", "DISTILLER.", "TEMPERATURE.RULE", "LOG.PREFIX", "LOG.WANDB", "DATASET.ROOT", "DEVICE",
+)  # fmt: skip
+
+
+@dataclass
+class PlannedGroup(Group):
+    """A group of a study. `opts`: the KEY VALUE pairs over `file` that all of its runs have; each adds its SEED."""
+
+    file: Path = Path()
+    opts: list[str] = field(default_factory=list)
+    teacher: Run | None = None
+
+
+@dataclass
+class Study:
+    """A plan's groups in the order in which they are run: a teacher, then its students."""
+
+    name: str
+    title: str
+    note: str
+    results: Path
+    groups: list[PlannedGroup]
+
+    def select(self, patterns: Sequence[str]) -> list[PlannedGroup]:
+        """Return the groups that any of `patterns` names, with the teachers that they need; all for no pattern.
+
+        Raises UserError where a pattern names none.
+        """
+        for pattern in patterns:
+            if not any(matches(group.name, [pattern]) for group in self.groups):
+                known = " ".join(group.name for group in self.groups)
+                raise UserError(f"--only {pattern}: names nothing in the plan {self.name}, which has {known}")
+        chosen = [group for group in self.groups if not patterns or matches(group.name, patterns)]
+        needed = {group.teacher.label for group in chosen if group.teacher}
+        kept = []
+        for group in self.groups:
+            teachers = [run for run in group.runs if run.label in needed]
+            if group in chosen:
+                kept.append(group)
+            elif teachers:  # without its other seeds
+                kept.append(PlannedGroup(teachers, file=group.file, opts=group.opts))
+        return kept
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether any of `patterns` names the group: words between commas, each of which is to match one part of
+    its name, with * and ? as in a shell.
+    """
+    parts = name.lower().split(",")
+    return any(
+        all(any(fnmatchcase(p, word) for p in parts) for word in pattern.lower().split(",")) for pattern in patterns
+    )
+
+
+def find(name: str, folder: Path) -> Path:
+    """Return the plan's file: a path, or a name in `folder`. Raises UserError where there is none."""
+    known = sorted(file.stem for file in folder.glob("[!_]*.yaml"))
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        if not Path(name).is_file():
+            raise UserError(f"{name}: is no file; give a plan's YAML file, or one of {', '.join(known)}")
+        return Path(name)
+    if name not in known:
+        raise UserError(registry.unknown("plan", name, known))
+    return folder / f"{name}.yaml"
+
+
+def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Study:
+    """Return the study that the plan `file` describes. `opts`: KEY VALUE pairs that say where or how all runs run;
+    `seeds`: in place of the plan's own.
+
+    Raises ConfigError with one line for each mistake found, all at once.
+    """
+    tree = config.read(file)
+    registry.fill()
+    if len(opts) % 2:
+        raise ConfigError(f"{opts[-1]}: has no value; overrides come in pairs: KEY VALUE")
+    anywhere = [key for key in config.KEYS if config.role(key) != "computes" and not key.startswith(EACH_RUN_S_OWN)]
+    problems = [
+        f"{key}: pairs of KEY VALUE say only where, by {', '.join(anywhere)}; to compute something else, write it "
+        "below overrides: in a plan of your own, with _BASE_: this one"
+        for key in opts[::2] if key not in anywhere
+    ]  # fmt: skip
+    values = _checked(tree, problems)
+    if seeds is not None:
+        values["seeds"] = list(seeds)
+    grid = _Grid(file, values, opts, problems)
+    for teacher, student in _pairs(values, problems) if grid.shipped.folder.is_dir() else ():
+        for method in values["methods"]:
+            grid.add(method, teacher, student)
+    groups = list(grid.groups.values())
+    folders = Counter(run.folder for group in groups for run in group.runs)
+    problems += [
+        f"{run.label}: is not alone in the folder {run.folder}"
+        for group in groups for run in group.runs if folders[run.folder] > 1
+    ]  # fmt: skip
+    if problems:
+        raise ConfigError(*(f"{file}: {line}" for line in dict.fromkeys(problems)))
+    return Study(file.stem, values["title"], values["note"], Path(values["results"]), groups)
+
+
+def _checked(tree: CfgNode, problems: list[str]) -> dict:
+    """Return every key of KEYS with its value, or its default where the value is of another kind."""
+    values = {key: default for key, (default, _) in KEYS.items()}
+    for key, value in tree.items():
+        kind = type(KEYS[key][0]) if key in KEYS else None
+        if kind is None:
+            problems.append(registry.unknown("key", key, [*KEYS, "_BASE_"]))
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            problems.append(f"{key}: must be {KINDS[kind]}, {KEYS[key][1]}; got {value!r}")
+        else:
+            values[key] = value
+    for key in ("pairs", "teachers", "students", "methods", "rules", "seeds"):
+        kind, wanted = (int, "whole numbers") if key == "seeds" else (str, "names")
+        kept = [item for item in values[key] if type(item) is kind]
+        problems += [f"{key}: takes {wanted}; got {item!r}" for item in values[key] if type(item) is not kind]
+        problems += [f"{key}: {item} stands there twice; remove one" for item in set(kept) if kept.count(item) > 1]
+        values[key] = kept
+    problems += [f"{key}: is missing; {KEYS[key][1]}" for key in ("methods", "seeds") if not tree.get(key)]
+    if any(not 0 <= seed < 2**32 for seed in [*values["seeds"], values["teacher_seed"]]):
+        problems.append("seeds: must be in [0, 2**32)")
+    flat = config.leaves(values["overrides"])
+    try:  # plug-ins register what the plan names
+        config.load(None, ["EXPERIMENT.PLUGINS", flat.get("EXPERIMENT.PLUGINS", [])])
+    except ConfigError as error:
+        problems += [f"overrides: {line}" for line in error.lines]
+    for key, known in (("methods", registry.distillers), ("rules", registry.temperature_rules)):
+        problems += [f"{key}: {registry.unknown(known.kind, name, known)}" for name in values[key] if name not in known]
+        values[key] = [name for name in values[key] if name in known]
+    for name in values["methods"] if values["rules"] else ():
+        if name != "NONE" and not issubclass(distiller_dict[name], RuleDistiller):
+            problems.append(f"rules: {name} takes no temperature rule; give it a plan of its own")
+    own = [key for key in flat if key.startswith(SET_BY_THE_PLAN) and key != "EXPERIMENT.PLUGINS"]
+    problems += [f"overrides: {key} is the plan's own business; leave it out" for key in own]
+    values["overrides"] = {key: value for key, value in flat.items() if key not in own}
+    return values
+
+
+def _pairs(values: dict, problems: list[str]) -> list[tuple[str, str]]:
+    """Return (teacher, student): of a list, the students of a teacher one after the other; of a grid, all of a
+    student.
+    """
+    if bool(values["pairs"]) == bool(values["teachers"] and values["students"]):
+        problems.append("pairs: give either pairs: [teacher/student, ...], or teachers: and students:")
+        return []
+    texts = values["pairs"]
+    problems += [
+        f"pairs: must be teacher/student, such as resnet56/resnet20; got {t}" for t in texts if t.count("/") != 1
+    ]
+    pairs = [tuple(text.split("/")) for text in texts if text.count("/") == 1]
+    order = [teacher for teacher, _ in pairs]
+    pairs.sort(key=lambda pair: order.index(pair[0]))
+    pairs += [(teacher, student) for student in values["students"] for teacher in values["teachers"]]
+    models = registry.cifar_models
+    for name in dict.fromkeys(name for pair in pairs for name in pair if name not in models):
+        problems.append(f"pairs: {registry.unknown(models.kind, name, models)}")
+    return [pair for pair in pairs if all(name in models for name in pair)]
+
+
+class Shipped:
+    """The pairs' YAML files in `folder`, METHOD/*.yaml."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, dict[tuple, Path]] = {}  # method -> (teacher, student) -> file
+
+    def file(self, method: str, teacher: str, student: str) -> tuple[Path | None, dict[str, str]]:
+        """Return the pair's YAML file for the method, or the student's own one and the keys that make it the method's;
+        no file where there is neither.
+        """
+        file = self._index(method).get((teacher, student))
+        if file is not None or method == "NONE":
+            return file, {}
+        return self._index("NONE").get(("", student)), {"DISTILLER.TYPE": method, "DISTILLER.TEACHER": teacher}
+
+    def settings(self, cfg: CfgNode) -> dict[str, object]:
+        """Return what the file for the method and pair of `cfg` computes; empty where there is none."""
+        names = cfg.DISTILLER
+        if names.TYPE not in distiller_dict:  # a plug-in's, which is not loaded
+            return {}
+        file, changes = self.file(names.TYPE, "" if names.TYPE == "NONE" else names.TEACHER, names.STUDENT)
+        return config.computed(config.load(file, words_of(changes))) if file else {}
+
+    def _index(self, method: str) -> dict[tuple, Path]:
+        if method not in self.files:
+            found: dict[tuple, Path] = {}
+            for file in sorted((self.folder / method.lower()).glob("[!_]*.yaml")):
+                section = config.read(file).get("DISTILLER", {})
+                if section.get("TYPE") == method:
+                    teacher = "" if method == "NONE" else section.get("TEACHER")
+                    found.setdefault((teacher, section.get("STUDENT")), file)
+            self.files[method] = found
+        return self.files[method]
+
+
+def words_of(pairs: dict[str, object]) -> list[str]:
+    """Return {key: value} as KEY VALUE words."""
+    return [word for key, v in pairs.items() for word in (key, v if isinstance(v, str) else str(v).replace(" ", ""))]
+
+
+class _Grid:
+    """Groups as they come up; what is wrong with one of them is added to `problems`."""
+
+    def __init__(self, file: Path, values: dict, opts: Sequence[str], problems: list[str]):
+        self.values, self.opts, self.problems = values, list(opts), problems
+        self.groups: dict[tuple, PlannedGroup] = {}
+        self.shipped = Shipped(Path(os.path.normpath(file.parent / values["configs"])))
+        if not self.shipped.folder.is_dir():
+            problems.append(f"configs: there is no folder {self.shipped.folder}")
+
+    def add(self, method: str, teacher: str, student: str) -> None:
+        """Add the pair's groups for the method, one for each rule; before them the teacher, which all of them need."""
+        if method == "NONE":
+            self._group("NONE", "", "", student, self.values["seeds"])
+            return
+        seed = self.values["teacher_seed"]
+        alone = self._group("NONE", "", "", teacher, [seed])
+        source = next((run for run in alone.runs if run.seed == seed), None) if alone else None
+        for rule in self.values["rules"] or [""]:
+            self._group(
+                method, "" if rule == own_rule(method) else rule, teacher, student, self.values["seeds"], source
+            )
+
+    def _group(
+        self, method: str, rule: str, teacher: str, student: str, seeds: list[int], source: Run | None = None
+    ) -> PlannedGroup | None:
+        key = (method, rule, teacher, student)
+        if key not in self.groups:
+            file, changes = self.shipped.file(method, teacher, student)
+            if file is None:
+                self.problems.append(f"configs: {self.shipped.folder}/none has no YAML for {student}; add one")
+                return None
+            changes |= {k: v for k, v in self.values["overrides"].items() if _reads(method, k)}
+            changes |= {"TEMPERATURE.RULE": rule} if rule else {}
+            tag = ",".join(filter(None, [re.sub(r"\W", "_", method.lower()), teacher, student]))
+            places = {"EXPERIMENT.PROJECT": f"campaign/{self.shipped.folder.name}", "EXPERIMENT.TAG": tag}
+            if source:
+                places["DISTILLER.TEACHER_CKPT"] = str(source.student_file)
+            places |= self._short_name(tag, words_of(changes))
+            self.groups[key] = PlannedGroup([], "", file, [*words_of(changes | places), *self.opts], source)
+        group = self.groups[key]
+        for seed in seeds:
+            if seed not in [run.seed for run in group.runs]:
+                try:
+                    group.runs.append(planned(group, seed))
+                except UserError as error:
+                    self.problems += [line.replace("(command line)", "(overrides)") for line in error.lines]
+        group.runs.sort(key=lambda run: run.seed)
+        return group
+
+    def _short_name(self, tag: str, words: Sequence[str]) -> dict[str, str]:
+        """Return EXPERIMENT.NAME with a digest of the changes in `words`, where a folder's name cannot hold them."""
+        longest = max(map(str, [*self.values["seeds"], self.values["teacher_seed"]]), key=len)
+        pairs = zip([*words[::2], "SEED"], [*words[1::2], longest], strict=True)
+        changed = ",".join(f"{key}:{value}" for key, value in pairs if config.role(key) == "computes")
+        if len(f"{tag}+{changed}".encode()) <= MOST_BYTES:
+            return {}
+        return {"EXPERIMENT.NAME": f"{tag}+{hashlib.sha256(' '.join(words).encode()).hexdigest()[:12]}"}
+
+
+def planned(group: PlannedGroup, seed: int) -> Run:
+    """Return the group's run of the seed, with no row yet. Raises UserError where it cannot be configured."""
+    opts = [*group.opts, "SEED", str(seed)]
+    cfg = config.load(group.file, opts)
+    folder = run_folder(cfg)
+    if "EXPERIMENT.NAME" in opts[::2]:  # as train_seeds has it
+        folder = folder.with_name(f"{folder.name}+SEED:{seed}")
+    return Run(folder, cfg, [], teacher=group.teacher.settings if group.teacher else None)
+
+
+def _reads(method: str, key: str) -> bool:
+    """Return whether the method reads the key: sections of others are left out, so that they stand in no run's name."""
+    other = distiller_dict.get(key.split(".")[0])
+    return other is None or issubclass(distiller_dict[method], other)

@@ -1,0 +1,143 @@
+"""What tools/reproduce.py does: a plan, or a part of it, to its tables and charts."""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import yaml
+
+from mdistiller.dataset import load_dataset
+from mdistiller.errors import UserError
+from mdistiller.runs.folder import check_writable
+from mdistiller.runs.recorder import read_metrics
+from mdistiller.study import plan
+from mdistiller.study.conduct import Conductor, epoch_seconds, known_runs, lost_teachers, state
+from mdistiller.study.jobs import Local
+from mdistiller.study.plan import PlannedGroup, Shipped
+from mdistiller.study.published import read_published
+from mdistiller.study.records import read_records
+from mdistiller.study.results import counted, results_of
+from mdistiller.study.runs import Run
+from mdistiller.study.slurm import Slurm
+from mdistiller.study.tables import Table, plain
+from mdistiller.terminal import say
+
+SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of 0-4 or 0,2,5 or both. Raises UserError for other texts."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < min(first + 1000, 2**32):
+            raise UserError(f"--seeds {text}: give a range such as 0-4, or seeds such as 0,2,5")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def parse_time(text: str) -> float:
+    """Return the seconds of 2h, 90m, 1h30m, 45s. Raises UserError for other texts."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    if not parts or "".join(a + b for a, b in parts) != text:
+        raise UserError(f"--budget {text}: give a time such as 2h, 90m or 1h30m")
+    return sum(float(number) * SECONDS[unit] for number, unit in parts)
+
+
+def parse_parameters(words: Sequence[str]) -> dict[str, object]:
+    """Return {KEY: value} of KEY=VALUE words, the values as YAML reads them. Raises UserError for other words."""
+    wrong = [word for word in words if "=" not in word]
+    if wrong:
+        raise UserError(
+            f"--slurm {wrong[0]}: takes KEY=VALUE, such as slurm_partition=gpu; KEY VALUE pairs stand before --slurm"
+        )
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+    except yaml.YAMLError:
+        raise UserError(f"--slurm {' '.join(words)}: takes values as YAML has them; quote what is none") from None
+
+
+def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
+    """Run the plan that the parsed `words` of tools/reproduce.py name; return the exit status.
+
+    `folder`: where plans lie. `opts`: KEY VALUE pairs that say where to run or write. Raises UserError, with nothing
+    written, where something of it cannot work.
+    """
+    begin = time.monotonic()
+    budget = None if words.budget is None else parse_time(words.budget)
+    seeds = None if words.seeds is None else parse_seeds(words.seeds)
+    study = plan.load(plan.find(words.plan, folder), opts, seeds)
+    groups = study.select(words.only)
+    home = words.results or study.results
+    figures, parameters = read_published(words.published), parse_parameters(words.slurm)
+    if parameters and words.executor != "slurm":
+        raise UserError("--slurm: add --executor slurm")
+    records = read_records(home / "runs.jsonl")
+    if words.dry_run:
+        forecast(groups, records)
+        return 0
+    prefix = groups[0].first.folder.parent
+    check_writable(prefix, "LOG.PREFIX")
+    check_writable(home, "--results")
+    unfinished = [g for g in groups if any(run.hash not in records for run in g.runs)]
+    for kind, root in dict.fromkeys((g.cfg.DATASET.TYPE, g.cfg.DATASET.ROOT) for g in unfinished):
+        load_dataset(kind, root)  # what it lacks is said before anything runs
+    executor = Local() if words.executor == "local" else Slurm(prefix / ".slurm", parameters)
+    conductor = Conductor(study.name, groups, home / "runs.jsonl", executor, budget)
+    runs = [run for group in groups for run in group.runs]
+    kept = sum(map(conductor.is_done, runs))
+    if kept:
+        say(f"{kept} of {len(runs)} runs are on record in {conductor.file}; --results FOLDER starts another")
+    status = conductor.run()
+    found = results_of(study, conductor.records.values(), figures, Shipped(folder.parent / "cifar100"))
+    found.write(home)
+    say(f"\n{found.text}\n")
+    for run in conductor.left():
+        say(f"waiting  {run.label}: {conductor.waiting.get(run.label, 'stopped')}")
+    for label, reason in conductor.failed.items():
+        say(f"failed   {label}: {reason}")
+    counts = {
+        "done": sum(map(conductor.is_done, runs)),
+        "failed": len(conductor.failed),
+        "waiting": len(conductor.left()),
+    }
+    counts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    written = f"; tables and charts in {home / study.name}" if found.table.rows else ""
+    say(f"{counts}, in {duration(time.monotonic() - begin)}{written}")
+    if status:
+        say("the same command goes on with what is left")
+    return status
+
+
+def duration(seconds: float | None) -> str:
+    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def forecast(groups: Sequence[PlannedGroup], records: Mapping[str, Run]) -> None:
+    """Say what would run, and about how long it would take, by epochs that ran on this device."""
+    lost, known = lost_teachers(groups, records), known_runs(groups, records)
+    rows, total, unknown, epochs_left = [], 0.0, 0, 0
+    for group in groups:
+        seconds = epoch_seconds(group, known)
+        for run in group.runs:
+            epochs = run.cfg.SOLVER.EPOCHS
+            found = "done" if run.hash in records and run.label not in lost else state(run)
+            if found in ("done", "finished"):
+                rows.append([run.label, found, f"{epochs}/{epochs}", "", ""])
+                continue
+            done = 0 if found in ("missing", "another") else len(read_metrics(run.folder))
+            left = None if seconds is None else seconds * (epochs - done)
+            rows.append([run.label, found, f"{done}/{epochs}", f"{seconds:.1f}" if seconds else "?", duration(left)])
+            total, unknown, epochs_left = total + (left or 0), unknown + (left is None), epochs_left + epochs - done
+    say(plain(Table("forecast", "", "", ("run", "state", "epochs", "s/epoch", "time left"), rows)))
+    for label in sorted(lost):
+        say(f"{label} is on record, but its network is gone: its students need it trained again")
+    todo = sum(row[4] != "" for row in rows)
+    time_left = f"about {duration(total)} one after the other" if total or not unknown else ""
+    if unknown:
+        unsaid = f"{counted(unknown, 'run')} of unknown time: none like it has run on this device"
+        time_left = ", and ".join(filter(None, [time_left, unsaid]))
+    say(f"{counted(todo, 'run')}, {counted(epochs_left, 'epoch')} left: {time_left}")

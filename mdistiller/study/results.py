@@ -1,0 +1,279 @@
+"""What tools/results.py does: a study's finished runs as a table with its notes, bar charts, and in a page."""
+
+import os
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mdistiller.errors import UserError
+from mdistiller.files import write_atomic
+from mdistiller.runs.folder import check_writable
+from mdistiller.study import plan
+from mdistiller.study.bars import bar_charts
+from mdistiller.study.charts import Chart, write_table
+from mdistiller.study.drawing import save
+from mdistiller.study.plan import Shipped, Study
+from mdistiller.study.published import changes, departures, published_figure, read_published, verdict
+from mdistiller.study.records import read_records
+from mdistiller.study.runs import Group, Run, differing, group_runs
+from mdistiller.study.tables import CAPTION, Table, csv_columns, latex, markdown, plain
+
+HEAD = ("pair", "method", "n", "seeds", "last (%)", "best (%)")
+BESIDE = ("published (%)", "best − published", "lies")
+BESIDE_CAPTION = (
+    " Published figures are best epochs; they lie inside, above or below our best epoch's mean ± standard deviation "
+    "(~: read off a chart, and as far outside as that is uncertain). Neither above nor below means that it was not "
+    "reproduced: with so few seeds an equally good run lies outside about half of the time (n = 3: 48 %, n = 2: 56 %)."
+)
+OTHER_PROTOCOL, OTHER_VALUES = "Not the published protocol", "Not the published hyperparameters"
+MARKERS = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.S)
+
+
+@dataclass
+class Results:
+    """A study's table, the notes below it and its charts, under the name that their folder has."""
+
+    name: str
+    title: str
+    table: Table
+    notes: list[str]
+    charts: list[Chart]
+
+    @property
+    def markdown(self) -> str:
+        table = markdown(self.table) if self.table.rows else "Nothing of it is on record yet.\n"
+        return table + "".join(f"\n{line}\n" for line in self.notes)
+
+    @property
+    def text(self) -> str:
+        """The table for a terminal of 80 columns, with the notes."""
+        rows = [[*row[:3], *row[4:6], " ".join(filter(None, row[6::2]))] for row in self.table.rows]
+        end = 6 if len(self.table.head) > len(HEAD) else 5
+        short = replace(self.table, head=("pair", "method", "n", "last", "best", "published")[:end])
+        short.rows = [row[:end] for row in rows]
+        table = plain(short) if rows else "Nothing of it is on record yet."
+        notes = [textwrap.fill(line.replace("**", "").replace("`", ""), 80) for line in self.notes]
+        return "\n\n".join([table, "\n".join(notes)])
+
+    def write(self, out: Path) -> None:
+        """Write OUT/NAME/table.md, .tex and .csv, and the charts as PNG and SVG; nothing where nothing is on record."""
+        if not self.table.rows:
+            return
+        folder = out / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (file for kind in ("png", "svg") for file in folder.glob(f"chart*.{kind}")):
+            old.unlink()  # of a plan that had other pairs, perhaps
+        write_atomic(folder / "table.md", f"# {self.title}\n\n{self.markdown}".encode())
+        comments = "".join(f"% {line}\n" for note in self.notes for line in note.splitlines())
+        titled = replace(self.table, caption=f"{' '.join(self.title.split())}. {self.table.caption}")
+        write_atomic(folder / "table.tex", (comments + latex(titled)).encode())
+        write_table(folder / "table.csv", *csv_columns(self.table))
+        for chart in self.charts:
+            save(chart, folder)
+
+
+def results_of(study: Study, runs: Iterable[Run], published: Mapping, shipped: Shipped) -> Results:
+    """Return the results of the study: every seed on record of each of its groups; what departs is left out and named.
+
+    `shipped`: the YAML files with the published hyperparameters.
+    """
+    groups, missing, notes, runs = [], [], [], list(runs)
+    for group in study.groups:
+        same = sorted((run for run in runs if run.protocol == group.first.protocol), key=lambda run: run.seed)
+        groups += [Group(same)] if same else []
+        absent = {run.seed for run in group.runs} - {run.seed for run in same}
+        missing += [f"{group.name} ({_seeds(absent)})"] if absent else []
+        others: dict[str, list[int]] = {}
+        for run in runs:
+            if run not in same and (run.study, run.cell) == (study.name, group.name):
+                others.setdefault(_apart([run.protocol, group.first.protocol]), []).append(run.seed)
+        notes += [f"Left out: {group.name} ({_seeds(of)}), run by another protocol: {k}." for k, of in others.items()]
+    groups, odd = alike(groups)
+    if groups and missing:
+        notes.insert(0, f"Not run yet: {'; '.join(missing)}.")
+    notes += odd
+    if study.note:
+        notes.insert(0, study.note)
+    if groups:
+        notes.append(f"Made by `python3 tools/reproduce.py {study.name}`.")
+    return results(groups, study.title or study.name, study.name, published, shipped, notes)
+
+
+def results_of_files(files: Sequence[Path], only: Sequence[str], published: Mapping, shipped: Shipped) -> Results:
+    """Return the results of all runs in the files, each a runs.jsonl, or of those that `only` names.
+
+    Raises UserError where there are none, where two files hold different trainings of one run, and where the runs are
+    of several protocols.
+    """
+    found: dict[str, tuple[Run, Path]] = {}
+    problems = []
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: is no file; pass a runs.jsonl")
+        for key, run in read_records(file).items():
+            first, home = found.setdefault(key, (run, file))
+            if [row["test_acc"] for row in first.rows] != [row["test_acc"] for row in run.rows]:
+                problems.append(
+                    f"{run.cell}, seed {run.seed}: is another run in {home} than in {file}; give one of them"
+                )
+    runs = [run for run, _ in found.values() if not only or plan.matches(run.cell, only)]
+    groups, _ = group_runs(runs)
+    problems += [f"{line} Select with --only, or give a plan" for line in alike(groups)[1]]
+    if problems:
+        raise UserError(*problems)
+    if not groups:
+        raise UserError(
+            f"nothing to show: no run on record matches --only {' '.join(only)}" if only else "no run is on record"
+        )
+    return results(groups, "Results", "all", published, shipped)
+
+
+def alike(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """Return the groups that can stand in one table with most of the runs, and a line on each that cannot: data and
+    solver have to be the same, but for the learning rate, which is the student's.
+    """
+    found = [[_shared(run) for run in group.runs] for group in groups]
+    every = [shared for some in found for shared in some]
+    most = max(every, key=every.count, default=None)
+    kept, notes = [], []
+    for group, some in zip(groups, found, strict=True):
+        if all(shared == most for shared in some):
+            kept.append(group)
+        else:
+            notes.append(f"Left out: {group.name}, of another protocol than the other rows: {_apart([most, *some])}.")
+    return kept, notes
+
+
+def _shared(run: Run) -> dict[str, object]:
+    kept = {k: v for k, v in run.settings.items() if k.startswith(("SOLVER.", "DATASET.")) and k != "SOLVER.LR"}
+    return kept | {"sha256 of the data": run.environment["sha256"]["data"]}
+
+
+def _apart(protocols: Sequence[Mapping]) -> str:
+    return ", ".join(f"{key} ({' / '.join(map(str, values))})" for key, values in differing(protocols).items())
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _seeds(numbers: Iterable[int]) -> str:
+    numbers = sorted(set(numbers))
+    return f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}"
+
+
+def results(
+    groups: Sequence[Group], title: str, name: str, published: Mapping, shipped: Shipped, notes: Sequence[str] = ()
+) -> Results:
+    """Return the table of the groups, notes and charts. Nothing is compared with figures of another protocol, no row
+    with figures of other hyperparameters.
+    """
+    away = list(dict.fromkeys(line for group in groups for line in departures(group, published)))
+    changed = [changes(group, shipped.settings(group.cfg)) for group in groups]
+    figures = [None if keys else published_figure(g, published) for g, keys in zip(groups, changed, strict=True)]
+    compare = any(figures) and not away
+    rows = []
+    for group, found in zip(groups, figures, strict=True):
+        method = ", ".join(filter(None, [group.method_and_rule, group.extra]))
+        row = [group.pair, method, len(group.runs), group.seeds, group.last, group.best]
+        figure, off = found or (None, 0.0)
+        if figure is None:
+            row += [None, None, None]
+        else:
+            shown = f"~{figure}" if off else f"{figure:.2f}"
+            row += [shown, group.best.mean - figure, verdict(group.best, figure, off)]
+        rows.append(row if compare else row[: len(HEAD)])
+    head, caption = (HEAD + BESIDE, CAPTION + BESIDE_CAPTION) if compare else (HEAD, CAPTION)
+    said = [f"**{OTHER_PROTOCOL}**: {', '.join(away)}."] if away else []
+    by_change: dict[str, list[str]] = {}
+    for group, keys in zip(groups, changed, strict=True):
+        by_change.setdefault(", ".join(keys), []).append(group.name)
+    said += [f"**{OTHER_VALUES}**: {keys}, in {'; '.join(of)}." for keys, of in by_change.items() if keys]
+    other = OTHER_PROTOCOL if away else OTHER_VALUES if said else ""
+    charts = bar_charts(groups, f"{title} ({other.lower()})" if other else title)
+    said += [protocol_note(groups), machine_note(groups)] if groups else []
+    for group in groups:
+        teachers = {run.environment["sha256"].get("teacher") for run in group.runs}
+        if len(teachers) > 1:
+            said.append(f"{group.name}: its seeds learnt from {len(teachers)} trainings of the teacher.")
+    return Results(name, title, Table("table", title, caption, head, rows), [*said, *notes], charts)
+
+
+def protocol_note(groups: Sequence[Group]) -> str:
+    """Return the protocol that the groups share, with the learning rate of each student."""
+    rates: dict[float, list[str]] = {}
+    for student, rate in {g.cfg.DISTILLER.STUDENT: g.cfg.SOLVER.LR for g in groups}.items():
+        rates.setdefault(rate, []).append(student)
+    texts = [f"{rate:g} ({', '.join(of)})" if len(rates) > 1 else f"{rate:g}" for rate, of in rates.items()]
+    cfg, solver = groups[0].cfg, groups[0].cfg.SOLVER
+    precision = "float32" if solver.AMP == "none" else f"{solver.AMP} autocast"
+    return (
+        f"Protocol: {cfg.DATASET.TYPE}, {solver.EPOCHS} epochs, batches of {solver.BATCH_SIZE}, learning rate "
+        f"{' and '.join(texts)}, times {solver.LR_DECAY_RATE:g} after epochs "
+        f"{', '.join(map(str, solver.LR_DECAY_STAGES))}, weight decay {solver.WEIGHT_DECAY:g}, {precision}."
+    )
+
+
+def machine_note(groups: Sequence[Group]) -> str:
+    """Return how many runs there are, how long they took, on which machines and by which commits."""
+    runs = [run for group in groups for run in group.runs]
+    machines = sorted({f"{run.environment['device']}, torch {run.environment['torch']}" for run in runs})
+    commits = {c["commit"][:12] + ("" if c["clean"] else " (with changes)") for run in runs for c in run.commits}
+    minutes = sum(run.seconds / run.students for run in runs) / 60  # students side by side share them
+    taken = counted(round(minutes), "minute") if minutes < 120 else f"{minutes / 60:.1f} hours"
+    return (
+        f"{counted(len(runs), 'run')}, {taken} of training and evaluation in all, on {'; '.join(machines)}; "
+        f"{'commits' if len(commits) > 1 else 'commit'} {', '.join(sorted(commits)) or 'unknown'}."
+    )
+
+
+def show(
+    what: Sequence[str], folder: Path, home: Path | None, out: Path | None, published: Path | None, only: Sequence[str]
+) -> str:
+    """Write tables and charts of a plan, or of all runs in some runs.jsonl, into `out`; return the table.
+
+    `folder`: where plans lie, beside the pairs' YAML files. `home`: where a plan's runs.jsonl lies.
+    """
+    figures, shipped = read_published(published), Shipped(folder.parent / "cifar100")
+    files = [Path(word) for word in what if word.endswith(".jsonl")]
+    if not files and len(what) == 1:
+        study = plan.load(plan.find(what[0], folder))
+        study.groups = study.select(only)
+        home = home or study.results
+        found = results_of(study, read_records(home / "runs.jsonl").values(), figures, shipped)
+        if only and out is None:  # the plan's own table has all of it
+            return found.markdown + "\nNothing is written of a part of a plan; give --out FOLDER.\n"
+    elif len(files) == len(what):
+        home, found = files[0].parent, results_of_files(files, only, figures, shipped)
+    else:
+        raise UserError("give one plan, or files named *.jsonl")
+    check_writable(out or home, "--out")
+    found.write(out or home)
+    return found.markdown
+
+
+def fill(page: Path, folder: Path, published: Path | None, home: Path, write: bool = True) -> str:
+    """Return the page with a plan's table and charts of today wherever it has `<!-- results of PLAN -->` and
+    `<!-- end of results -->`; with `write` it is written, and the plans' files into `home`.
+    """
+    figures, shipped = read_published(published), Shipped(folder.parent / "cifar100")
+    if not page.is_file():
+        raise UserError(f"--page {page}: is no file; give a Markdown page")
+    runs = read_records(home / "runs.jsonl").values()
+
+    def filled(match: re.Match) -> str:
+        found = results_of(plan.load(plan.find(match[2], folder)), runs, figures, shipped)
+        if write:
+            found.write(home)
+        place = Path(os.path.relpath(home / found.name, page.parent)).as_posix()
+        pictures = "".join(f"\n![{c.title.splitlines()[0]}]({place}/{c.name}.png)\n" for c in found.charts)
+        return f"{match[1]}\n{found.markdown}{pictures}\n{match[3]}"
+
+    text, count = MARKERS.subn(filled, page.read_text(encoding="utf-8"))
+    if not count:
+        raise UserError(f"--page {page}: lacks <!-- results of PLAN --> and <!-- end of results -->, each on its line")
+    if write:
+        write_atomic(page, text.encode())
+    return text

@@ -1,0 +1,138 @@
+"""What tests of plans, records and tables use."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+from helpers import ROOT
+
+from mdistiller import config
+from mdistiller.dataset import load_dataset
+from mdistiller.engine.cfg import load
+from mdistiller.study.jobs import Outcome, train_group
+
+PLANS = ROOT / "configs" / "plans"
+PUBLISHED = json.loads((ROOT / "results" / "published.json").read_text())
+
+
+def write(path, **tree):
+    """Write the tree as YAML and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def change(path, **tree):
+    """Write other values of some keys into the YAML file and return its path."""
+    return write(path, **yaml.safe_load(path.read_text()) | tree)
+
+
+def write_plan(root):
+    """Write small.yaml: resnet14 -> resnet8 by NONE, KD and DTKD on 40 + 20 digits, two epochs of three steps."""
+    data = load_dataset("digits", ".")
+    arrays = {"train_images": data.train_images[:40], "train_labels": data.train_labels[:40]}
+    arrays |= {"test_images": data.test_images[:20], "test_labels": data.test_labels[:20]}
+    np.savez(root / "digits.npz", **{name: values.numpy() for name, values in arrays.items()})
+    solver = {"EPOCHS": 2, "BATCH_SIZE": 16, "LR_DECAY_STAGES": [1]}
+    for name in ("resnet8", "resnet14"):
+        write(
+            root / "configs" / "none" / f"{name}.yaml", DATASET={"TYPE": "npz", "ROOT": str(root / "digits.npz")},
+            SOLVER=solver, DISTILLER={"TYPE": "NONE", "STUDENT": name},
+        )  # fmt: skip
+    return write(
+        root / "small.yaml", configs="configs", pairs=["resnet14/resnet8"], methods=["NONE", "KD", "DTKD"],
+        seeds=[0, 1], overrides={"DTKD": {"WARMUP": 1}},
+    )  # fmt: skip
+
+
+def write_run(root, name, accuracies, seed=0, finished=None, **keys):
+    """Write a run's folder with a configuration and these test accuracies; in `keys`, __ stands for the dot."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    opts = {"DATASET.TYPE": "digits", "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": len(accuracies), "SEED": seed}
+    opts |= {key.replace("__", "."): value for key, value in keys.items()}
+    cfg = load(None, [word for pair in opts.items() for word in pair])
+    (folder / "config.yaml").write_text(cfg.dump())
+    rows = [
+        {"epoch": n, "test_acc": acc, "best_acc": max(accuracies[:n]), "train_acc": acc, "train_loss": 1 / n}
+        for n, acc in enumerate(accuracies[:finished], 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def record(method="KD", teacher="resnet20", student="resnet8", seed=0, last=60.0, best=61.0, **changes):
+    """Return the line of a finished run of the published protocol; in `changes`, __ stands for the dot."""
+    base = ROOT / "configs/cifar100/_base.yaml"
+    opts = {"DISTILLER.TYPE": method, "DISTILLER.TEACHER": teacher, "DISTILLER.STUDENT": student, "SEED": seed}
+    opts |= {"SOLVER.EPOCHS": 240} | {key.replace("__", "."): value for key, value in changes.items()}
+    own = config.computed(config.load(base, [str(word) for pair in opts.items() for word in pair]))
+    alone = ["DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", teacher, "SOLVER.EPOCHS", str(opts["SOLVER.EPOCHS"])]
+    source = {"run": "t", "hash": "", "sha256": "t", "config": config.computed(config.load(base, alone))}
+    curve = [best, *[min(last, best)] * (own["SOLVER.EPOCHS"] - 1)]
+    return json.loads(json.dumps({
+        "plan": "p", "cell": f"NONE,{student}" if method == "NONE" else f"{method},{teacher},{student}", "seed": seed,
+        "hash": "", "last": last, "best": best, "epochs": len(curve), "seconds": 60.0, "students": 1,
+        "device": "cpu (x)", "threads": 1, "versions": {"torch": "2"}, "git": [{"commit": "0" * 40, "clean": True}],
+        "sha256": {"data": "d", "student": "s"}, "config": own, "curve": curve,
+        "teacher": None if method == "NONE" else source,
+    }))  # fmt: skip
+
+
+def write_records(path, *records):
+    """Write a runs.jsonl and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    return path
+
+
+def figures(path="results/runs.jsonl"):
+    """Return what must not depend on how often a study was disturbed."""
+    records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    keys = ("cell", "seed", "hash", "last", "best", "best_epoch", "epochs", "sha256", "config", "curve")
+    return {(r["cell"], r["seed"]): {key: r[key] for key in keys} for r in records}
+
+
+class Ended:
+    """A job that has come to an end."""
+
+    def __init__(self, outcome):
+        self.found = outcome
+
+    def ended(self):
+        return True
+
+    def stop(self):
+        pass
+
+    def outcome(self):
+        return self.found
+
+
+class Here:
+    """An executor that trains in this process and keeps what it was asked for."""
+
+    slots = 1
+
+    def __init__(self):
+        self.asked = []
+
+    def start(self, group, seeds):
+        self.asked.append((group.name, list(seeds)))
+        return Ended(self.train(group, seeds))
+
+    def train(self, group, seeds):
+        return Outcome(True, train_group(group.file, group.opts, seeds))
+
+
+class Dying(Here):
+    """An executor whose first `deaths` jobs are killed before they do anything."""
+
+    def __init__(self, deaths):
+        super().__init__()
+        self.deaths = deaths
+
+    def train(self, group, seeds):
+        self.deaths -= 1
+        return Outcome(False, ["ended by signal 9"]) if self.deaths >= 0 else super().train(group, seeds)

@@ -1,0 +1,108 @@
+"""Runs read from folders, and the groups of seeds that may be averaged."""
+
+import json
+
+import pytest
+import yaml
+from studies import write_run
+
+from mdistiller import config
+from mdistiller.errors import UserError
+from mdistiller.study.runs import differing, group_runs, read_run, rule_of
+
+
+def test_seeds_are_averaged_and_nothing_else(tmp_path):
+    pair = {"DISTILLER__TYPE": "KD", "DISTILLER__TEACHER": "resnet20"}
+    folders = [
+        write_run(tmp_path, "a0", [50.0, 60.0], 0),
+        write_run(tmp_path, "b0", [10.0, 90.0], 0, SOLVER__LR=0.1),
+        write_run(tmp_path, "a1", [70.0, 64.0], 1, DATASET__ROOT="elsewhere", EXPERIMENT__NAME="other"),
+        write_run(tmp_path, "a2", [50.0, 68.0], 2, finished=1),
+        write_run(tmp_path, "k0", [50.0, 60.0], 0, TEACHER_BANK="lazy", **pair),
+        write_run(tmp_path, "k1", [5.0, 6.0], 1, EXPERIMENT__LOGIT_STAND=True, **pair),
+        write_run(tmp_path, "k2", [5.0, 6.0], 2, TEACHER_BANK="auto", SOLVER__STEP="eager", **pair),
+        write_run(tmp_path, "a0~1", [50.0, 60.0], 0),
+    ]
+    groups, notes = group_runs([read_run(folder) for folder in folders])
+    assert [[run.name for run in group.runs] for group in groups] == [
+        ["a0", "a1"], ["b0"], ["a2"], ["k0", "k2"], ["k1"],
+    ]  # fmt: skip
+    assert notes == ["a0~1: left out, it repeats SEED 0 of a0"]
+    assert groups[0].last == (62, pytest.approx(8**0.5), 2)
+    assert groups[0].best == (65, pytest.approx(50**0.5), 2)
+    assert groups[2].schedule == "1 of 2 epochs"
+    assert [group.label for group in groups] == [
+        "alone, resnet8, 2 epochs, SOLVER.LR 0.05",
+        "alone, resnet8, 2 epochs, SOLVER.LR 0.1",
+        "alone, resnet8, 1 of 2 epochs",
+        "KD, resnet20 → resnet8, 2 epochs",
+        "KD+LSKD, resnet20 → resnet8, 2 epochs",
+    ]
+    assert [groups[0].name, groups[4].name] == ["NONE,resnet8", "KD+std,resnet20,resnet8"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "rule"),
+    [
+        (["DISTILLER.TYPE", "NONE"], "-"),
+        (["DISTILLER.TYPE", "AT"], "-"),
+        (["DISTILLER.TYPE", "DTKD"], "max_logit"),
+        (["DISTILLER.TYPE", "KD"], "fixed"),
+        (["DISTILLER.TYPE", "KD", "TEMPERATURE.RULE", "erratum"], "erratum"),
+        (["DISTILLER.TYPE", "KD", "EXPERIMENT.LOGIT_STAND", "True"], "std"),
+    ],
+)
+def test_rule(opts, rule):
+    assert rule_of(config.load(None, opts)) == rule
+
+
+def test_keys_that_a_run_lacks_have_their_defaults(tmp_path):
+    folder = write_run(tmp_path, "old", [50.0], DISTILLER__TYPE="DTKD")
+    before = read_run(folder)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    del tree["TEMPERATURE"], tree["EXPERIMENT"]["LOGIT_STAND"], tree["TEACHER_BANK"]
+    (folder / "config.yaml").write_text(yaml.dump(tree))
+    after = read_run(folder, ["DEVICE", "cuda"])
+    assert rule_of(after.cfg) == "max_logit"
+    assert after.hash == before.hash
+    assert after.cfg.DEVICE == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "SEED: 1", "it lacks DEVICE"),
+        ("config.yaml", "SOLVER: [1]", "it lacks"),
+        ("config.yaml", "_BASE_: whole.yaml\nTEMPERATURE: 3", "TEMPERATURE is of another kind"),
+        ("config.yaml", "_BASE_: whole.yaml\nSEED: one", "SEED is of another kind"),
+        ("metrics.jsonl", "", "no epoch is finished yet"),
+        ("metrics.jsonl", '{"epoch": 1}', "holds a line that is no epoch"),
+        (
+            "metrics.jsonl",
+            '{"epoch": 2, "test_acc": 1, "best_acc": 1, "train_acc": 1, "train_loss": 1}',
+            "do not count",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_run_is_named(tmp_path, name, text, message):
+    folder = write_run(tmp_path, "run", [50.0])
+    (folder / "whole.yaml").write_text((folder / "config.yaml").read_text())
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_run(folder)
+    with pytest.raises(UserError, match="is no run's folder"):
+        read_run(tmp_path)
+
+
+def test_seconds_are_shared_as_long_as_others_are_there(tmp_path):
+    folder = write_run(tmp_path, "run", [50.0, 60.0])
+    sessions = [{"students": 2, "epoch": 0}, {"students": 1, "epoch": 1, "git": {"commit": "0", "clean": True}}]
+    (folder / "environment.json").write_text(json.dumps({"sessions": sessions}))
+    run = read_run(folder)
+    run.rows[0]["epoch_seconds"] = run.rows[1]["epoch_seconds"] = 8.0
+    assert (run.seconds, round(run.students, 2)) == (16.0, 1.33), "4 + 8 of its own"
+    assert run.commits == [{"commit": "0", "clean": True}]
+
+
+def test_differing_keys_come_with_their_values():
+    assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == {"b": [2, 3], "c": ["absent", 4]}
