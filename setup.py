@@ -13,7 +13,7 @@ setup(
     version=re.search(r'__version__ = "(.+?)"', (here / "mdistiller" / "__init__.py").read_text())[1],
     description="Knowledge distillation of image classifiers: exact, fast, reproducible; with DTKD",
     packages=find_packages(include=["mdistiller", "mdistiller.*"]),
-    package_data={"mdistiller.analysis": ["page.css", "page.js"]},
+    package_data={"mdistiller.study": ["report.html", "report.css", "report.js"]},
     python_requires=">=3.10",
     install_requires=requirements,
     extras_require={

@@ -25,10 +25,12 @@ def main() -> None:
     )  # fmt: skip
     words = parser.parse_args()
 
-    from mdistiller.analysis.analyse import analyse  # torch takes seconds to import, and --help needs none
+    from mdistiller.study.analyze import analyze  # after --help, which needs none of its libraries
 
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    done = analyse(words.runs, words.out, words.published, words.opts, words.latex, words.markdown, say)
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    done = analyze(words.runs, words.out, words.published, words.opts, words.latex, words.markdown, say)
     for note in done.notes:
         print(f"skipped: {note}")
     print(f"{words.out / 'report.html'}: {len(done.groups)} groups, {len(done.charts)} charts")

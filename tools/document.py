@@ -12,9 +12,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
 
-    from mdistiller.analysis import methods  # torch takes seconds to import, and --help needs none
-    from mdistiller.engine import cfg
-    from mdistiller.study import reference
+    from mdistiller.engine import cfg  # torch takes seconds to import, and --help needs none
+    from mdistiller.study import methods, reference
 
     (folder / "api.md").write_text(reference.page(), encoding="utf-8")
     (folder / "config.md").write_text(cfg.page(), encoding="utf-8")

@@ -11,12 +11,14 @@ from itertools import product
 import numpy as np
 from scipy.stats import binom
 
-from mdistiller.analysis import statistics as st
-from mdistiller.analysis.charts import Chart, Panel, Series
-from mdistiller.analysis.networks import Missing, Networks
-from mdistiller.analysis.runs import Group, Run
 from mdistiller.errors import UserError
 from mdistiller.runs.temperature import QUANTILES, SAVED, read_record
+from mdistiller.study import statistics as st
+from mdistiller.study.charts import Chart, Panel, Series
+from mdistiller.study.comparison import Comparison
+from mdistiller.study.networks import Missing, Networks
+from mdistiller.study.runs import Group, Run
+from mdistiller.study.tables import Table
 
 RECORD = "temperatures.bin"
 SIDES = {"t_student": "student", "t_teacher": "teacher"}
@@ -27,20 +29,18 @@ HALF = 0.5
 
 
 def values_of(run: Run, name: str) -> np.ndarray:
-    """(E, N), one of SAVED, of the epochs that are recorded. Raises Missing where the run has no record of samples."""
+    """Return (E, N), one of SAVED, of the epochs that are recorded. Raises Missing where no samples are on record."""
     if not (run.folder / RECORD).is_file():
         raise Missing("no temperatures of samples; train with LOG.TEMPERATURE samples")
     record = read_record(run.folder / RECORD)
-    if not len(record.values):
-        raise Missing("its temperature record holds no finished epoch yet")
     if not all(name in record.fields for name in SAVED):
         raise UserError(f"{run.folder / RECORD}: lacks one of the fields {', '.join(SAVED)}")
     values = record.values[: run.epochs, record.fields.index(name)].astype(np.float64)
     values = values[~np.isnan(values).all(1)]  # epochs that a resumed run has no record of
     if not len(values):
         raise Missing("its temperature record holds no finished epoch yet")
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a sample that was never seen has no mean
         own = np.nanmean(values, 0)  # stands for a sample in the epochs whose step was skipped
     return np.where(np.isnan(values), np.where(np.isnan(own), np.nanmean(values), own), values)
 
@@ -54,7 +54,7 @@ class OverEpochs:
 
 
 def over_epochs(run: Run) -> OverEpochs:
-    """From the summaries in metrics.jsonl, else from the record of samples. Raises Missing without either."""
+    """Read the summaries in metrics.jsonl, else the record of samples. Raises Missing without either."""
     rows = [row for row in run.rows if row.get("temperature")]
     if not rows:
         values = {side: values_of(run, side) for side in SIDES}
@@ -76,7 +76,7 @@ def over_epochs(run: Run) -> OverEpochs:
 
 
 def group_over_epochs(group: Group) -> OverEpochs:
-    """Means over the seeds that recorded the same epochs as the first that recorded any."""
+    """Return means over the seeds that recorded the same epochs as the first that recorded any."""
     found = []
     for run in group.runs:
         try:
@@ -90,71 +90,41 @@ def group_over_epochs(group: Group) -> OverEpochs:
     return OverEpochs(first.epochs, {key: np.mean([figures[key] for figures in alike], 0) for key in first.figures})
 
 
-def epochs_chart(found: dict[int, tuple[Group, OverEpochs]]) -> Chart:
-    panels = []
-    for side, name in SIDES.items():
-        panel = Panel(f"T of the {name}", "epoch", "temperature")
-        for number, (group, over) in found.items():
-            bands = {pair: tuple(over.figures[f"{side} {q}"] for q in pair) for pair in BANDS}
-            panel.series.append(Series(group.label, number, over.epochs, over.figures[f"{side} q50"], bands=bands))
-        panels.append(panel)
-    more = (
-        ("fell_back", "samples that fell back to tau", "share (%)", 100),
-        ("correlation_student", "T of the student and the teacher's confidence", "Pearson correlation", 1),
-    )
-    for key, title, label, scale in more:
-        series = [
-            Series(group.label, number, over.epochs, scale * over.figures[key])
-            for number, (group, over) in found.items()
-            if key in over.figures
-        ]
-        panels += [Panel(title, "epoch", label, series, y_range=share_range(key, series))] if series else []
-    return Chart(
-        "temperature-epochs",
-        SECTION,
-        "Temperature over the epochs",
-        "Median over the training samples; bands hold 50% and 90% of them. Means over seeds. A sample falls back where "
-        "the rule is undefined for its logits.",
-        panels,
-        wide=2,
-    )
-
-
 @dataclass
 class Samples:
-    """What is known of the training samples of one run; None where it is not."""
+    """What is known of the N training samples of one run; None where it is not."""
 
     run: Run
-    labels: np.ndarray | None  # (N,)
     student: np.ndarray  # (N,) temperature, mean over the last quarter of the epochs
     teacher: np.ndarray
     hot_student: np.ndarray  # (N,) share of the epochs among the hottest tenth
     hot_teacher: np.ndarray
     stability: np.ndarray  # (E,) rank correlation of the student's temperatures with the last epoch's
     epochs: int
+    labels: np.ndarray | None = None  # (N,)
     right: np.ndarray | None = None  # (N,) bool, the last student on the image as it is
     loss: np.ndarray | None = None  # (N,)
     margin: np.ndarray | None = None
     teacher_loss: np.ndarray | None = None
     forgetting: st.Forgetting | None = None
-    judged: tuple[int, ...] = ()  # epochs of the checkpoints that forgetting is counted over
 
     @property
     def constant(self) -> bool:
         return bool(np.ptp(self.student) < 1e-3 and np.ptp(self.teacher) < 1e-3)
 
 
-def samples_of(run: Run, networks: Networks) -> tuple[Samples, list[str]]:
-    """The record of `run` and, as far as checkpoints and data are there, how hard its samples are; and a line for
-    what is not. Raises Missing where nothing is recorded.
+def samples_of(group: Group, networks: Networks) -> tuple[Samples, list[str]]:
+    """Return the record of the group's first run that has one and, as far as checkpoints and data are there, how hard
+    its samples are; and a line for each part that is not there. Raises Missing where nothing is recorded.
     """
+    run = next((run for run in group.runs if (run.folder / RECORD).is_file()), group.first)
     values = {side: values_of(run, side) for side in SIDES}
     epochs = len(values["t_student"])
     late = {side: v[-max(epochs // 4, 1) :].mean(0) for side, v in values.items()}
     hot = {side: st.hot_share(v) for side, v in values.items()}
     last = values["t_student"][-1]
     stability = np.array([st.spearman(row, last) for row in values["t_student"]])
-    samples = Samples(run, None, late["t_student"], late["t_teacher"], *hot.values(), stability, epochs)
+    samples = Samples(run, late["t_student"], late["t_teacher"], *hot.values(), stability, epochs)
     notes = []
     try:
         labels = networks.data(run).train_labels.numpy()
@@ -175,11 +145,43 @@ def samples_of(run: Run, networks: Networks) -> tuple[Samples, list[str]]:
     except Missing as error:
         notes.append(f"temperature against the teacher's loss: {error}")
     try:
-        judged, right = networks.history(run)
-        samples.judged, samples.forgetting = tuple(judged), st.forgetting_events(right)
+        samples.forgetting = st.forgetting_events(networks.history(run))
     except Missing as error:
         notes.append(f"temperature against forgetting: {error}")
     return samples, notes
+
+
+def epochs_chart(found: dict[int, tuple[Group, OverEpochs]]) -> Chart:
+    panels = []
+    for side, name in SIDES.items():
+        panel = Panel(f"T of the {name}", "epoch", "temperature")
+        for number, (group, over) in found.items():
+            bands = {pair: tuple(over.figures[f"{side} {q}"] for q in pair) for pair in BANDS}
+            panel.series.append(Series(group.label, number, over.epochs, over.figures[f"{side} q50"], bands=bands))
+        panels.append(panel)
+    more = (
+        ("fell_back", "samples that fell back to tau", "share (%)", 100),
+        ("correlation_student", "T of the student and the teacher's confidence", "Pearson correlation", 1),
+    )
+    for key, title, label, scale in more:
+        series = [
+            Series(group.label, number, over.epochs, scale * over.figures[key])
+            for number, (group, over) in found.items()
+            if key in over.figures
+        ]
+        panel = Panel(title, "epoch", label, series)
+        if key == "fell_back":  # a share is seen from 0, also where nothing but 0 is on it
+            panel.y_range = (0, 1.05 * max((max(s.y) for s in series), default=0) or 1)
+        panels += [panel] if series else []
+    return Chart(
+        "temperature-epochs",
+        SECTION,
+        "Temperature over the epochs",
+        "Median over the training samples; bands hold 50% and 90% of them. Means over seeds. A sample falls back where "
+        "the rule is undefined for its logits.",
+        panels,
+        columns=2,
+    )
 
 
 MEASURES = (
@@ -202,13 +204,13 @@ def difficulty_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
                 text = [f"mean {title} {sign * x:.3g}" for x in bins.x]
                 bands = {("q25", "q75"): (bins.low, bins.high)}
                 panel.series.append(Series(group.label, number, rank, bins.mean, bands=bands, text=text))
-        panels += [panel] if panel.series else []
+        panels.append(panel)
     for side in SIDES.values():
         panel = Panel(f"T of the {side} against forgetting", "forgetting events between checkpoints", "temperature")
         for number, (group, samples) in found.items():
             if samples.forgetting is not None:
                 panel.series.append(forgetting_series(group, number, samples, side))
-        panels += [panel] if panel.series else []
+        panels.append(panel)
     return Chart(
         "temperature-difficulty",
         SECTION,
@@ -216,13 +218,13 @@ def difficulty_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
         "Mean temperature in tenths of the training set, sorted by difficulty; the band holds the middle half of the "
         "samples. Loss and margin are those of the last checkpoint on the images as "
         "they are. Forgetting is counted between the saved checkpoints, over samples that were right at least once.",
-        panels,
-        wide=2,
+        [panel for panel in panels if panel.series],
+        columns=2,
     )
 
 
 def forgetting_series(group: Group, number: int, samples: Samples, side: str) -> Series:
-    """Mean temperature and its middle half by number of events, over the samples that were learnt."""
+    """Return mean temperature and its middle half by number of events, over the samples that were learnt."""
     learnt = samples.forgetting.learnt
     events, temperature = samples.forgetting.events[learnt], getattr(samples, side)[learnt]
     counts = np.unique(events)
@@ -254,22 +256,20 @@ def persistence_chart(found: dict[int, tuple[Group, Samples]]) -> Chart:
         "Which samples stay hot",
         "How many samples are among the hottest tenth (temperature of the student) in at least so many of the epochs; "
         "dashed: if chance chose them anew each epoch. Then: whether an epoch ranks the samples as the last one does. "
-        "The samples themselves are in "
-        "samples-*.csv. One run for each group, its lowest seed.",
+        "The samples themselves are in samples-*.csv. One run for each group, its lowest seed.",
         [stay, stable],
     )
 
 
-def class_chart(found: dict[int, tuple[Group, Samples]], accuracy: dict[int, np.ndarray], names: dict) -> Chart:
-    """`accuracy`: (K,) percent of the student on each class of the test set, by group; `names`: of the classes."""
+def class_chart(found: dict[int, tuple[Group, Samples]], compared: dict[int, Comparison]) -> Chart:
     panels = []
     for side in SIDES.values():
         panel = Panel(f"T of the {side}", "mean temperature of the class", "test accuracy of the class (%)")
         for number, (group, samples) in found.items():
-            if number not in accuracy or samples.labels is None:
-                continue
-            means = st.class_means(getattr(samples, side), samples.labels, len(accuracy[number]))
-            panel.series.append(Series(group.label, number, means, accuracy[number], "points", text=names[number]))
+            if number in compared and samples.labels is not None:
+                names, accuracy = compared[number].names, compared[number].class_accuracy
+                means = st.class_means(getattr(samples, side), samples.labels, len(names))
+                panel.series.append(Series(group.label, number, means, accuracy, "points", text=names))
         panels.append(panel)
     return Chart(
         "temperature-classes",
@@ -277,20 +277,31 @@ def class_chart(found: dict[int, tuple[Group, Samples]], accuracy: dict[int, np.
         "Temperature by class",
         "One point for each class: its training samples' mean temperature against the student's last test accuracy.",
         panels,
-        wide=2,
+        columns=2,
     )
 
 
 FINDINGS = (
     "run", "rule", "median T student, first epoch", "median T student, last epoch", "median T teacher, last epoch",
     "fell back, first (%)", "fell back, last (%)", "rank corr. with loss", "rank corr. with margin",
-    "rank corr. with forgetting",
-    "hot in most epochs (%)", "by chance (%)",
+    "rank corr. with forgetting", "hot in most epochs (%)", "by chance (%)",
 )  # fmt: skip
 
 
+def findings_table(over: dict[int, tuple[Group, OverEpochs]], recorded: dict[int, tuple[Group, Samples]]) -> Table:
+    rows = [
+        findings_row(group, figures, recorded[number][1] if number in recorded else None)
+        for number, (group, figures) in over.items()
+    ]
+    caption = (
+        "Rank correlations (Spearman) are between the student's temperature and the sample's loss, margin and "
+        "forgetting events: above 0, hot samples have more of it. Of one run for each group, its lowest seed."
+    )
+    return Table(SECTION, "What the record says", caption, FINDINGS, rows, list(over))
+
+
 def findings_row(group: Group, over: OverEpochs, samples: Samples | None) -> list:
-    """In the order of FINDINGS. The rank correlations are those of the student's temperature."""
+    """Return a group's cells in the order of FINDINGS."""
     fell = over.figures.get("fell_back")
     row = [group.label, group.rule, *(float(over.figures["t_student q50"][i]) for i in (0, -1))]
     row += [float(over.figures["t_teacher q50"][-1])]
@@ -305,11 +316,10 @@ def findings_row(group: Group, over: OverEpochs, samples: Samples | None) -> lis
 
 
 def sample_rows(samples: Samples, names: list[str] | None) -> tuple[list[str], list[list]]:
-    """Head and rows of samples-*.csv, the sample that stays hot longest first."""
+    """Return head and rows of samples-*.csv, the sample that stays hot longest first."""
     columns: dict[str, np.ndarray] = {"index": np.arange(len(samples.student))}
-    if samples.labels is not None:
-        columns["label"] = samples.labels
-        columns["class"] = np.array(names)[samples.labels]
+    if names is not None:
+        columns |= {"label": samples.labels, "class": np.array(names)[samples.labels]}
     columns |= {
         "t_student": samples.student, "t_teacher": samples.teacher,
         "hot_student": samples.hot_student, "hot_teacher": samples.hot_teacher,
@@ -318,16 +328,15 @@ def sample_rows(samples: Samples, names: list[str] | None) -> tuple[list[str], l
         if getattr(samples, name) is not None:
             columns[name] = getattr(samples, name)
     if samples.forgetting is not None:
-        columns["forgetting_events"], columns["learnt"] = samples.forgetting
+        columns |= {"forgetting_events": samples.forgetting.events, "learnt": samples.forgetting.learnt}
     order = np.lexsort((-samples.student, -samples.hot_student))
-    return list(columns), [
-        list(row) for row in zip(*(column[order].tolist() for column in columns.values()), strict=True)
-    ]
+    rows = zip(*(column[order].tolist() for column in columns.values()), strict=True)
+    return list(columns), [list(row) for row in rows]
 
 
 def extremes(samples: Samples, count: int = 16) -> list[tuple[str, np.ndarray]]:
-    """(heading, indices) of the samples with the highest and the lowest temperature, of the student where it varies,
-    else of the teacher.
+    """Return (heading, indices) of the samples with the highest and the lowest temperature, of the student where it
+    varies, else of the teacher.
     """
     side = "student" if np.ptp(samples.student) >= 1e-3 else "teacher"
     order = np.argsort(-getattr(samples, side), kind="stable")
@@ -336,9 +345,3 @@ def extremes(samples: Samples, count: int = 16) -> list[tuple[str, np.ndarray]]:
         (f"highest temperature of the {side}", order[:count]),
         (f"lowest temperature of the {side}", order[::-1][:count]),
     ]
-
-
-def share_range(key: str, series: list[Series]) -> tuple[float, float] | None:
-    """A share's axis starts at 0, also where nothing but 0 is on it; other figures choose their own."""
-    most = max((float(np.max(s.y)) for s in series), default=0.0)
-    return (0.0, 1.05 * most or 1.0) if key == "fell_back" else None

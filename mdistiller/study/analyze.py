@@ -1,0 +1,197 @@
+"""tools/analyze.py: from run folders to figures, tables and the report."""
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mdistiller.errors import UserError
+from mdistiller.study import comparison, tables, temperatures
+from mdistiller.study.charts import Chart, write_numbers, write_table
+from mdistiller.study.drawing import save
+from mdistiller.study.networks import Missing, Networks
+from mdistiller.study.page import GENERATOR, page
+from mdistiller.study.published import read_published
+from mdistiller.study.runs import Group, check_opts, group_runs, read_run
+from mdistiller.study.superclasses import class_names
+from mdistiller.study.tables import Table
+
+
+@dataclass
+class Analysis:
+    """What is found, in the order of the page; charts and tables are written into `folder` as they come."""
+
+    groups: list[Group]
+    folder: Path
+    networks: Networks
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, chart: Chart) -> None:
+        if not chart.empty:
+            save(chart, self.folder / "figures", [group.figures for group in self.groups])
+            if chart.panels:
+                write_numbers(chart, self.folder / "figures" / f"{chart.name}.csv")
+            self.charts.append(chart)
+
+    def add_table(self, table: Table) -> None:
+        write_table(self.folder / f"{table.name.lower().replace(' ', '-')}.csv", *tables.csv_columns(table))
+        self.tables.append(table)
+
+    def note(self, number: int, text: str) -> None:
+        """Say what is not shown of a group."""
+        self.notes.append(f"{self.groups[number].label}: {text}")
+
+    def slug(self, number: int) -> str:
+        """Return a group's part of a file's name."""
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.groups[number].label.replace("→", " to ")).strip("-").lower()
+        return f"{number + 1:02d}-{words[:60]}"
+
+
+def analyze(
+    folders: Sequence[Path],
+    out: Path,
+    published: Path | None = None,
+    opts: Sequence[str] = (),
+    latex: bool = False,
+    markdown: bool = False,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Analysis:
+    """Write figures, tables and report.html into the folder `out`; `say` hears of progress.
+
+    `opts`: KEY VALUE pairs of runs.MOVABLE. What a run lacks is left out, with a line in the result's `notes`. Raises
+    UserError, with nothing written, where a run cannot be read or a part of it cannot be used.
+    """
+    check_opts(opts)
+    check_out(out)
+    # the summaries that --seeds leaves lie among the runs, where PROJECT/* names them as well
+    folders = [f for f in folders if not (f.suffix == ".json" and f.is_file())] or folders
+    unique = list(dict.fromkeys(Path(os.path.realpath(f)) if os.path.exists(f) else f for f in folders))
+    groups, notes = group_runs([read_run(folder, opts) for folder in unique])
+    results = tables.results_table(groups, read_published(published))
+    with tempfile.TemporaryDirectory() as temporary:
+        stage = Path(temporary)
+        (stage / "figures").mkdir()
+        analysis = Analysis(groups, stage, Networks(say), notes=notes)
+        analysis.add_table(results)
+        analysis.add(comparison.curves_chart(groups))
+        compared = compare_all(analysis)
+        add_temperatures(analysis, compared)
+        add_comparisons(analysis, list(compared.values()))
+        if latex:
+            (stage / "results.tex").write_text(tables.latex(results), encoding="utf-8")
+        if markdown:
+            (stage / "results.md").write_text(tables.markdown(results), encoding="utf-8")
+        text = page(groups, analysis.tables, analysis.charts, notes, time.strftime("%Y-%m-%d"))
+        (stage / "report.html").write_text(text, encoding="utf-8")
+        deliver(stage, out)
+    return analysis
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError where `out` is no folder, or holds something other than an earlier report."""
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UserError(f"-o {out}: is a file; name a folder")
+    if os.path.isdir(out) and any(out.iterdir()):
+        report = out / "report.html"
+        if not report.is_file() or GENERATOR not in report.read_text(encoding="utf-8", errors="replace")[:2000]:
+            raise UserError(f"-o {out}: holds files that are no report; name a new folder")
+
+
+def deliver(stage: Path, out: Path) -> None:
+    """Move what is finished to `out`, where the figures of an earlier report go first."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / "figures", ignore_errors=True)
+        for path in stage.iterdir():  # one by one: the temporary folder itself is closed to other users
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, out / path.name)
+    except OSError as error:
+        raise UserError(f"-o {out}: cannot be written ({error.strerror}); name a folder of yours") from None
+
+
+def compare_all(analysis: Analysis) -> dict[int, comparison.Comparison]:
+    """Return the comparison of each group that has what it needs, by the group's number."""
+    compared = {}
+    for number, group in enumerate(analysis.groups):
+        try:
+            compared[number] = comparison.compare(number, group, analysis.networks)
+        except Missing as error:
+            analysis.note(number, f"what its networks say: {error}")
+    for number, one in compared.items():
+        for note in one.notes:
+            analysis.note(number, note)
+    return compared
+
+
+def add_temperatures(analysis: Analysis, compared: dict[int, comparison.Comparison]) -> None:
+    over, recorded = {}, {}
+    for number, group in enumerate(analysis.groups):
+        if group.rule == "-":
+            continue
+        part = "temperature"
+        try:
+            over[number] = (group, temperatures.group_over_epochs(group))
+            part = "temperature by sample"
+            samples, notes = temperatures.samples_of(group, analysis.networks)
+            recorded[number] = (group, samples)
+        except Missing as error:
+            notes = [f"{part}: {error}"]
+        for note in notes:
+            analysis.note(number, note)
+    if over:
+        analysis.add_table(temperatures.findings_table(over, recorded))
+        analysis.add(temperatures.epochs_chart(over))
+    varied = {number: both for number, both in recorded.items() if not both[1].constant}
+    for number in recorded:
+        if number not in varied:
+            analysis.note(number, "temperature by sample: its rule gives every sample the same temperature")
+    analysis.add(temperatures.difficulty_chart(varied))
+    analysis.add(temperatures.persistence_chart(varied))
+    analysis.add(temperatures.class_chart(varied, compared))
+    for number, (_, samples) in varied.items():
+        add_samples(analysis, number, samples)
+
+
+def add_samples(analysis: Analysis, number: int, samples: temperatures.Samples) -> None:
+    """Write samples-*.csv and, where the images are there, add the pictures of the hottest and the coldest."""
+    group, slug, figures = analysis.groups[number], analysis.slug(number), analysis.folder / "figures"
+    names = None
+    if samples.labels is not None:
+        data = analysis.networks.data(samples.run)
+        names = class_names(samples.run.cfg.DATASET.TYPE, data.num_classes)
+    write_table(figures / f"samples-{slug}.csv", *temperatures.sample_rows(samples, names))
+    if names is None:
+        return
+    blocks, listed = [], []
+    for heading, chosen in temperatures.extremes(samples):
+        texts = [f"{names[samples.labels[i]]}\n{samples.student[i]:.2f} / {samples.teacher[i]:.2f}" for i in chosen]
+        blocks.append((heading, data.train_images[chosen.copy()].numpy(), texts))
+        listed += [[heading, int(i), names[samples.labels[i]], samples.student[i], samples.teacher[i]] for i in chosen]
+    caption = f"Training images with class and temperatures, student / teacher. {group.figures}."
+    title = f"Hottest and coldest samples: {group.label}"
+    chart = Chart(f"extremes-{slug}", temperatures.SECTION, title, caption, [], group=number, pictures=blocks)
+    write_table(figures / f"{chart.name}.csv", ["block", "index", "class", "t_student", "t_teacher"], listed)
+    analysis.add(chart)
+
+
+def add_comparisons(analysis: Analysis, compared: list[comparison.Comparison]) -> None:
+    if not compared:
+        return
+    analysis.add_table(comparison.comparison_table(compared))
+    analysis.add(comparison.calibration_chart(compared))
+    analysis.add(comparison.agreement_chart(compared))
+    superclasses = comparison.superclass_chart(compared)
+    analysis.add(superclasses)
+    if superclasses.empty:
+        analysis.notes.append("accuracy by superclass: only cifar100 has superclasses")
+    for one in compared:
+        if one.teacher is not None:
+            analysis.add(comparison.correlation_chart(one, analysis.slug(one.number)))
+    for one in compared:
+        analysis.add(comparison.tsne_chart(one, analysis.slug(one.number)))

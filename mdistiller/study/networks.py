@@ -1,0 +1,129 @@
+"""What a run's networks say: logits and pooled features of its student and its teacher, from checkpoints."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mdistiller import files
+from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
+from mdistiller.device import prepare, resolve_device
+from mdistiller.engine.build import build_model
+from mdistiller.engine.teachers import teacher_files
+from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict
+from mdistiller.runs.checkpoint import load_weights
+from mdistiller.study.runs import Run
+
+BATCH = 256
+MOST_CHECKPOINTS = 20
+
+
+@dataclass
+class Predictions:
+    """What a network says of N images: logits (N, K) and pooled features (N, C), both float32."""
+
+    logits: np.ndarray
+    features: np.ndarray
+
+
+class Missing(Exception):
+    """A part that a view needs is not there; the text says what to set."""
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Tensor, labels: Tensor, data: ImageSet, device: torch.device) -> Predictions:
+    """Run the network in eval mode on uint8 images (N, H, W, 3) as they are, not augmented."""
+    parts = []
+    for image, _, _ in Batches(images.to(device), labels.to(device), data.mean, data.std, BATCH):
+        logits, feats = network(image)
+        parts.append((logits.float().cpu().numpy(), feats["pooled_feat"].flatten(1).float().cpu().numpy()))
+    return Predictions(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+@dataclass
+class Networks:
+    """Reads data sets once and teachers once, whatever number of runs shares them; `say` hears of slow steps.
+
+    Its methods raise Missing where a run lacks a part, UserError where a part is there and cannot be used.
+    """
+
+    say: Callable[[str], None] = lambda _text: None
+    _data: dict = field(default_factory=dict)
+    _teachers: dict = field(default_factory=dict)
+
+    def data(self, run: Run) -> ImageSet:
+        kind, root = run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT
+        if kind not in dataset_dict:
+            raise Missing(f"data set '{kind}' is not known here")
+        if (kind, root) not in self._data:
+            if kind != "digits" and not files.expand(root).exists():
+                raise Missing(f"no data set {kind} at {root}; point to it with --opts DATASET.ROOT PATH")
+            try:
+                self._data[kind, root] = load_dataset(kind, root)
+            except UserError as error:
+                raise Missing(f"{error.lines[0]}; point to it with --opts DATASET.ROOT PATH") from None
+        return self._data[kind, root]
+
+    def student(self, run: Run, split: str) -> Predictions:
+        """Return what the last student says of a split: train or test."""
+        file = next((f for f in (run.folder / "student_latest", run.folder / "student_best") if f.is_file()), None)
+        if file is None:
+            raise Missing("no student_latest or student_best in its folder")
+        self.say(f"{run.name}: the student on the {split} set")
+        return self._predict(run, run.cfg.DISTILLER.STUDENT, file, split)
+
+    def teacher(self, run: Run, split: str) -> Predictions:
+        """Return what the teacher says of a split: train or test."""
+        file, name = self._teacher_file(run), run.cfg.DISTILLER.TEACHER
+        key = (str(file), name, run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT, split)
+        if key not in self._teachers:
+            self.say(f"{run.name}: the teacher {name} on the {split} set")
+            self._teachers[key] = self._predict(run, name, file, split)
+        return self._teachers[key]
+
+    def history(self, run: Run) -> np.ndarray:
+        """Return whether each checkpoint student_N is right on each training image, not augmented: (E, N) bool. Of more
+        than MOST_CHECKPOINTS, that many at even distances are asked.
+        """
+        found = {int(m[1]): path for path in run.folder.iterdir() if (m := re.fullmatch(r"student_(\d+)", path.name))}
+        epochs = sorted(epoch for epoch in found if epoch <= run.epochs)
+        if len(epochs) < 3:
+            raise Missing("forgetting needs three checkpoints student_N or more; set LOG.SAVE_CHECKPOINT_FREQ lower")
+        if len(epochs) > MOST_CHECKPOINTS:
+            epochs = [epochs[i] for i in np.linspace(0, len(epochs) - 1, MOST_CHECKPOINTS).round().astype(int)]
+        labels = self.data(run).train_labels.numpy()
+        right = []
+        for epoch in epochs:
+            self.say(f"{run.name}: the student of epoch {epoch} on the train set")
+            logits = self._predict(run, run.cfg.DISTILLER.STUDENT, found[epoch], "train").logits
+            right.append(logits.argmax(1) == labels)
+        return np.stack(right)
+
+    def _teacher_file(self, run: Run) -> Path:
+        """Return the file that training would use: the named one, the released one, or the one that it trained."""
+        cfg = run.cfg
+        if cfg.DISTILLER.TYPE == "NONE":
+            raise Missing("it has no teacher")
+        named = cfg.DISTILLER.TEACHER_CKPT
+        candidates = [named] if named else teacher_files(cfg)
+        for file in map(files.expand, candidates):
+            if file.is_file():
+                return file
+        raise Missing(
+            f"no checkpoint of the teacher {cfg.DISTILLER.TEACHER} at {candidates[0]}; point to it with --opts "
+            "DISTILLER.TEACHER_CKPT FILE, or work in the folder that training was started in"
+        )
+
+    def _predict(self, run: Run, name: str, file: Path, split: str) -> Predictions:
+        if name not in cifar_model_dict:
+            raise Missing(f"model '{name}' is not known here")
+        data, device = self.data(run), resolve_device(run.cfg.DEVICE)
+        model = build_model(name, data.num_classes)
+        load_weights(model, name, data.num_classes, file)
+        images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        return predict(prepare(model, device).eval(), images, labels, data, device)

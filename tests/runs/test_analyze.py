@@ -1,0 +1,114 @@
+"""From run folders to the report."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tool
+
+from mdistiller.errors import UserError
+from mdistiller.runs.temperature import HEADER
+from mdistiller.study.analyze import analyze
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_from_runs_to_report(tmp_path, recorded_runs):
+    published = tmp_path / "published.json"
+    published.write_text(json.dumps({"DTKD": {"resnet8/resnet8": 61.0}}))
+    out = tmp_path / "out"
+    (tmp_path / "seeds.json").write_text("{}")  # the summary of --seeds lies where PROJECT/* names it
+    runs = [recorded_runs / name for name in ("dtkd-0", "dtkd-1", "kd", "alone", "dtkd-0")]
+    done = analyze([*runs, tmp_path / "seeds.json"], out, published, latex=True, markdown=True)
+    made = {path.name for path in (out / "figures").iterdir()}
+    assert out.stat().st_mode == tmp_path.stat().st_mode | 0o055, "others may read it"
+    dtkd = "01-dtkd-resnet8-to-resnet8-3-epochs"
+    for name in (
+        "curves", "temperature-epochs", "temperature-difficulty", "temperature-persistence", "temperature-classes",
+        f"extremes-{dtkd}", "calibration", "agreement", f"correlation-{dtkd}", f"tsne-{dtkd}",
+    ):  # fmt: skip
+        assert {f"{name}.png", f"{name}.svg", f"{name}.csv"} <= made, name
+    assert {path.name for path in out.iterdir()} == {
+        "report.html", "figures", "results.csv", "results.tex", "results.md", "temperature.csv",
+        "student-and-teacher.csv",
+    }  # fmt: skip
+    notes = "\n".join(done.notes)
+    assert "only cifar100 has superclasses" in notes
+    assert "temperature by sample: no temperatures of samples; train with LOG.TEMPERATURE samples" in notes
+
+    row = rows_of(out / "results.csv")[0]
+    lasts = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test_acc"] for run in runs[:2]]
+    assert float(row["last (%)"]) == pytest.approx(np.mean(lasts), rel=1e-4)
+    assert float(row["last (%) sd"]) == pytest.approx(np.std(lasts, ddof=1), rel=1e-4)
+    samples = rows_of(out / "figures" / f"samples-{dtkd}.csv")
+    assert len(samples) == 320 and {"loss", "margin", "forgetting_events", "t_teacher"} <= samples[0].keys()
+    curves = rows_of(out / "figures" / "curves.csv")
+    assert {r["panel"] for r in curves} == {"test accuracy", "training accuracy", "training loss"}
+    assert (out / "report.html").read_text().count('class="plot') > 15
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path, recorded_runs):
+    out = tmp_path / "out"
+    analyze([recorded_runs / "alone"], out)
+    (out / "figures" / "temperature-epochs.png").write_text("of an earlier report")
+    analyze([recorded_runs / "alone"], out)
+    assert not (out / "figures" / "temperature-epochs.png").exists()
+    (out / "report.html").write_text("mine")
+    with pytest.raises(UserError, match="holds files that are no report"):
+        analyze([recorded_runs / "alone"], out)
+
+
+def test_what_a_run_lacks_is_left_out(tmp_path, recorded_runs):
+    run = tmp_path / "run"
+    shutil.copytree(recorded_runs / "kd", run, ignore=shutil.ignore_patterns("student_*", "train.events"))
+    notes = analyze([run], tmp_path / "out").notes
+    assert any("no student_latest or student_best" in note for note in notes)
+    made = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert {"curves.png", "temperature-epochs.png"} <= made
+    assert "agreement.png" not in made
+    assert "student_latest" in (tmp_path / "out" / "report.html").read_text()
+
+    shutil.copy(recorded_runs / "kd" / "student_latest", run)
+    done = tool(
+        "analyze", run, "-o", tmp_path / "out", "--opts", "DISTILLER.TEACHER_CKPT", "gone.pth", cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gone = "no checkpoint of the teacher resnet8 at gone.pth; point to it with --opts DISTILLER.TEACHER_CKPT"
+    assert gone in done.stdout
+    assert (tmp_path / "out" / "figures" / "calibration.png").exists()
+
+
+def test_what_cannot_work_writes_nothing(tmp_path, recorded_runs, monkeypatch):
+    good = recorded_runs / "dtkd-0"
+    for name in ("record", "weights", "count"):
+        shutil.copytree(good, tmp_path / name, ignore=shutil.ignore_patterns("train.events", "epoch_*", "student_?"))
+    record = (good / "temperatures.bin").read_bytes()
+    (tmp_path / "record" / "temperatures.bin").write_bytes(b"junk")
+    (tmp_path / "weights" / "student_latest").write_bytes(b"junk")
+    other = record[:HEADER].replace(b'"samples": 320', b'"samples": 160') + record[HEADER:]
+    (tmp_path / "count" / "temperatures.bin").write_bytes(other)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    cases = [
+        (tmp_path / "gone", {}, "is no run's folder"),
+        (tmp_path / "empty", {}, "is no run's folder"),
+        (tmp_path / "record", {}, "is no temperature record"),
+        (tmp_path / "weights", {}, "is no checkpoint"),
+        (tmp_path / "count", {}, "holds 160 samples"),
+        (good, {"published": Path("gone.json")}, "gone.json: cannot be read"),
+        (good, {"opts": ["DEVICE"]}, "DEVICE lacks its value"),
+        (good, {"opts": ["SOLVER.LR", "1"]}, "'SOLVER.LR' is none of them"),
+        (good, {"out": Path("file")}, "is a file"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    for run, words, says in cases:
+        with pytest.raises(UserError, match=re.escape(says)):
+            analyze([run], **{"out": tmp_path / "out"} | words)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before, says

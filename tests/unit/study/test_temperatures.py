@@ -1,0 +1,83 @@
+"""What a temperature record says, without a network."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mdistiller.engine.cfg import load
+from mdistiller.errors import UserError
+from mdistiller.runs.temperature import EpochBuffer, RecordFile
+from mdistiller.study import temperatures
+from mdistiller.study.networks import Networks
+from mdistiller.study.runs import Group, Run
+
+
+def run_in(folder: Path, rows: int = 4, **row: object) -> Run:
+    """Return a DTKD run whose data are gone."""
+    opts = ["DISTILLER.TYPE", "DTKD", "DISTILLER.STUDENT", "resnet8", "DISTILLER.TEACHER", "resnet20"]
+    cfg = load(None, [*opts, "DATASET.TYPE", "npz", "DATASET.ROOT", "gone.npz", "SOLVER.EPOCHS", str(rows)])
+    return Run(folder, cfg, [{"epoch": n, "test_acc": 1.0, "best_acc": 1.0} | row for n in range(1, rows + 1)])
+
+
+def record(folder: Path, temperatures_of, n: int = 40) -> None:
+    """Write a record whose student's temperatures are temperatures_of(epoch), the teacher's 8 minus them."""
+    file = RecordFile(folder / "temperatures.bin", n)
+    for epoch in range(4):
+        buffer = EpochBuffer(n, torch.device("cpu"))
+        values = torch.as_tensor(temperatures_of(epoch), dtype=torch.float32)
+        buffer.values[:2] = torch.stack([values, 8 - values])
+        buffer.values[2:] = 1
+        file.append(buffer)
+
+
+def test_a_record_alone_gives_bands_and_hot_samples(tmp_path):
+    record(tmp_path, lambda epoch: np.arange(40) / 10 + epoch)
+    group = Group([run_in(tmp_path)])
+    over = temperatures.group_over_epochs(group)
+    assert over.epochs == [1, 2, 3, 4]
+    np.testing.assert_allclose(over.figures["t_student q50"], 1.95 + np.arange(4), atol=5e-3)
+    np.testing.assert_allclose(over.figures["t_teacher q25"], 8 - 2.925 - np.arange(4), atol=5e-3)
+    samples, (note,) = temperatures.samples_of(group, Networks())
+    assert "DATASET.ROOT" in note
+    assert np.flatnonzero(samples.hot_student).tolist() == [36, 37, 38, 39]
+    assert samples.hot_student.max() == 1
+    np.testing.assert_allclose(samples.student, np.arange(40) / 10 + 3, atol=5e-3)
+    assert samples.stability.tolist() == pytest.approx([1, 1, 1, 1])
+    head, rows = temperatures.sample_rows(samples, None)
+    assert rows[0][head.index("index")] == 39
+
+
+def test_epochs_and_samples_without_a_record_are_filled_or_left_out(tmp_path):
+    def of(epoch):
+        values = np.full(40, 2.0 + epoch)
+        values[0] = np.nan if epoch == 1 else 8  # its step was skipped
+        return np.full(40, np.nan) if epoch == 2 else values
+
+    record(tmp_path, of)
+    values = temperatures.values_of(run_in(tmp_path), "t_student")
+    assert values[:, 0].tolist() == [8, 8, 8] and values[:, 1].tolist() == [2, 3, 5]
+    assert len(temperatures.values_of(run_in(tmp_path, rows=1), "t_student")) == 1, "of finished epochs alone"
+    with pytest.raises(temperatures.Missing, match="LOG.TEMPERATURE samples"):
+        temperatures.values_of(run_in(tmp_path / "other"), "t_student")
+
+
+def test_hot_samples_are_ranked_against_difficulty(tmp_path):
+    n, hard, group = 100, np.arange(100.0), Group([run_in(tmp_path)])
+    samples = temperatures.Samples(None, 4 + hard / 100, 4 - hard / 100, np.zeros(n), np.zeros(n), np.ones(4), 4)
+    samples.loss, samples.margin = hard, -hard
+    over = temperatures.OverEpochs([1], {f"{side} q50": np.array([4.0]) for side in temperatures.SIDES})
+    table = temperatures.findings_table({0: (group, over)}, {0: (group, samples)})
+    row = dict(zip(table.head, table.rows[0], strict=True))
+    assert row["rank corr. with loss"] == pytest.approx(1)
+    assert row["rank corr. with margin"] == pytest.approx(-1)
+    assert row["rank corr. with forgetting"] is None
+    student, teacher, *_ = temperatures.difficulty_chart({0: (group, samples)}).panels
+    assert np.all(np.diff(student.series[0].y) > 0) and np.all(np.diff(teacher.series[0].y) < 0)
+    np.testing.assert_allclose(student.series[0].x, np.arange(5, 100, 10))
+
+
+def test_summaries_of_another_format_are_named(tmp_path):
+    with pytest.raises(UserError, match="another format"):
+        temperatures.over_epochs(run_in(tmp_path, temperature={"t_student": 3}))
