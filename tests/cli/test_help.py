@@ -18,7 +18,7 @@ sys.argv = ["{tool}.py", "--help"]
 try:
     runpy.run_path("tools/{tool}.py", run_name="__main__")
 finally:
-    heavy = {{"torch", "pandas", "altair", "matplotlib", "sklearn", "tensorboardX"}} & sys.modules.keys()
+    heavy = {{"torch", "pandas", "vl_convert", "sklearn", "tensorboardX"}} & sys.modules.keys()
     assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mdistiller.analysis.superclasses import CIFAR100, class_names, coarse_labels
 from mdistiller.study import statistics as st
+from mdistiller.study.superclasses import CIFAR100, class_names, coarse_labels
 
 
 def logits_of(probabilities):

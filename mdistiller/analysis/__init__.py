@@ -1,1 +1,0 @@
-"""What is read off trained models and recorded runs."""

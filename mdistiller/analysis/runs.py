@@ -1,1 +1,0 @@
-from mdistiller.study.runs import *  # noqa: F403

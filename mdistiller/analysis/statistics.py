@@ -1,1 +1,0 @@
-from mdistiller.study.statistics import *  # noqa: F403

@@ -1,1 +1,0 @@
-from mdistiller.study.superclasses import *  # noqa: F403
