@@ -103,7 +103,7 @@ class Ended:
     def ended(self):
         return True
 
-    def stop(self):
+    def stop(self, at_once=False):
         pass
 
     def outcome(self):

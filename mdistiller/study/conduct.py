@@ -15,10 +15,11 @@ from mdistiller.runs.environment import device_name
 from mdistiller.runs.folder import RunFolder, in_use, resumable
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.runs.stop import Stop
-from mdistiller.study.jobs import Executor, Job
+from mdistiller.study.jobs import Local, LocalJob
 from mdistiller.study.plan import PlannedGroup
 from mdistiller.study.records import export, read_records, record_of, recorded
 from mdistiller.study.runs import Run
+from mdistiller.study.slurm import Slurm, SlurmJob
 from mdistiller.terminal import say
 
 TRIES = 3  # starts in a row that finish no epoch, after which a group whose jobs die has failed
@@ -75,7 +76,7 @@ def epoch_seconds(group: PlannedGroup, runs: Iterable[Run]) -> float | None:
 class Running(NamedTuple):
     group: PlannedGroup
     runs: list[Run]
-    job: Job
+    job: LocalJob | SlurmJob
     epochs: int  # that were finished when it was started
 
 
@@ -87,7 +88,12 @@ class Conductor:
     """
 
     def __init__(
-        self, study: str, groups: Sequence[PlannedGroup], file: Path, executor: Executor, budget: float | None = None
+        self,
+        study: str,
+        groups: Sequence[PlannedGroup],
+        file: Path,
+        executor: Local | Slurm,
+        budget: float | None = None,
     ):
         self.study, self.groups, self.file, self.executor = study, groups, file, executor
         self.deadline = None if budget is None else time.monotonic() + budget
@@ -100,17 +106,24 @@ class Conductor:
 
     def run(self) -> int:
         """Return the exit status: 0 all is done, 1 a run failed, 75 stopped, or something does not fit the budget."""
-        with Stop() as stop:
-            while True:
-                self._collect()
-                over = self.deadline is not None and time.monotonic() > self.deadline
-                if stop.signal or over:
-                    self._halt(f"stopped by {stop.signal}" if stop.signal else "the budget is used up")
-                    return Preempted.status if self.left() else int(bool(self.failed))
-                self._start()
-                if not self.jobs and IN_USE not in self.waiting.values():
-                    return 1 if self.failed else Preempted.status if self.left() else 0
-                time.sleep(PAUSE_SECONDS if self.jobs else POLL_SECONDS)
+        try:
+            with Stop() as stop:
+                return self._run(stop)
+        finally:  # none is left, unless something was raised, as by a second Ctrl-C
+            for running in self.jobs:
+                running.job.stop(at_once=True)
+
+    def _run(self, stop: Stop) -> int:
+        while True:
+            self._collect()
+            over = self.deadline is not None and time.monotonic() > self.deadline
+            if stop.signal or over:
+                self._halt(f"stopped by {stop.signal}" if stop.signal else "the budget is used up")
+                return Preempted.status if self.left() else int(bool(self.failed))
+            self._start()
+            if not self.jobs and IN_USE not in self.waiting.values():
+                return 1 if self.failed else Preempted.status if self.left() else 0
+            time.sleep(PAUSE_SECONDS if self.jobs else POLL_SECONDS)
 
     def is_done(self, run: Run) -> bool:
         """Return whether the run is on record and nothing more is needed of it."""

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from mdistiller import config
 from mdistiller.engine.seeds import train_seeds
@@ -19,25 +19,6 @@ class Outcome(NamedTuple):
 
     final: bool
     reasons: list[str]
-
-
-class Job(Protocol):
-    """Training of some runs of a group, in another process."""
-
-    def ended(self) -> bool: ...
-
-    def stop(self) -> None:
-        """Ask for a checkpoint and the end."""
-
-    def outcome(self) -> Outcome:
-        """Return how the job ended."""
-
-
-class Executor(Protocol):
-    slots: int  # jobs at a time
-
-    def start(self, group: PlannedGroup, seeds: Sequence[int]) -> Job:
-        """Start a job. Raises UserError where that is refused."""
 
 
 def train_group(file: Path, opts: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -61,14 +42,19 @@ class LocalJob:
         context = multiprocessing.get_context("spawn")
         self.answer, sender = context.Pipe(duplex=False)
         self.process = context.Process(target=_child, args=(sender, *work))
+        before = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # which the child inherits: Ctrl-C comes through its parent
         self.process.start()
+        signal.signal(signal.SIGINT, before)
         sender.close()
 
     def ended(self) -> bool:
         return not self.process.is_alive()
 
-    def stop(self) -> None:
-        self.process.terminate()
+    def stop(self, at_once: bool = False) -> None:
+        """Ask for a checkpoint and the end; `at_once`: without the former."""
+        self.process.kill() if at_once else self.process.terminate()
 
     def outcome(self) -> Outcome:
         try:

@@ -96,7 +96,7 @@ def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
     found.write(home)
     say(f"\n{found.text}\n")
     for run in conductor.left():
-        say(f"waiting  {run.label}: {conductor.waiting.get(run.label, 'stopped')}")
+        say(": ".join(filter(None, [f"waiting  {run.label}", conductor.waiting.get(run.label)])))
     for label, reason in conductor.failed.items():
         say(f"failed   {label}: {reason}")
     counts = {

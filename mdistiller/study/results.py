@@ -55,7 +55,7 @@ class Results:
         short.rows = [row[:end] for row in rows]
         table = plain(short) if rows else "Nothing of it is on record yet."
         notes = [textwrap.fill(line.replace("**", "").replace("`", ""), 80) for line in self.notes]
-        return "\n\n".join([table, "\n".join(notes)])
+        return "\n\n".join(filter(None, [table, "\n".join(notes)]))
 
     def write(self, out: Path) -> None:
         """Write OUT/NAME/table.md, .tex and .csv, and the charts as PNG and SVG; nothing where nothing is on record."""

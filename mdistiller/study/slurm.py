@@ -19,7 +19,7 @@ class SlurmJob:
     def ended(self) -> bool:
         return self.job.done()
 
-    def stop(self) -> None:
+    def stop(self, at_once: bool = False) -> None:
         with contextlib.suppress(subprocess.SubprocessError, OSError):  # it may have ended
             self.job.cancel(check=False)
 

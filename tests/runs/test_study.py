@@ -187,7 +187,7 @@ def test_the_budget_ends_what_runs_over(small_plan, monkeypatch, capsys):
 
         def start(self, group, seeds):
             job = Ended(Outcome(False, ["exit status 75"]))
-            job.ended, job.stop = lambda: self.stopped, lambda: setattr(self, "stopped", True)
+            job.ended, job.stop = lambda: self.stopped, lambda at_once=False: setattr(self, "stopped", True)
             return job
 
     monkeypatch.setattr(conduct, "PAUSE_SECONDS", 0.01)
