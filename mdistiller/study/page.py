@@ -12,7 +12,7 @@ from mdistiller import __version__
 from mdistiller.study.charts import Chart, colour
 from mdistiller.study.drawing import data_url, page_spec, printable
 from mdistiller.study.runs import Group
-from mdistiller.study.tables import Table, cells, number
+from mdistiller.study.tables import Table, cells, counted, number
 
 GENERATOR = '<meta name="generator" content="mdistiller analyze">'
 
@@ -38,10 +38,6 @@ def page(
         columns_and_rows=columns_and_rows, colour=colour, data_url=data_url,
         spec_of=partial(page_spec, figures=[group.figures for group in groups]),
     )  # fmt: skip
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def columns_and_rows(table: Table) -> tuple[list, list]:

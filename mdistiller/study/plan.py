@@ -12,7 +12,8 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller import config, registry
-from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.build import refuse_unused
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.runs.folder import MOST_BYTES, run_folder
 from mdistiller.study.runs import Group, Run, own_rule
@@ -146,29 +147,19 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
             problems.append(f"{key}: must be {KINDS[kind]}, {KEYS[key][1]}; got {value!r}")
         else:
             values[key] = value
+    problems += [f"{key}: is missing; {KEYS[key][1]}" for key in ("methods", "seeds") if not tree.get(key)]
     for key in ("pairs", "teachers", "students", "methods", "rules", "seeds"):
         kind, wanted = (int, "whole numbers") if key == "seeds" else (str, "names")
-        kept = [item for item in values[key] if type(item) is kind]
         problems += [f"{key}: takes {wanted}; got {item!r}" for item in values[key] if type(item) is not kind]
-        problems += [f"{key}: {item} stands there twice; remove one" for item in set(kept) if kept.count(item) > 1]
-        values[key] = kept
-    problems += [f"{key}: is missing; {KEYS[key][1]}" for key in ("methods", "seeds") if not tree.get(key)]
-    if any(not 0 <= seed < 2**32 for seed in [*values["seeds"], values["teacher_seed"]]):
-        problems.append("seeds: must be in [0, 2**32)")
+        values[key] = list(dict.fromkeys(item for item in values[key] if type(item) is kind))
     flat = config.leaves(values["overrides"])
+    own = [key for key in flat if key.startswith(SET_BY_THE_PLAN) and key != "EXPERIMENT.PLUGINS"]
+    problems += [f"overrides: {key} is the plan's own business; leave it out" for key in own]
+    values["overrides"] = {key: value for key, value in flat.items() if key not in own}
     try:  # plug-ins register what the plan names
         config.load(None, ["EXPERIMENT.PLUGINS", flat.get("EXPERIMENT.PLUGINS", [])])
     except ConfigError as error:
         problems += [f"overrides: {line}" for line in error.lines]
-    for key, known in (("methods", registry.distillers), ("rules", registry.temperature_rules)):
-        problems += [f"{key}: {registry.unknown(known.kind, name, known)}" for name in values[key] if name not in known]
-        values[key] = [name for name in values[key] if name in known]
-    for name in values["methods"] if values["rules"] else ():
-        if name != "NONE" and not issubclass(distiller_dict[name], RuleDistiller):
-            problems.append(f"rules: {name} takes no temperature rule; give it a plan of its own")
-    own = [key for key in flat if key.startswith(SET_BY_THE_PLAN) and key != "EXPERIMENT.PLUGINS"]
-    problems += [f"overrides: {key} is the plan's own business; leave it out" for key in own]
-    values["overrides"] = {key: value for key, value in flat.items() if key not in own}
     return values
 
 
@@ -179,18 +170,14 @@ def _pairs(values: dict, problems: list[str]) -> list[tuple[str, str]]:
     if bool(values["pairs"]) == bool(values["teachers"] and values["students"]):
         problems.append("pairs: give either pairs: [teacher/student, ...], or teachers: and students:")
         return []
-    texts = values["pairs"]
+    pairs = [tuple(text.split("/")) for text in values["pairs"] if text.count("/") == 1]
     problems += [
-        f"pairs: must be teacher/student, such as resnet56/resnet20; got {t}" for t in texts if t.count("/") != 1
-    ]
-    pairs = [tuple(text.split("/")) for text in texts if text.count("/") == 1]
+        f"pairs: must be teacher/student, such as resnet56/resnet20; got {text}"
+        for text in values["pairs"] if text.count("/") != 1
+    ]  # fmt: skip
     order = [teacher for teacher, _ in pairs]
     pairs.sort(key=lambda pair: order.index(pair[0]))
-    pairs += [(teacher, student) for student in values["students"] for teacher in values["teachers"]]
-    models = registry.cifar_models
-    for name in dict.fromkeys(name for pair in pairs for name in pair if name not in models):
-        problems.append(f"pairs: {registry.unknown(models.kind, name, models)}")
-    return [pair for pair in pairs if all(name in models for name in pair)]
+    return pairs + [(teacher, student) for student in values["students"] for teacher in values["teachers"]]
 
 
 class Shipped:
@@ -264,7 +251,10 @@ class _Grid:
         if key not in self.groups:
             file, changes = self.shipped.file(method, teacher, student)
             if file is None:
-                self.problems.append(f"configs: {self.shipped.folder}/none has no YAML for {student}; add one")
+                known = registry.cifar_models
+                lacks = f"configs: {self.shipped.folder}/none has no YAML for {student}; add one"
+                unknown = f"pairs: {registry.unknown(known.kind, student, known)}"
+                self.problems.append(lacks if student in known else unknown)
                 return None
             changes |= {k: v for k, v in self.values["overrides"].items() if _reads(method, k)}
             changes |= {"TEMPERATURE.RULE": rule} if rule else {}
@@ -298,6 +288,7 @@ def planned(group: PlannedGroup, seed: int) -> Run:
     """Return the group's run of the seed, with no row yet. Raises UserError where it cannot be configured."""
     opts = [*group.opts, "SEED", str(seed)]
     cfg = config.load(group.file, opts)
+    refuse_unused(cfg)
     folder = run_folder(cfg)
     if "EXPERIMENT.NAME" in opts[::2]:  # as train_seeds has it
         folder = folder.with_name(f"{folder.name}+SEED:{seed}")
@@ -306,5 +297,5 @@ def planned(group: PlannedGroup, seed: int) -> Run:
 
 def _reads(method: str, key: str) -> bool:
     """Return whether the method reads the key: sections of others are left out, so that they stand in no run's name."""
-    other = distiller_dict.get(key.split(".")[0])
-    return other is None or issubclass(distiller_dict[method], other)
+    own, other = distiller_dict.get(method), distiller_dict.get(key.split(".")[0])
+    return own is None or other is None or issubclass(own, other)

@@ -18,10 +18,10 @@ from mdistiller.study.jobs import Local
 from mdistiller.study.plan import PlannedGroup, Shipped
 from mdistiller.study.published import read_published
 from mdistiller.study.records import read_records
-from mdistiller.study.results import counted, results_of
+from mdistiller.study.results import results_of
 from mdistiller.study.runs import Run
 from mdistiller.study.slurm import Slurm
-from mdistiller.study.tables import Table, plain
+from mdistiller.study.tables import Table, counted, plain
 from mdistiller.terminal import say
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}

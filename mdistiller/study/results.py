@@ -18,7 +18,7 @@ from mdistiller.study.plan import Shipped, Study
 from mdistiller.study.published import changes, departures, published_figure, read_published, verdict
 from mdistiller.study.records import read_records
 from mdistiller.study.runs import Group, Run, differing, group_runs
-from mdistiller.study.tables import CAPTION, Table, csv_columns, latex, markdown, plain
+from mdistiller.study.tables import CAPTION, Table, counted, csv_columns, latex, markdown, plain
 
 HEAD = ("pair", "method", "n", "seeds", "last (%)", "best (%)")
 BESIDE = ("published (%)", "best − published", "lies")
@@ -153,10 +153,6 @@ def _shared(run: Run) -> dict[str, object]:
 
 def _apart(protocols: Sequence[Mapping]) -> str:
     return ", ".join(f"{key} ({' / '.join(map(str, values))})" for key, values in differing(protocols).items())
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _seeds(numbers: Iterable[int]) -> str:

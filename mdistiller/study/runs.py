@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from mdistiller import config, files
+from mdistiller import config, files, registry
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
@@ -59,11 +59,17 @@ class Run:
         return self.folder / "student_latest"
 
     @property
+    def taught(self) -> bool:
+        """Whether its method learns from a teacher."""
+        method = self.cfg.DISTILLER.TYPE
+        return getattr(registry.distillers.get(method), "needs_teacher", method != "NONE")  # a plug-in may be away
+
+    @property
     def cell(self) -> str:
         """METHOD[+rule],teacher,student; NONE,student: what the run has in common with its other seeds in a study."""
         names = self.cfg.DISTILLER
-        if names.TYPE == "NONE":
-            return f"NONE,{names.STUDENT}"
+        if not self.taught:
+            return f"{names.TYPE},{names.STUDENT}"
         rule = rule_of(self.cfg)
         method = names.TYPE if rule == own_rule(names.TYPE) else f"{names.TYPE}+{rule}"
         return f"{method},{names.TEACHER},{names.STUDENT}"
@@ -163,8 +169,8 @@ class Group:
 
     @property
     def pair(self) -> str:
-        student = self.cfg.DISTILLER.STUDENT
-        return student if self.cfg.DISTILLER.TYPE == "NONE" else f"{self.cfg.DISTILLER.TEACHER} → {student}"
+        names = self.cfg.DISTILLER
+        return f"{names.TEACHER} → {names.STUDENT}" if self.first.taught else names.STUDENT
 
     @property
     def schedule(self) -> str:

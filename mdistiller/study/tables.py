@@ -57,11 +57,16 @@ def compared(folders: Sequence[Path]) -> Table:
     rows = []
     for run in map(read_run, folders):
         names, last = run.cfg.DISTILLER, run.rows[-1]
-        teacher = "-" if names.TYPE == "NONE" else names.TEACHER
+        teacher = names.TEACHER if run.taught else "-"
         row = [run.name, names.TYPE, teacher, names.STUDENT, run.cfg.DATASET.TYPE, run.seed]
         row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}", f"{last['test_acc']:.2f}", f"{last['best_acc']:.2f}"]
         rows.append([*row, last.get("best_epoch", "-")])
     return Table("compared", "", "", COMPARED, rows)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return 1 run, 2,000 runs."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def text(cell: object, signed: bool = False) -> str:
