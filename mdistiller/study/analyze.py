@@ -35,22 +35,21 @@ class Analysis:
     def add(self, chart: Chart) -> None:
         if not chart.empty:
             save(chart, self.folder / "figures", [group.figures for group in self.groups])
-            if chart.panels:
-                write_numbers(chart, self.folder / "figures" / f"{chart.name}.csv")
+            write_numbers(chart, self.folder / "figures" / f"{chart.name}.csv")
             self.charts.append(chart)
 
     def add_table(self, table: Table) -> None:
         write_table(self.folder / f"{table.name.lower().replace(' ', '-')}.csv", *tables.csv_columns(table))
         self.tables.append(table)
 
-    def note(self, number: int, text: str) -> None:
+    def note(self, number: int, *lines: str) -> None:
         """Say what is not shown of a group."""
-        self.notes.append(f"{self.groups[number].label}: {text}")
+        self.notes += [f"{self.groups[number].label}: {line}" for line in lines]
 
-    def slug(self, number: int) -> str:
-        """Return a group's part of a file's name."""
+    def name(self, kind: str, number: int) -> str:
+        """Return the name of the file of that kind for one group."""
         words = re.sub(r"[^A-Za-z0-9]+", "-", self.groups[number].label.replace("→", " to ")).strip("-").lower()
-        return f"{number + 1:02d}-{words[:60]}"
+        return f"{kind}-{number + 1:02d}-{words[:60]}"
 
 
 def analyze(
@@ -121,66 +120,44 @@ def compare_all(analysis: Analysis) -> dict[int, comparison.Comparison]:
     for number, group in enumerate(analysis.groups):
         try:
             compared[number] = comparison.compare(number, group, analysis.networks)
+            analysis.note(number, *compared[number].notes)
         except Missing as error:
             analysis.note(number, f"what its networks say: {error}")
-    for number, one in compared.items():
-        for note in one.notes:
-            analysis.note(number, note)
     return compared
 
 
 def add_temperatures(analysis: Analysis, compared: dict[int, comparison.Comparison]) -> None:
-    over, recorded = {}, {}
+    summaries, recorded = [], {}
     for number, group in enumerate(analysis.groups):
         if group.rule == "-":
             continue
-        part = "temperature"
         try:
-            over[number] = (group, temperatures.group_over_epochs(group))
-            part = "temperature by sample"
-            samples, notes = temperatures.samples_of(group, analysis.networks)
-            recorded[number] = (group, samples)
+            summaries.append(temperatures.summaries_of(number, group))
+            recorded[number] = temperatures.samples_of(number, group, analysis.networks)
+            analysis.note(number, *recorded[number].notes)
+            if recorded[number].constant:
+                analysis.note(number, "temperature by sample: its rule gives every sample the same temperature")
         except Missing as error:
-            notes = [f"{part}: {error}"]
-        for note in notes:
-            analysis.note(number, note)
-    if over:
-        analysis.add_table(temperatures.findings_table(over, recorded))
-        analysis.add(temperatures.epochs_chart(over))
-    varied = {number: both for number, both in recorded.items() if not both[1].constant}
-    for number in recorded:
-        if number not in varied:
-            analysis.note(number, "temperature by sample: its rule gives every sample the same temperature")
+            analysis.note(number, f"temperature: {error}")
+    if summaries:
+        analysis.add_table(temperatures.findings_table(summaries, recorded))
+        analysis.add(temperatures.epochs_chart(summaries))
+    varied = [samples for samples in recorded.values() if not samples.constant]
     analysis.add(temperatures.difficulty_chart(varied))
     analysis.add(temperatures.persistence_chart(varied))
     analysis.add(temperatures.class_chart(varied, compared))
-    for number, (_, samples) in varied.items():
-        add_samples(analysis, number, samples)
+    for samples in varied:
+        names: list[str] = []
+        if samples.labels is not None:
+            data = analysis.networks.data(samples.run)
+            names = class_names(samples.run.cfg.DATASET.TYPE, data.num_classes)
+            name = analysis.name("extremes", samples.number)
+            analysis.add(temperatures.extremes_chart(samples, name, data.train_images.numpy(), names))
+        frame = temperatures.sample_frame(samples, names)
+        write_table(analysis.folder / "figures" / f"{analysis.name('samples', samples.number)}.csv", list(frame), frame)
 
 
-def add_samples(analysis: Analysis, number: int, samples: temperatures.Samples) -> None:
-    """Write samples-*.csv and, where the images are there, add the pictures of the hottest and the coldest."""
-    group, slug, figures = analysis.groups[number], analysis.slug(number), analysis.folder / "figures"
-    names = None
-    if samples.labels is not None:
-        data = analysis.networks.data(samples.run)
-        names = class_names(samples.run.cfg.DATASET.TYPE, data.num_classes)
-    write_table(figures / f"samples-{slug}.csv", *temperatures.sample_rows(samples, names))
-    if names is None:
-        return
-    blocks, listed = [], []
-    for heading, chosen in temperatures.extremes(samples):
-        texts = [f"{names[samples.labels[i]]}\n{samples.student[i]:.2f} / {samples.teacher[i]:.2f}" for i in chosen]
-        blocks.append((heading, data.train_images[chosen.copy()].numpy(), texts))
-        listed += [[heading, int(i), names[samples.labels[i]], samples.student[i], samples.teacher[i]] for i in chosen]
-    caption = f"Training images with class and temperatures, student / teacher. {group.figures}."
-    title = f"Hottest and coldest samples: {group.label}"
-    chart = Chart(f"extremes-{slug}", temperatures.SECTION, title, caption, [], group=number, pictures=blocks)
-    write_table(figures / f"{chart.name}.csv", ["block", "index", "class", "t_student", "t_teacher"], listed)
-    analysis.add(chart)
-
-
-def add_comparisons(analysis: Analysis, compared: list[comparison.Comparison]) -> None:
+def add_comparisons(analysis: Analysis, compared: Sequence[comparison.Comparison]) -> None:
     if not compared:
         return
     analysis.add_table(comparison.comparison_table(compared))
@@ -192,6 +169,6 @@ def add_comparisons(analysis: Analysis, compared: list[comparison.Comparison]) -
         analysis.notes.append("accuracy by superclass: only cifar100 has superclasses")
     for one in compared:
         if one.teacher is not None:
-            analysis.add(comparison.correlation_chart(one, analysis.slug(one.number)))
+            analysis.add(comparison.correlation_chart(one, analysis.name("correlation", one.number)))
     for one in compared:
-        analysis.add(comparison.tsne_chart(one, analysis.slug(one.number)))
+        analysis.add(comparison.tsne_chart(one, analysis.name("tsne", one.number)))

@@ -1,11 +1,11 @@
 """Charts as data: described once, drawn as PNG and SVG, shown in the report and written as numbers."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 # Ten hues of one lightness, that read on white and on near-black alike; the groups take them in turn.
 COLOURS = (
@@ -81,29 +81,26 @@ class Chart:
 
 
 def write_numbers(chart: Chart, path: Path) -> None:
-    """Write the numbers behind the chart as CSV: one line for each point, or each cell of a matrix."""
-    bands = list(dict.fromkeys(name for p in chart.panels for s in p.series for pair in s.bands for name in pair))
-    rows = []
+    """Write the numbers behind the chart as CSV: one line for each point, cell of a matrix, or picture."""
+    rows = [
+        {"panel": panel.title, "series": s.name, "x": x, "y": y}
+        | {name: ends[i] for pair, both in s.bands.items() for name, ends in zip(pair, both, strict=True)}
+        | ({"note": s.text[i]} if len(s.text) else {})
+        for panel in chart.panels
+        for s in panel.series
+        for i, (x, y) in enumerate(zip(s.x, s.y, strict=True))
+    ]
     for panel in chart.panels:
-        for s in panel.series:
-            ends = {name: values for pair, both in s.bands.items() for name, values in zip(pair, both, strict=True)}
-            for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)):
-                extra = [ends[name][i] if name in ends else None for name in bands]
-                rows.append([panel.title, s.name, x, y, *extra, s.text[i] if len(s.text) else None])
-        if panel.matrix is not None:
-            for name, row in zip(panel.ticks, panel.matrix, strict=True):
-                rows += [[panel.title, name, other, v, None] for other, v in zip(panel.ticks, row, strict=True)]
-    write_table(path, ["panel", "series", "x", "y", *bands, "note"], rows)
+        for name, line in zip(panel.ticks, () if panel.matrix is None else panel.matrix, strict=False):
+            rows += [
+                {"panel": panel.title, "series": name, "x": x, "y": y} for x, y in zip(panel.ticks, line, strict=True)
+            ]
+    for heading, _, texts in chart.pictures:
+        rows += [{"panel": heading, "series": text.replace("\n", ", ")} for text in texts]
+    frame = pd.DataFrame(rows)
+    write_table(path, list(frame), frame)
 
 
-def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None:
+def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence] | pd.DataFrame) -> None:
     """Write CSV; None and NaN become empty cells, numbers have six digits."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(head)
-        for row in rows:
-            writer.writerow(["" if v is None or (isinstance(v, float) and np.isnan(v)) else _cell(v) for v in row])
-
-
-def _cell(value: object) -> object:
-    return f"{float(value):.6g}" if isinstance(value, (float, np.floating)) else value
+    pd.DataFrame(rows, columns=head).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")

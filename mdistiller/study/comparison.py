@@ -1,5 +1,6 @@
 """Student against teacher, and runs against each other: charts of curves, calibration, agreement and features."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,24 +20,20 @@ LEAST = 5  # samples in a bin of the reliability diagram: the accuracy of fewer 
 BINS = 15
 
 
-def curves_chart(groups: list[Group]) -> Chart:
-    wanted = (
-        ("test_acc", "test accuracy", "top-1 (%)"),
-        ("train_acc", "training accuracy", "top-1 (%)"),
-        ("train_loss", "training loss", "loss, all terms"),
-    )
-    panels = []
-    for key, title, label in wanted:
-        panel = Panel(title, "epoch", label)
+def curves_chart(groups: Sequence[Group]) -> Chart:
+    panels = [
+        Panel("test accuracy", "epoch", "top-1 (%)"),
+        Panel("training accuracy", "epoch", "top-1 (%)"),
+        Panel("training loss", "epoch", "loss, all terms"),
+    ]
+    for key, panel in zip(("test_acc", "train_acc", "train_loss"), panels, strict=True):
         for number, group in enumerate(groups):
             values = np.array([[row[key] for row in run.rows] for run in group.runs])  # (seeds, E)
             mean, bands = values.mean(0), {}
             if len(values) > 1:
                 std = values.std(0, ddof=1)
                 bands = {("minus_std", "plus_std"): (mean - std, mean + std)}
-            epochs = [row["epoch"] for row in group.first.rows]
-            panel.series.append(Series(group.label, number, epochs, mean, bands=bands))
-        panels.append(panel)
+            panel.series.append(Series(group.label, number, range(1, len(mean) + 1), mean, bands=bands))
     caption = "Mean over seeds; the band is one standard deviation to each side."
     return Chart("curves", CURVES, "Accuracy and loss by epoch", caption, panels)
 
@@ -51,7 +48,7 @@ class Comparison:
     names: list[str]  # of the K classes
     student: Predictions
     teacher: Predictions | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is not known, and why
 
     @property
     def class_accuracy(self) -> np.ndarray:
@@ -65,12 +62,10 @@ class Comparison:
         return {name: 100 * share for name, share in shares.items()}
 
     @property
-    def correlation_difference(self) -> np.ndarray:
-        return st.correlation_difference(self.student.logits, self.teacher.logits)
-
-    def ece(self, of: Predictions) -> float:
-        """Expected calibration error in percent."""
-        return 100 * st.calibration(of.logits, self.labels, BINS).ece
+    def correlation_difference(self) -> tuple[np.ndarray, np.ndarray]:
+        """Student's minus teacher's correlations of logits, (K, K), and their absolutes off the diagonal."""
+        difference = st.correlation_difference(self.student.logits, self.teacher.logits)
+        return difference, np.abs(difference[~np.eye(len(difference), dtype=bool)])
 
 
 def compare(number: int, group: Group, networks: Networks) -> Comparison:
@@ -87,48 +82,44 @@ def compare(number: int, group: Group, networks: Networks) -> Comparison:
     return comparison
 
 
-def calibration_chart(found: list[Comparison]) -> Chart:
+def calibration_chart(found: Sequence[Comparison]) -> Chart:
     curve = Panel("reliability", "confidence", "accuracy", diagonal=True, y_range=(-0.02, 1.03))
     share = Panel("how often a confidence is given", "confidence", "samples (%)")
-    centres = (np.arange(BINS) + 0.5) / BINS
     shown = [(c.group.label, c.number, c, c.student) for c in found]
     teachers = {id(c.teacher): c for c in found if c.teacher is not None}  # one that several groups share is one line
     shown += [(f"teacher {c.group.cfg.DISTILLER.TEACHER}", None, c, c.teacher) for c in teachers.values()]
     for name, number, comparison, predictions in shown:
         c = st.calibration(predictions.logits, comparison.labels, BINS)
-        name, filled = f"{name}: ECE {100 * c.ece:.1f}%", c.share * len(comparison.labels) >= LEAST
+        name, filled, dashed = (
+            f"{name}: ECE {100 * c.ece:.1f}%",
+            c.share * len(comparison.labels) >= LEAST,
+            number is None,
+        )
         text = [f"{part:.1%} of the samples" for part in c.share[filled]]
-        dashed = number is None
         curve.series.append(Series(name, number, c.confidence[filled], c.accuracy[filled], dashed=dashed, text=text))
-        share.series.append(Series(name, number, centres, 100 * c.share, dashed=dashed))
-    return Chart(
-        "calibration",
-        SECTION,
-        "Calibration",
+        share.series.append(Series(name, number, (np.arange(BINS) + 0.5) / BINS, 100 * c.share, dashed=dashed))
+    caption = (
         f"Test set, {BINS} bins of the top-1 probability at temperature 1; on the dotted line confidence is right. "
         "ECE: expected calibration error (Guo et al., 1706.04599). Dashed: teachers. Bins of fewer than "
-        f"{LEAST} samples are not drawn, but count in the ECE.",
-        [curve, share],
+        f"{LEAST} samples are not drawn, but count in the ECE."
     )
+    return Chart("calibration", SECTION, "Calibration", caption, [curve, share])
 
 
-def agreement_chart(found: list[Comparison]) -> Chart:
+def agreement_chart(found: Sequence[Comparison]) -> Chart:
     panel = Panel("test set", "", "samples (%)")
     for c in found:
         if c.teacher is not None:
             shares = c.agreement
             panel.series.append(Series(c.group.label, c.number, list(shares), list(shares.values()), "bars"))
-    return Chart(
-        "agreement",
-        SECTION,
-        "Where student and teacher agree",
+    caption = (
         "Who names the label: both, the teacher alone, the student alone, neither (with one and the same mistake, or "
-        "with two different ones).",
-        [panel],
+        "with two different ones)."
     )
+    return Chart("agreement", SECTION, "Where student and teacher agree", caption, [panel])
 
 
-def superclass_chart(found: list[Comparison]) -> Chart:
+def superclass_chart(found: Sequence[Comparison]) -> Chart:
     """Return the accuracy by CIFAR-100's superclasses, empty for other data sets."""
     fine = Panel("the class itself is right", "", "accuracy (%)")
     coarse = Panel("the superclass is right", "", "accuracy (%)")
@@ -140,32 +131,25 @@ def superclass_chart(found: list[Comparison]) -> Chart:
         for panel, right in ((fine, guess == label), (coarse, home[guess] == home[label])):
             means = 100 * st.class_means(right, home[label], len(CIFAR100))
             panel.series.append(Series(c.group.label, c.number, list(CIFAR100), means, "points"))
-    return Chart(
-        "superclasses",
-        SECTION,
-        "Accuracy by superclass",
-        "CIFAR-100's 20 superclasses of five classes each (test set, last checkpoint).",
-        [fine, coarse],
-    )
+    caption = "CIFAR-100's 20 superclasses of five classes each (test set, last checkpoint)."
+    return Chart("superclasses", SECTION, "Accuracy by superclass", caption, [fine, coarse])
 
 
-def correlation_chart(c: Comparison, slug: str) -> Chart:
-    difference, home = c.correlation_difference, coarse_labels(c.group.cfg.DATASET.TYPE)
+def correlation_chart(c: Comparison, name: str) -> Chart:
+    (difference, off), home = c.correlation_difference, coarse_labels(c.group.cfg.DATASET.TYPE)
     order = np.arange(len(difference)) if home is None else np.argsort(home, kind="stable")
     sorting = "" if home is None else " The classes of a superclass stand together."
-    off = np.abs(difference[~np.eye(len(difference), dtype=bool)])
-    return Chart(
-        f"correlation-{slug}",
-        SECTION,
-        f"Logit correlations, student minus teacher: {c.group.label}",
+    matrix, ticks = difference[np.ix_(order, order)], [c.names[i] for i in order]
+    caption = (
         f"Pearson correlation between the logits of two classes over the test set. Mean absolute difference "
-        f"{off.mean():.3f}, largest {off.max():.3f}.{sorting} {c.group.figures}.",
-        [Panel("student minus teacher", matrix=difference[np.ix_(order, order)], ticks=[c.names[i] for i in order])],
-        group=c.number,
+        f"{off.mean():.3f}, largest {off.max():.3f}.{sorting} {c.group.figures}."
     )
+    title = f"Logit correlations, student minus teacher: {c.group.label}"
+    panel = Panel("student minus teacher", matrix=matrix, ticks=ticks)
+    return Chart(name, SECTION, title, caption, [panel], group=c.number)
 
 
-def tsne_chart(c: Comparison, slug: str) -> Chart:
+def tsne_chart(c: Comparison, name: str) -> Chart:
     """Return t-SNE (van der Maaten and Hinton, JMLR 2008) of the pooled features, from a PCA start, seed 0."""
     classes = np.unique(np.linspace(0, len(c.names) - 1, CLASSES_SHOWN).round().astype(int))
     chosen = np.flatnonzero(np.isin(c.labels, classes))
@@ -176,21 +160,19 @@ def tsne_chart(c: Comparison, slug: str) -> Chart:
             continue
         perplexity = min(30, (len(chosen) - 1) / 3)
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(predictions.features[chosen])
-        panel = Panel(title, bare=True)
+        panels.append(Panel(title, bare=True))
         for place, label in enumerate(classes):
             x, y = points[c.labels[chosen] == label].T
-            name = c.names[label]
-            panel.series.append(Series(name, c.number, x, y, "points", text=[name] * len(x), colour=COLOURS[place]))
-        panels.append(panel)
-    return Chart(
-        f"tsne-{slug}",
-        SECTION,
-        f"t-SNE of pooled features: {c.group.label}",
+            shown = Series(
+                c.names[label], c.number, x, y, "points", text=[c.names[label]] * len(x), colour=COLOURS[place]
+            )
+            panels[-1].series.append(shown)
+    caption = (
         f"{len(chosen):,} test images of {len(classes)} classes. Distances between clusters carry no meaning. "
-        f"{c.group.figures}.",
-        panels,
-        group=c.number,
+        f"{c.group.figures}."
     )
+    title = f"t-SNE of pooled features: {c.group.label}"
+    return Chart(name, SECTION, title, caption, panels, group=c.number)
 
 
 COMPARED = (
@@ -199,17 +181,17 @@ COMPARED = (
 )  # fmt: skip
 
 
-def comparison_table(found: list[Comparison]) -> Table:
+def comparison_table(found: Sequence[Comparison]) -> Table:
     rows = []
     for c in found:
-        row = [c.group.label, c.group.last, c.group.best, c.ece(c.student)]
-        if c.teacher is None:
-            rows.append(row + [None] * 5)
-            continue
-        shares, difference = c.agreement, c.correlation_difference
-        row += [c.ece(c.teacher), shares["both right"] + shares["same mistake"], shares["both right"]]
-        off = np.abs(difference[~np.eye(len(difference), dtype=bool)])
-        rows.append([*row, shares["student alone"], float(off.mean())])
+        known = [p for p in (c.student, c.teacher) if p is not None]
+        row = [c.group.label, c.group.last, c.group.best]
+        row += [100 * st.calibration(p.logits, c.labels, BINS).ece for p in known]
+        if c.teacher is not None:
+            shares, (_, off) = c.agreement, c.correlation_difference
+            row += [shares["both right"] + shares["same mistake"], shares["both right"], shares["student alone"]]
+            row.append(float(off.mean()))
+        rows.append(row + [None] * (len(COMPARED) - len(row)))
     caption = (
         "On the test set, by the last checkpoint of each group's lowest seed; last and best accuracy are those of the "
         "group. Agreement: student and teacher name the same class."

@@ -15,11 +15,9 @@ from mdistiller.study.charts import Chart, Panel, Series
 
 WIDTH, HEIGHT, SQUARE = 300, 220, 320  # of a panel, in pixels; on the page it is as wide as its place
 MOST_NAMES = 20  # so many names fit along a matrix
-MOST_MARKED = 25  # so many points of a line are marked
 IMAGE, IN_A_ROW = 64, 8  # pixels of a picture, and pictures
 INK, SOFT, LINE = ({"expr": name} for name in ("ink", "soft", "line"))
 COMMON = {
-    "background": "transparent",
     "params": [  # the page sets these: the colours of its theme, and the groups that are switched off
         {"name": "ink", "value": "#1d2126"},
         {"name": "soft", "value": "#5c6570"},
@@ -40,7 +38,7 @@ COMMON = {
     },
 }  # fmt: skip
 DASHED = {"condition": {"test": "datum.dashed", "value": [6, 4]}, "value": [1, 0]}
-# An unseen point that is nearest to the pointer shows itself and says its values.
+# an unseen point that is nearest to the pointer shows itself and says its values
 POINTER = {"type": "point", "fields": ["number", "x", "y"], "nearest": True, "on": "pointerover", "clear": "pointerout"}
 NEAREST = {
     "mark": {"type": "point", "filled": True, "size": 70},
@@ -58,17 +56,13 @@ def save(chart: Chart, folder: Path, figures: Sequence[str] = ()) -> None:
 
 
 def page_spec(chart: Chart, panel: Panel, figures: Sequence[str]) -> dict:
-    """Return the specification of one panel for the page: as wide as its place, and a pointer asks for values.
-
-    The page itself says which colour is which group, so that a legend stands only where colours mean something else.
-    """
+    """Return the specification of one panel for the page: as wide as its place, and a pointer asks for values."""
     if chart.group is not None:  # the chart's caption says its figures
         figures = ()
     size = {"width": "container", "height": SQUARE if panel.square else HEIGHT, "padding": 2}
-    size["autosize"] = {"type": "fit-x", "contains": "padding"}
-    names = colours([panel], figures)
-    legend = columns_of(names, WIDTH) if panel.bare else 0
-    return COMMON | size | panel_spec(panel, figures, names, legend, hover=True)
+    fit = {"background": "transparent", "autosize": {"type": "fit-x", "contains": "padding"}}
+    # the page itself says which colour is which group
+    return COMMON | size | fit | panel_spec(panel, figures, colours([panel], figures), panel.bare, hover=True)
 
 
 def paper_spec(chart: Chart, figures: Sequence[str]) -> dict:
@@ -78,48 +72,45 @@ def paper_spec(chart: Chart, figures: Sequence[str]) -> dict:
         title.append(figures[chart.group])
         figures = ()
     columns = min(len(chart.panels), chart.columns)
-    across = IN_A_ROW * IMAGE if chart.pictures else (WIDTH + 60) * columns
-    lines = [printable(line) for text in title for line in textwrap.wrap(text, max(across // 8, 40))]
+    across = max(45 * columns, 55 if chart.pictures else 40)  # letters of the title
+    lines = [printable(line) for text in title for line in textwrap.wrap(text, across)]
     heading = {"text": lines, "fontSize": 14, "fontWeight": "bold", "offset": 12}
     paper = COMMON | {"background": "white", "padding": 12, "title": heading}
     if chart.pictures:
         return paper | {"vconcat": [pictures_spec(*block) for block in chart.pictures]}
-    names = colours(chart.panels, figures)
-    legend = columns_of(names, across) if len(names) > 1 else 0
-    panels = []
+    names, panels = colours(chart.panels, figures), []
     for panel in chart.panels:
         size = {"width": SQUARE, "height": SQUARE} if panel.square else {"width": WIDTH, "height": HEIGHT}
-        panels.append({"title": printable(panel.title, 60)} | size | panel_spec(panel, figures, names, legend))
+        head = {"title": printable(panel.title)[:60]} | size
+        panels.append(head | panel_spec(panel, figures, names, len(names) > 1))
     return paper | {"concat": panels, "columns": columns, "resolve": {"scale": {"color": "shared"}}}
 
 
-def panel_spec(
-    panel: Panel, figures: Sequence[str], names: dict[str, str], legend: int = 0, hover: bool = False
-) -> dict:
-    """Return the layers of one panel. `names`: the colours of all series of its legend, which has `legend` columns."""
+def panel_spec(panel: Panel, figures: Sequence[str], names: dict[str, str], legend: bool, hover: bool = False) -> dict:
+    """Return the layers of one panel. `names`: the colours of all series that its legend has."""
     if panel.matrix is not None:
         return matrix_spec(panel)
     scale = {"domain": list(names), "range": list(names.values())}
-    x, shared = x_axis(panel), {
-        "y": y_axis(panel),
-        "color": {"field": "name", "scale": scale, "legend": {"columns": legend, "title": None} if legend else None},
-        "detail": {"field": "number"},
-    }  # fmt: skip
+    legend = (
+        {"title": None, "columns": 5 if max(map(len, names), default=0) < 10 else 1 + panel.bare} if legend else None
+    )
+    x, y = x_axis(panel), y_axis(panel)
+    shared = {"y": y, "color": {"field": "name", "scale": scale, "legend": legend}, "detail": {"field": "number"}}
     if hover:
         shared["tooltip"] = tooltip(panel)
     layers = []
     if panel.diagonal:
         ends = {"values": [{"x": 0, "y": 0}, {"x": 1, "y": 1}]}
         mark = {"type": "line", "color": "#999", "strokeDash": [2, 3], "strokeWidth": 1}
-        layers.append({"data": ends, "mark": mark, "encoding": {"x": x, "y": shared["y"]}})
+        layers.append({"data": ends, "mark": mark, "encoding": {"x": x, "y": y}})
     for kind in dict.fromkeys(s.kind for s in panel.series):
         rows = [row_of(number, s, figures) for number, s in enumerate(panel.series) if s.kind == kind]
         arrays = list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, list)))
-        marks = LAYERS[kind](shared["y"], arrays, max(len(row["x"]) for row in rows))
+        marks = LAYERS[kind](y, arrays)
         layers.append({
             "data": {"values": [dict.fromkeys(arrays, []) | row for row in rows]},
             "transform": [{"filter": "indexof(hidden, datum.group) < 0"}, {"flatten": arrays}],
-            "encoding": shared | ({} if kind == "level" else {"x": x}),
+            "encoding": shared if kind == "level" else shared | {"x": x},
             "layer": [*marks, NEAREST] if hover and kind in ("line", "points") else marks,
         })  # fmt: skip
     return {"layer": layers}
@@ -128,10 +119,10 @@ def panel_spec(
 def row_of(number: int, s: Series, figures: Sequence[str]) -> dict:
     """Return a series as one row of data, whose lists the specification unfolds into points."""
     row = {"number": number, "name": label(s, figures), "group": s.group, "dashed": s.dashed}
-    row |= {"x": plain(s.x), "y": plain(s.y)}
+    row |= {"x": plain(s.x), "y": plain(s.y)} | ({"text": plain(s.text)} if len(s.text) else {})
     for i, (low, high) in enumerate(s.bands.values()):
         row |= {f"low{i}": plain(low), f"high{i}": plain(high)}
-    return row | ({"text": plain(s.text)} if len(s.text) else {})
+    return row
 
 
 def label(s: Series, figures: Sequence[str]) -> str:
@@ -142,11 +133,6 @@ def colours(panels: Sequence[Panel], figures: Sequence[str]) -> dict[str, str]:
     return {label(s, figures): s.shade for panel in panels for s in panel.series}
 
 
-def columns_of(names: dict[str, str], across: int) -> int:
-    """Return how many entries of a legend fit side by side into so many pixels."""
-    return max(int(across // (40 + 6.2 * max(map(len, names), default=0))), 1)
-
-
 def plain(values: Sequence) -> list:
     """Return numbers of five digits, None for NaN, or printable texts."""
     if len(values) and isinstance(values[0], str):
@@ -154,22 +140,17 @@ def plain(values: Sequence) -> list:
     return [float(f"{v:.5g}") if np.isfinite(v) else None for v in np.asarray(values, float)]
 
 
-def printable(text: object, width: int = 0) -> str:
-    """Return the text without control characters, cut to `width`."""
-    clean = "".join(c if c.isprintable() else " " for c in str(text))
-    return clean[: width - 1] + "…" if width and len(clean) > width else clean
+def printable(text: object) -> str:
+    """Return the text with a space for each control character."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def x_axis(panel: Panel) -> dict:
     first = panel.series[0].x
     axis = {"field": "x", "title": printable(panel.x_label) or None}
     if len(first) and isinstance(first[0], str):
-        crowded = f"width < {7 * max(map(len, first)) * len(first)}"
-        turn = {
-            "labelAngle": {"expr": f"{crowded} ? -40 : 0"},
-            "labelAlign": {"expr": f"{crowded} ? 'right' : 'center'"},
-        }
-        return axis | {"type": "nominal", "sort": None, "axis": turn}
+        long = max(map(len, first)) * len(first) > 60
+        return axis | {"type": "nominal", "sort": None, "axis": {"labelAngle": -40 if long else 0}}
     ticks = {"tickCount": 6}
     if all(np.asarray(s.x).dtype.kind in "iu" for s in panel.series):
         low, high = min(min(s.x) for s in panel.series), max(max(s.x) for s in panel.series)
@@ -187,61 +168,60 @@ def y_axis(panel: Panel) -> dict:
 def tooltip(panel: Panel) -> dict:
     """Return what a pointer is told, as an expression: where points are nearest, `datum` is a cell around the point."""
     point = "(datum.datum || datum)"
-    if panel.bare:
-        told = {"class": f"{point}.name"}
-    else:
-        told = {"run": f"{point}.name", printable(panel.x_label) or "of": f"{point}.x"}
+    told = {"class" if panel.bare else "run": f"{point}.name"}
+    if not panel.bare:
+        told[printable(panel.x_label) or "of"] = f"{point}.x"
         told[printable(panel.y_label)] = f"format({point}.y, '.4~g')"
         if any(len(s.text) for s in panel.series):
             told["note"] = f"{point}.text"
     return {"value": {"expr": "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in told.items()) + "}"}}
 
 
-def line_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
-    layers = bands({"type": "area", "opacity": 0.16}, y, arrays)
-    layers.append({"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"strokeDash": DASHED}})
-    marks = {"mark": {"type": "point", "filled": True, "size": 28, "opacity": 1}}
-    return [*layers, marks] if points <= MOST_MARKED else layers
+def line_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
+    line = {"mark": {"type": "line", "strokeWidth": 2, "point": {"size": 22}}, "encoding": {"strokeDash": DASHED}}
+    return [*bands({"type": "area", "opacity": 0.16}, y, arrays), line]
 
 
-def point_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
-    return [{"mark": {"type": "point", "filled": True, "size": 14 if points > 60 else 40, "opacity": 0.8}}]
+def point_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
+    return [{"mark": {"type": "point", "filled": True, "size": 30, "opacity": 0.8}}]
 
 
-def bar_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
+def bar_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
     """Return bars side by side, with an error bar on each and its text above it."""
-    beside = {"xOffset": {"field": "number", "type": "ordinal"}}
-    layers = [{"mark": {"type": "bar", "clip": True}}, *bands({"type": "rule", "color": INK}, y, arrays)]
+    layers = [{"mark": {"type": "bar", "clip": True}}, *bands({"type": "rule"}, y, arrays, {"color": {"value": INK}})]
     if "text" in arrays:
-        top = y | ({"field": "high0"} if "high0" in arrays else {})
-        text = {"y": top, "text": {"field": "text"}, "color": {"value": INK}}
-        layers.append({"mark": {"type": "text", "dy": -7}, "encoding": text})
+        text = {"y": y | {"field": "high0" if "high0" in arrays else "y"}, "text": {"field": "text"}}
+        layers.append({"mark": {"type": "text", "dy": -7}, "encoding": text | {"color": {"value": INK}}})
+    beside = {"xOffset": {"field": "number", "type": "ordinal"}}
     return [layer | {"encoding": layer.get("encoding", {}) | beside} for layer in layers]
 
 
-def level_layers(y: dict, arrays: Sequence[str], points: int) -> list[dict]:
+def level_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
     """Return a line from edge to edge with its text at the right."""
-    layers = bands({"type": "rect", "opacity": 0.13}, y, arrays)
-    layers.append({"mark": "rule", "encoding": {"strokeDash": DASHED}})
     text = {"x": {"value": "width"}, "text": {"field": "text"}, "color": {"value": INK}}
-    return [*layers, {"mark": {"type": "text", "align": "right", "dy": -7}, "encoding": text}]
+    return [
+        *bands({"type": "rect", "opacity": 0.13}, y, arrays),
+        {"mark": "rule", "encoding": {"strokeDash": DASHED}},
+        {"mark": {"type": "text", "align": "right", "dy": -7}, "encoding": text},
+    ]
 
 
 LAYERS = {"line": line_layers, "points": point_layers, "bars": bar_layers, "level": level_layers}
 
 
-def bands(mark: dict, y: dict, arrays: Sequence[str]) -> list[dict]:
+def bands(mark: dict, y: dict, arrays: Sequence[str], more: dict | None = None) -> list[dict]:
     """Return a layer for each pair low0 and high0, low1 and high1, ... of the arrays, the widest first."""
-    color = {"color": {"value": mark["color"]}} if "color" in mark else {}
     pairs = [(name, name.replace("low", "high")) for name in arrays if name.startswith("low")]
-    return [{"mark": mark, "encoding": {"y": y | {"field": low}, "y2": {"field": high}} | color} for low, high in pairs]
+    return [{"mark": mark, "encoding": {"y": y | {"field": a}, "y2": {"field": b}} | (more or {})} for a, b in pairs]
 
 
 def matrix_spec(panel: Panel) -> dict:
     ticks, limit = [printable(tick) for tick in panel.ticks], max(float(np.abs(panel.matrix).max()), 1e-6)
     table = {"x": ticks, "y": ticks, "value": [plain(row) for row in panel.matrix.round(4)]}
-    named = {"type": "nominal", "sort": None, "title": None}
-    named["axis"] = {"labels": len(ticks) <= MOST_NAMES, "ticks": False, "labelAngle": 0}
+    axis = {"labels": len(ticks) <= MOST_NAMES, "ticks": False, "labelAngle": 0}
+    named = {"type": "nominal", "sort": None, "title": None, "axis": axis}
+    scale = {"scheme": "redblue", "reverse": True, "domain": [-limit, limit]}
+    legend = {"title": None, "gradientLength": 200, "tickCount": 5}
     return {
         "data": {"values": [table]},
         "transform": [{"flatten": ["y", "value"]}, {"flatten": ["x", "value"]}],
@@ -249,12 +229,7 @@ def matrix_spec(panel: Panel) -> dict:
         "encoding": {
             "x": named | {"field": "x"},
             "y": named | {"field": "y"},
-            "color": {
-                "field": "value",
-                "type": "quantitative",
-                "scale": {"scheme": "redblue", "reverse": True, "domain": [-limit, limit]},
-                "legend": {"title": None, "gradientLength": 200, "tickCount": 5},
-            },
+            "color": {"field": "value", "type": "quantitative", "scale": scale, "legend": legend},
             "tooltip": [{"field": "y", "title": "class"}, {"field": "x", "title": "and"}, {"field": "value"}],
         },
     }
@@ -270,21 +245,20 @@ def data_url(image: np.ndarray) -> str:
 def pictures_spec(heading: str, images: np.ndarray, texts: Sequence[str]) -> dict:
     """Return pictures in rows, each above the lines of its text."""
     rows = [
-        {"url": data_url(image), "text": [printable(line, 14) for line in text.split("\n")]}
-        | {"row": i // IN_A_ROW, "column": i % IN_A_ROW}
+        {"url": data_url(image), "text": plain(text.split("\n")), "row": i // IN_A_ROW, "column": i % IN_A_ROW}
         for i, (image, text) in enumerate(zip(images, texts, strict=True))
     ]
-    image = {"type": "image", "width": IMAGE, "height": IMAGE, "smooth": False, "yOffset": -15}
+    place = {"type": "ordinal", "axis": None}
+    image = {"type": "image", "width": IMAGE, "height": IMAGE, "smooth": False, "yOffset": -20}
+    text = {"type": "text", "yOffset": IMAGE // 2 - 12, "limit": IMAGE + 8}
     return {
-        "title": printable(heading, 90),
+        "title": printable(heading),
         "width": {"step": IMAGE + 12},
-        "height": {"step": IMAGE + 36},
+        "height": {"step": IMAGE + 50},
         "data": {"values": rows},
-        "encoding": {
-            name: {"field": of, "type": "ordinal", "axis": None} for name, of in (("x", "column"), ("y", "row"))
-        },
+        "encoding": {"x": place | {"field": "column"}, "y": place | {"field": "row"}},
         "layer": [
             {"mark": image, "encoding": {"url": {"field": "url"}}},
-            {"mark": {"type": "text", "yOffset": IMAGE // 2 - 8}, "encoding": {"text": {"field": "text"}}},
+            {"mark": text, "encoding": {"text": {"field": "text"}}},
         ],
     }

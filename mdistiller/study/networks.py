@@ -61,9 +61,9 @@ class Networks:
         if kind not in dataset_dict:
             raise Missing(f"data set '{kind}' is not known here")
         if (kind, root) not in self._data:
-            if kind != "digits" and not files.expand(root).exists():
-                raise Missing(f"no data set {kind} at {root}; point to it with --opts DATASET.ROOT PATH")
             try:
+                if kind != "digits" and not files.expand(root).exists():  # which would be fetched
+                    raise UserError(f"no data set {kind} at {root}")
                 self._data[kind, root] = load_dataset(kind, root)
             except UserError as error:
                 raise Missing(f"{error.lines[0]}; point to it with --opts DATASET.ROOT PATH") from None

@@ -122,11 +122,6 @@ def forgetting_events(right: np.ndarray) -> Forgetting:
     return Forgetting((right[:-1] & ~right[1:]).sum(0), right.any(0))
 
 
-def quantiles(values: np.ndarray, which: Sequence[float]) -> np.ndarray:
-    """Quantiles over the samples of each row, NaN left out: (E, N) -> (len(which), E)."""
-    return np.stack([np.nanquantile(row.astype(np.float64), which) for row in values], 1)
-
-
 class Bins(NamedTuple):
     x: np.ndarray  # (bins,) mean of x
     mean: np.ndarray  # of y

@@ -30,14 +30,14 @@ FINE = sorted(name for names in CIFAR100.values() for name in names.split())
 
 
 def class_names(dataset: str, num_classes: int) -> list[str]:
-    """Of the labels 0 .. num_classes - 1; their numbers where the data set's names are not known here."""
+    """Return the names of the labels 0 .. num_classes - 1; their numbers where the data set is not known here."""
     known = {"cifar10": CIFAR10, "cifar100": FINE}.get(dataset, ())
     names = known if len(known) == num_classes else [str(label) for label in range(num_classes)]
     return [name.replace("_", " ") for name in names]
 
 
 def coarse_labels(dataset: str) -> np.ndarray | None:
-    """(100,): the superclass, in the order of CIFAR100, of each fine label; None for other data sets."""
+    """Return the superclass, in the order of CIFAR100, of each fine label, (100,); None for other data sets."""
     if dataset != "cifar100":
         return None
     home = {name: place for place, names in enumerate(CIFAR100.values()) for name in names.split()}

@@ -40,7 +40,7 @@ def test_from_runs_to_report(tmp_path, recorded_runs):
     }  # fmt: skip
     notes = "\n".join(done.notes)
     assert "only cifar100 has superclasses" in notes
-    assert "temperature by sample: no temperatures of samples; train with LOG.TEMPERATURE samples" in notes
+    assert "temperature: no temperatures of samples; train with LOG.TEMPERATURE samples" in notes
 
     row = rows_of(out / "results.csv")[0]
     lasts = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test_acc"] for run in runs[:2]]

@@ -78,7 +78,7 @@ def test_the_numbers_behind_a_chart(tmp_path):
         ["p", "line", "1", "3", "2", "4", "a"],
         ["p", "line", "2", "", "3", "5", "b"],
     ]
-    assert rows["matrix"][2] == ["matrix", "cat", "dog", "-0.5", ""]
+    assert rows["matrix"][2] == ["matrix", "cat", "dog", "-0.5"]
     assert rows["nasty"][1][1:4] == [NASTY, "1", "2"]
 
 

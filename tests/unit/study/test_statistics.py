@@ -48,11 +48,6 @@ def test_forgetting_events_by_hand():
     assert learnt.tolist() == [True, False, True, True]
 
 
-def test_quantiles_by_hand():
-    values = np.array([[0, 1, 2, 3, 4], [10, 20, np.nan, 30, 40]], np.float16)
-    np.testing.assert_allclose(st.quantiles(values, (0.25, 0.5)), [[1, 17.5], [2, 25]])
-
-
 def test_bins_hold_equally_many_and_never_split_a_value():
     x = np.arange(10.0)[::-1]
     bins = st.binned(x, 2 * x, 5)

@@ -21,6 +21,12 @@ def run_in(folder: Path, rows: int = 4, **row: object) -> Run:
     return Run(folder, cfg, [{"epoch": n, "test_acc": 1.0, "best_acc": 1.0} | row for n in range(1, rows + 1)])
 
 
+def summary(t_student: float) -> dict:
+    levels = dict.fromkeys(temperatures.LEVELS, t_student)
+    more = {"fell_back": 0.25, "confidence_correlation_t_student": 0.5, "confidence_correlation_t_teacher": -0.5}
+    return {"t_student": levels, "t_teacher": levels} | more
+
+
 def record(folder: Path, temperatures_of, n: int = 40) -> None:
     """Write a record whose student's temperatures are temperatures_of(epoch), the teacher's 8 minus them."""
     file = RecordFile(folder / "temperatures.bin", n)
@@ -32,21 +38,30 @@ def record(folder: Path, temperatures_of, n: int = 40) -> None:
         file.append(buffer)
 
 
-def test_a_record_alone_gives_bands_and_hot_samples(tmp_path):
+def test_summaries_are_averaged_over_the_seeds_that_recorded_the_same_epochs(tmp_path):
+    runs = [run_in(tmp_path, temperature=summary(t)) for t in (2.0, 4.0)]
+    runs += [run_in(tmp_path), run_in(tmp_path, rows=2, temperature=summary(9.0))]
+    found = temperatures.summaries_of(0, Group(runs))
+    assert found.epochs == [1, 2, 3, 4]
+    assert found.figures["t_student q50"].tolist() == [3.0] * 4
+    assert found.figures["correlation_teacher"].tolist() == [-0.5] * 4
+    back = temperatures.epochs_chart([found]).panels[2]
+    assert list(back.series[0].y) == [25.0] * 4 and back.y_range[0] == 0
+    with pytest.raises(temperatures.Missing, match="LOG.TEMPERATURE summary"):
+        temperatures.summaries_of(0, Group([run_in(tmp_path)]))
+    with pytest.raises(UserError, match="another format"):
+        temperatures.summaries_of(0, Group([run_in(tmp_path, temperature={"t_student": 3})]))
+
+
+def test_a_record_alone_gives_hot_samples(tmp_path):
     record(tmp_path, lambda epoch: np.arange(40) / 10 + epoch)
-    group = Group([run_in(tmp_path)])
-    over = temperatures.group_over_epochs(group)
-    assert over.epochs == [1, 2, 3, 4]
-    np.testing.assert_allclose(over.figures["t_student q50"], 1.95 + np.arange(4), atol=5e-3)
-    np.testing.assert_allclose(over.figures["t_teacher q25"], 8 - 2.925 - np.arange(4), atol=5e-3)
-    samples, (note,) = temperatures.samples_of(group, Networks())
-    assert "DATASET.ROOT" in note
+    samples = temperatures.samples_of(0, Group([run_in(tmp_path)]), Networks())
+    assert "DATASET.ROOT" in samples.notes[0]
     assert np.flatnonzero(samples.hot_student).tolist() == [36, 37, 38, 39]
     assert samples.hot_student.max() == 1
     np.testing.assert_allclose(samples.student, np.arange(40) / 10 + 3, atol=5e-3)
     assert samples.stability.tolist() == pytest.approx([1, 1, 1, 1])
-    head, rows = temperatures.sample_rows(samples, None)
-    assert rows[0][head.index("index")] == 39
+    assert temperatures.sample_frame(samples)["index"].iloc[0] == 39
 
 
 def test_epochs_and_samples_without_a_record_are_filled_or_left_out(tmp_path):
@@ -64,20 +79,15 @@ def test_epochs_and_samples_without_a_record_are_filled_or_left_out(tmp_path):
 
 
 def test_hot_samples_are_ranked_against_difficulty(tmp_path):
-    n, hard, group = 100, np.arange(100.0), Group([run_in(tmp_path)])
-    samples = temperatures.Samples(None, 4 + hard / 100, 4 - hard / 100, np.zeros(n), np.zeros(n), np.ones(4), 4)
+    n, hard, run = 100, np.arange(100.0), run_in(tmp_path, temperature=summary(4.0))
+    both = 4 + hard / 100, 4 - hard / 100
+    samples = temperatures.Samples(0, Group([run]), run, *both, np.zeros(n), np.zeros(n), np.ones(4))
     samples.loss, samples.margin = hard, -hard
-    over = temperatures.OverEpochs([1], {f"{side} q50": np.array([4.0]) for side in temperatures.SIDES})
-    table = temperatures.findings_table({0: (group, over)}, {0: (group, samples)})
+    table = temperatures.findings_table([temperatures.summaries_of(0, Group([run]))], {0: samples})
     row = dict(zip(table.head, table.rows[0], strict=True))
     assert row["rank corr. with loss"] == pytest.approx(1)
     assert row["rank corr. with margin"] == pytest.approx(-1)
     assert row["rank corr. with forgetting"] is None
-    student, teacher, *_ = temperatures.difficulty_chart({0: (group, samples)}).panels
+    student, teacher, *_ = temperatures.difficulty_chart([samples]).panels
     assert np.all(np.diff(student.series[0].y) > 0) and np.all(np.diff(teacher.series[0].y) < 0)
     np.testing.assert_allclose(student.series[0].x, np.arange(5, 100, 10))
-
-
-def test_summaries_of_another_format_are_named(tmp_path):
-    with pytest.raises(UserError, match="another format"):
-        temperatures.over_epochs(run_in(tmp_path, temperature={"t_student": 3}))
