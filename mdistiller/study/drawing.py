@@ -31,6 +31,7 @@ COMMON = {
         "axis": {
             "labelColor": SOFT, "titleColor": SOFT, "gridColor": LINE, "domainColor": LINE, "tickColor": LINE,
             "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 140,
+            "labelFlush": False,
         },
         "legend": {"labelColor": INK, "labelFontSize": 11, "labelLimit": 0, "orient": "bottom", "symbolOpacity": 1},
         "title": {"color": INK, "anchor": "start", "fontSize": 12, "fontWeight": "normal"},
