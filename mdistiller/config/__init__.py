@@ -1,5 +1,6 @@
 """The configuration: its keys, and how files and KEY VALUE pairs become a checked tree. Imports no torch."""
 
+from mdistiller.config import core  # noqa: F401  (enters the keys)
 from mdistiller.config.keys import (
     CFG,
     KEYS,

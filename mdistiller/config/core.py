@@ -1,0 +1,167 @@
+"""The keys that every run has: what a method, a rule or a data set adds stands beside it."""
+
+import re
+
+from mdistiller import registry
+from mdistiller.config.keys import Check, Key, add_keys, at_least, below, between, one_of, positive
+
+add_keys(
+    {
+        "EXPERIMENT.PROJECT": Key("distill", "Folder under LOG.PREFIX that groups runs.", role="where"),
+        "EXPERIMENT.NAME": Key("", "Name of the run's folder; empty: EXPERIMENT.TAG.", role="where"),
+        "EXPERIMENT.TAG": Key("default", "Comma-separated labels of the run.", role="where"),
+        "EXPERIMENT.PLUGINS": Key(
+            [],
+            "Python files to import before the YAML is read: methods, models, data sets, rules of your own. They are "
+            "code.",
+            Check(lambda v: all(isinstance(p, str) for p in v), "must be paths of .py files"),
+            role="where",
+        ),
+        "EXPERIMENT.LOGIT_STAND": Key(
+            False, "Distil z-scores of the logits (LSKD): another name for TEMPERATURE.RULE std.", distils=True
+        ),
+        "DATASET.TYPE": Key("cifar100", "Data set: cifar100, cifar10, digits or npz.", one_of(registry.datasets)),
+        "DATASET.ROOT": Key(
+            "./data", "Folder that holds the data set (cifar*), or the .npz file itself (npz).", role="where"
+        ),
+        "DATASET.AUGMENT": Key(
+            "auto",
+            "Augmentation: auto (as the data set declares), crop_flip, crop or none.",
+            one_of(("auto", "crop_flip", "crop", "none")),
+        ),
+        "DATASET.NUM_WORKERS": Key(
+            2,
+            "Accepted for mdistiller's YAML files; images are held in memory and need no workers.",
+            at_least(0),
+            role="how",
+        ),
+        "DATASET.TEST.BATCH_SIZE": Key(
+            64,
+            "Images in an evaluation batch; on CUDA at least 1,000 of 32 x 32 pixels, or as many pixels of larger "
+            "ones.",
+            at_least(1),
+            role="how",
+        ),
+        "DISTILLER.TYPE": Key(
+            "NONE", "Method: a name of distiller_dict. NONE trains the student alone.", one_of(registry.distillers)
+        ),
+        "DISTILLER.TEACHER": Key(
+            "ResNet50", "Teacher: a name of cifar_model_dict.", one_of(registry.cifar_models), distils=True
+        ),
+        "DISTILLER.STUDENT": Key("resnet32", "Student: a name of cifar_model_dict.", one_of(registry.cifar_models)),
+        "DISTILLER.TEACHER_CKPT": Key(
+            "", "Teacher checkpoint; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/.", role="where"
+        ),
+        "DISTILLER.TRAIN_TEACHER": Key(
+            False, "Train a missing teacher first, by method NONE with this SOLVER, and store it.", role="where"
+        ),
+        "SOLVER.TRAINER": Key(
+            "base",
+            "base; dot: task and distillation gradients keep separate momenta; crd: same as base.",
+            one_of(("base", "crd", "dot")),
+        ),
+        "SOLVER.DOT.DELTA": Key(
+            0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."
+        ),
+        "SOLVER.BATCH_SIZE": Key(64, "Images in a training batch; the last, smaller batch is kept.", at_least(1)),
+        "SOLVER.EPOCHS": Key(240, "Training epochs.", between(1, 2**20 - 1)),
+        "SOLVER.LR": Key(0.05, "Learning rate of the first epoch.", positive),
+        "SOLVER.LR_DECAY_STAGES": Key(
+            [150, 180, 210],
+            "The rate falls after each of these epochs.",
+            Check(
+                lambda v: all(a < b for a, b in zip([0, *v], v, strict=False)),
+                "must be epochs in rising order, each 1 or more, such as [150, 180, 210]",
+            ),
+        ),
+        "SOLVER.LR_DECAY_RATE": Key(0.1, "Factor of each fall.", Check(lambda v: 0 < v <= 1, "must be in (0, 1]")),
+        "SOLVER.WEIGHT_DECAY": Key(0.0001, "L2 penalty on every parameter.", at_least(0)),
+        "SOLVER.MOMENTUM": Key(0.9, "SGD momentum.", below(1)),
+        "SOLVER.TYPE": Key("SGD", "Optimizer: SGD.", one_of(("SGD",))),
+        "SOLVER.AMP": Key(
+            "none",
+            "Autocast of the forward pass: none, bf16 or fp16 (CUDA only). Losses stay in float32.",
+            one_of(("none", "bf16", "fp16")),
+        ),
+        "SOLVER.NAN_POLICY": Key(
+            "stop",
+            "Where a loss or gradient is not finite: stop and name it, or skip the step.",
+            one_of(("stop", "skip")),
+        ),
+        "SOLVER.STEP": Key(
+            "auto",
+            "How a step runs: eager, graph (a CUDA graph) or compile (torch.compile; on CUDA in a graph too); auto: "
+            "graph on CUDA, compile on a CPU where that pays, else eager.",
+            one_of(("auto", "eager", "graph", "compile")),
+            role="how",
+        ),
+        "TEMPERATURE.RULE": Key(
+            "",
+            "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own.",
+            one_of(registry.temperature_rules, empty=True),
+            distils=True,
+        ),
+        "TEMPERATURE.DETACH": Key(
+            False,
+            "Stop the gradient through the rule's temperatures; published DTKD lets it flow.",
+            distils=True,
+        ),
+        "TEMPERATURE.PART": Key(
+            "all",
+            "Part of the divergence of KD, DTKD and DKD: all, target (TCKD) or non_target (NCKD).",
+            one_of(("all", "target", "non_target")),
+            distils=True,
+        ),
+        "LOG.TEMPERATURE": Key(
+            "summary",
+            "Record the rule's temperatures: off, summary (an epoch) or samples (each sample too).",
+            one_of(("off", "summary", "samples")),
+            role="where",
+        ),
+        "LOG.TENSORBOARD_FREQ": Key(
+            500, "Steps between TensorBoard points inside an epoch.", at_least(1), role="where"
+        ),
+        "LOG.SAVE_CHECKPOINT_FREQ": Key(
+            40, "Epochs between the checkpoints epoch_N and student_N.", at_least(1), role="where"
+        ),
+        "LOG.SAVE_EVERY_SECONDS": Key(
+            60.0,
+            "Seconds of training between checkpoints inside an epoch, at least; 0: none inside an epoch. kill -9 costs "
+            "what came after the last one.",
+            at_least(0),
+            role="where",
+        ),
+        "LOG.PREFIX": Key("./output", "Root of all run folders.", Check(bool, "must name a folder"), role="where"),
+        "LOG.WANDB": Key(False, "Send figures to Weights & Biases as well (pip install wandb).", role="where"),
+        "SEED": Key(
+            0,
+            "Seeds initialisation, data order and augmentation.",
+            Check(lambda v: 0 <= v < 2**32, "must be in [0, 2**32)"),
+        ),
+        "DETERMINISTIC": Key(False, "The same bits on the same machine on CUDA too, at some cost in speed."),
+        "TEACHER_BANK": Key(
+            "auto",
+            "Teacher's logits on all views of the training set, for logit methods: full (computed first, kept on "
+            "disk), lazy (kept as they come), off (a teacher's pass in every step); auto: as the arithmetic says. All "
+            "but off give the same numbers.",
+            one_of(("auto", "full", "lazy", "off")),
+            distils=True,
+            effect=lambda value: "off" if value == "off" else "auto",
+        ),
+        "TEACHER_BANK_DTYPE": Key(
+            "float16",
+            "What the bank keeps, float16 or float32; auto rounds to it without a bank too.",
+            one_of(("float16", "float32")),
+            distils=True,
+        ),
+        "TEACHER_BANK_FOLDER": Key("", "Where banks lie; empty: beside the teacher's checkpoint.", role="where"),
+        "DEVICE": Key(
+            "auto",
+            "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.",
+            Check(
+                lambda v: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)), "must be auto, cpu, cuda, cuda:N or mps"
+            ),
+            role="where",
+        ),
+    }
+)
