@@ -131,14 +131,20 @@ def add_temperatures(analysis: Analysis, compared: dict[int, comparison.Comparis
     for number, group in enumerate(analysis.groups):
         if group.rule == "-":
             continue
+        lacking: list[Missing] = []
         try:
             summaries.append(temperatures.summaries_of(number, group))
+        except Missing as error:
+            lacking.append(error)
+        try:  # whatever the summaries lack: a damaged record is refused, never passed over
             recorded[number] = temperatures.samples_of(number, group, analysis.networks)
             analysis.note(number, *recorded[number].notes)
             if recorded[number].constant:
                 analysis.note(number, "temperature by sample: its rule gives every sample the same temperature")
         except Missing as error:
-            analysis.note(number, f"temperature: {error}")
+            lacking.append(error)
+        if lacking:
+            analysis.note(number, f"temperature: {lacking[0]}")
     if summaries:
         analysis.add_table(temperatures.findings_table(summaries, recorded))
         analysis.add(temperatures.epochs_chart(summaries))
