@@ -1,24 +1,22 @@
 """The library: `train` what a configuration says, `distill` networks and data of your own, `evaluate` a network."""
 
 import copy
-import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from mdistiller.config import Config
-from mdistiller.dataset import Batches, ImageSet, image_set, load_dataset
+from mdistiller.config import Config, needs_teacher
+from mdistiller.dataset import ImageSet, image_set, load_dataset
 from mdistiller.device import plain, prepare, resolve_device
-from mdistiller.engine.build import Networks, Workspace, build_model, needs_teacher
+from mdistiller.engine.build import NO_NETWORKS, Networks, Workspace, build_model
 from mdistiller.engine.cfg import load
-from mdistiller.engine.evaluator import Scores, images_together
+from mdistiller.engine.evaluator import Scores, evaluation_batches
 from mdistiller.engine.evaluator import evaluate as scores_of
-from mdistiller.engine.run import open_workspace
 from mdistiller.engine.run import train as train_run
-from mdistiller.engine.seeds import train_seeds
+from mdistiller.engine.seeds import spread, train_seeds
 from mdistiller.errors import UserError
 from mdistiller.files import expand
 from mdistiller.runs import checkpoint
@@ -73,16 +71,7 @@ def train(
     `resume`: True to go on with the run, "auto" to do so if there is one. Raises UserError for a mistake, before
     anything is written.
     """
-    cfg = load_config(config, overrides)
-    if seeds is None:
-        outcomes, numbers = [train_run(cfg, resume)], [cfg.SEED]
-    else:
-        numbers = list(seeds)
-        outcomes = train_seeds(cfg, numbers, resume)["runs"]
-    runs = tuple(
-        _result(o, n, _network(o["student"]), Path(o["folder"])) for o, n in zip(outcomes, numbers, strict=True)
-    )
-    return runs[0] if seeds is None else Results(runs)
+    return _run(load_config(config, overrides), None if seeds is None else list(seeds), resume)
 
 
 def distill(
@@ -134,18 +123,9 @@ def distill(
     with tempfile.TemporaryDirectory() as nowhere:
         cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
         numbers = None if seeds is None else list(seeds)
-        if data is None:
-            shared = open_workspace(cfg, len(numbers or [0]))
-            data = shared.data
+        data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
         workspace = Workspace(data, resolve_device(cfg.DEVICE), len(numbers or [0]), networks)
-        if numbers is None:
-            outcomes, numbers = [train_run(cfg, resume, workspace)], [cfg.SEED]
-        else:
-            outcomes = train_seeds(cfg, numbers, resume, workspace)["runs"]
-        own = [_network(outcome["student"], networks.student) for outcome in outcomes]
-        folders = [Path(outcome["folder"]) if folder is not None else None for outcome in outcomes]
-        runs = tuple(map(_result, outcomes, numbers, own, folders))
-        return runs[0] if seeds is None else Results(runs)
+        return _run(cfg, numbers, resume, workspace, keep=folder is not None)
 
 
 def evaluate(model: str | nn.Module, data: object, weights: str | Path | None = None, device: str = "auto") -> Scores:
@@ -163,10 +143,7 @@ def evaluate(model: str | nn.Module, data: object, weights: str | Path | None = 
     if weights is not None:
         checkpoint.load_weights(network, str(model), data.num_classes, weights)
     prepare(network, where).eval()
-    local = data.to(where)
-    size = images_together(64, data.test_images.shape[1], where)
-    batches = Batches(local.test_images, local.test_labels, data.mean, data.std, size)
-    return scores_of(lambda image: network(image)[0], batches)
+    return scores_of(lambda image: network(image)[0], evaluation_batches(data.to(where), 64))
 
 
 def load_config(config: str | Path | Config | None = None, overrides: Mapping[str, object] | Sequence = ()) -> Config:
@@ -208,7 +185,7 @@ def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, objec
             cfg.DISTILLER[key] = type(module).__name__
     if not isinstance(keys.get("DATASET.TYPE"), str):
         cfg.DATASET.TYPE = "arrays"
-    if networks.teacher is not None and needs_teacher(cfg):
+    if networks.teacher is not None and needs_teacher(cfg.DISTILLER.TYPE):
         state = {key: value.detach().cpu() for key, value in networks.teacher.state_dict().items()}
         file = root / f"teacher-{checkpoint.digest(state)[:12]}"
         if not file.exists():
@@ -230,11 +207,23 @@ def _network(trained: nn.Module, given: nn.Module | None = None) -> nn.Module:
     return network.eval()
 
 
-def _result(outcome: Mapping, seed: int, student: nn.Module, folder: Path | None) -> Result:
-    figures = (outcome["last_acc"], outcome["best_acc"], outcome["best_epoch"], outcome["history"])
-    return Result(*figures, student, folder, seed)
+def _run(
+    cfg: Config, seeds: Sequence[int] | None, resume: bool | str, workspace: Workspace | None = None, keep: bool = True
+) -> Result | Results:
+    """Train SEED's student, or those of `seeds`. `keep`: whether the run's folder is there afterwards."""
+    if seeds is None:
+        outcomes = [train_run(cfg, resume, workspace)]
+    else:
+        outcomes = train_seeds(cfg, seeds, resume, workspace)["runs"]
+    given = (workspace.networks if workspace else NO_NETWORKS).student
+    runs = []
+    for seed, outcome in zip([cfg.SEED] if seeds is None else seeds, outcomes, strict=True):
+        figures = (outcome["last_acc"], outcome["best_acc"], outcome["best_epoch"], outcome["history"])
+        folder = Path(outcome["folder"]) if keep else None
+        runs.append(Result(*figures, _network(outcome["student"], given), folder, seed))
+    return runs[0] if seeds is None else Results(tuple(runs))
 
 
-def _mean_and_deviation(values: Iterator[float]) -> tuple[float, float]:
-    values = list(values)
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def _mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    found = spread([*values])
+    return found["mean"], found["std"] or 0.0

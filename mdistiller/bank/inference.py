@@ -5,7 +5,7 @@ captured graph on CUDA.
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mdistiller.bank.onednn import PackedConv, can_fuse, fuse, module_of, mutates
 from mdistiller.device import AMP_DTYPES, autocast, logits_in_float32
+from mdistiller.models import in_eval_mode
 
 
 class Inference:
@@ -80,7 +81,7 @@ class Inference:
             return self._fast(image)
         if self._graph:
             return self._graph(image)
-        with _in_eval_mode(self.model):
+        with in_eval_mode(self.model):
             return self._call(self.model, self.amp)(image)
 
 
@@ -117,17 +118,6 @@ def _has_hooks(model: nn.Module) -> bool:
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     hooks += [hook for module in model.modules() for hook in module._forward_hooks.values()]
     return any(hook is not logits_in_float32 for hook in hooks)
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 class CapturedFunction:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller.errors import UserError
+from mdistiller.models import in_eval_mode
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
@@ -35,11 +36,8 @@ def probe(model: nn.Module, input_size: tuple[int, int] = (32, 32)) -> dict:
     """Return the features of one black image (3, *input_size). The probe leaves no trace: it runs in eval mode, so that
     it does not shift BatchNorm statistics, and draws no random numbers.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    _, feats = model(next(model.parameters()).new_zeros(1, 3, *input_size))
-    for module, mode in modes:
-        module.training = mode
+    with in_eval_mode(model):
+        _, feats = model(next(model.parameters()).new_zeros(1, 3, *input_size))
     return feats
 
 

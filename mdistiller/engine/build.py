@@ -14,7 +14,7 @@ from mdistiller.dataset import Batches, ImageSet
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.engine.cfg import describe
-from mdistiller.engine.evaluator import images_together
+from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
@@ -25,11 +25,6 @@ from mdistiller.models import cifar_model_dict, given_parts, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
-
-
-def needs_teacher(cfg: CfgNode) -> bool:
-    """Return whether the method that `cfg` names learns from a teacher."""
-    return distiller_dict[cfg.DISTILLER.TYPE].needs_teacher
 
 
 class Networks(NamedTuple):
@@ -91,7 +86,7 @@ def refuse_unused(cfg: CfgNode) -> None:
     its student's settings.)
     """
     method, cls = cfg.DISTILLER.TYPE, distiller_dict[cfg.DISTILLER.TYPE]
-    if not needs_teacher(cfg):
+    if not cls.needs_teacher:
         return
     rule = "EXPERIMENT.LOGIT_STAND" if cfg.EXPERIMENT.LOGIT_STAND else "TEMPERATURE.RULE"
     if (cfg.TEMPERATURE.RULE or cfg.EXPERIMENT.LOGIT_STAND) and not issubclass(cls, RuleDistiller):
@@ -129,8 +124,7 @@ def build_trainer(
     solver, teacher, data, device = cfg.SOLVER, distiller.teacher, workspace.local, workspace.device
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
     train = Batches(data.train_images, data.train_labels, data.mean, data.std, solver.BATCH_SIZE, augment, cfg.SEED)
-    together = images_together(cfg.DATASET.TEST.BATCH_SIZE, data.test_images.shape[1], device)
-    test = Batches(data.test_images, data.test_labels, data.mean, data.std, together)
+    test = evaluation_batches(data, cfg.DATASET.TEST.BATCH_SIZE)
     origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
     logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
     forward, refusal = compiled_form(cfg, distiller, device, solver.EPOCHS * len(train))

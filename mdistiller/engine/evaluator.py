@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.bank.inference import Inference
-from mdistiller.dataset import Batch, Batches, dataset_dict, load_dataset
+from mdistiller.dataset import Batch, Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict, default_checkpoint
@@ -40,10 +40,18 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) ->
 
 
 def images_together(wanted: int, size: int, device: torch.device) -> int:
-    """Return images in an evaluation batch of images `size` pixels high: on CUDA at least as many pixels as 1,000
-    images of 32 x 32 have, since fewer leave the device idle.
+    """Return how many images of `size` pixels an evaluation batch has, where `wanted` are asked for: on CUDA at least
+    as many pixels as 1,000 images of 32 x 32 have, since fewer leave the device idle.
     """
     return max(wanted, 1000 * 32**2 // size**2) if device.type == "cuda" else wanted
+
+
+def evaluation_batches(data: ImageSet, wanted: int) -> Batches:
+    """Return the test images of `data`, which lie on their device, in batches of `wanted` or what `images_together`
+    makes of it.
+    """
+    images = images_together(wanted, data.test_images.shape[1], data.test_images.device)
+    return Batches(data.test_images, data.test_labels, data.mean, data.std, images)
 
 
 class Report(NamedTuple):
@@ -71,11 +79,8 @@ def evaluate_checkpoint(
     network = cifar_model_dict[model][0](num_classes=data.num_classes)
     load_weights(network, model, data.num_classes, path)
     prepare(network, device)
-    size = data.test_images.shape[1]
-    images = images_together(batch_size, size, device)
-    data = data.to(device)
-    batches = Batches(data.test_images, data.test_labels, data.mean, data.std, images)
+    batches = evaluation_batches(data.to(device), batch_size)
     begin = time.monotonic()
-    scores = evaluate(Inference(network, device, amp, size), batches)
+    scores = evaluate(Inference(network, device, amp, data.test_images.shape[1]), batches)
     rate = batches.num_samples / (time.monotonic() - begin)
     return Report(scores, sum(p.numel() for p in network.parameters()), rate)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.config import Config
+from mdistiller.config import Config, needs_teacher
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
-from mdistiller.engine.build import Workspace, build_distiller, build_trainer, needs_teacher, refuse_unused
+from mdistiller.engine.build import Workspace, build_distiller, build_trainer, refuse_unused
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.teachers import find_teacher
@@ -63,7 +63,7 @@ class RunRequest:
 
     def find_teacher(self, resume: bool | str, given: nn.Module | None = None) -> None:
         """Find the teacher's checkpoint, or train it, unless the teacher is `given` with its weights."""
-        if needs_teacher(self.cfg) and (given is None or self.cfg.DISTILLER.TEACHER_CKPT):
+        if needs_teacher(self.cfg.DISTILLER.TYPE) and (given is None or self.cfg.DISTILLER.TEACHER_CKPT):
             self.teacher_file = find_teacher(self.cfg, self.path, bool(resume), train)
 
 
@@ -131,7 +131,7 @@ class Run:
         say_once = recorder.log if recorder.bar_row else recorder.say
         if fresh:
             names = cfg.DISTILLER
-            pair = f"{names.TEACHER} -> {names.STUDENT}" if needs_teacher(cfg) else names.STUDENT
+            pair = f"{names.TEACHER} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
             recorder.say(
                 f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
                 f"images, {data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}, in "

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from mdistiller.models._common import default_checkpoint, register_model
-from mdistiller.models._contract import given_parts
+from mdistiller.models._contract import given_parts, in_eval_mode
 from mdistiller.models._layers import name_layers
 from mdistiller.registry import cifar_models as cifar_model_dict
 from mdistiller.registry import imagenet_models as imagenet_model_dict
@@ -20,6 +20,7 @@ __all__ = [
     "default_checkpoint",
     "given_parts",
     "imagenet_model_dict",
+    "in_eval_mode",
     "name_layers",
     "register_model",
 ]

@@ -1,9 +1,23 @@
 """What a network gives of the feature contract, found out by one image."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import UserError
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put `model` into eval mode, and every one of its modules back into its own mode at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
@@ -13,16 +27,12 @@ def given_parts(network: nn.Module, name: str, num_classes: int, size: int) -> s
     It sees one black image of `size` x `size` pixels in eval mode, which leaves no trace. Raises UserError where it
     fails, or where its logits are not (1, num_classes).
     """
-    modes = [(module, module.training) for module in network.modules()]
     try:
-        with torch.random.fork_rng(devices=[]):
-            output = network.eval()(torch.zeros(1, 3, size, size))
+        with torch.random.fork_rng(devices=[]), in_eval_mode(network):
+            output = network(torch.zeros(1, 3, size, size))
     except Exception as error:  # whatever a forward() of the user's raises
         reason = str(error).split("\n")[0]
         raise UserError(f"the model {name} fails on an image of shape (1, 3, {size}, {size}): {reason}") from None
-    finally:
-        for module, mode in modes:
-            module.training = mode
     logits, feats = output if isinstance(output, tuple) and len(output) == 2 else (output, {})
     if not (isinstance(logits, Tensor) and logits.shape == (1, num_classes)):
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import UserError
+from mdistiller.models._contract import in_eval_mode
 from mdistiller.registry import unknown
 
 
@@ -46,10 +47,9 @@ def name_layers(model: nn.Module, layers: Sequence[str], size: int) -> nn.Module
 
 
 def _channels(model: nn.Module, layers: Sequence[str], size: int) -> list[int]:
-    training, image = model.training, next(model.parameters()).new_zeros(1, 3, size, size)
-    with torch.no_grad():
-        maps = model.eval()(image)[1]["feats"]
-    model.train(training)
+    image = next(model.parameters()).new_zeros(1, 3, size, size)
+    with torch.no_grad(), in_eval_mode(model):
+        maps = model(image)[1]["feats"]
     for name, value in zip(layers, maps, strict=True):
         if not (isinstance(value, Tensor) and value.ndim == 4):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

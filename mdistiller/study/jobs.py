@@ -42,9 +42,7 @@ class LocalJob:
         context = multiprocessing.get_context("spawn")
         self.answer, sender = context.Pipe(duplex=False)
         self.process = context.Process(target=_child, args=(sender, *work))
-        before = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # which the child inherits: Ctrl-C comes through its parent
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits it: Ctrl-C comes through its parent
         self.process.start()
         signal.signal(signal.SIGINT, before)
         sender.close()

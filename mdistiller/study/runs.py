@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from mdistiller import config, files, registry
+from mdistiller import config, files
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
@@ -61,8 +61,7 @@ class Run:
     @property
     def taught(self) -> bool:
         """Whether its method learns from a teacher."""
-        method = self.cfg.DISTILLER.TYPE
-        return getattr(registry.distillers.get(method), "needs_teacher", method != "NONE")  # a plug-in may be away
+        return config.needs_teacher(self.cfg.DISTILLER.TYPE)
 
     @property
     def cell(self) -> str:
