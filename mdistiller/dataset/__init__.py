@@ -7,6 +7,7 @@ from pathlib import Path
 from mdistiller import files
 from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._images import Batch, Batches, ImageSet
+from mdistiller.dataset._loaders import get_dataset
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.errors import UserError
 from mdistiller.registry import datasets as dataset_dict
@@ -26,4 +27,13 @@ def load_dataset(name: str, root: str | Path) -> ImageSet:
     return data
 
 
-__all__ = ["Batch", "Batches", "ImageSet", "dataset_dict", "image_set", "load_dataset", "register_dataset"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "ImageSet",
+    "dataset_dict",
+    "get_dataset",
+    "image_set",
+    "load_dataset",
+    "register_dataset",
+]

@@ -7,19 +7,25 @@ from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import RuleDistiller
 from mdistiller.distillers.losses import Temperatures, ce_loss, part_divergences, warmup
-from mdistiller.distillers.rules import fixed
+from mdistiller.distillers.rules import fixed, std
 
 
 def dkd_loss(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    logit_stand: bool = False,
 ) -> Tensor:
     """Return tau^2 (alpha TCKD + beta NCKD), mean over the batch: a scalar (Eq. 6 and 7).
 
     TCKD is the KL divergence between the probabilities (target, not target), NCKD the one among the other classes.
     Logits (B, K), K >= 2, labels (B,), temperature tau > 0. Zero where the logits differ by a constant; finite, with
-    finite gradients, for every finite input.
+    finite gradients, for every finite input. `logit_stand`: of z-scores, as method files written for LSKD's code ask.
     """
-    rule = fixed(logits_student, logits_teacher, temperature)
+    rule = (std if logit_stand else fixed)(logits_student, logits_teacher, temperature)
     return softened_dkd(logits_student, logits_teacher, target, alpha, beta, rule)
 
 

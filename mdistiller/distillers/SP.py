@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import FeatureDistiller
-from mdistiller.distillers.features import unit
+from mdistiller.distillers.features import sum_over_stages, unit
 from mdistiller.distillers.losses import in_float32
 
 
@@ -16,11 +16,14 @@ def _similarity(f: Tensor) -> Tensor:
 
 
 @in_float32
-def sp_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+def sp_loss(f_s: Tensor | list[Tensor], f_t: Tensor | list[Tensor]) -> Tensor:
     """Return the mean squared difference of the two similarity matrices over all B^2 pairs: a scalar (section 3).
 
-    Features (B, ...) of any two shapes. A zero feature has zero similarity to all. Zero for equal features.
+    Features (B, ...) of any two shapes, or two lists of such, for their sum. A zero feature has zero similarity to all.
+    Zero for equal features.
     """
+    if not isinstance(f_s, Tensor):
+        return sum_over_stages(sp_loss, f_s, f_t)
     return (_similarity(f_s) - _similarity(f_t)).square().mean()
 
 

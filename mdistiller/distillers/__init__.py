@@ -17,6 +17,7 @@ distiller_dict.accept = adapt
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
+importlib.import_module(f"{__name__}._upstream")
 
 __all__ = [
     "Distiller",

@@ -1,10 +1,11 @@
 """The zoo. cifar_model_dict[NAME] -> (constructor(num_classes=...), default teacher checkpoint path);
-imagenet_model_dict[NAME] -> constructor(num_classes=...).
+imagenet_model_dict[NAME] -> constructor(num_classes=...); tiny_imagenet_model_dict: as the first, for 64 x 64 images.
 """
 
 import importlib
 import pkgutil
 
+from mdistiller.models import _paths
 from mdistiller.models._common import default_checkpoint, register_model
 from mdistiller.models._contract import given_parts, in_eval_mode
 from mdistiller.models._layers import name_layers
@@ -15,6 +16,16 @@ for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
 
+tiny_imagenet_model_dict = {
+    name: (constructor, default_checkpoint(name, "tiny_imagenet"))
+    for name, (constructor, _) in cifar_model_dict.items()
+}
+_paths.enter(
+    cifar_model_dict=cifar_model_dict,
+    tiny_imagenet_model_dict=tiny_imagenet_model_dict,
+    imagenet_model_dict=imagenet_model_dict,
+)
+
 __all__ = [
     "cifar_model_dict",
     "default_checkpoint",
@@ -23,4 +34,5 @@ __all__ = [
     "in_eval_mode",
     "name_layers",
     "register_model",
+    "tiny_imagenet_model_dict",
 ]

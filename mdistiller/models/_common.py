@@ -50,6 +50,30 @@ def run_stage(blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
     return x, preact
 
 
+class Network(nn.Module):
+    """Base of the zoo's networks: what code written for mdistiller reads of them beside the contract."""
+
+    @property
+    def relu(self) -> nn.Module:
+        """Return a ReLU; a subclass's own submodule of that name, where it has one."""
+        return self._modules.get("relu", _RELU)
+
+    @property
+    def avgpool(self) -> nn.Module:
+        """Return the mean over H and W as a module, (B, C, H, W) -> (B, C, 1, 1), or a subclass's own."""
+        return self._modules.get("avgpool", _AVERAGE)
+
+    def get_feat_modules(self) -> nn.ModuleList:
+        """Return the parts that make the features: every child but those that hold the classifier."""
+        return nn.ModuleList(
+            child for child in self.children() if not any(isinstance(part, nn.Linear) for part in child.modules())
+        )
+
+
+# of no network: a child would be run, traced and counted
+_RELU, _AVERAGE = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+
+
 def global_average(x: Tensor) -> Tensor:
     """Return the mean over H and W of x: (B, C, H, W) -> (B, C), for any H and W."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)

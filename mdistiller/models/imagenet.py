@@ -2,10 +2,14 @@
 (Howard et al., arXiv 1704.04861).
 """
 
+import functools
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import features, global_average, init_kaiming, run_stage
+from mdistiller.errors import UserError
+from mdistiller.models._common import Network, features, global_average, init_kaiming, run_stage
 from mdistiller.registry import imagenet_models
 
 
@@ -38,7 +42,7 @@ class _Block(nn.Module):
         return out + (x if self.downsample is None else self.downsample(x))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Four stages of two-layer (expansion 1) or bottleneck (expansion 4) blocks after a 7 x 7 stem and a max-pool."""
 
     def __init__(self, counts: tuple[int, int, int, int], bottleneck: bool, num_classes: int = 1000):
@@ -77,7 +81,7 @@ class ResNet(nn.Module):
         return self.fc(pooled), features(feats, preacts, pooled)
 
 
-class MobileNet(nn.Module):
+class MobileNet(Network):
     """Thirteen depthwise-separable layers after the stem; stages end where the image is 56, 28, 14 and 7 high."""
 
     STAGE_ENDS = (3, 5, 11, 13)
@@ -121,9 +125,17 @@ class MobileNet(nn.Module):
         return self.fc(pooled), features(feats, preacts, pooled)
 
 
-def _register(constructor):
-    imagenet_models[constructor.__name__] = constructor
-    return constructor
+def _register(constructor: Callable) -> Callable:
+    """Enter `constructor` into imagenet_model_dict. It takes mdistiller's `pretrained` as well, which must be False."""
+
+    @functools.wraps(constructor)
+    def build(num_classes: int = 1000, pretrained: bool = False) -> nn.Module:
+        if pretrained:
+            raise UserError(f"{constructor.__name__}: no pretrained weights are here; load a checkpoint's into it")
+        return constructor(num_classes)
+
+    imagenet_models[constructor.__name__] = build
+    return build
 
 
 @_register

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mdistiller.models._common import features, global_average, init_fan_normal, register_model
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model
 
 # expansion, channels at full width, blocks, stride of the first
 SETTINGS = (
@@ -38,7 +38,7 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.use_shortcut else self.conv(x)
 
 
-class MobileNet(nn.Module):
+class MobileNet(Network):
     """Seven groups of inverted residuals, seen as four stages after the stem: where the image is 16, 8, 4 and 2 high.
 
     A stage ends in a linear bottleneck, which no ReLU follows at that width: its pre-activation is its output, the

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import features, global_average, init_kaiming, register_model, run_stage
+from mdistiller.models._common import Network, features, global_average, init_kaiming, register_model, run_stage
 
 
 class BasicBlock(nn.Module):
@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
         return self.bn2(self.conv2(out)) + shortcut
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Depth 6 n + 2: n blocks in each of three stages. `channels`: of the stem and the stages."""
 
     def __init__(self, depth: int, channels: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 100):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import features, global_average, init_kaiming, register_model, run_stage
+from mdistiller.models._common import Network, features, global_average, init_kaiming, register_model, run_stage
 
 
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Sequential:
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
         return self.bn3(self.conv3(out)) + self.shortcut(x)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Four stages of `block`, `counts` blocks each; the image keeps its size in the stem and the first stage."""
 
     def __init__(self, block: type, counts: tuple[int, int, int, int], num_classes: int = 100):

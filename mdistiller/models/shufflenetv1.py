@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import features, global_average, register_model, run_stage
+from mdistiller.models._common import Network, features, global_average, register_model, run_stage
 from mdistiller.models._shuffle import channel_shuffle
 
 
@@ -34,7 +34,7 @@ class Bottleneck(nn.Module):
         return out + x
 
 
-class ShuffleNet(nn.Module):
+class ShuffleNet(Network):
     GROUPS, COUNTS = 3, (4, 8, 4)
 
     def __init__(self, num_classes: int = 100):

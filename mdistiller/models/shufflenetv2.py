@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import features, global_average, register_model
+from mdistiller.models._common import Network, features, global_average, register_model
 from mdistiller.models._shuffle import channel_shuffle
 
 
@@ -57,7 +57,7 @@ class DownBlock(nn.Module):
         return channel_shuffle(F.relu(preact), 2), preact
 
 
-class ShuffleNetV2(nn.Module):
+class ShuffleNetV2(Network):
     COUNTS = (3, 7, 3)
 
     def __init__(self, num_classes: int = 100):

@@ -3,7 +3,7 @@
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import features, global_average, init_fan_normal, register_model
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model
 
 CHANNELS = (64, 128, 256, 512, 512)
 
@@ -23,7 +23,7 @@ def _halve_tall(x: Tensor, image: Tensor) -> Tensor:
     return F.max_pool2d(x, 2) if image.shape[2] == 64 else x
 
 
-class VGG(nn.Module):
+class VGG(Network):
     """Five blocks of `counts` convolutions. The image is halved after each of the first three blocks, and after the
     fourth as well where it is 64 pixels high.
     """

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import features, global_average, init_fan_normal, register_model
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model
 
 
 class BasicBlock(nn.Module):
@@ -42,7 +42,7 @@ class NetworkBlock(nn.Module):
         return x, first_preact
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """Depth 6 n + 4, widening factor k. Its features are the residual stream; the ReLU that follows a stage is the
     next stage's first (the head's for the last), so a pre-activation is the output of the BatchNorm before it.
     """
