@@ -7,7 +7,7 @@ from pathlib import Path
 from mdistiller import files
 from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._images import Batch, Batches, ImageSet
-from mdistiller.dataset._loaders import get_dataset
+from mdistiller.dataset._loaders import Loader, get_dataset
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.errors import UserError
 from mdistiller.registry import datasets as dataset_dict
@@ -31,6 +31,7 @@ __all__ = [
     "Batch",
     "Batches",
     "ImageSet",
+    "Loader",
     "dataset_dict",
     "get_dataset",
     "image_set",

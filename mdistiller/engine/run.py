@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from mdistiller.config import Config, needs_teacher
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
-from mdistiller.engine.build import Workspace, build_distiller, build_trainer, refuse_unused
+from mdistiller.engine.build import Workspace, build_distiller, build_trainer, prepare_parts, refuse_unused
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.teachers import find_teacher
@@ -84,15 +84,26 @@ def entered(workspace: Workspace) -> Iterator[contextlib.ExitStack]:
 
 class Run:
     """The trainer of `request`, ready or brought back to where it stopped, with its folder's lock. Nothing that an
-    earlier run left is changed before `start`, unless it is set aside. `closing` gives back what is held.
+    earlier run left is changed before `start`, unless it is set aside. `closing` gives back what is held. `distiller`:
+    one that the caller brings, with its networks.
     """
 
-    def __init__(self, request: RunRequest, resume: bool | str, workspace: Workspace, closing: contextlib.ExitStack):
+    def __init__(
+        self,
+        request: RunRequest,
+        resume: bool | str,
+        workspace: Workspace,
+        closing: contextlib.ExitStack,
+        distiller: nn.Module | None = None,
+    ):
         self.request, self.workspace, self.closing = request, workspace, closing
         cfg = request.cfg
         set_determinism(cfg.DETERMINISTIC)
         seed_everything(cfg.SEED)
-        distiller = build_distiller(cfg, workspace.data, request.teacher_file, workspace.device, workspace.networks)
+        if distiller is None:
+            distiller = build_distiller(cfg, workspace.data, request.teacher_file, workspace.device, workspace.networks)
+        else:
+            prepare_parts(distiller, workspace.device)
         self.trainer, self.bank = build_trainer(cfg, distiller, workspace, request.path, request.teacher_file)
         self.folder = RunFolder(request.path, resume)
         closing.callback(self.folder.close)

@@ -107,7 +107,7 @@ class Step:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
         before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
-        given |= {"image": batch.image, "target": batch.target, "index": batch.index, "epoch": epoch}
+        given |= batch._asdict() | {"epoch": epoch}
         with autocast(self.device, self.amp):
             logits, losses = self._forward(given)
             # a method may return terms of any shape, as mdistiller's loop allows

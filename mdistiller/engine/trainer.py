@@ -237,3 +237,11 @@ def has_default_test(distiller: nn.Module) -> bool:
     )
     hooks = getattr(distiller, "_forward_hooks", {}) or getattr(distiller, "_forward_pre_hooks", {})
     return not own and not hooks
+
+
+def __getattr__(name: str) -> object:
+    if name in ("BaseTrainer", "CRDTrainer", "DOT"):  # as mdistiller's files import them
+        from mdistiller.engine import base_trainer
+
+        return getattr(base_trainer, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,0 +1,242 @@
+"""mdistiller's trainers, for code that makes or derives one. Where nothing is overridden they are a run like any other;
+else a plain loop calls what is.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mdistiller.config import Config
+from mdistiller.dataset import Batch, Loader
+from mdistiller.device import resolve_device, seed_everything
+from mdistiller.engine.build import Workspace, build_optimizer
+from mdistiller.engine.run import Run, RunRequest, entered, failures
+from mdistiller.engine.state import RunState
+from mdistiller.engine.step import Step
+from mdistiller.engine.utils import AverageMeter, accuracy, adjust_learning_rate, validate
+from mdistiller.errors import TrainingDiverged, UserError
+from mdistiller.runs.folder import RunFolder, run_folder
+from mdistiller.runs.keeper import Keeper
+from mdistiller.runs.recorder import Recorder
+
+PARTS = ("init_optimizer", "train_epoch", "train_iter", "log")  # what a subclass may override
+METERS = ("training_time", "data_time", "losses", "top1", "top5")
+
+
+class ContrastiveBatch(NamedTuple):
+    image: Tensor
+    target: Tensor
+    index: Tensor
+    contrastive_index: Tensor  # (B, K + 1), first column the index
+
+
+class Wrapped(nn.Module):
+    """A distiller as the attribute `module` of another one, as under DataParallel."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **kwargs):
+        return self.module(**kwargs)
+
+
+class BaseTrainer:
+    """Trains `distiller`, bare or under DataParallel, in the folder LOG.PREFIX/`experiment_name`.
+
+    A subclass may override `init_optimizer`, `train_iter`, `train_epoch` and `log`: they are then called by a plain
+    loop on the batches of `train_loader`, whatever these are, with a checkpoint after each epoch.
+    """
+
+    trainer = "base"  # the optimizer's name in SOLVER.TRAINER
+
+    def __init__(
+        self,
+        experiment_name: str,
+        distiller: nn.Module,
+        train_loader: DataLoader,
+        val_loader: DataLoader,
+        cfg: Config,
+    ):
+        self.cfg, self.train_loader, self.val_loader = cfg, train_loader, val_loader
+        self.distiller = distiller if hasattr(distiller, "module") else Wrapped(distiller)
+        self.run_cfg = cfg.clone()
+        self.run_cfg.defrost()
+        self.run_cfg.EXPERIMENT.PROJECT, self.run_cfg.EXPERIMENT.NAME = os.path.split(experiment_name)
+        self.run_cfg.overrides[:] = [("EXPERIMENT.NAME", self.run_cfg.EXPERIMENT.NAME)]
+        self.run_cfg.SOLVER.TRAINER = self.trainer
+        self.log_path = str(run_folder(self.run_cfg))
+        self.best_acc = -1.0
+        self.optimizer = self.init_optimizer(cfg)
+
+    def init_optimizer(self, cfg: Config) -> torch.optim.Optimizer:
+        """Return the optimizer of the section SOLVER."""
+        solver = cfg.SOLVER.clone()
+        solver.defrost()
+        solver.TRAINER = self.trainer
+        return build_optimizer(solver, self.distiller.module.get_learnable_parameters())
+
+    def train(self, resume: bool = False) -> dict:
+        """Train until the last epoch; `resume`: go on with the run in the folder. Return last_acc, best_acc,
+        best_epoch and epochs.
+        """
+        own = [name for name in PARTS if getattr(type(self), name) is not getattr(BaseTrainer, name)]
+        if not own and isinstance(self.train_loader, Loader) and isinstance(self.val_loader, Loader):
+            result = self._run(resume)
+        else:
+            result = self._loop(resume, ", ".join(own) or "the loaders")
+        self.best_acc = result["best_acc"]
+        return result
+
+    def _run(self, resume: bool) -> dict:
+        """Train as tools/train_ours.py does, on the images and by the batches of the loaders."""
+        cfg, batches = self.run_cfg, self.train_loader.dataset.batches
+        cfg.SOLVER.BATCH_SIZE, cfg.DATASET.TEST.BATCH_SIZE = batches.batch_size, self.val_loader.batch_size
+        cfg.DATASET.AUGMENT, cfg.SEED = batches.augment, batches.seed
+        cfg.freeze()
+        request = RunRequest(cfg)
+        request.check(resume)
+        workspace = Workspace(self.train_loader.image_set, resolve_device(cfg.DEVICE))
+        with failures(cfg), entered(workspace) as closing:
+            run = Run(request, resume, workspace, closing, self.distiller.module)
+            return run.trainer.fit(run.start()) | run.outcome()
+
+    def _loop(self, resume: bool, own: str) -> dict:
+        """Call `train_epoch` for each epoch. `own`: what is not this package's, for the line that says so."""
+        cfg, solver = self.run_cfg, self.run_cfg.SOLVER
+        cfg.freeze()
+        RunRequest(cfg).check(resume)
+        with failures(cfg), contextlib.ExitStack() as closing:
+            seed_everything(cfg.SEED)
+            folder = RunFolder(Path(self.log_path), resume)
+            closing.callback(folder.close)
+            keeper = Keeper(folder.path, every_epochs=cfg.LOG.SAVE_CHECKPOINT_FREQ)
+            if folder.resumed:
+                folder.check_config(cfg)
+                keeper.restore(self.state.load)
+                self.best_acc = self.state.best_acc
+            folder.write_config(cfg, None)
+            session = {"students": 1, "epoch": self.state.epoch}
+            folder.write_environment(self.step.device, cfg.SEED, folder.resumed, {}, session)
+            self.recorder = Recorder(folder.path, solver.EPOCHS, self.state.epoch, self.state.log_bytes)
+            closing.callback(self.recorder.close)
+            self.recorder.say(
+                f"{type(self).__name__} brings {own}: a plain loop, without the bank of the teacher's logits, compiled "
+                "steps and checkpoints inside an epoch"
+            )
+            while self.state.epoch < solver.EPOCHS:
+                self._epoch(self.state.epoch + 1, keeper)
+            self.recorder.finish(self.state.result())
+        return self.state.result()
+
+    def _epoch(self, epoch: int, keeper: Keeper) -> None:
+        self.began = time.monotonic()
+        self.train_epoch(epoch)
+        self.state.epoch = epoch  # also where an overridden train_epoch does not log
+        self.state.start_epoch()
+        self.recorder.events.flush()
+        self.state.log_bytes = self.recorder.size
+        keeper.save_epoch(epoch, self.state.best_epoch == epoch, self.state.dump(), self.state.student())
+
+    @functools.cached_property
+    def step(self) -> Step:
+        """The training step, of the optimizer that is there at its first use."""
+        device = next(self.distiller.parameters()).device
+        solver = self.cfg.SOLVER
+        return Step(self.distiller.module, self.optimizer, device, solver.AMP, solver.NAN_POLICY)
+
+    @functools.cached_property
+    def state(self) -> RunState:
+        return RunState(self.step)
+
+    @functools.cached_property
+    def tf_writer(self) -> object:
+        """A TensorBoard writer for figures of one's own."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(os.path.join(self.log_path, "train.events"))
+
+    def train_epoch(self, epoch: int) -> None:
+        """Train on every batch, test, and log."""
+        lr = adjust_learning_rate(epoch, self.cfg, self.optimizer)
+        meters = {name: AverageMeter() for name in METERS}
+        self.distiller.train()
+        if isinstance(self.train_loader, Loader):
+            self.train_loader.set_epoch(epoch)
+        for data in self.train_loader:
+            self.train_iter(data, epoch, meters)
+        test_acc, test_acc_top5, test_loss = validate(self.val_loader, self.distiller)
+        if not math.isfinite(test_loss):
+            raise TrainingDiverged(f"epoch {epoch}: the test loss is {test_loss}; lower SOLVER.LR")
+        train = {"train_acc": meters["top1"].avg, "train_loss": meters["losses"].avg}
+        test = {"test_acc": test_acc, "test_acc_top5": test_acc_top5, "test_loss": test_loss}
+        self._count(epoch, test_acc)
+        self.log(lr, epoch, train | test)
+
+    def train_iter(self, data: Sequence[Tensor], epoch: int, train_meters: Mapping[str, AverageMeter]) -> str:
+        """Train on one batch, (image, target, index) or CRD's four, and add its figures to `train_meters`. Return a
+        line about them.
+        """
+        if not (len(data) in (3, 4) and all(isinstance(part, Tensor) for part in data)):
+            raise UserError(
+                "train_iter: takes (image, target, index[, contrastive_index]); override it for other batches"
+            )
+        begin, step, logits = time.monotonic(), self.step, []
+        batch = (Batch if len(data) == 3 else ContrastiveBatch)(*(part.to(step.device) for part in data))
+        step.meter.reset()
+        hook = step.distiller.register_forward_hook(lambda _module, _inputs, output: logits.append(output[0].detach()))
+        try:
+            step(batch, epoch)
+        finally:
+            hook.remove()
+        loss, size = step.meter.read()["loss"], len(batch.target)
+        if step.bad_step() >= 0:
+            raise TrainingDiverged(f"epoch {epoch}: the loss or its gradient is not finite; lower SOLVER.LR")
+        top1, top5 = (float(value) for value in accuracy(logits[0], batch.target, (1, 5)))
+        if math.isfinite(loss):  # NaN: a step that is left out
+            for name, value in (("losses", loss), ("top1", top1), ("top5", top5)):
+                train_meters[name].update(value, size)
+        train_meters["training_time"].update(time.monotonic() - begin)
+        return f"epoch {epoch}  loss {train_meters['losses'].avg:.4f}  top-1 {train_meters['top1'].avg:.2f}"
+
+    def log(self, lr: float, epoch: int, log_dict: Mapping[str, float]) -> None:
+        """Record an epoch: train_acc, train_loss, test_acc, test_acc_top5, test_loss, and what else there is."""
+        figures = {name: float(value) for name, value in log_dict.items()}
+        self._count(epoch, figures["test_acc"])
+        seconds = time.monotonic() - self.began
+        best = {"best_acc": self.state.best_acc, "best_epoch": self.state.best_epoch}
+        speed = {"images_per_second": len(self.train_loader.dataset) / seconds, "epoch_seconds": seconds}
+        row = {"epoch": epoch, "lr": float(lr), "train_losses": {}, **figures, **best, **speed}
+        self.recorder.end_epoch(row, (self.cfg.SOLVER.EPOCHS - epoch) * seconds)
+
+    def _count(self, epoch: int, accuracy: float) -> None:
+        """Count the epoch with its test accuracy, once."""
+        if self.state.epoch < epoch:
+            self.state.end_epoch(float(accuracy))
+            self.best_acc = self.state.best_acc
+
+
+class CRDTrainer(BaseTrainer):
+    """BaseTrainer: a batch may have CRD's contrastive_index besides."""
+
+
+class DOT(BaseTrainer):
+    """BaseTrainer by DOT's optimizer."""
+
+    trainer = "dot"
+
+
+class CRDDOT(DOT):
+    """DOT on CRD's batches."""
+
+
+trainer_dict = {"base": BaseTrainer, "crd": CRDTrainer, "dot": DOT, "crd_dot": CRDDOT}
