@@ -28,6 +28,10 @@ def main(words: Sequence[str] | None = None) -> None:
         "--seeds", metavar="N",
         help="several students side by side, one for each SEED: 0 1 2, or 0-2; they share the teacher and its bank",
     )  # fmt: skip
+    lskd = parser.add_argument_group("LSKD's options")
+    lskd.add_argument("--logit-stand", action="store_true", help="distil z-scores: EXPERIMENT.LOGIT_STAND True")
+    lskd.add_argument("--base-temp", metavar="T", help="the method's temperature; 2 under --logit-stand")
+    lskd.add_argument("--kd-weight", metavar="W", help="the distillation's weight; 9 under --logit-stand")
     words = list(sys.argv[1:] if words is None else words)
     seeds = take_seeds(words)
     for place in [place for place, word in enumerate(words) if word == "--resume"][::-1]:
@@ -37,20 +41,23 @@ def main(words: Sequence[str] | None = None) -> None:
     flags = [word for word in opts if word.startswith("--")]
     if flags:
         raise UserError(
-            f"unknown option {flags[0]}; options are --cfg, --seeds and --resume, the rest are KEY VALUE pairs"
+            f"unknown option {flags[0]}; options are --cfg, --seeds, --resume and LSKD's, the rest are KEY VALUE pairs"
         )
     if seeds is not None and "SEED" in opts[::2]:
         raise UserError("--seeds and SEED: give one of them")
     resume = {"auto": "auto", "last": True}.get(arguments.resume, False)
 
-    from mdistiller.engine.cfg import load  # torch takes seconds to import, and --help needs none
+    from mdistiller.engine.cfg import load, lskd_pairs  # torch takes seconds to import, and --help needs none
     from mdistiller.engine.run import train
     from mdistiller.engine.seeds import train_seeds
 
+    cfg = load(arguments.cfg, opts)
+    pairs = lskd_pairs(cfg, arguments.logit_stand, arguments.base_temp, arguments.kd_weight)
+    cfg = load(arguments.cfg, [*opts, *pairs]) if pairs else cfg
     if seeds is None:
-        train(load(arguments.cfg, opts), resume)
+        train(cfg, resume)
     else:
-        train_seeds(load(arguments.cfg, opts), seeds, resume)
+        train_seeds(cfg, seeds, resume)
 
 
 def take_seeds(words: list[str]) -> list[int] | None:

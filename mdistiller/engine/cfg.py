@@ -4,6 +4,7 @@ from yacs.config import CfgNode
 
 from mdistiller import dataset, distillers, models  # noqa: F401  (they fill the registries and the sections)
 from mdistiller.config import CFG, KEYS, SECTIONS, Key, get, leaves, load
+from mdistiller.errors import UserError
 from mdistiller.terminal import say
 
 
@@ -25,6 +26,49 @@ def describe(cfg: CfgNode) -> str:
 def show_cfg(cfg: CfgNode) -> None:
     """Print what `describe` gives."""
     say(describe(cfg))
+
+
+def lskd_pairs(cfg: CfgNode, stand: bool, base_temp: str | None, kd_weight: str | None) -> list[str]:
+    """Return the KEY VALUE pairs that LSKD's --logit-stand, --base-temp and --kd-weight mean for the method in use.
+
+    The temperature is the method's own, the middle one of MLKD's; the weight becomes LOSS.KD_WEIGHT, or multiplies
+    ALPHA and BETA where a method has these. `stand` alone brings LSKD's defaults, 2 and 9. Raises UserError for an
+    option that the method has no key for.
+    """
+    method = cfg.DISTILLER.TYPE
+    own = leaves(cfg.get(method, {}), f"{method}.")
+    pairs = ["EXPERIMENT.LOGIT_STAND", "True"] if stand else []
+    if stand:
+        base_temp, kd_weight = base_temp or "2", kd_weight or "9"
+    if base_temp is not None:
+        several = f"{method}.TEMPERATURES"
+        keys = [f"{method}.{name}" for name in ("TEMPERATURE", "T") if f"{method}.{name}" in own]
+        if keys:
+            pairs += [keys[0], base_temp]
+        elif several in own:
+            values = list(own[several])
+            values[len(values) // 2] = _number("--base-temp", base_temp)
+            pairs += [several, str(values)]
+        elif method == "CTKD":
+            pairs += ["KD.TEMPERATURE", base_temp]  # its reference under another rule than the learned one
+        else:
+            raise UserError(f"--base-temp: {method} has no temperature; leave it out")
+    if kd_weight is not None:
+        factor, factors = _number("--kd-weight", kd_weight), [f"{method}.ALPHA", f"{method}.BETA"]
+        if f"{method}.LOSS.KD_WEIGHT" in own:
+            pairs += [f"{method}.LOSS.KD_WEIGHT", kd_weight]
+        elif all(key in own for key in factors):
+            pairs += [word for key in factors for word in (key, str(factor * own[key]))]
+        else:
+            raise UserError(f"--kd-weight: {method} has no weight of a loss on logits; leave it out")
+    return pairs
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option}: must be a number; got '{text}'") from None
 
 
 def page() -> str:
@@ -52,4 +96,4 @@ def _table(names) -> list[str]:
     return ["| key | default | role | meaning |", "|---|---|---|---|", *cells]
 
 
-__all__ = ["CFG", "Key", "describe", "leaves", "load", "page", "show_cfg"]
+__all__ = ["CFG", "Key", "describe", "leaves", "load", "lskd_pairs", "page", "show_cfg"]

@@ -1,0 +1,82 @@
+"""tools/train.py: mdistiller's command line, and LSKD's options."""
+
+import pytest
+import yaml
+from helpers import digits_opts, load_tool, save_teacher, small_run, tool
+
+from mdistiller.config import get, load
+from mdistiller.engine.cfg import lskd_pairs
+from mdistiller.errors import UserError
+from mdistiller.runs.recorder import read_metrics
+
+main = load_tool("train_ours").main
+
+
+def test_the_command_of_the_readmes(tmp_path):
+    """--cfg, LSKD's options, pairs; --resume; then what eval says of the student."""
+    words = small_run(tmp_path)
+    root = words[words.index("DATASET.ROOT") + 1]
+    (tmp_path / "kd.yaml").write_text(
+        "EXPERIMENT: {TAG: 'kd,res14,res8', PROJECT: lab}\n"
+        "DISTILLER: {TYPE: KD, TEACHER: resnet14, STUDENT: resnet8}\n"
+        "SOLVER: {BATCH_SIZE: 16, EPOCHS: 2, TRAINER: base}\n"
+        f"DATASET: {{TYPE: npz, ROOT: '{root}', NUM_WORKERS: 2}}\n"
+        "KD: {LOSS: {CE_WEIGHT: 0.1}}\n"
+    )
+    lskd = ["--logit-stand", "--base-temp", "2", "--kd-weight", "9"]
+    pairs = ["DISTILLER.TEACHER_CKPT", tmp_path / "teacher", "DEVICE", "cpu", "EXPERIMENT.NAME", "run"]
+    done = tool("train", "--cfg", "kd.yaml", *lskd, "SOLVER.EPOCHS", "1", *pairs, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "output" / "lab" / "run"
+    cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    assert cfg["EXPERIMENT"]["LOGIT_STAND"] is True
+    assert cfg["KD"] == {"TEMPERATURE": 2.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 9.0}}
+    done = tool("train", "--cfg", "kd.yaml", "--resume", *lskd, *pairs, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["epoch"] for row in read_metrics(folder)] == [1, 2]
+    done = tool("train", "--cfg", "kd.yaml", "--resume", *pairs, cwd=tmp_path)
+    assert done.returncode == 2 and "--resume: EXPERIMENT.LOGIT_STAND is False" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("KD", (True, None, None), {"TEMPERATURE": 2.0, "LOSS.KD_WEIGHT": 9.0}),
+        ("KD", (False, "3", None), {"TEMPERATURE": 3.0, "LOSS.KD_WEIGHT": 0.9}),
+        ("DKD", (True, "3", "6"), {"T": 3.0, "ALPHA": 6.0, "BETA": 48.0, "CE_WEIGHT": 1.0}),
+        ("MLKD", (True, "2.5", "9"), {"TEMPERATURES": [2.0, 3.0, 2.5, 5.0, 6.0], "LOSS.KD_WEIGHT": 9.0}),
+        ("DIST", (True, None, "1"), {"TEMPERATURE": 2.0, "LOSS.KD_WEIGHT": 1.0, "BETA": 1.0}),
+        ("RLD", (False, "2", "9"), {"T": 2.0, "ALPHA": 9.0, "BETA": 72.0}),
+        ("CTKD", (True, None, None), {"LOSS.KD_WEIGHT": 9.0}),
+    ],
+)
+def test_what_lskds_options_set(method, options, expected):
+    given = ["DISTILLER.TYPE", method]
+    cfg = load(None, given + lskd_pairs(load(None, given), *options))
+    assert cfg.EXPERIMENT.LOGIT_STAND == options[0]
+    for name, value in expected.items():
+        assert get(cfg, f"{method}.{name}") == value, name
+    assert method != "CTKD" or cfg.KD.TEMPERATURE == 2.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base-temp", "warm"], "KD.TEMPERATURE: must be a number"),
+        (["--base-temp", "0"], "KD.TEMPERATURE: must be greater than 0"),
+        (["--kd-weight", "much"], "--kd-weight: must be a number; got 'much'"),
+        (["--base-temp", "2", "DISTILLER.TYPE", "AT"], "--base-temp: AT has no temperature"),
+        (["--kd-weight", "2", "DISTILLER.TYPE", "AT"], "--kd-weight: AT has no weight"),
+        (["--logit-stand", "DISTILLER.TYPE", "NONE"], "--base-temp: NONE has no temperature"),
+        (["--logit-stand", "TEMPERATURE.RULE", "norm"], "EXPERIMENT.LOGIT_STAND is the rule std"),
+        (["--logit-stands"], "unknown option --logit-stands"),
+    ],
+)
+def test_a_mistake_is_a_line_and_nothing_is_written(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    file = save_teacher(tmp_path / "teacher")
+    given = digits_opts(DISTILLER__TYPE="KD", DISTILLER__TEACHER="resnet8", DISTILLER__TEACHER_CKPT=file)
+    with pytest.raises(UserError) as caught:
+        main([*given, *words])
+    assert message in caught.value.lines[0] and caught.value.status == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
