@@ -141,6 +141,16 @@ class FileLock:
         self.file.close()
 
 
+def find_above(path: str | Path) -> Path:
+    """Return `path`, where it is relative and not there the nearest of that name in the folders above this one: what
+    lies in a checkout is so found from a notebook's folder in it.
+    """
+    path = expand(path)
+    if path.is_absolute() or os.path.exists(path):
+        return path
+    return next((above / path for above in Path.cwd().parents[:-1] if os.path.exists(above / path)), path)
+
+
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the FileLock at `path`; False where there is no such file."""
     try:

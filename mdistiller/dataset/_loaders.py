@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mdistiller import dataset
+from mdistiller import dataset, files
 from mdistiller.config import Config
 from mdistiller.dataset._images import Batch, Batches, ImageSet
 
@@ -105,10 +105,11 @@ def get_dataset(cfg: Config) -> tuple[Loader, Loader, int, int]:
     """Return (train_loader, val_loader, number of training images, number of classes) of the data set that `cfg` names.
 
     Training batches are (image (B, 3, H, W), target (B,), index (B,)), and for CRD, or a trainer crd*,
-    contrastive_index (B, CRD.NCE.K + 1) besides, its first column the index; test batches are (image, target).
+    contrastive_index (B, CRD.NCE.K + 1) besides, its first column the index; test batches are (image, target). A
+    relative DATASET.ROOT is also looked for in the folders above this one.
     """
     contrastive = cfg.DISTILLER.TYPE == "CRD" or cfg.SOLVER.TRAINER.startswith("crd")
-    data = dataset.load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+    data = dataset.load_dataset(cfg.DATASET.TYPE, files.find_above(cfg.DATASET.ROOT))
     given = data, cfg.SOLVER.BATCH_SIZE, cfg.DATASET.TEST.BATCH_SIZE, cfg.DATASET.AUGMENT, cfg.SEED
     train, test = loaders(*given, (cfg.CRD.NCE.K, cfg.CRD.MODE) if contrastive else None)
     return train, test, len(data.train_labels), data.num_classes

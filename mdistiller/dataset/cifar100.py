@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mdistiller import files
 from mdistiller.dataset import _cifar
 from mdistiller.dataset._images import ImageSet
 from mdistiller.dataset._loaders import Loader, loaders
@@ -27,7 +28,7 @@ def get_cifar100_dataloaders(
     """Return mdistiller's (train_loader, val_loader, number of training images). Images are in memory and need no
     workers.
     """
-    train, test = loaders(cifar100(Path(get_data_folder())), batch_size, val_batch_size, contrast=contrast)
+    train, test = loaders(cifar100(files.find_above(get_data_folder())), batch_size, val_batch_size, contrast=contrast)
     return train, test, len(train.dataset)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mdistiller.config import Config
 from mdistiller.engine.evaluator import evaluate
 from mdistiller.engine.solver import MultiStep, set_lr
-from mdistiller.files import write_atomic
+from mdistiller.files import find_above, write_atomic
 from mdistiller.runs import checkpoint
 
 COLOURS = {"TRAIN": 33, "EVAL": 32}
@@ -72,5 +72,7 @@ def save_checkpoint(obj: object, path: str | Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Return what a checkpoint holds, on the CPU. Nothing in it is run; raises UserError where it cannot be read."""
-    return checkpoint.load(path)
+    """Return what a checkpoint holds, on the CPU. A relative path is also looked for in the folders above this one.
+    Nothing in the file is run; raises UserError where it cannot be read.
+    """
+    return checkpoint.load(find_above(path))

@@ -1,10 +1,11 @@
 """What code written for mdistiller imports is here, and its value is that of our own functions."""
 
 import math
+import re
 
 import pytest
 import torch
-from helpers import save_teacher
+from helpers import ROOT, save_teacher
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -13,6 +14,8 @@ import mdistiller.losses as losses
 from mdistiller import config, dataset
 from mdistiller.dataset import Batches, ImageSet, cifar100, get_dataset
 from mdistiller.distillers import distiller_dict
+from mdistiller.distillers._upstream import NAMES
+from mdistiller.engine import utils
 from mdistiller.engine.dot import DistillationOrientedTrainer
 from mdistiller.engine.solver import DOT, set_lr
 from mdistiller.engine.utils import (
@@ -26,8 +29,9 @@ from mdistiller.engine.utils import (
 )
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
+from mdistiller.models._paths import PATHS
 
-NAMES = [*cifar_model_dict, *(f"imagenet/{name}" for name in imagenet_model_dict)]
+NETWORKS = [*cifar_model_dict, *(f"imagenet/{name}" for name in imagenet_model_dict)]
 
 
 @pytest.fixture
@@ -240,7 +244,7 @@ def test_memory_and_loss_of_crd_are_those_of_the_method():
     assert out_s.shape == (5, 8, 1) and out_s.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_networks_have_what_public_code_reads(name):
     constructor = imagenet_model_dict[name[9:]] if "/" in name else cifar_model_dict[name][0]
     with torch.device("meta"):
@@ -295,3 +299,18 @@ def test_dictionaries_of_models():
     assert path == "download_ckpts/tiny_imagenet_teachers/ResNet18_vanilla/ckpt_epoch_240.pth"
     with pytest.raises(UserError, match="ResNet18: no pretrained weights"):
         imagenet_model_dict["ResNet18"](pretrained=True)
+
+
+def test_the_page_lists_what_there_is():
+    """Each of its lines runs, and it names every name that stands here for mdistiller's code alone."""
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "from_mdistiller.md").read_text(), re.S)
+    for line in text.splitlines():
+        exec(line, {})
+    listed = {
+        (module, name) for module, names in re.findall(r"from (\S+) import (.*)", text) for name in names.split(", ")
+    }
+    ours = {(f"mdistiller.distillers.{module}", name) for module, names in NAMES.items() for name in names}
+    assert ours <= listed
+    assert {f"mdistiller.models.{path}" for path in PATHS} <= {module for module, _ in listed}
+    own = {name for name, item in vars(utils).items() if getattr(item, "__module__", "") == utils.__name__}
+    assert {("mdistiller.engine.utils", name) for name in own} <= listed
