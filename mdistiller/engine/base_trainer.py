@@ -76,6 +76,7 @@ class BaseTrainer:
         self.run_cfg.SOLVER.TRAINER = self.trainer
         self.log_path = str(run_folder(self.run_cfg))
         self.best_acc = -1.0
+        self.began, self.kept = time.monotonic(), 0  # the epoch's start; the last epoch that is kept
         self.optimizer = self.init_optimizer(cfg)
 
     def init_optimizer(self, cfg: Config) -> torch.optim.Optimizer:
@@ -119,33 +120,35 @@ class BaseTrainer:
             seed_everything(cfg.SEED)
             folder = RunFolder(Path(self.log_path), resume)
             closing.callback(folder.close)
-            keeper = Keeper(folder.path, every_epochs=cfg.LOG.SAVE_CHECKPOINT_FREQ)
             if folder.resumed:
                 folder.check_config(cfg)
-                keeper.restore(self.state.load)
+                self.keeper.restore(self.state.load)
                 self.best_acc = self.state.best_acc
             folder.write_config(cfg, None)
             session = {"students": 1, "epoch": self.state.epoch}
             folder.write_environment(self.step.device, cfg.SEED, folder.resumed, {}, session)
-            self.recorder = Recorder(folder.path, solver.EPOCHS, self.state.epoch, self.state.log_bytes)
             closing.callback(self.recorder.close)
             self.recorder.say(
                 f"{type(self).__name__} brings {own}: a plain loop, without the bank of the teacher's logits, compiled "
                 "steps and checkpoints inside an epoch"
             )
             while self.state.epoch < solver.EPOCHS:
-                self._epoch(self.state.epoch + 1, keeper)
+                epoch = self.state.epoch + 1
+                self.train_epoch(epoch)
+                self._end(epoch)  # of an overridden one; else it is done already
             self.recorder.finish(self.state.result())
         return self.state.result()
 
-    def _epoch(self, epoch: int, keeper: Keeper) -> None:
-        self.began = time.monotonic()
-        self.train_epoch(epoch)
-        self.state.epoch = epoch  # also where an overridden train_epoch does not log
+    def _end(self, epoch: int) -> None:
+        """Keep what the epoch leaves, once."""
+        if self.kept == epoch:
+            return
+        self.kept = self.state.epoch = epoch
         self.state.start_epoch()
         self.recorder.events.flush()
         self.state.log_bytes = self.recorder.size
-        keeper.save_epoch(epoch, self.state.best_epoch == epoch, self.state.dump(), self.state.student())
+        self.keeper.save_epoch(epoch, self.state.best_epoch == epoch, self.state.dump(), self.state.student())
+        self.began = time.monotonic()
 
     @functools.cached_property
     def step(self) -> Step:
@@ -159,6 +162,16 @@ class BaseTrainer:
         return RunState(self.step)
 
     @functools.cached_property
+    def keeper(self) -> Keeper:
+        return Keeper(Path(self.log_path), every_epochs=self.cfg.LOG.SAVE_CHECKPOINT_FREQ)
+
+    @functools.cached_property
+    def recorder(self) -> Recorder:
+        """Where figures go. It is opened at its first use, which may be a subclass's own `train`."""
+        Path(self.log_path).mkdir(parents=True, exist_ok=True)
+        return Recorder(Path(self.log_path), self.cfg.SOLVER.EPOCHS, self.state.epoch, self.state.log_bytes)
+
+    @functools.cached_property
     def tf_writer(self) -> object:
         """A TensorBoard writer for figures of one's own."""
         from tensorboardX import SummaryWriter
@@ -166,7 +179,7 @@ class BaseTrainer:
         return SummaryWriter(os.path.join(self.log_path, "train.events"))
 
     def train_epoch(self, epoch: int) -> None:
-        """Train on every batch, test, and log."""
+        """Train on every batch, test, log, and keep checkpoints."""
         lr = adjust_learning_rate(epoch, self.cfg, self.optimizer)
         meters = {name: AverageMeter() for name in METERS}
         self.distiller.train()
@@ -181,6 +194,7 @@ class BaseTrainer:
         test = {"test_acc": test_acc, "test_acc_top5": test_acc_top5, "test_loss": test_loss}
         self._count(epoch, test_acc)
         self.log(lr, epoch, train | test)
+        self._end(epoch)
 
     def train_iter(self, data: Sequence[Tensor], epoch: int, train_meters: Mapping[str, AverageMeter]) -> str:
         """Train on one batch, (image, target, index) or CRD's four, and add its figures to `train_meters`. Return a

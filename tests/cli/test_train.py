@@ -5,8 +5,12 @@ import yaml
 from helpers import digits_opts, load_tool, save_teacher, small_run, tool
 
 from mdistiller.config import get, load
+from mdistiller.dataset import get_dataset
+from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import lskd_pairs
+from mdistiller.engine.utils import load_checkpoint, validate
 from mdistiller.errors import UserError
+from mdistiller.models import cifar_model_dict
 from mdistiller.runs.recorder import read_metrics
 
 main = load_tool("train_ours").main
@@ -36,6 +40,21 @@ def test_the_command_of_the_readmes(tmp_path):
     assert [row["epoch"] for row in read_metrics(folder)] == [1, 2]
     done = tool("train", "--cfg", "kd.yaml", "--resume", *pairs, cwd=tmp_path)
     assert done.returncode == 2 and "--resume: EXPERIMENT.LOGIT_STAND is False" in done.stderr
+
+
+def test_evaluation_of_a_pretrained_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "download_ckpts" / "digits_teachers" / "resnet8_vanilla" / "ckpt_epoch_240.pth"
+    file.parent.mkdir(parents=True)
+    save_teacher(file)
+    load_tool("eval").main(["-m", "resnet8", "-c", "pretrain", "-d", "digits", "-bs", "100"])
+    found = capsys.readouterr().out
+    distiller = distiller_dict["NONE"](cifar_model_dict["resnet8"][0](num_classes=10))
+    distiller.student.load_state_dict(load_checkpoint(file)["model"])
+    top1, top5, _ = validate(get_dataset(load(None, ["DATASET.TYPE", "digits"]))[1], distiller)
+    figures = dict(line.split()[:2] for line in found.splitlines()[1:])
+    assert float(figures["top-1"]) == pytest.approx(top1, abs=0.3)
+    assert float(figures["top-5"]) == pytest.approx(top5, abs=0.3)
 
 
 @pytest.mark.parametrize(

@@ -201,3 +201,16 @@ def test_batches_of_another_shape_are_refused(make):
     pairs = make(loader=lambda loader: DataLoader([(torch.zeros(3, 32, 32), 1)] * 4, 2))
     with pytest.raises(UserError, match="train_iter: takes"):
         pairs.train()
+
+
+def test_train_of_a_subclass(make, tmp_path):
+    class Patient(BaseTrainer):
+        def train(self, resume=False):
+            for epoch in (1, 2):
+                self.train_epoch(epoch)
+
+    Patient.train(make(Patient))
+    first = outcome(tmp_path / "lab" / "run")
+    make(loader=Passes).train()
+    assert same(first[0]["model"], outcome(tmp_path / "lab" / "run")[0]["model"])
+    assert [row["test_acc"] for row in first[1]] == [row["test_acc"] for row in read_metrics(tmp_path / "lab" / "run")]
