@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 from mdistiller.config import Config
 from mdistiller.dataset import Batch, Loader
 from mdistiller.device import resolve_device, seed_everything
-from mdistiller.engine.build import Workspace, build_optimizer
+from mdistiller.engine.build import Workspace
+from mdistiller.engine.dot import DistillationOrientedTrainer
 from mdistiller.engine.run import Run, RunRequest, entered, failures
+from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.state import RunState
 from mdistiller.engine.step import Step
 from mdistiller.engine.utils import AverageMeter, accuracy, adjust_learning_rate, validate
@@ -80,11 +82,14 @@ class BaseTrainer:
         self.optimizer = self.init_optimizer(cfg)
 
     def init_optimizer(self, cfg: Config) -> torch.optim.Optimizer:
-        """Return the optimizer of the section SOLVER."""
-        solver = cfg.SOLVER.clone()
-        solver.defrost()
-        solver.TRAINER = self.trainer
-        return build_optimizer(solver, self.distiller.module.get_learnable_parameters())
+        """Return the optimizer of the section SOLVER, at its first rate."""
+        solver, parameters = cfg.SOLVER, self.distiller.module.get_learnable_parameters()
+        if self.trainer == "dot":
+            momenta = solver.MOMENTUM - solver.DOT.DELTA, solver.MOMENTUM + solver.DOT.DELTA
+            return DistillationOrientedTrainer(parameters, solver.LR, *momenta, solver.WEIGHT_DECAY)
+        optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
+        set_lr(optimizer, solver.LR)
+        return optimizer
 
     def train(self, resume: bool = False) -> dict:
         """Train until the last epoch; `resume`: go on with the run in the folder. Return last_acc, best_acc,
