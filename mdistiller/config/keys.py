@@ -57,7 +57,8 @@ class Key(NamedTuple):
 
     `role` says what a change of it does: "computes" changes the numbers of a run, so it is part of the run's name and
     identity; "how" changes only the way to the same numbers; "where" says where a run happens, reads and writes.
-    `distils`: nothing reads it where there is no teacher. `effect` maps a value to what counts of it.
+    `distils`: nothing reads it where there is no teacher. `effect` maps a value to what counts of it. `absent`: what a
+    record that lacks the key was computed with, where that is not the default.
     """
 
     default: object
@@ -66,6 +67,12 @@ class Key(NamedTuple):
     role: str = "computes"
     distils: bool = False
     effect: Callable[[object], object] | None = None
+    absent: object = None
+
+    @property
+    def before(self) -> object:
+        """What a record that lacks the key was computed with."""
+        return self.default if self.absent is None else self.absent
 
 
 class Config(CfgNode):
@@ -155,11 +162,12 @@ def computed(cfg: Mapping) -> dict[str, object]:
     """Return {key: value} of the settings in `cfg`, nested or flat, that decide what is computed.
 
     Keys that only say where or how, sections of methods that are not in use and, for a method without a teacher,
-    what only distillation reads are left out. Keys that `cfg` lacks have their defaults, so that a key that is added
-    later makes no finished run another one. Values are as YAML and JSON hold them: lists, no tuples.
+    what only distillation reads are left out. Keys that `cfg` lacks have their defaults, or what was computed before
+    they were there (`Key.absent`), so that a key that is added later makes no finished run another one. Values are as
+    YAML and JSON hold them: lists, no tuples.
     """
     given = leaves(cfg)
-    flat = {name: _plain(key.default) for name, key in KEYS.items()} | {k: _plain(v) for k, v in given.items()}
+    flat = {name: _plain(key.before) for name, key in KEYS.items()} | {k: _plain(v) for k, v in given.items()}
     method = flat["DISTILLER.TYPE"]
     distils = needs_teacher(method)
     methods = {name for name in SECTIONS if "." not in name} - {method}
@@ -167,11 +175,10 @@ def computed(cfg: Mapping) -> dict[str, object]:
     for name, value in flat.items():
         key = KEYS.get(name, Key(None))
         here = name == "DATASET.ROOT" and flat["DATASET.TYPE"] == "npz"  # the images are that file
-        default = _plain(key.default)
         section = name.split(".")[0]
         if (key.role != "computes" and not here) or (key.distils and not distils and section != method):
             continue
-        if section in methods and value == default:
+        if section in methods and value in (_plain(key.default), _plain(key.before)):
             continue
         kept[name] = key.effect(value) if key.effect else value
     return kept

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.config import Key
+from mdistiller.config import Key, at_least
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import LogitDistiller
-from mdistiller.distillers.losses import bounded, ce_loss
+from mdistiller.distillers.losses import bounded, ce_loss, warmup
 
 
 def binary_log_probabilities(logits: Tensor, index: Tensor) -> Tensor:
@@ -52,12 +52,19 @@ def mcd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, tem
 
 
 def rld_loss(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    alpha_temperature: float | None = None,
 ) -> Tensor:
     """Return alpha * scd_loss + beta * mcd_loss: a scalar. Logits (B, K), target (B,). The target itself is never among
-    the correlated classes, so that the two parts do not pull at it both.
+    the correlated classes, so that the two parts do not pull at it both. `alpha_temperature` is scd_loss's, None for
+    the same.
     """
-    scd = scd_loss(logits_student, logits_teacher, target, temperature)
+    scd = scd_loss(logits_student, logits_teacher, target, alpha_temperature or temperature)
     return alpha * scd + beta * mcd_loss(logits_student, logits_teacher, target, temperature)
 
 
@@ -67,21 +74,28 @@ def rld_loss(
         "CE_WEIGHT": keys.ce_weight(),
         "ALPHA": Key(1.0, "Weight alpha of the sample confidence."),
         "BETA": Key(8.0, "Weight beta of the masked correlation."),
-        "T": keys.temperature(4.0),
+        "T": keys.temperature(4.0, "Temperature of the masked correlation."),
+        # runs from before these keys had neither a warm-up nor a temperature of the confidence's own
+        "ALPHA_T": Key(1.0, "Temperature of the sample confidence; 0: T.", at_least(0), absent=0.0),
+        "WARMUP": keys.warmup()._replace(absent=0.0),
     },
 )
 class RLD(LogitDistiller):
-    """CE_WEIGHT * cross entropy + rld_loss at ALPHA, BETA and T."""
+    """CE_WEIGHT * cross entropy + min(epoch / WARMUP, 1) * rld_loss at ALPHA, BETA, T and ALPHA_T."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher)
         self.ce_weight = cfg.RLD.CE_WEIGHT
         self.alpha = cfg.RLD.ALPHA
         self.beta = cfg.RLD.BETA
-        self.temperature = cfg.RLD.T
+        self.temperatures = cfg.RLD.T, cfg.RLD.ALPHA_T
+        self.warmup = cfg.RLD.WARMUP
 
-    def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
+    def losses(
+        self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, *, epoch: int, **kwargs
+    ) -> dict[str, Tensor]:
+        rld = rld_loss(logits_student, logits_teacher, target, self.alpha, self.beta, *self.temperatures)
         return {
             "loss_ce": self.ce_weight * ce_loss(logits_student, target),
-            "loss_kd": rld_loss(logits_student, logits_teacher, target, self.alpha, self.beta, self.temperature),
+            "loss_kd": warmup(epoch, self.warmup) * rld,
         }

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import warnings
 
 import numpy as np
@@ -221,6 +222,21 @@ def test_mlkd_counts_every_level_of_both_views():
                 expected_kd = expected_kd + 0.9 * (L.kd_loss(v, u, t) + sum(L.correlation_losses(v, u, t, t)))
         torch.testing.assert_close(losses["loss_ce"], expected_ce)
         torch.testing.assert_close(losses["loss_kd"], expected_kd)
+
+
+def test_rld_rises_to_its_weight_with_a_temperature_of_each_part():
+    """One sample worked out by hand: the teacher errs, u = (ln 4, ln 2, 0), the label is 1, the student is even.
+
+    At ALPHA_T 1: p = (4, 2, 1) / 7, so that (4/7, 3/7) is compared with the student's (1/3, 2/3). Only class 2 lies
+    below the label: the masked correlation is 0, whatever T.
+    """
+    method = logit_method("RLD", 3)
+    v, u = torch.zeros(1, 3), torch.tensor([[4.0, 2.0, 1.0]]).log()
+    confidence = 4 / 7 * math.log(12 / 7) + 3 / 7 * math.log(9 / 14)
+    for epoch, share in ((1, 0.05), (7, 0.35), (20, 1.0), (200, 1.0)):
+        losses = method.losses(v, u, torch.tensor([1]), epoch=epoch)
+        assert losses["loss_kd"].item() == pytest.approx(share * confidence, rel=1e-5)
+        assert losses["loss_ce"].item() == pytest.approx(math.log(3), rel=1e-5)
 
 
 PAIRS = (

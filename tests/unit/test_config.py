@@ -145,6 +145,17 @@ def test_what_is_computed_is_a_runs_identity():
     assert computed({"DISTILLER": {"TYPE": "KD"}}) == computed(load(None, kd))
 
 
+def test_a_record_without_a_later_key_is_what_it_was_computed_with():
+    """RLD had no warm-up once, and one temperature: such a record is another run than one by today's defaults."""
+    rld = ["DISTILLER.TYPE", "RLD"]
+    before, now = computed({"DISTILLER": {"TYPE": "RLD"}}), computed(load(None, rld))
+    assert {key: (value, now[key]) for key, value in before.items() if value != now[key]} == {
+        "RLD.WARMUP": (0.0, 20),
+        "RLD.ALPHA_T": (0.0, 1.0),
+    }
+    assert before == computed(load(None, [*rld, "RLD.WARMUP", "0", "RLD.ALPHA_T", "0"]))
+
+
 def test_all_mistakes_come_together():
     lines = problems(opts=["SOLVER.LRR", "1", "SOLVER.EPOCHS", "0", "DISTILLER.TYPE", "KDD", "SEED", "x"])
     assert [line.split(":")[0] for line in lines] == ["SOLVER.LRR", "SEED", "DISTILLER.TYPE", "SOLVER.EPOCHS"]

@@ -130,6 +130,8 @@ def test_every_logit_loss_is_its_papers_formula():
     for name in LOGIT.keys() - {"RLD"}:
         assert LOGIT[name](V, U).item() == pytest.approx(by_hand(name, V.numpy(), U.numpy()), rel=1e-10), name
     torch.testing.assert_close(LOGIT["RLD"](V, U), LOGIT["SCD"](V, U) + 8 * LOGIT["MCD"](V, U))
+    own = L.scd_loss(V, U, TARGET, 1.0)  # at the confidence's own temperature, as published
+    torch.testing.assert_close(L.rld_loss(V, U, TARGET, 1.0, 8.0, 4.0, 1.0), own + 8 * LOGIT["MCD"](V, U))
 
 
 @reference.needs_reference
