@@ -96,10 +96,11 @@ class BaseTrainer:
         best_epoch and epochs.
         """
         own = [name for name in PARTS if getattr(type(self), name) is not getattr(BaseTrainer, name)]
-        if not own and isinstance(self.train_loader, Loader) and isinstance(self.val_loader, Loader):
-            result = self._run(resume)
-        else:
-            result = self._loop(resume, ", ".join(own) or "the loaders")
+        if not all(isinstance(loader, Loader) for loader in (self.train_loader, self.val_loader)):
+            own.append("loaders of its own")
+        elif self.train_loader.dataset.contrast is not None:  # a run would draw others
+            own.append("contrastive_index")
+        result = self._loop(resume, ", ".join(own)) if own else self._run(resume)
         self.best_acc = result["best_acc"]
         return result
 

@@ -204,14 +204,14 @@ def test_an_epoch_that_is_built_on_and_an_optimizer_of_ones_own(make, tmp_path):
 
 
 def test_contrastive_indices_reach_the_method(make):
-    trainer = make(CRDTrainer, loader=Passes, DISTILLER__TYPE="CRD", SOLVER__TRAINER="crd", SOLVER__EPOCHS=1)
+    trainer = make(CRDTrainer, DISTILLER__TYPE="CRD", SOLVER__TRAINER="crd", SOLVER__EPOCHS=1)
     method, given = trainer.distiller.module, []
     method.draw = lambda *_: pytest.fail("the loader has drawn them")
     before = method.feature_loss
     method.feature_loss = lambda *a, **k: given.append(k["contrastive_index"]) or before(*a, **k)
     trainer.train()
-    trainer.train_loader.loader.set_epoch(1)
-    assert all(map(torch.equal, given, (data[3] for data in trainer.train_loader)))
+    trainer.train_loader.set_epoch(1)
+    assert len(given) == 3 and all(map(torch.equal, given, (data[3] for data in trainer.train_loader)))
 
 
 def test_batches_of_another_shape_are_refused(make):
