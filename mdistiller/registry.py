@@ -1,9 +1,10 @@
 """Name -> object. A name is given once; an unknown name is answered with the nearest known ones."""
 
+import contextlib
 import difflib
 import importlib
 from collections import UserDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
@@ -31,30 +32,79 @@ class UnknownName(KeyError):
 class Registry(UserDict):
     """A dict from name to object that refuses a second object under a name it already holds.
 
-    `accept(name, object)`, where a room sets it, returns what is entered: the door for objects from plug-ins.
+    `own` holds what is built in or was entered by hand. What a plug-in brings, inside `collecting`, stands in its
+    place while `use` says so; `active` is both together. Names of a plug-in that is out of use stay readable, for those
+    who look at its runs. `accept(name, object)`, where a room sets it, returns what is entered: the door for objects
+    from outside.
     """
 
     def __init__(self, kind: str):
         self.kind = kind
+        self.own: dict[str, object] = {}
+        self.active = self.own
         self.accept: Callable[[str, object], object] | None = None
         super().__init__()
+        REGISTRIES[kind] = self
 
     def __setitem__(self, name: str, item: object) -> None:
+        collected = None if _collected is None else _collected.setdefault(self.kind, {})
+        if collected is not None:
+            name = next((known for known in (*self.own, *collected) if fold(known) == fold(name)), name)
         if self.accept is not None:
             item = self.accept(name, item)
-        if name in self.data and self.data[name] is not item:
-            raise ValueError(f"{self.kind} '{name}' is registered already, by {self.data[name]!r}; pick another name")
+        held = self.own if collected is None else collected
+        if name in held and held[name] is not item:
+            raise ValueError(f"{self.kind} '{name}' is registered already, by {held[name]!r}; pick another name")
+        held[name] = item
         super().__setitem__(name, item)
 
     def __missing__(self, name: str) -> object:
         raise UnknownName(unknown(self.kind, name, self.data))
 
+    def named(self, name: str) -> str:
+        """Return the active name that is meant by `name`, whose case and underscores do not count; `name` if none is."""
+        if name in self.active:
+            return name
+        return next((known for known in self.active if fold(known) == fold(name)), name)
+
+
+def fold(name: str) -> str:
+    """Return what remains of a name where neither case nor underscores count."""
+    return name.casefold().replace("_", "")
+
+
+REGISTRIES: dict[str, Registry] = {}  # by kind
+_collected: dict[str, dict[str, object]] | None = None  # of the plug-in that is being imported
 
 distillers = Registry("method")
 cifar_models = Registry("model")
 imagenet_models = Registry("ImageNet model")
 datasets = Registry("dataset")
 temperature_rules = Registry("temperature rule")
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[dict[str, dict[str, object]]]:
+    """Gather what is entered inside, {kind: {name: object}}, apart from what is built in, whose names it may bear."""
+    global _collected
+    before, _collected = _collected, {}
+    try:
+        yield _collected
+    except BaseException:
+        use([])  # nothing of it stays in a built-in's place
+        raise
+    finally:
+        _collected = before
+
+
+def use(brought: Iterable[Mapping[str, Mapping[str, object]]]) -> None:
+    """Put what is built in back into its place, then what each plug-in has `brought`, the last one's first."""
+    brought = list(brought)
+    for kind, registry in REGISTRIES.items():
+        registry.active = registry.own
+        for one in brought:
+            registry.active = registry.active | one.get(kind, {})
+        registry.data |= registry.active
 
 
 def fill() -> None:

@@ -24,15 +24,17 @@ from mdistiller.config.keys import (
     role,
 )
 from mdistiller.config.loading import load, misfit, read
-from mdistiller.config.plugins import load_plugin
+from mdistiller.config.plugins import Absent, activate, in_place_of_built_in, load_plugin
 
 __all__ = [
+    "Absent",
     "CFG",
     "KEYS",
     "SECTIONS",
     "Check",
     "Config",
     "Key",
+    "activate",
     "add_keys",
     "add_section",
     "all_positive",
@@ -42,6 +44,7 @@ __all__ = [
     "computed",
     "get",
     "image_size",
+    "in_place_of_built_in",
     "leaves",
     "load",
     "load_plugin",

@@ -1,6 +1,7 @@
 """The keys of the configuration: each with its default, meaning, check and role, declared once."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from yacs.config import CfgNode
@@ -20,7 +21,7 @@ class Check(NamedTuple):
         if self.test(value):
             return None
         if self.names is not None:
-            return registry.unknown(getattr(self.names, "kind", "value"), value, self.names)
+            return registry.unknown(getattr(self.names, "kind", "value"), value, getattr(self.names, "active", self.names))
         return f"{self.wanted}; got {show(value)}"
 
 
@@ -40,8 +41,10 @@ def between(low: float, high: float) -> Check:
 
 
 def one_of(names: Iterable[str], empty: bool = False) -> Check:
-    """Return the check of a name among `names`, a sequence or a registry; under `empty` it may be left out."""
-    return Check(lambda v: v in names or (empty and v == ""), "", names)
+    """Return the check of a name among `names`, a sequence or what is active in a registry; under `empty` it may be
+    left out.
+    """
+    return Check(lambda v: v in getattr(names, "active", names) or (empty and v == ""), "", names)
 
 
 positive = Check(lambda v: v > 0, "must be greater than 0")
@@ -87,6 +90,11 @@ class Config(CfgNode):
         """The (KEY, VALUE) pairs, in order; a later one wins."""
         return self.__dict__.setdefault("_overrides", [])
 
+    @property
+    def plugins(self) -> list[str]:
+        """The digests of the plug-ins that it was loaded with."""
+        return self.__dict__.setdefault("_plugins", [])
+
     def merge_from_file(self, cfg_filename: str) -> None:
         from mdistiller.config import loading  # which needs this class
 
@@ -106,6 +114,7 @@ class Config(CfgNode):
 KEYS: dict[str, Key] = {}  # full dotted name -> Key
 SECTIONS: dict[str, str] = {}  # name of a method's or rule's section -> its title
 CFG = Config()
+_collected: dict[str, object] | None = None  # defaults of the plug-in that is being imported
 
 
 def add_keys(keys: Mapping[str, Key]) -> None:
@@ -122,20 +131,34 @@ def add_keys(keys: Mapping[str, Key]) -> None:
 
 def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = True) -> None:
     """Declare the section CFG.<name>. `defaults` maps its keys to a Key or to a plain default; nested mappings are
-    sub-sections. `name` may be dotted, as TEMPERATURE.ERRATUM.
+    sub-sections. `name` may be dotted, as TEMPERATURE.ERRATUM. A plug-in's defaults of keys that exist are its own.
 
     Raises ValueError where the section exists, or where a default is None, which has no type to check a value by.
     """
     *parents, last = name.split(".")
-    if last in (get(CFG, ".".join(parents)) if parents else CFG):
+    parent = get(CFG, ".".join(parents))
+    if last in parent and _collected is None:
         raise ValueError(f"config section '{name}' exists already; pick another name")
     keys = {f"{name}.{key}": v if isinstance(v, Key) else Key(v) for key, v in leaves(defaults).items()}
     for key, value in keys.items():
         if value.default is None:
             raise ValueError(f"{key}: None has no type that a value could be checked by; pick a default")
-    get(CFG, ".".join(parents))[last] = CfgNode()
-    add_keys({key: value._replace(distils=distils) for key, value in keys.items()})
-    SECTIONS[name] = title
+        if _collected is not None:
+            _collected[key] = value.default
+    parent.setdefault(last, CfgNode())
+    add_keys({key: value._replace(distils=distils) for key, value in keys.items() if key not in KEYS})
+    SECTIONS.setdefault(name, title)
+
+
+@contextlib.contextmanager
+def collected_defaults(defaults: dict[str, object]) -> Iterator[None]:
+    """Let sections that exist be declared inside again, by a plug-in; `defaults` takes its values: {key: default}."""
+    global _collected
+    before, _collected = _collected, defaults
+    try:
+        yield
+    finally:
+        _collected = before
 
 
 def leaves(node: Mapping, prefix: str = "") -> dict[str, object]:

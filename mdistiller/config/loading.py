@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from mdistiller import files, registry
 from mdistiller.config.keys import CFG, KEYS, Config, leaves, needs_teacher, show
-from mdistiller.config.plugins import load_plugin
+from mdistiller.config.plugins import Plugin, activate, load_plugin
 from mdistiller.config.reading import read_yaml
 from mdistiller.errors import ConfigError, UserError
 
@@ -33,11 +33,19 @@ def load(path: str | Path | None = None, opts: Sequence = ()) -> Config:
     for source, _ in sources:
         section = source.get("EXPERIMENT")
         plugins = section.get("PLUGINS", plugins) if isinstance(section, Mapping) else plugins
-    plugin_text = _load_plugins(_decode(plugins), Path(path).parent if path else Path(), problems)
+    loaded = _load_plugins(_decode(plugins), Path(path).parent if path else Path(), problems)
+    activate(plugin.digest for plugin in loaded)
 
     cfg = CFG.clone()
+    cfg.plugins.extend(plugin.digest for plugin in loaded)
+    method = registry.distillers.named(_last_method(sources))
+    for plugin in loaded:
+        for key, value in plugin.defaults_for(method).items():
+            _set_default(cfg, key, value)
+    plugin_text = "".join(plugin.text for plugin in loaded)
     for source, name in sources:
         _merge(cfg, source, name, "", plugin_text, problems)
+    cfg.DISTILLER.TYPE = registry.distillers.named(cfg.DISTILLER.TYPE)
     cfg.overrides.extend(pair for pair, _ in pairs)
     problems += _value_problems(cfg)
     _refuse(problems)
@@ -117,35 +125,58 @@ def _parse_opts(opts: Sequence, problems: list[str]) -> list[tuple[tuple[str, ob
     return pairs
 
 
-def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> str:
-    """Import every plug-in. Return their source text, in which _merge looks for the sections that they read."""
+def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Plugin]:
+    """Import every plug-in, a .py file or a checkout's folder."""
     plugins = [plugins] if isinstance(plugins, str) else plugins
     if not isinstance(plugins, (list, tuple)):
-        return ""  # _merge reports the wrong type
-    text = ""
+        return []  # _merge reports the wrong type
+    loaded = []
     for plugin in plugins:
-        path = next((p for p in (Path(str(plugin)), folder / str(plugin)) if os.path.isfile(p)), None)
-        if path is None or path.suffix != ".py":
-            problems.append(f"EXPERIMENT.PLUGINS: '{plugin}' is not an existing .py file")
+        options = (Path(str(plugin)), folder / str(plugin))
+        path = next((p for p in options if os.path.isdir(p) or os.path.isfile(p) and p.suffix == ".py"), None)
+        if path is None:
+            problems.append(f"EXPERIMENT.PLUGINS: '{plugin}' is neither an existing .py file nor a folder")
             continue
         try:
-            load_plugin(path)
-            text += path.read_text(encoding="utf-8")
+            loaded.append(load_plugin(path))
         except KeyboardInterrupt:
             raise
+        except UserError as error:
+            problems += error.lines
         except BaseException as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
             problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}")
-    return text
+    return loaded
+
+
+def _last_method(sources: Iterable[tuple[Mapping, str]]) -> str:
+    """Return the method that the last of the trees names which names one."""
+    sections = [tree.get("DISTILLER") for tree, _ in sources]
+    given = [section["TYPE"] for section in sections if isinstance(section, Mapping) and "TYPE" in section]
+    return str(given[-1] if given else CFG.DISTILLER.TYPE)
+
+
+def _set_default(cfg: CfgNode, key: str, value: object) -> None:
+    """Set a plug-in's default, in sections that are made where there are none; one of another kind than ours not."""
+    *sections, last = key.split(".")
+    node = cfg
+    for section in sections:
+        node = node.setdefault(section, CfgNode())
+        if not isinstance(node, CfgNode):
+            return
+    try:
+        node[last] = _coerce(value, node[last]) if last in node else _decode(value)
+    except (TypeError, OverflowError):
+        return
 
 
 def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: str, problems: list[str]) -> None:
     for key, value in tree.items():
         full = f"{prefix}{key}"
         if key not in node:
-            if not prefix and isinstance(value, Mapping) and re.search(rf"\.{re.escape(str(key))}\b", plugin_text):
-                node[key] = _node(_decode_tree(value))  # a plug-in reads cfg.<key>
-            elif prefix and prefix.split(".")[0] not in CFG:  # inside such a section
-                node[key] = _decode_tree(value)
+            unknown_section = prefix and prefix.split(".")[0] not in CFG
+            if unknown_section or re.search(rf"\b{re.escape(str(key))}\b", plugin_text):  # a plug-in reads it
+                value = _decode_tree(value)
+                node[key] = _node(value) if isinstance(value, Mapping) else value
             else:
                 problems.append(f"{full}: {_unknown_key(full, isinstance(value, Mapping))} ({source})")
         elif isinstance(node[key], CfgNode):
@@ -156,6 +187,8 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
                 problems.append(f"{full}: is a section, not a value; set its keys, such as {example} ({source})")
         elif isinstance(value, Mapping):
             problems.append(f"{full}: is a single value ({_kind(node[key])}), not a section ({source})")
+        elif full not in KEYS:  # a plug-in's, of which nobody knows what else than its default it may be
+            node[key] = _decode_tree(value)
         else:
             try:
                 node[key] = _coerce(_unquoted(full, value), node[key])
@@ -253,6 +286,8 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
         yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
     method = flat["DISTILLER.TYPE"]
+    if refused := getattr(registry.distillers.get(method), "refused", ""):
+        yield f"DISTILLER.TYPE: {refused}"
     if flat["SOLVER.TRAINER"] == "dot" and not needs_teacher(method):
         yield f"SOLVER.TRAINER: dot separates task from distillation; {method} does not distil; set SOLVER.TRAINER base"
     for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):

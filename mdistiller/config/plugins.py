@@ -1,26 +1,262 @@
-"""A plug-in is a Python file of the user's that is imported as if it lay in mdistiller/distillers."""
+"""Plug-ins: a Python file of the user's, or a whole checkout of a framework that is built as mdistiller is.
 
+A plug-in's modules are imported under names of their own, so that two plug-ins never meet; which file an import in them
+means is decided here. What they bring is kept with them, for it stands in the registries only where a configuration
+names them.
+"""
+
+import ast
+import builtins
 import hashlib
+import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+
+from mdistiller import registry
+from mdistiller.config.keys import collected_defaults, leaves, role
+from mdistiller.errors import UserError
+
+NOT_RUN = ("engine",)  # packages of a checkout whose __init__ would bring its trainer and what that requires
+MODEL_DICTS = ("cifar_model_dict", "tiny_imagenet_model_dict", "imagenet_model_dict")
 
 
-def load_plugin(path: Path) -> None:
-    """Import the Python file as a module of mdistiller.distillers, so that its relative imports work.
+class Absent:
+    """Stands for what a plug-in could not import; `reason` says why."""
 
-    The same file with the same content is imported once in a process.
+    def __init__(self, reason: str):
+        self.reason = reason
+
+
+class Package:
+    """The modules of one plug-in: found, executed and kept.
+
+    `root`: the folder of the package as the files name it (mdistiller), for a checkout; its files come before ours.
+    `folder`: that of a single file; there ours come first, unless they lack what is asked for.
+    """
+
+    def __init__(self, alias: str, root: Path | None, folder: Path):
+        self.alias, self.root, self.folder = alias, root, folder
+        self.own_names = {"mdistiller"} | ({root.name} if root else set())
+        self.modules: dict[str, ModuleType] = {}
+        self.text = ""  # of all files that were executed
+        self.builtins = vars(builtins) | {"__import__": self.import_}
+
+    def import_(self, name: str, globals: Mapping | None = None, locals=None, fromlist=(), level: int = 0) -> ModuleType:
+        """Do what `__import__` does for the statements in this plug-in's files."""
+        full = importlib.util.resolve_name("." * level + name, globals["__package__"]) if level else name
+        head, _, rest = full.partition(".")
+        names = [word for word in fromlist or () if word != "*"]
+        if head in {self.alias, *self.own_names}:
+            module = self.module(rest, names)
+            for word in names:
+                if not hasattr(module, word):
+                    self.submodule(module, rest, word)
+            return module if fromlist else self.module("")
+        if not level and self.beside(head) and not _exists(head):
+            module = self.execute(full, self.beside(full.replace(".", "/")) or self.beside(head))
+            return module if fromlist or "." not in full else self.execute(head, self.beside(head))
+        return builtins.__import__(name, globals, locals, fromlist, level)
+
+    def beside(self, name: str) -> Path | None:
+        """Return the file of a module that lies beside the plug-in's package or file, as scripts import them."""
+        return _file_of(self.root.parent if self.root else self.folder, name)
+
+    def module(self, rest: str, names: Sequence[str] = ()) -> ModuleType:
+        """Return the module that mdistiller.<rest> means here, which has the `names`, if any module has them."""
+        own = self.own_file(rest)
+        if self.root and (own or not rest):
+            return self.execute(rest, own)
+        if not rest:
+            return self.execute("", None)
+        full = f"mdistiller.{rest}"
+        if _exists(full):
+            ours = importlib.import_module(full)
+            lacks = [word for word in names if not hasattr(ours, word) and not _exists(f"{full}.{word}")]
+            if not (lacks and own):
+                return ours
+        if own:
+            return self.execute(rest, own)
+        raise ModuleNotFoundError(f"No module named '{full}'", name=full)
+
+    def own_file(self, rest: str) -> Path | None:
+        if self.root:
+            return _file_of(self.root, rest.replace(".", "/"))
+        package, _, name = rest.rpartition(".")  # a single file lies among the methods
+        return _file_of(self.folder, name) if package in ("distillers", "") else None
+
+    def submodule(self, module: ModuleType, rest: str, word: str) -> None:
+        """Let `module` have its submodule `word` as an attribute, if there is one."""
+        try:
+            found = self.module(f"{rest}.{word}".lstrip("."))
+        except ModuleNotFoundError:
+            return  # the import statement will say so
+        setattr(module, word, found)
+
+    def execute(self, rest: str, file: Path | None) -> ModuleType:
+        """Return the module of `file`, executed at its first import; an empty package where there is none."""
+        if rest in self.modules:
+            return self.modules[rest]
+        is_package = file is None or file.name == "__init__.py"
+        if rest and self.root:
+            parent = rest.rpartition(".")[0]
+            if parent not in self.modules:
+                self.execute(parent, _file_of(self.root, parent.replace(".", "/")) if parent else None)
+            if rest in self.modules:  # its parent has imported it
+                return self.modules[rest]
+        name = f"{self.alias}.{rest}".rstrip(".")
+        spec = importlib.util.spec_from_loader(name, None, origin=str(file), is_package=is_package)
+        module = importlib.util.module_from_spec(spec)
+        module.__file__ = str(file)
+        module.__package__ = name if is_package else name.rpartition(".")[0]
+        module.__dict__["__builtins__"] = self.builtins
+        self.modules[rest] = sys.modules[name] = module
+        if file is None or rest in NOT_RUN:
+            return module
+        text = file.read_text(encoding="utf-8")
+        try:
+            tree = ast.parse(text, str(file))
+            careful = is_package or rest == "engine.cfg"
+            for part in tree.body if careful else [tree]:
+                _run(part, module, file, careful)
+        except BaseException:
+            del self.modules[rest], sys.modules[name]
+            raise
+        self.text += text
+        return module
+
+
+class Plugin:
+    """What one entry of EXPERIMENT.PLUGINS brings.
+
+    `brought`: {kind of registry: {name: object}}. `defaults`: values of configuration keys, {full name: value}, below
+    what the YAML says. `text`: its source, in which the keys are looked for that it reads.
+    """
+
+    def __init__(self, path: Path, digest: str):
+        self.path, self.digest = path, digest
+        self.defaults: dict[str, object] = {}
+        root = _package_root(path) if path.is_dir() else None
+        if path.is_dir() and root is None:
+            raise UserError(f"EXPERIMENT.PLUGINS: {path} holds no folder distillers with an __init__.py; name a checkout")
+        self.package = Package(f"mdistiller_plugin_{digest}", root, path if root else path.parent)
+        with registry.collecting() as self.brought, collected_defaults(self.defaults):
+            if root:
+                self.load_checkout()
+            else:
+                self.enter_classes(self.package.execute(f"distillers.{path.stem}", path))
+
+    @property
+    def text(self) -> str:
+        return self.package.text
+
+    def load_checkout(self) -> None:
+        """Enter the methods, models and defaults of a checkout."""
+        package = self.package
+        distillers = package.module("distillers")
+        methods = getattr(distillers, "distiller_dict", None)
+        for name, cls in methods.items() if isinstance(methods, Mapping) else ():
+            registry.distillers[str(name)] = cls
+        for module in list(package.modules.values()):
+            if not isinstance(methods, Mapping):
+                self.enter_classes(module)
+        if package.own_file("models"):
+            models = package.module("models")
+            for name in MODEL_DICTS:
+                for model, entry in (getattr(models, name, None) or {}).items():
+                    (registry.imagenet_models if name == "imagenet_model_dict" else registry.cifar_models)[model] = entry
+        if package.own_file("engine.cfg"):
+            tree = getattr(package.module("engine.cfg"), "CFG", {})
+            self.defaults |= {key: value for key, value in leaves(tree).items() if role(key) == "computes"}
+
+    def enter_classes(self, module: ModuleType) -> None:
+        """Enter each class that the module defines with a `forward_train`, by its name, unless the module did."""
+        entered = {base for cls in self.brought.get("method", {}).values() for base in cls.__mro__}
+        for name, cls in list(vars(module).items()):
+            own = isinstance(cls, type) and cls.__module__ == module.__name__
+            if own and "forward_train" in dir(cls) and cls not in entered:
+                registry.distillers[name] = cls
+
+    def defaults_for(self, method: str) -> dict[str, object]:
+        """Return the defaults without the sections of methods other than `method`, unless its code names them."""
+        cls = self.brought.get("method", {}).get(method)
+        modules = [sys.modules[base.__module__] for base in cls.__mro__ if base.__module__ in sys.modules] if cls else []
+        files = {module.__file__ for module in modules if module.__name__.startswith(self.package.alias)}
+        text = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+        others = {registry.fold(name) for name in registry.distillers} - {registry.fold(method)}
+        return {
+            key: value
+            for key, value in self.defaults.items()
+            if registry.fold(key.split(".")[0]) not in others or f".{key.split('.')[0]}" in text
+        }
+
+
+PLUGINS: dict[str, Plugin] = {}  # by digest
+
+
+def load_plugin(path: Path) -> Plugin:
+    """Import the plug-in at `path`, a Python file or a checkout's folder. The same content is imported once in a
+    process. Whatever its code raises is raised.
     """
     path = path.resolve()
-    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:8]
-    name = f"mdistiller.distillers._plugin_{path.stem}_{digest}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    hasher = hashlib.sha256(str(path).encode())
+    for file in files:
+        hasher.update(file.read_bytes() if path.is_file() else str((file, file.stat().st_mtime_ns)).encode())
+    digest = hasher.hexdigest()[:8]
+    if digest not in PLUGINS:
+        PLUGINS[digest] = Plugin(path, digest)
+    return PLUGINS[digest]
+
+
+def activate(digests: Iterable[str]) -> None:
+    """Let the registries hold what these plug-ins bring, and what is built in where no other plug-in is named."""
+    registry.use(PLUGINS[digest].brought for digest in digests)
+
+
+def in_place_of_built_in(digests: Iterable[str], used: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield a line for each plug-in on what it brings of `used`, {kind: names}, and for one that brings nothing."""
+    for plugin in (PLUGINS[digest] for digest in digests):
+        if not any(plugin.brought.values()):
+            yield f"plug-in {plugin.path.name}: brings no method, model, data set or temperature rule"
+        for kind, names in used.items():
+            found = [name for name in dict.fromkeys(names) if name in plugin.brought.get(kind, {})]
+            replaced = [name for name in found if name in registry.REGISTRIES[kind].own]
+            if found:
+                instead = f", in place of the built-in {' and '.join(replaced)}" if replaced else ""
+                yield f"plug-in {plugin.path.name}: {kind} {' and '.join(found)}{instead}"
+
+
+def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool) -> None:
+    """Execute a statement or a tree in `module`. Where `careful`, names that cannot be imported become Absent."""
+    tree = part if isinstance(part, ast.Module) else ast.Module([part], [])
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+        exec(compile(tree, str(file), "exec", dont_inherit=True), module.__dict__)
+    except Exception as error:
+        if not (careful and isinstance(part, (ast.Import, ast.ImportFrom))):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        for alias in part.names:
+            name = alias.asname or alias.name.split(".")[0]
+            module.__dict__.setdefault(name, Absent(f"fails on import: {reason}"))
+
+
+def _file_of(folder: Path, name: str) -> Path | None:
+    """Return the file of the module or package `name`, with slashes, below `folder`; None where there is none."""
+    options = (folder / name / "__init__.py", folder / f"{name}.py" if name else folder)
+    return next((file for file in options if file.is_file()), None)
+
+
+def _exists(full: str) -> bool:
+    try:
+        return importlib.util.find_spec(full) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _package_root(path: Path) -> Path | None:
+    """Return the folder at or below `path`, two levels at most, that has distillers/__init__.py; the highest one."""
+    options = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))]
+    return next((folder for folder in options if (folder / "distillers" / "__init__.py").is_file()), None)

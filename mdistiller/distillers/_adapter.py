@@ -1,11 +1,26 @@
 """The door for methods from outside: what a file written for mdistiller does not declare is read off its signatures."""
 
+import contextlib
 import inspect
-import itertools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
 
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mdistiller.config import Absent
+from mdistiller.distillers._registry import Declared
 from mdistiller.distillers.base import Distiller
+from mdistiller.errors import UserError
 
 OFFERED = ("num_data", "labels")  # what `Distiller.needs` may ask for
+TWO_VIEWS = ("ours", "aug")  # trainers that give each image in a weak and a strong view
+IN_A_STEP = ("image", "target", "index", "idx", "epoch")  # what every step has
+ON_REQUEST = ("logits_teacher", "contrastive_index", "image_weak", "image_strong")  # for those that name it
 
 
 class NamedTaskLosses:
@@ -15,30 +30,190 @@ class NamedTaskLosses:
         return "ce" in name.split("_")
 
 
-def adapt(name: str, cls: type) -> type:
-    """Return the method `cls`, with the declarations of Distiller that classes of a plug-in leave out.
+def adapt(name: str, cls: object) -> type:
+    """Return the method `cls` with the declarations of Distiller that a class from outside leaves out.
 
     Its own `__init__` says by its parameters what it needs, its own `forward_train` whether it takes the teacher's
-    logits. Raises TypeError for a class that is no Distiller, or that needs what nobody offers.
+    logits. One that was not entered by register_method comes back as a subclass that takes all that a step has and
+    hands on what it names (`_wrap`); one that asks for what nobody has, as a class that cannot be chosen, with the
+    reason in `refused`. Raises TypeError for what is no method.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Distiller)):
+    if isinstance(cls, Absent):
+        return _refuse(name, f"{name} {cls.reason}")
+    declared, cls = isinstance(cls, Declared), cls.cls if isinstance(cls, Declared) else cls
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "forward_train")):
         raise TypeError(f"the method {name} must be a class derived from mdistiller.distillers.Distiller")
-    foreign = list(itertools.takewhile(lambda base: not _is_ours(base), cls.__mro__))
-    own = {attribute for base in foreign for attribute in vars(base)}
+    own = {attribute for base in cls.__mro__ if not _is_ours(base) for attribute in vars(base)}
+    if not own:
+        return cls
+    init, step = _parameters(cls.__init__), _parameters(cls.forward_train)
     if "__init__" in own and "needs" not in own:
-        cls.needs = tuple(word for word in OFFERED if word in inspect.signature(cls).parameters)
+        cls.needs = tuple(word for word in OFFERED if word in init)
+    if "forward_train" in own and "takes_teacher_logits" not in own:
+        cls.takes_teacher_logits = getattr(cls, "takes_teacher_logits", True) and "logits_teacher" in step
+    if "task_losses" not in own:
+        cls.task_losses = NamedTaskLosses()
     if unknown := {*cls.needs} - {*OFFERED}:
         raise TypeError(f"the method {name} needs {', '.join(sorted(unknown))}; there are {' and '.join(OFFERED)}")
-    if "forward_train" in own and "takes_teacher_logits" not in own:
-        given = "logits_teacher" in inspect.signature(cls.forward_train).parameters
-        cls.takes_teacher_logits = cls.takes_teacher_logits and given
-    if foreign and "task_losses" not in own:
-        cls.task_losses = NamedTaskLosses()
-    return cls
+    return _wrap(name, cls) if "forward_train" in own and not declared else cls
 
 
 def _is_ours(cls: type) -> bool:
-    """Return whether the class is of this package. A plug-in's module lies there by name, so that its relative imports
-    work.
+    return cls is object or cls.__module__.startswith(("mdistiller.", "torch."))
+
+
+def _refuse(name: str, reason: str) -> type:
+    return type(name, (Distiller,), {"refused": reason, "__module__": __name__})
+
+
+def _parameters(function) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a method without the first, `self`."""
+    return dict([*inspect.signature(function).parameters.items()][1:])
+
+
+def _missing(parameters: dict[str, inspect.Parameter], offered: tuple[str, ...]) -> list[str]:
+    """Return the names without a default that nobody offers."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind not in variable and parameter.default is parameter.empty and name not in offered
+    ]
+
+
+def _wrap(name: str, cls: type) -> type:
+    """Return a subclass of `cls` whose constructor and `forward_train` take everything and hand on what `cls` names.
+
+    Inside, `.cuda()` and device="cuda" mean the run's device, the networks' features are contiguous, as mdistiller's
+    are, and an exception becomes one line that names the file and the place.
     """
-    return cls.__module__.startswith("mdistiller.") and "._plugin_" not in cls.__module__
+    init, step = _parameters(cls.__init__), _parameters(cls.forward_train)
+    by_place = len(init) == 3 and len(_missing(init, ())) == 3  # student, teacher, cfg under names of its own
+    if (unknown := _missing(init, ("student", "teacher", "cfg", *OFFERED))) and not by_place:
+        return _refuse(name, f"{name}: its constructor asks for {', '.join(unknown)}, which only its own program has")
+    if unknown := _missing(step, (*IN_A_STEP, *ON_REQUEST)):
+        asked = ", ".join(unknown)
+        return _refuse(name, f"{name}: its forward_train asks for {asked}, which only its own trainer gives")
+    contrasts, two_views = "contrastive_index" in step, bool({"image_weak", "image_strong"} & {*step})
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in step.values())
+    handed_on = [word for word in (*IN_A_STEP, *ON_REQUEST) if word in step or (takes_any and word in IN_A_STEP)]
+
+    class Foreign(cls):
+        capturable = False
+        needs = tuple(word for word in OFFERED if word in cls.needs or contrasts)
+        needs_teacher = getattr(cls, "needs_teacher", True) and (by_place or "teacher" in init)
+
+        def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg, **offered):
+            if two_views and cfg.SOLVER.TRAINER not in TWO_VIEWS:
+                raise UserError(f"{name} asks for a weak and a strong view of each image: set SOLVER.TRAINER ours")
+            given = {"student": student, "teacher": teacher, "cfg": cfg} | offered
+            with _one_line(name, cls), _without_cuda(cfg.DEVICE):
+                super().__init__(*[student, teacher, cfg] if by_place else [], **{} if by_place else _chosen(given, init))
+            if contrasts:
+                from mdistiller.distillers.CRD import Negatives  # which needs this room
+
+                labels = offered["labels"] if cfg.CRD.MODE == "exact" else None
+                self._negatives, self._draws = Negatives(offered["num_data"], labels), cfg.CRD.NCE.K
+            _give_contiguous_features(self)
+
+        def forward_train(self, image: Tensor, target: Tensor, **given) -> tuple[Tensor, dict[str, Tensor]]:
+            image = image.contiguous()
+            given |= {"image": image, "target": target, "image_weak": image, "idx": given.get("index")}
+            if contrasts and "contrastive_index" not in given:
+                index = given["index"]
+                given["contrastive_index"] = torch.cat([index[:, None], self._negatives(index, target, self._draws)], 1)
+            with _one_line(name, cls), _without_cuda(image.device):
+                return super().forward_train(**_chosen(given, handed_on))
+
+        if not issubclass(cls, Distiller):
+
+            def train(self, mode: bool = True) -> nn.Module:
+                super().train(mode)
+                if cls.train is nn.Module.train and self.teacher is not None:
+                    self.teacher.eval()
+                return self
+
+            def forward(self, **given):
+                return self.forward_train(**given) if self.training else self.forward_test(given["image"])
+
+    for word, value in vars(Distiller).items():  # a base class of the file's own lacks what ours declares
+        if not word.startswith("__") and not hasattr(Foreign, word):
+            setattr(Foreign, word, value)
+    Foreign.__name__, Foreign.__qualname__ = cls.__name__, cls.__qualname__
+    Foreign.__module__, Foreign.__doc__ = cls.__module__, cls.__doc__
+    return Foreign
+
+
+def _chosen(given: dict, names) -> dict:
+    return {name: given[name] for name in names if name in given}
+
+
+def _give_contiguous_features(distiller: nn.Module) -> None:
+    """Let student and teacher give contiguous maps in training, which mdistiller's methods `view`."""
+
+    def hook(_network: nn.Module, _inputs: tuple, output: object) -> object:
+        if not (distiller.training and isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], dict)):
+            return None
+        return output[0], {name: _contiguous(value) for name, value in output[1].items()}
+
+    for network in (getattr(distiller, "student", None), getattr(distiller, "teacher", None)):
+        if network is not None:
+            network.register_forward_hook(hook)
+
+
+def _contiguous(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_contiguous, value))
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+class _OnDevice(TorchFunctionMode):
+    """Lets `.cuda()`, `.to("cuda")` and device="cuda" mean `device`."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is Tensor.cuda:
+            return args[0].to(self.device)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = self.device
+        if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], self.device, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+def _without_cuda(device: str | torch.device) -> contextlib.AbstractContextManager:
+    """Return the context in which code that says "cuda" runs on `device`; nothing where that is CUDA."""
+    kind = str(device).split(":")[0]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return contextlib.nullcontext() if kind == "cuda" else _OnDevice(torch.device("cpu" if isinstance(device, str) else device))
+
+
+@contextlib.contextmanager
+def _one_line(name: str, cls: type) -> Iterator[None]:
+    """Turn what the code of `cls` raises into a UserError that names the place."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "alloc" in str(error):
+            raise
+        folder = os.path.dirname(inspect.getfile(cls)) if cls.__module__ in sys.modules else ""
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((f for f in reversed(frames) if folder and f.filename.startswith(folder)), frames[-1])
+        text = str(error).strip().split("\n")[0]
+        line = f"{name} fails at {os.path.relpath(frame.filename)}:{frame.lineno}: {type(error).__name__}: {text}"
+        read = re.search(rf"cfg((?:\.\w+)*\.{re.escape(text)})\b", frame.line or "") if text.isidentifier() else None
+        if isinstance(error, AttributeError) and read:
+            line = f"{name} reads the key {read[1][1:]}, which nothing sets; give it in the YAML, or name in "
+            line += "EXPERIMENT.PLUGINS the checkout that has its defaults"
+        raise UserError(line) from error

@@ -2,8 +2,15 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from mdistiller import config, registry
+
+
+class Declared(NamedTuple):
+    """A method that declares by Distiller's attributes what it needs."""
+
+    cls: type
 
 
 def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[type], type]:
@@ -13,7 +20,8 @@ def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[
     """
 
     def register(cls: type) -> type:
-        registry.distillers[name] = cls
+        methods = registry.distillers
+        methods[name] = Declared(cls) if methods.accept else cls  # Vanilla comes before the door is there
         if defaults:
             text = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
             config.add_section(name, defaults, text.strip().split("\n")[0])

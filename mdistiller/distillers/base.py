@@ -23,6 +23,8 @@ class Distiller(nn.Module):
     needs_features: tuple[str, ...] = ()  # parts of the models' feature contract that it reads
     takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass
     has_parts = False  # whether TEMPERATURE.PART applies
+    capturable = True  # a step draws nothing and decides nothing on the host, so that it can be a CUDA graph
+    refused = ""  # why it cannot be chosen, where it cannot
     task_losses: Container[str] = ("loss_ce",)  # names of the losses that learn from labels; the others distil
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None):

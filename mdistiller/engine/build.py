@@ -133,7 +133,7 @@ def build_trainer(
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal = refusal
     trainer = Trainer(
-        RunStep(step, train, uses_graph(cfg, device), exclusive=workspace.students == 1),
+        RunStep(step, train, uses_graph(cfg, device, distiller.capturable), exclusive=workspace.students == 1),
         Feed(train, logits),
         test,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),

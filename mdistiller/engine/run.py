@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.config import Config, needs_teacher
+from mdistiller.config import Config, activate, in_place_of_built_in, needs_teacher
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.build import Workspace, build_distiller, build_trainer, prepare_parts, refuse_unused
@@ -44,6 +44,7 @@ class RunRequest:
     """
 
     def __init__(self, cfg: Config, label: str = "", bar_row: int = 0):
+        activate(cfg.plugins)  # another configuration may have been loaded since
         self.cfg, self.label, self.bar_row = cfg, label, bar_row
         self.path = run_folder(cfg)
         self.teacher_file: Path | None = None
@@ -148,6 +149,9 @@ class Run:
                 f"images, {data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}, in "
                 f"{self.request.path}"
             )
+            used = {"method": [names.TYPE], "model": [names.TEACHER, names.STUDENT], "dataset": [cfg.DATASET.TYPE]}
+            for line in in_place_of_built_in(cfg.plugins, used):
+                say_once(line)
             if self.request.teacher_file:
                 say_once(f"teacher: {self.request.teacher_file}")
         else:

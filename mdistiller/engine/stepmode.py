@@ -19,9 +19,12 @@ from mdistiller.models.vgg import VGG
 COMPILE_FROM_STEPS = 20_000  # in which compiled steps save three times what compiling costs (docs/performance.md)
 
 
-def uses_graph(cfg: CfgNode, device: torch.device) -> bool:
-    """Return whether steps run as CUDA graphs. (fp16's gradient scaler looks at every step, which a graph cannot.)"""
-    return device.type == "cuda" and cfg.SOLVER.STEP != "eager" and cfg.SOLVER.AMP != "fp16"
+def uses_graph(cfg: CfgNode, device: torch.device, capturable: bool = True) -> bool:
+    """Return whether steps run as CUDA graphs. (fp16's gradient scaler looks at every step, which a graph cannot.) auto
+    makes none of a method that is not known to be `capturable`.
+    """
+    wanted = cfg.SOLVER.STEP != "eager" and (capturable or cfg.SOLVER.STEP != "auto")
+    return device.type == "cuda" and wanted and cfg.SOLVER.AMP != "fp16"
 
 
 def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, steps: int) -> tuple[Callable | None, str]:

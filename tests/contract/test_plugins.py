@@ -120,7 +120,6 @@ def test_a_plugin_that_fails_is_one_line(tmp_path):
             "from mdistiller.distillers import *\n@register_method('Y')\nclass Y(Distiller): needs = ('width',)",
             "the method Y needs width; there are num_data and labels",
         ),
-        ("from mdistiller.models import register_model\n@register_model\ndef resnet8(num_classes): pass", "registered"),
     ):
         plugin = tmp_path / "bad.py"
         plugin.write_text(text)

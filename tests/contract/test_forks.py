@@ -1,0 +1,163 @@
+"""Method files and whole checkouts of frameworks built as mdistiller is: they run as they are, or say why not."""
+
+import pytest
+import torch
+from forks import METHODS, REFUSED, SIBLINGS, class_of, write_checkout, write_file
+from torch.nn import functional as F
+
+from mdistiller import registry
+from mdistiller.config import in_place_of_built_in, load
+from mdistiller.dataset import Batch, image_set
+from mdistiller.distillers import distiller_dict
+from mdistiller.distillers.KD import KD
+from mdistiller.engine.build import build_distiller
+from mdistiller.engine.solver import set_lr, sgd
+from mdistiller.engine.step import Step
+from mdistiller.errors import ConfigError, UserError
+from mdistiller.models.resnet import resnet8
+
+
+@pytest.fixture(autouse=True)
+def built_ins():
+    yield
+    registry.use([])
+
+
+def step(cfg):
+    """Build the method of `cfg` and train it on one batch of eight random images. Return it and the losses."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    data = image_set((images, torch.arange(8) % 4), (images, torch.arange(8) % 4))
+    device = torch.device("cpu")
+    distiller = build_distiller(cfg, data, None, device).train()
+    optimizer = sgd(distiller.get_learnable_parameters(), 0.9, 0)
+    set_lr(optimizer, 0.01)
+    image = torch.rand(8, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
+    run = Step(distiller, optimizer, device)
+    views = {"image_strong": image.flip(3)} if cfg.SOLVER.TRAINER == "ours" else {}
+    run(Batch(image, data.train_labels, torch.arange(8), **views), 2)
+    means = run.meter.read()
+    assert means.pop("skipped") == 0 and not distiller.teacher.training
+    assert distiller.eval()(image=image).shape == (8, 4)
+    return distiller, means
+
+
+def words(file, method, *more):
+    pair = ["DISTILLER.TEACHER", "resnet14", "DISTILLER.STUDENT", "resnet8", "CRD.NCE.K", 4]
+    return ["EXPERIMENT.PLUGINS", f"['{file}']", "DISTILLER.TYPE", method, *pair, *more]
+
+
+MORE = {
+    "never registers": ["QUIET.WEIGHT", 0.5],
+    "a name held here": ["KD.LOSS.HARD_RATIO", 0.5],
+    "two views": ["SOLVER.TRAINER", "ours"],
+}
+
+
+@pytest.mark.parametrize("cause", METHODS)
+def test_a_method_file_runs_as_it_is(tmp_path, cause):
+    file = write_file(tmp_path, METHODS[cause])
+    for name, text in SIBLINGS.items():
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_text(text)
+    name = class_of(METHODS[cause])
+    cfg = load(None, words(file, f"{name[:2]}_{name[2:]}".lower(), *MORE.get(cause, [])))
+    assert cfg.DISTILLER.TYPE == name
+    distiller, losses = step(cfg)
+    assert type(distiller).__mro__[1].__module__.startswith("mdistiller_plugin_") and losses["loss"] > 0
+    if cause == "arguments":
+        assert (distiller.seen == 2).all()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_outside_the_promise_is_one_line(tmp_path, case):
+    text, says = REFUSED[case]
+    file = write_file(tmp_path, text)
+    with pytest.raises(UserError, match=says) as caught:
+        step(load(None, words(file, class_of(text))))
+    assert len(caught.value.lines) == 1
+
+
+def test_a_plugin_stands_in_a_built_in_methods_place_only_where_it_is_named(tmp_path):
+    text = METHODS["a name held here"]
+    file = write_file(tmp_path, text)
+    theirs = load(None, words(file, "KD", "KD.LOSS.HARD_RATIO", 0.5))
+    assert distiller_dict["KD"] is not KD and distiller_dict["KD"].__name__ == "KD"
+    used = {"method": ["KD"], "model": ["resnet8"]}
+    assert [*in_place_of_built_in(theirs.plugins, used)] == ["plug-in KD.py: method KD, in place of the built-in KD"]
+    assert "loss/loss_of_the_fork" in step(theirs)[1]
+    ours = load(None, ["DISTILLER.TYPE", "KD"])
+    assert distiller_dict["KD"] is KD and not [*in_place_of_built_in(ours.plugins, used)]
+    with pytest.raises(ConfigError, match=r"KD.LOSS.HARD_RATIO: unknown key"):
+        load(None, ["KD.LOSS.HARD_RATIO", 0.5])
+    with pytest.raises(ConfigError, match=r"KD.LOSS.HARD_RATE: unknown key"):
+        load(None, words(file, "KD", "KD.LOSS.HARD_RATE", 0.5))
+
+
+def test_a_plugin_that_brings_nothing_is_said(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    cfg = load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "empty.py")])
+    assert "brings no method" in next(in_place_of_built_in(cfg.plugins, {}))
+
+
+def test_two_views_need_a_trainer_that_gives_them(tmp_path):
+    file = write_file(tmp_path, METHODS["two views"])
+    with pytest.raises(UserError, match="Views asks for a weak and a strong view of each image: set SOLVER.TRAINER ours"):
+        step(load(None, words(file, "Views")))
+
+
+def test_a_whole_checkout_is_a_plugin(tmp_path):
+    root = write_checkout(tmp_path / "fork")
+    plugin = ["EXPERIMENT.PLUGINS", f"['{root}']"]
+    cfg = load(root / "configs/cifar100/quiet.yaml", plugin)
+    assert cfg.DISTILLER.TYPE == "QUIETKD" and (cfg.QUIET.WEIGHT, cfg.LEVEL, cfg.SOLVER.LR) == (0.7, 4, 0.03)
+    assert cfg.SOLVER.ALPHA == 2 and cfg.LOG.WANDB is False, "where a run writes stays the user's"
+    assert cfg.DKD.T == 4 and "HARD_RATE" not in cfg.KD
+    distiller, losses = step(cfg)
+    assert type(distiller.student).__name__ == "Tiny" and losses["loss"] > 0
+    assert not isinstance(distiller, KD.__mro__[1])
+    cfg = load(root / "configs/cifar100/kd.yaml", plugin)
+    assert (cfg.KD.TEMPERATURE, cfg.KD.LOSS.CE_WEIGHT, cfg.KD.LOSS.HARD_RATIO, cfg.SOLVER.ALPHA) == (3, 0.5, 0.25, 1.5)
+    losses = step(cfg)[1]
+    assert losses["loss/loss_of_the_fork"] == pytest.approx(losses["loss"])
+    used = {"method": ["KD"], "model": ["tiny", "resnet8"]}
+    assert [*in_place_of_built_in(cfg.plugins, used)] == [
+        "plug-in fork: method KD, in place of the built-in KD",
+        "plug-in fork: model tiny and resnet8, in place of the built-in resnet8",
+    ]
+    for cause, text in METHODS.items():
+        more = [] if cause == "never registers" else MORE.get(cause, [])
+        pair = ["DISTILLER.TEACHER", "tiny", "DISTILLER.STUDENT", "tiny", "CRD.NCE.K", 4]
+        step(load(None, [*plugin, "DISTILLER.TYPE", class_of(text), *pair, *more]))
+    load(None, [])
+    assert registry.cifar_models["resnet8"][0] is resnet8
+
+
+def test_what_a_checkout_cannot_run_is_one_line(tmp_path):
+    root = write_checkout(tmp_path)
+    plugin = ["EXPERIMENT.PLUGINS", f"['{root}']"]
+    for name, says in (
+        ("heavy", "HEAVY fails on import: ModuleNotFoundError: No module named 'a_module_that_nobody_has'"),
+        ("lost", "unknown model 'none_such'"),
+        ("typo", r"KD.TEMPERATUR: unknown key; did you mean KD.TEMPERATURE\?"),
+    ):
+        with pytest.raises(ConfigError, match=says) as caught:
+            load(root / f"configs/cifar100/{name}.yaml", plugin)
+        assert len(caught.value.lines) == 1
+    for text, says in REFUSED.values():
+        name = class_of(text)
+        with pytest.raises(UserError, match=says.replace(name, name.upper(), 1)):
+            pair = ["DISTILLER.TEACHER", "tiny", "DISTILLER.STUDENT", "tiny"]
+            step(load(None, [*plugin, "DISTILLER.TYPE", name, *pair]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no folder distillers"):
+        load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "empty")])
+
+
+def test_a_checkouts_own_losses_are_its_own(tmp_path):
+    """A checkout's files import each other, never ours by the same name."""
+    root = write_checkout(tmp_path)
+    load(root / "configs/cifar100/quiet.yaml", ["EXPERIMENT.PLUGINS", f"['{root}']"])
+    module = __import__("sys").modules[distiller_dict["QUIETKD"].__module__]
+    v, u = torch.randn(2, 4, 5)
+    assert torch.equal(module.kd_loss(v, u, 2.0), F.mse_loss(v / 2, u / 2))
