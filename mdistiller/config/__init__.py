@@ -24,12 +24,13 @@ from mdistiller.config.keys import (
     role,
 )
 from mdistiller.config.loading import load, misfit, read
-from mdistiller.config.plugins import Absent, activate, in_place_of_built_in, load_plugin
+from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin
 
 __all__ = [
     "Absent",
     "CFG",
     "KEYS",
+    "PLUGINS",
     "SECTIONS",
     "Check",
     "Config",

@@ -135,12 +135,9 @@ class Plugin:
     what the YAML says. `text`: its source, in which the keys are looked for that it reads.
     """
 
-    def __init__(self, path: Path, digest: str):
+    def __init__(self, path: Path, root: Path | None, digest: str):
         self.path, self.digest = path, digest
         self.defaults: dict[str, object] = {}
-        root = _package_root(path) if path.is_dir() else None
-        if path.is_dir() and root is None:
-            raise UserError(f"EXPERIMENT.PLUGINS: {path} holds no folder distillers with an __init__.py; name a checkout")
         self.package = Package(f"mdistiller_plugin_{digest}", root, path if root else path.parent)
         with registry.collecting() as self.brought, collected_defaults(self.defaults):
             if root:
@@ -201,13 +198,15 @@ def load_plugin(path: Path) -> Plugin:
     process. Whatever its code raises is raised.
     """
     path = path.resolve()
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    root = package_root(path) if path.is_dir() else None
+    if path.is_dir() and root is None:
+        raise UserError(f"EXPERIMENT.PLUGINS: {path} holds no folder distillers with an __init__.py; name a checkout")
     hasher = hashlib.sha256(str(path).encode())
-    for file in files:
-        hasher.update(file.read_bytes() if path.is_file() else str((file, file.stat().st_mtime_ns)).encode())
+    for file in sorted(root.rglob("*.py")) if root else [path]:
+        hasher.update(str((file, file.stat().st_mtime_ns)).encode() if root else file.read_bytes())
     digest = hasher.hexdigest()[:8]
     if digest not in PLUGINS:
-        PLUGINS[digest] = Plugin(path, digest)
+        PLUGINS[digest] = Plugin(path, root, digest)
     return PLUGINS[digest]
 
 
@@ -256,7 +255,9 @@ def _exists(full: str) -> bool:
         return False
 
 
-def _package_root(path: Path) -> Path | None:
-    """Return the folder at or below `path`, two levels at most, that has distillers/__init__.py; the highest one."""
-    options = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))]
-    return next((folder for folder in options if (folder / "distillers" / "__init__.py").is_file()), None)
+def package_root(path: Path) -> Path | None:
+    """Return the folder at or below `path`, two levels at most, that has distillers/__init__.py; the highest, then the first."""
+    for pattern in ("", "*/", "*/*/"):
+        if found := sorted(path.glob(f"{pattern}distillers/__init__.py")):
+            return found[0].parents[1]
+    return None

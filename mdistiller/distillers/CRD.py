@@ -84,8 +84,8 @@ class Negatives(nn.Module):
         "MODE": Key("exact", "Negatives come from other classes (exact), or from all other samples (relax).", MODES),
         "FEAT": {
             "DIM": Key(128, "Dimension of the embeddings.", between(1, 2**16)),
-            "STUDENT_DIM": Key(0, UNUSED_WIDTH),
-            "TEACHER_DIM": Key(0, UNUSED_WIDTH),
+            "STUDENT_DIM": Key(256, UNUSED_WIDTH, effect=lambda v: 0 if v == 256 else v),
+            "TEACHER_DIM": Key(256, UNUSED_WIDTH, effect=lambda v: 0 if v == 256 else v),
         },
         "LOSS": keys.feature_weights(0.8),
         "NCE": {

@@ -12,6 +12,9 @@ from mdistiller.distillers.features import pooled_width, refuse
 from mdistiller.distillers.losses import in_float32, warmup
 
 
+SIZES, WIDTHS = [1, 8, 16, 32], [64, 128, 256, 256]  # published: those of resnet8x4
+
+
 @in_float32
 def hcl_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
     """Return the hierarchical context loss, summed over the stages: a scalar (section 3).
@@ -58,16 +61,21 @@ class ABF(nn.Module):
         return self.conv2(x), x
 
 
+def _read_from_the_model(published: list[int], doc: str) -> Key:
+    """Return the key of a list whose default is the published one, for files that read it, and means what [] means."""
+    return Key(published, f"{doc}; the default and []: read from the model.", effect=lambda v: [] if v == published else v)
+
+
 @register_distiller(
     "REVIEWKD",
     defaults={
         "CE_WEIGHT": keys.ce_weight(),
         "REVIEWKD_WEIGHT": Key(1.0, "Weight of the review's loss."),
         "WARMUP_EPOCHS": keys.warmup(),
-        "SHAPES": Key([], "Sizes of the student's stages, the deepest first; []: as they come."),
-        "OUT_SHAPES": Key([], "Sizes of the teacher's stages, the deepest first; []: as they come."),
-        "IN_CHANNELS": Key([], "Widths of the student's stages, the deepest last; []: read from the model."),
-        "OUT_CHANNELS": Key([], "Widths of the teacher's stages, the deepest last; []: read from the model."),
+        "SHAPES": _read_from_the_model(SIZES, "Sizes of the student's stages, the deepest first"),
+        "OUT_SHAPES": _read_from_the_model(SIZES, "Sizes of the teacher's stages, the deepest first"),
+        "IN_CHANNELS": _read_from_the_model(WIDTHS, "Widths of the student's stages, the deepest last"),
+        "OUT_CHANNELS": _read_from_the_model(WIDTHS, "Widths of the teacher's stages, the deepest last"),
         "MAX_MID_CHANNEL": Key(512, "Width inside the fusion modules, at most.", at_least(1)),
         "STU_PREACT": Key(False, "Take the student's maps before their ReLU."),
     },
@@ -77,8 +85,8 @@ class ReviewKD(FeatureDistiller):
 
     The pooled feature counts as a last stage of 1 x 1; of two models with different numbers of stages the last ones are
     compared, or as many as IN_CHANNELS lists. SHAPES (student) and OUT_SHAPES (teacher) are the stages' sizes, the
-    deepest first; IN_CHANNELS (student) and OUT_CHANNELS (teacher) their widths, the deepest last. Empty lists are read
-    from the models, the sizes from each batch.
+    deepest first; IN_CHANNELS (student) and OUT_CHANNELS (teacher) their widths, the deepest last. Lists that are empty or
+    the defaults are read from the models, the sizes from each batch.
     """
 
     needs_features = ("feats", "preact_feats", "pooled_feat", "get_stage_channels")
@@ -88,7 +96,7 @@ class ReviewKD(FeatureDistiller):
         super().__init__(student, teacher, cfg.CE_WEIGHT, cfg.REVIEWKD_WEIGHT)
         self.warmup, self.stu_preact = cfg.WARMUP_EPOCHS, cfg.STU_PREACT
         widths = [[*model.get_stage_channels()[1:], pooled_width(model)] for model in (student, teacher)]
-        given = [list(cfg.IN_CHANNELS), list(cfg.OUT_CHANNELS)]
+        given = [[] if list(typed) == WIDTHS else list(typed) for typed in (cfg.IN_CHANNELS, cfg.OUT_CHANNELS)]
         self.stages = min(len(channels) for channels in (*widths, *filter(None, given)))
         read = [channels[-self.stages :] for channels in widths]
         for name, typed, own in zip(("IN_CHANNELS", "OUT_CHANNELS"), given, read, strict=True):
@@ -96,6 +104,7 @@ class ReviewKD(FeatureDistiller):
                 refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} {typed} must be {own}, or [] to read it")
         self.sizes = []
         for name, sizes in (("SHAPES", cfg.SHAPES), ("OUT_SHAPES", cfg.OUT_SHAPES)):
+            sizes = [] if list(sizes) == SIZES else sizes
             whole = all(type(n) is int and n > 0 for n in sizes)
             if sizes and not (whole and len(sizes) == self.stages):
                 refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} needs {self.stages} sizes, or [] to read them")

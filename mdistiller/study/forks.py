@@ -1,0 +1,161 @@
+"""What of a checkout can be compared here: each of its methods tried for a step, each of its YAML files loaded."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mdistiller import config, registry
+from mdistiller.config import Config
+from mdistiller.dataset import Batch, ImageSet, image_set
+from mdistiller.engine.build import build_distiller, build_optimizer, refuse_unused
+from mdistiller.engine.solver import set_lr
+from mdistiller.engine.step import Step
+from mdistiller.errors import UserError
+from mdistiller.study.tables import counted
+
+IMAGES, CLASSES, SIZE = 8, 100, 32
+TWO_VIEWS = ("ours", "aug")
+
+
+@dataclass
+class Trial:
+    """A method and the pair that it was tried on, or a YAML file; `reason` is empty where it runs."""
+
+    name: str
+    pair: str
+    reason: str
+
+
+@dataclass
+class Fork:
+    """What became of a checkout, or of a method file."""
+
+    path: Path
+    methods: list[Trial]
+    files: list[Trial]
+    models: int
+
+    @property
+    def text(self) -> str:
+        """The tables for a terminal of 80 columns."""
+        runs = sum(not trial.reason for trial in self.methods)
+        lines = [f"{self.path}: {counted(len(self.methods), 'method')}, {runs} run; {counted(self.models, 'model')}", ""]
+        width = max([len(trial.name) for trial in self.methods], default=0)
+        for trial in self.methods:
+            indent = " " * (width + 4)
+            said = f"runs on {trial.pair}" if not trial.reason else f"refused: {trial.reason.removeprefix('DISTILLER.TYPE: ').removeprefix(f'{trial.name}: ')}"
+            lines += textwrap.wrap(f"  {trial.name:{width}}  {said}", 80, subsequent_indent=indent)
+        if self.files:
+            loaded = sum(not trial.reason for trial in self.files)
+            lines += ["", f"{counted(len(self.files), 'YAML file')}, {loaded} load"]
+            reasons = Counter(trial.reason for trial in self.files if trial.reason)
+            for reason, count in reasons.most_common():
+                first = next(trial.name for trial in self.files if trial.reason == reason)
+                lines += textwrap.wrap(f"  {count:4}  {reason} ({first})", 80, subsequent_indent=" " * 8)
+        return "\n".join(lines)
+
+
+def try_fork(path: Path) -> Fork:
+    """Import the checkout or method file at `path`, train each of its methods for a step on random images, and load
+    each of its YAML files. Raises UserError where it cannot be imported at all.
+    """
+    plugin = ["EXPERIMENT.PLUGINS", [str(path.resolve())]]
+    (digest,) = config.load(None, plugin).plugins
+    brought = config.PLUGINS[digest].brought
+    root = config.PLUGINS[digest].package.root
+    folder = root.parent if root else path.parent
+    files, examples = [], {}
+    for file in sorted((folder / "configs").rglob("*.y*ml")) if root else ():
+        try:
+            cfg = config.load(file, plugin)
+        except UserError as error:
+            if _is_configuration(file):
+                files.append(Trial(str(file.relative_to(folder)), "", _without_place(error.lines[0], file)))
+            continue
+        files.append(Trial(str(file.relative_to(folder)), "", ""))
+        examples.setdefault(cfg.DISTILLER.TYPE, []).append(file)
+    methods = [try_method(name, examples.get(name, []), plugin) for name in brought.get("method", {})]
+    models = sum(len(brought.get(kind, {})) for kind in ("model", "ImageNet model"))
+    return Fork(path, methods, files, models)
+
+
+def try_method(name: str, files: Iterable[Path], plugin: list) -> Trial:
+    """Train the method for a step by the first YAML file of its own that is for small images, or without one."""
+    pair, reason = "", ""
+    for cfg in _configurations(name, files, plugin):
+        if isinstance(cfg, UserError):
+            reason = cfg.lines[0]
+            continue
+        pair = f"{cfg.DISTILLER.TEACHER} -> {cfg.DISTILLER.STUDENT}"
+        try:
+            one_step(cfg)
+        except UserError as error:
+            reason = error.lines[0]
+        else:
+            reason = ""
+        break
+    return Trial(name, pair, reason)
+
+
+def _configurations(name: str, files: Iterable[Path], plugin: list) -> Iterator[Config | UserError]:
+    pair = ["DISTILLER.TEACHER", "resnet20", "DISTILLER.STUDENT", "resnet8"]
+    for file, words in [*((file, []) for file in files), (None, ["DISTILLER.TYPE", name, *pair])]:
+        try:
+            yield config.load(file, [*plugin, *words])
+        except UserError as error:
+            yield error
+
+
+def one_step(cfg: Config) -> dict[str, float]:
+    """Train the method of `cfg` for a step on random images, on the CPU. Return its mean losses.
+
+    Raises UserError where it does not run, or where its loss is not finite.
+    """
+    refuse_unused(cfg)
+    torch.manual_seed(cfg.SEED)
+    data, device = random_images(), torch.device("cpu")
+    distiller = build_distiller(cfg, data, None, device).train()
+    optimizer = build_optimizer(cfg.SOLVER, distiller.get_learnable_parameters())
+    set_lr(optimizer, cfg.SOLVER.LR)
+    step = Step(distiller, optimizer, device)
+    image = torch.randn(IMAGES, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+    views = {"image_strong": image.flip(3)} if cfg.SOLVER.TRAINER in TWO_VIEWS else {}
+    step(Batch(image, data.train_labels, torch.arange(IMAGES), **views), 1)
+    means = step.meter.read()
+    if means.pop("skipped") or step.bad_step() >= 0:
+        raise UserError(f"{cfg.DISTILLER.TYPE}: its loss or gradient is not finite on random images")
+    return means
+
+
+def random_images() -> ImageSet:
+    images = torch.randint(0, 256, (IMAGES, SIZE, SIZE, 3), dtype=torch.uint8)
+    labels = torch.arange(IMAGES)
+    return image_set((images, labels), (images, labels), CLASSES)
+
+
+def _is_configuration(file: Path) -> bool:
+    """Return whether a YAML file has a section of a method, or cannot even be read."""
+    try:
+        return "DISTILLER" in config.read(file)
+    except UserError:
+        return True
+
+
+def _without_place(line: str, file: Path) -> str:
+    return line.removesuffix(f" ({file})").removeprefix(f"{file}: ")
+
+
+def find_all(paths: Iterable[Path]) -> str:
+    """Return the tables of all checkouts and method files at `paths`, one below the other."""
+    texts = []
+    for path in paths:
+        try:
+            texts.append(try_fork(path).text)
+        except UserError as error:
+            texts.append(f"{path}: refused: {error}")
+        registry.use([])
+    return "\n\n".join(texts)
