@@ -62,7 +62,7 @@ class Registry(UserDict):
         raise UnknownName(unknown(self.kind, name, self.data))
 
     def named(self, name: str) -> str:
-        """Return the active name that is meant by `name`, whose case and underscores do not count; `name` if none is."""
+        """Return the active name that `name` means, whose case and underscores do not count; `name` if none is."""
         if name in self.active:
             return name
         return next((known for known in self.active if fold(known) == fold(name)), name)

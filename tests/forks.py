@@ -274,7 +274,9 @@ def write_checkout(root: Path) -> Path:
         "__init__.py": "raise RuntimeError('the package of a checkout was executed')\n",
         "distillers/_base.py": BASE,
         "distillers/_common.py": "def width():\n    return 8\n",
-        "distillers/KD.py": textwrap.dedent(METHODS["a name held here"]).replace("._base", "mdistiller.distillers._base"),
+        "distillers/KD.py": textwrap.dedent(METHODS["a name held here"]).replace(
+            "._base", "mdistiller.distillers._base"
+        ),
         "distillers/Heavy.py": "import a_module_that_nobody_has\n\nclass Heavy:\n    pass\n",
         "distillers/margin.py": SIBLINGS["margin.py"],
         "engine/__init__.py": "raise RuntimeError('the trainer of a checkout was executed')\n",

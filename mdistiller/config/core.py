@@ -12,8 +12,8 @@ add_keys(
         "EXPERIMENT.TAG": Key("default", "Comma-separated labels of the run.", role="where"),
         "EXPERIMENT.PLUGINS": Key(
             [],
-            "Python files, or checkouts of a framework built as mdistiller is, to import before the YAML is read: methods, "
-            "models, data sets, rules. They are code, and run with your rights.",
+            "Python files, or checkouts of a framework built as mdistiller is, to import before the YAML is read: "
+            "methods, models, data sets, rules. They are code, and run with your rights.",
             Check(lambda v: all(isinstance(p, str) for p in v), "must be paths of .py files or folders"),
             role="where",
         ),

@@ -21,7 +21,8 @@ class Check(NamedTuple):
         if self.test(value):
             return None
         if self.names is not None:
-            return registry.unknown(getattr(self.names, "kind", "value"), value, getattr(self.names, "active", self.names))
+            known = getattr(self.names, "active", self.names)
+            return registry.unknown(getattr(self.names, "kind", "value"), value, known)
         return f"{self.wanted}; got {show(value)}"
 
 

@@ -20,7 +20,7 @@ from mdistiller.config.keys import collected_defaults, leaves, role
 from mdistiller.errors import UserError
 
 NOT_RUN = ("engine",)  # packages of a checkout whose __init__ would bring its trainer and what that requires
-MODEL_DICTS = ("cifar_model_dict", "tiny_imagenet_model_dict", "imagenet_model_dict")
+MODEL_DICTS = {"cifar_model_dict": registry.cifar_models, "imagenet_model_dict": registry.imagenet_models}
 
 
 class Absent:
@@ -44,8 +44,8 @@ class Package:
         self.text = ""  # of all files that were executed
         self.builtins = vars(builtins) | {"__import__": self.import_}
 
-    def import_(self, name: str, globals: Mapping | None = None, locals=None, fromlist=(), level: int = 0) -> ModuleType:
-        """Do what `__import__` does for the statements in this plug-in's files."""
+    def import_(self, name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> ModuleType:
+        """Do what `__import__`, whose arguments these are, does for the statements in this plug-in's files."""
         full = importlib.util.resolve_name("." * level + name, globals["__package__"]) if level else name
         head, _, rest = full.partition(".")
         names = [word for word in fromlist or () if word != "*"]
@@ -161,9 +161,9 @@ class Plugin:
                 self.enter_classes(module)
         if package.own_file("models"):
             models = package.module("models")
-            for name in MODEL_DICTS:
+            for name, held in MODEL_DICTS.items():
                 for model, entry in (getattr(models, name, None) or {}).items():
-                    (registry.imagenet_models if name == "imagenet_model_dict" else registry.cifar_models)[model] = entry
+                    held[model] = entry
         if package.own_file("engine.cfg"):
             tree = getattr(package.module("engine.cfg"), "CFG", {})
             self.defaults |= {key: value for key, value in leaves(tree).items() if role(key) == "computes"}
@@ -179,9 +179,9 @@ class Plugin:
     def defaults_for(self, method: str) -> dict[str, object]:
         """Return the defaults without the sections of methods other than `method`, unless its code names them."""
         cls = self.brought.get("method", {}).get(method)
-        modules = [sys.modules[base.__module__] for base in cls.__mro__ if base.__module__ in sys.modules] if cls else []
-        files = {module.__file__ for module in modules if module.__name__.startswith(self.package.alias)}
-        text = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+        names = {base.__module__ for base in cls.__mro__} if cls else ()
+        modules = [module for module in self.package.modules.values() if module.__name__ in names]
+        text = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
         others = {registry.fold(name) for name in registry.distillers} - {registry.fold(method)}
         return {
             key: value
@@ -256,7 +256,7 @@ def _exists(full: str) -> bool:
 
 
 def package_root(path: Path) -> Path | None:
-    """Return the folder at or below `path`, two levels at most, that has distillers/__init__.py; the highest, then the first."""
+    """Return the folder at or below `path`, two levels at most, that has distillers/__init__.py; the highest one."""
     for pattern in ("", "*/", "*/*/"):
         if found := sorted(path.glob(f"{pattern}distillers/__init__.py")):
             return found[0].parents[1]

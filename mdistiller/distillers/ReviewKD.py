@@ -11,7 +11,6 @@ from mdistiller.distillers.base import FeatureDistiller
 from mdistiller.distillers.features import pooled_width, refuse
 from mdistiller.distillers.losses import in_float32, warmup
 
-
 SIZES, WIDTHS = [1, 8, 16, 32], [64, 128, 256, 256]  # published: those of resnet8x4
 
 
@@ -63,7 +62,8 @@ class ABF(nn.Module):
 
 def _read_from_the_model(published: list[int], doc: str) -> Key:
     """Return the key of a list whose default is the published one, for files that read it, and means what [] means."""
-    return Key(published, f"{doc}; the default and []: read from the model.", effect=lambda v: [] if v == published else v)
+    doc = f"{doc}; the default and []: read from the model."
+    return Key(published, doc, effect=lambda value: [] if value == published else value)
 
 
 @register_distiller(
@@ -85,8 +85,8 @@ class ReviewKD(FeatureDistiller):
 
     The pooled feature counts as a last stage of 1 x 1; of two models with different numbers of stages the last ones are
     compared, or as many as IN_CHANNELS lists. SHAPES (student) and OUT_SHAPES (teacher) are the stages' sizes, the
-    deepest first; IN_CHANNELS (student) and OUT_CHANNELS (teacher) their widths, the deepest last. Lists that are empty or
-    the defaults are read from the models, the sizes from each batch.
+    deepest first; IN_CHANNELS (student) and OUT_CHANNELS (teacher) their widths, the deepest last. Empty lists,
+    and the defaults, are read from the models, the sizes from each batch.
     """
 
     needs_features = ("feats", "preact_feats", "pooled_feat", "get_stage_channels")

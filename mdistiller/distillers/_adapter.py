@@ -106,9 +106,12 @@ def _wrap(name: str, cls: type) -> type:
         def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg, **offered):
             if two_views and cfg.SOLVER.TRAINER not in TWO_VIEWS:
                 raise UserError(f"{name} asks for a weak and a strong view of each image: set SOLVER.TRAINER ours")
-            given = {"student": student, "teacher": teacher, "cfg": cfg} | offered
+            given = {"student": student, "teacher": teacher, "cfg": cfg}
             with _one_line(name, cls), _without_cuda(cfg.DEVICE):
-                super().__init__(*[student, teacher, cfg] if by_place else [], **{} if by_place else _chosen(given, init))
+                if by_place:
+                    super().__init__(*given.values())
+                else:
+                    super().__init__(**_chosen(given | offered, init))
             if contrasts:
                 from mdistiller.distillers.CRD import Negatives  # which needs this room
 
@@ -190,11 +193,15 @@ def _is_cuda(device: object) -> bool:
 
 
 def _without_cuda(device: str | torch.device) -> contextlib.AbstractContextManager:
-    """Return the context in which code that says "cuda" runs on `device`; nothing where that is CUDA."""
+    """Return the context in which code that says "cuda" runs on `device`; nothing where that is CUDA. Of DEVICE's text
+    "auto" and "mps" mean the CPU, where networks are before a method is moved.
+    """
     kind = str(device).split(":")[0]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return contextlib.nullcontext() if kind == "cuda" else _OnDevice(torch.device("cpu" if isinstance(device, str) else device))
+    if kind == "cuda":
+        return contextlib.nullcontext()
+    return _OnDevice(device if isinstance(device, torch.device) else torch.device("cpu"))
 
 
 @contextlib.contextmanager

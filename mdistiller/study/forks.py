@@ -43,11 +43,13 @@ class Fork:
     def text(self) -> str:
         """The tables for a terminal of 80 columns."""
         runs = sum(not trial.reason for trial in self.methods)
-        lines = [f"{self.path}: {counted(len(self.methods), 'method')}, {runs} run; {counted(self.models, 'model')}", ""]
+        methods, models = counted(len(self.methods), "method"), counted(self.models, "model")
+        lines = [f"{self.path}: {methods}, {runs} of which run; {models}", ""]
         width = max([len(trial.name) for trial in self.methods], default=0)
         for trial in self.methods:
             indent = " " * (width + 4)
-            said = f"runs on {trial.pair}" if not trial.reason else f"refused: {trial.reason.removeprefix('DISTILLER.TYPE: ').removeprefix(f'{trial.name}: ')}"
+            reason = trial.reason.removeprefix("DISTILLER.TYPE: ").removeprefix(f"{trial.name}: ")
+            said = f"refused: {reason}" if reason else f"runs on {trial.pair}"
             lines += textwrap.wrap(f"  {trial.name:{width}}  {said}", 80, subsequent_indent=indent)
         if self.files:
             loaded = sum(not trial.reason for trial in self.files)

@@ -54,7 +54,10 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("cause", METHODS)
+HERE = {cause: text for cause, text in METHODS.items() if cause != "two views"}
+
+
+@pytest.mark.parametrize("cause", HERE)
 def test_a_method_file_runs_as_it_is(tmp_path, cause):
     file = write_file(tmp_path, METHODS[cause])
     for name, text in SIBLINGS.items():
@@ -102,7 +105,7 @@ def test_a_plugin_that_brings_nothing_is_said(tmp_path):
 
 def test_two_views_need_a_trainer_that_gives_them(tmp_path):
     file = write_file(tmp_path, METHODS["two views"])
-    with pytest.raises(UserError, match="Views asks for a weak and a strong view of each image: set SOLVER.TRAINER ours"):
+    with pytest.raises(UserError, match="asks for a weak and a strong view of each image: set SOLVER"):
         step(load(None, words(file, "Views")))
 
 
@@ -125,7 +128,7 @@ def test_a_whole_checkout_is_a_plugin(tmp_path):
         "plug-in fork: method KD, in place of the built-in KD",
         "plug-in fork: model tiny and resnet8, in place of the built-in resnet8",
     ]
-    for cause, text in METHODS.items():
+    for cause, text in HERE.items():
         more = [] if cause == "never registers" else MORE.get(cause, [])
         pair = ["DISTILLER.TEACHER", "tiny", "DISTILLER.STUDENT", "tiny", "CRD.NCE.K", 4]
         step(load(None, [*plugin, "DISTILLER.TYPE", class_of(text), *pair, *more]))
