@@ -33,15 +33,16 @@ class Registry(UserDict):
     """A dict from name to object that refuses a second object under a name it already holds.
 
     `own` holds what is built in or was entered by hand. What a plug-in brings, inside `collecting`, stands in its
-    place while `use` says so; `active` is both together. Names of a plug-in that is out of use stay readable, for those
-    who look at its runs. `accept(name, object)`, where a room sets it, returns what is entered: the door for objects
-    from outside.
+    place while `use` says so. Names of a plug-in that is out of use stay readable, for those who look at its runs, but
+    are not `active`. `accept(name, object)`, where a room sets it, returns what is entered: the door for objects from
+    outside.
     """
 
     def __init__(self, kind: str):
         self.kind = kind
         self.own: dict[str, object] = {}
-        self.active = self.own
+        self.brought: set[str] = set()  # names of plug-ins, in use or not
+        self.out_of_use: set[str] = set()
         self.accept: Callable[[str, object], object] | None = None
         super().__init__()
         REGISTRIES[kind] = self
@@ -56,10 +57,16 @@ class Registry(UserDict):
         if name in held and held[name] is not item:
             raise ValueError(f"{self.kind} '{name}' is registered already, by {held[name]!r}; pick another name")
         held[name] = item
+        self.brought |= {name} if collected is not None else set()
         super().__setitem__(name, item)
 
     def __missing__(self, name: str) -> object:
         raise UnknownName(unknown(self.kind, name, self.data))
+
+    @property
+    def active(self) -> list[str]:
+        """The names that a configuration may choose."""
+        return [name for name in self.data if name not in self.out_of_use]
 
     def named(self, name: str) -> str:
         """Return the active name that `name` means, whose case and underscores do not count; `name` if none is."""
@@ -101,10 +108,11 @@ def use(brought: Iterable[Mapping[str, Mapping[str, object]]]) -> None:
     """Put what is built in back into its place, then what each plug-in has `brought`, the last one's first."""
     brought = list(brought)
     for kind, registry in REGISTRIES.items():
-        registry.active = registry.own
+        registry.data |= {name: registry.own[name] for name in registry.brought if name in registry.own}
+        registry.out_of_use = registry.brought - {*registry.own}
         for one in brought:
-            registry.active = registry.active | one.get(kind, {})
-        registry.data |= registry.active
+            registry.data |= one.get(kind, {})
+            registry.out_of_use -= {*one.get(kind, {})}
 
 
 def fill() -> None:

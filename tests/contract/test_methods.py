@@ -288,7 +288,7 @@ def test_pairs_and_settings_that_do_not_fit_are_refused():
         ("FITNET", None, None, ("FITNET.HINT_LAYER", "4"), "HINT_LAYER 4 must be 0 to 3"),
         ("REVIEWKD", None, None, ("REVIEWKD.IN_CHANNELS", "[8, 8, 8, 8]"), r"must be \[16, 32, 64, 64\]"),
         ("REVIEWKD", None, None, ("REVIEWKD.SHAPES", "[1, 8]"), "SHAPES needs 4 sizes"),
-        ("REVIEWKD", None, None, ("REVIEWKD.OUT_SHAPES", "[1, 8, 16, 'wide']"), "OUT_SHAPES needs 4 sizes"),
+        ("REVIEWKD", None, None, ("REVIEWKD.OUT_SHAPES", "[1, 8, 16, 'wide']"), "OUT_SHAPES: must be a list, such as"),
         ("CRD", None, None, ("CRD.MODE", "loose"), "known: exact, relax"),
         ("KDSVD", None, None, ("KDSVD.K", "0"), "must be at least 1"),
         ("OFD", None, None, ("OFD.CONNECTOR.KERNEL_SIZE", "2"), "must be odd"),
