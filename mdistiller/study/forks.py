@@ -158,6 +158,6 @@ def find_all(paths: Iterable[Path]) -> str:
         try:
             texts.append(try_fork(path).text)
         except UserError as error:
-            texts.append(f"{path}: refused: {error}")
+            texts.append("\n".join(textwrap.wrap(f"{path}: refused: {error}", 80, subsequent_indent="  ")))
         registry.use([])
     return "\n\n".join(texts)

@@ -1,5 +1,7 @@
 """Method files and whole checkouts of frameworks built as mdistiller is: they run as they are, or say why not."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from forks import METHODS, REFUSED, SIBLINGS, class_of, write_checkout, write_file
@@ -15,6 +17,7 @@ from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.models.resnet import resnet8
+from mdistiller.study.forks import find_all, try_fork
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +167,20 @@ def test_a_checkouts_own_losses_are_its_own(tmp_path):
     module = __import__("sys").modules[distiller_dict["QUIETKD"].__module__]
     v, u = torch.randn(2, 4, 5)
     assert torch.equal(module.kd_loss(v, u, 2.0), F.mse_loss(v / 2, u / 2))
+
+
+def test_the_table_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = write_checkout(Path("fork"))
+    lone = write_file(Path("lone"), METHODS["view of features"])
+    text = find_all([root, lone, Path("lone")])
+    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
+    fork = try_fork(root)
+    refused = {class_of(text).upper() for text, _ in REFUSED.values()} | {"HEAVY", "VIEWS"}
+    assert {trial.name for trial in fork.methods if trial.reason} == refused
+    assert {trial.name: bool(trial.reason) for trial in fork.files} == {
+        f"configs/cifar100/{name}.yaml": name in ("heavy", "lost", "typo")
+        for name in ("heavy", "kd", "lost", "quiet", "typo")
+    }
+    assert "12 methods, 6 of which run; 2 models" in text and "5 YAML files, 2 load" in text
+    assert "  Flat  runs on resnet20 -> resnet8" in text and "lone: refused:" in text
