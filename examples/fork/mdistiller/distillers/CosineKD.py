@@ -1,0 +1,21 @@
+"""The angle between the two networks' logits."""
+
+import torch
+import torch.nn.functional as F
+
+from ._base import Distiller
+
+
+class CosineKD(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super(CosineKD, self).__init__(student, teacher)
+        self.weight = cfg.COSINEKD.WEIGHT
+
+    def forward_train(self, image, target, **kwargs):
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        return logits_student, {
+            "loss_ce": F.cross_entropy(logits_student, target),
+            "loss_kd": self.weight * (1 - F.cosine_similarity(logits_student, logits_teacher)).mean(),
+        }
