@@ -40,7 +40,7 @@ def step(cfg):
     views = {"image_strong": image.flip(3)} if cfg.SOLVER.TRAINER == "ours" else {}
     run(Batch(image, data.train_labels, torch.arange(8), **views), 2)
     means = run.meter.read()
-    assert means.pop("skipped") == 0 and not distiller.teacher.training
+    assert means.pop("skipped") == 0 and distiller.teacher.training is (cfg.DISTILLER.TYPE == "OFD" and not cfg.plugins)
     assert distiller.eval()(image=image).shape == (8, 4)
     return distiller, means
 
@@ -184,3 +184,32 @@ def test_the_table_of_a_checkout(tmp_path, monkeypatch):
     }
     assert "12 methods, 6 of which run; 2 models" in text and "5 YAML files, 2 load" in text
     assert "  Flat  runs on resnet20 -> resnet8" in text and "lone: refused:" in text
+
+
+ORIGINALS = "KD DKD AT NST PKT RKD SP FITNET VID OFD KDSVD CRD REVIEWKD".split()
+SAME_LOSS = "KD DKD AT NST PKT RKD SP FITNET".split()  # the others draw, or scale, in another way
+
+
+@pytest.mark.parametrize("method", ORIGINALS)
+def test_files_of_the_originals_interface_behave_as_the_built_in_methods(method):
+    pair = [
+        "DISTILLER.TEACHER",
+        "resnet32x4",
+        "DISTILLER.STUDENT",
+        "resnet8x4",
+        "DISTILLER.TYPE",
+        method,
+        "CRD.NCE.K",
+        4,
+    ]
+    losses = []
+    for plugin in ([], ["EXPERIMENT.PLUGINS", [str(Path(__file__).parents[1] / "originals.py")]]):
+        torch.manual_seed(0)
+        distiller, means = step(load(None, [*plugin, *pair]))
+        losses.append(means)
+        assert any(p.grad.abs().sum() > 0 for p in distiller.get_learnable_parameters() if p.grad is not None)
+        assert (type(distiller).__module__.startswith("mdistiller.")) == (not plugin)
+    assert losses[0].keys() == losses[1].keys() and losses[1]["loss"] > 0
+    for name, value in losses[1].items():
+        if name != "loss/loss_kd" and name != "loss" or method in SAME_LOSS:
+            assert value == pytest.approx(losses[0][name], rel=5e-3), name

@@ -114,7 +114,7 @@ def test_the_run_says_once_why_its_steps_are_no_graph(small, tmp_path, monkeypat
         raise RuntimeError("no graphs here")
 
     monkeypatch.setattr(stepmode, "GraphStep", lambda *given: GraphStep(*given, fails))
-    monkeypatch.setattr(build, "uses_graph", lambda cfg, device: True)
+    monkeypatch.setattr(build, "uses_graph", lambda cfg, device, capturable: True)
     folder = run([*small, "DISTILLER.TYPE", "KD"], tmp_path)
     assert (folder / "worklog.txt").read_text().count("not as a graph: no graphs here") == 1
 
@@ -130,7 +130,7 @@ def test_a_step_is_not_alone_beside_the_teachers_own_graph(small, tmp_path, monk
             return "seen"
 
     monkeypatch.setattr(stepmode, "GraphStep", Kept)
-    monkeypatch.setattr(build, "uses_graph", lambda cfg, device: True)
+    monkeypatch.setattr(build, "uses_graph", lambda cfg, device, capturable: True)
     run([*small, "DISTILLER.TYPE", "KD", "TEACHER_BANK", bank], tmp_path, TEACHER_BANK_FOLDER=tmp_path / "banks")
     assert seen == [exclusive]
 
