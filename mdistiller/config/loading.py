@@ -34,6 +34,7 @@ def load(path: str | Path | None = None, opts: Sequence = ()) -> Config:
         section = source.get("EXPERIMENT")
         plugins = section.get("PLUGINS", plugins) if isinstance(section, Mapping) else plugins
     loaded = _load_plugins(_decode(plugins), Path(path).parent if path else Path(), problems)
+    _refuse(problems)  # what a plug-in would have brought is no mistake of its own
     activate(plugin.digest for plugin in loaded)
 
     cfg = CFG.clone()
@@ -191,10 +192,11 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
             node[key] = _decode_tree(value)
         else:
             try:
-                node[key] = _coerce(_unquoted(full, value), node[key])
+                node[key] = _coerce(_unquoted(full, value), KEYS[full].default)
             except (TypeError, OverflowError):
-                wanted = _kind(node[key])
-                problems.append(f"{full}: must be {wanted}, such as {node[key]!r}; got {show(value)} ({source})")
+                default = KEYS[full].default
+                wanted, example = _kind(default), default or node[key]
+                problems.append(f"{full}: must be {wanted}, such as {example!r}; got {show(value)} ({source})")
 
 
 def _unquoted(name: str, value: object) -> object:
@@ -217,7 +219,9 @@ def _unknown_key(full: str, is_section: bool) -> str:
 
 
 def _decode(text: object) -> object:
-    """Return the value typed as `text`: 5e-4, [1, 2], True. YAML 1.1 reads 5e-4 as a string, so files need this too."""
+    """Return the value typed as `text`: 5e-4, [1, 2], [a.py, b.py], True. YAML 1.1 reads 5e-4 as a string, so files need
+    this too.
+    """
     if not isinstance(text, str):
         return text
     try:
@@ -226,6 +230,8 @@ def _decode(text: object) -> object:
             value = ast.literal_eval(text.strip())
         return value if _is_plain(value) else text
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        if words := re.fullmatch(r"\[([^\[\]'\"]+)\]", text.strip()):
+            return [_decode(word.strip()) for word in words[1].split(",")]
         return {"true": True, "false": False}.get(text.strip().lower(), text)
 
 

@@ -128,6 +128,16 @@ def test_a_plugin_that_fails_is_one_line(tmp_path):
         assert len(caught.value.lines) == 1
 
 
+@pytest.mark.parametrize("typed", ["[{0},{1}]", "[{0}, {1}]", "['{0}', '{1}']"])
+def test_a_list_of_plugins_needs_no_inner_quotes(tmp_path, typed):
+    files = [str(tmp_path / name) for name in ("a.py", "b.py")]
+    for file in files:
+        open(file, "w").close()
+    (tmp_path / "x.yaml").write_text("EXPERIMENT: {PLUGINS: [a.py]}\n")
+    assert load(tmp_path / "x.yaml", ["EXPERIMENT.PLUGINS", typed.format(*files)]).EXPERIMENT.PLUGINS == files
+    assert load(tmp_path / "x.yaml", ["EXPERIMENT.PLUGINS", files[1]]).EXPERIMENT.PLUGINS == files[1:]
+
+
 class Sniffed(CRD):
     def __init__(self, student, teacher, cfg, labels):
         super().__init__(student, teacher, cfg, 9)
