@@ -219,7 +219,7 @@ def _unknown_key(full: str, is_section: bool) -> str:
 
 
 def _decode(text: object) -> object:
-    """Return the value typed as `text`: 5e-4, [1, 2], [a.py, b.py], True. Files need it too: YAML reads 5e-4 as text."""
+    """Return the value typed as `text`: 5e-4, [1, 2], [a.py, b.py]. Files need it too: YAML reads 5e-4 as text."""
     if not isinstance(text, str):
         return text
     try:
