@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -29,7 +30,7 @@ from mdistiller.engine.solver import DOT, MultiStep, set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep
 from mdistiller.engine.trainer import Options, Trainer
-from mdistiller.errors import run_command
+from mdistiller.errors import UserError, run_command
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import read_metrics
@@ -50,6 +51,14 @@ DRAWING = ("CRD", "MLKD")  # random numbers in a step, on its device
 def gpu(test):
     """Mark a test that needs CUDA."""
     return GPU[0](GPU[1](test))
+
+
+@contextlib.contextmanager
+def refused(says: str, error: type[Exception] = UserError):
+    """The block must raise an `error` of one line that matches `says`; it is what `as` gives."""
+    with pytest.raises(error, match=says) as caught:
+        yield caught
+    assert len(caught.value.lines) == 1
 
 
 def cases(names: list[str], on_cuda: tuple[str, ...]) -> list:
@@ -119,11 +128,11 @@ def make_trainer(
     method, folder=None, device=CPU, seed=0, *, amp="none", policy="stop", dot=False, plugin=None, samples=40,
     ahead=None, capture=None, options=OPTIONS,
 ):  # fmt: skip
-    """A Trainer of resnet14 -> resnet8 on random images; batches of 16, the last one of 8. `plugin`: a class in place
-    of the method's; `ahead`: whether the teacher is asked ahead; `capture`: what stands in for a CUDA graph.
+    """A Trainer of resnet14 -> resnet8 on random images of 16 x 16, in batches of 16, the last one of 8. `plugin`: a
+    class in place of the method's; `ahead`: whether the teacher is asked ahead; `capture`: in place of a CUDA graph.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
+    images = torch.randint(0, 256, (samples, 16, 16, 3), dtype=torch.uint8, generator=generator).to(device)
     labels = torch.arange(samples, device=device) % 10
     given = images, labels, (0.5,) * 3, (0.25,) * 3, 16
     data = Batches(*given, "crop_flip", seed)

@@ -7,12 +7,10 @@ hold in unit/test_config_files.py; weights and arrays of the wrong kind in unit/
 import io
 import json
 import os
-import pickle
 import subprocess
 import sys
 from functools import cache
 
-import numpy as np
 import pytest
 import sklearn.datasets
 import torch
@@ -31,7 +29,6 @@ NPZ = [*TRAIN, "DATASET.TYPE", "npz", "DATASET.ROOT", "x.npz"]
 CIFAR = [*TRAIN, "DATASET.TYPE", "cifar100", "DATASET.ROOT", "."]
 YAML = ["train_ours", "--cfg", "x.yaml", *digits_opts(), "LOG.PREFIX", "out"]
 PLUGIN = [*TRAIN, "EXPERIMENT.PLUGINS", "mine.py"]
-NAN, DEEP = torch.full((10,), torch.nan), b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
 COMPARE, ANALYZE = ["compare", "run"], ["analyze", "run", "-o", "out"]
 
 
@@ -40,9 +37,9 @@ def made(data):
     return lambda path: path.write_bytes(data())
 
 
-def dumped(state, legacy=False):
+def dumped(state):
     buffer = io.BytesIO()
-    torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
+    torch.save(state, buffer)
     return buffer.getvalue()
 
 
@@ -52,48 +49,22 @@ def weights(name="resnet8", classes=10):
     return cifar_model_dict[name][0](num_classes=classes).state_dict()
 
 
-def npz(**changes):
-    images = np.random.default_rng(0).integers(0, 256, (12, 28, 28, 3)).astype(np.uint8)
-    data = {"train_images": images[:8], "train_labels": np.arange(8) % 3}
-    data |= {"test_images": images[8:], "test_labels": np.arange(4) % 3} | changes
-    buffer = io.BytesIO()
-    np.savez(buffer, **{key: value for key, value in data.items() if value is not None})
-    return buffer.getvalue()
-
-
 # {case: (file, its content or what makes it, command, words of the line)}
 FILES = {
     "weights of another network": ("x.pth", made(lambda: dumped(weights("resnet14"))), EVALUATE, "holds resnet14"),
     "weights of other classes": ("x.pth", made(lambda: dumped(weights("resnet8", 100))), EVALUATE, "with 100 classes"),
-    "weights NaN": ("x.pth", made(lambda: dumped(weights() | {"fc.bias": NAN})), EVALUATE, "fc.bias"),
-    "weights that are a list": ("x.pth", made(lambda: dumped([1])), EVALUATE, "x.pth"),
-    "weights without tensors": ("x.pth", made(lambda: dumped({"model": {"a": 1}})), EVALUATE, "x.pth"),
     "weights that run": ("x.pth", made(lambda: dumped(Bomb())), EVALUATE, "x.pth"),
-    "weights that run too": ("x.pth", made(lambda: dumped({"model": weights(), "y": Bomb()})), EVALUATE, "x.pth"),
-    "weights that run, legacy": ("x.pth", made(lambda: dumped({"model": Bomb()}, True)), EVALUATE, "x.pth"),
-    "weights that run, pickle": ("x.pth", made(lambda: pickle.dumps(Bomb())), EVALUATE, "x.pth"),
     "weights cut": ("x.pth", made(lambda: dumped(weights())[:50_000]), EVALUATE, "x.pth"),
-    "weights cut, legacy": ("x.pth", made(lambda: dumped(weights(), True)[:50_000]), EVALUATE, "x.pth"),
-    "weights that are text": ("x.pth", b"text", EVALUATE, "x.pth"),
-    "weights that are nested deep": ("x.pth", DEEP, EVALUATE, "x.pth"),
     "weights that are a pipe": ("x.pth", os.mkfifo, EVALUATE, "x.pth"),
     "teacher of other classes": ("x.pth", made(lambda: dumped(weights("resnet8", 100))), DISTIL, "with 100 classes"),
-    "teacher that runs": ("x.pth", made(lambda: dumped(Bomb())), DISTIL, "x.pth"),
     "teacher that is a folder": ("x.pth", os.mkdir, DISTIL, "x.pth"),
-    "npz of objects that run": ("x.npz", made(lambda: npz(train_labels=np.array([Bomb()] * 8))), NPZ, "x.npz"),
-    "npz without labels": ("x.npz", made(lambda: npz(test_labels=None)), NPZ, "lacks test_labels"),
-    "npz that is text": ("x.npz", b"text", NPZ, "x.npz"),
-    "npz cut": ("x.npz", made(lambda: npz()[:9000]), NPZ, "x.npz"),
     "npz that is a device": ("x.npz", lambda path: path.symlink_to("/dev/zero"), NPZ, "x.npz"),
     "cifar100 without a test file": ("train.bin", bytes(3074), CIFAR, "test.bin"),
-    "cifar100 cut": ("train.bin", bytes(3073), CIFAR, "3,073 bytes"),
-    "cifar100 with a strange label": ("train.bin", b"\xff" * 3074, CIFAR, "label 255"),
     "cifar100 that is a pipe": ("train.bin", os.mkfifo, CIFAR, "train.bin"),
-    "yaml that is missing": ("y", b"", YAML, "x.yaml"),
     "yaml that is a pipe": ("x.yaml", os.mkfifo, YAML, "x.yaml"),
     "yaml that runs": ("x.yaml", b"!!python/object/apply:os.mkdir ['bomb']", YAML, "x.yaml"),
     "yaml with an unknown key": ("x.yaml", b"SOLVER: {LRR: 1}", YAML, "did you mean SOLVER.LR?"),
-    "plug-in that is missing": ("y", b"", PLUGIN, "'mine.py' is not an existing .py file"),
+    "plug-in that is missing": ("y", b"", PLUGIN, "'mine.py' is neither an existing .py file nor a folder"),
     "plug-in that is a pipe": ("mine.py", os.mkfifo, PLUGIN, "EXPERIMENT.PLUGINS"),
     "plug-in not UTF-8": ("mine.py", b"x = '\xe9'\n", PLUGIN, "mine.py fails"),
     "plug-in with a NUL": ("mine.py", b"x = 1\0\n", PLUGIN, "mine.py fails"),
@@ -101,12 +72,6 @@ FILES = {
     "plug-in that raises": ("mine.py", b"raise ValueError('two\\nlines')", PLUGIN, r"two\nlines"),
     "plug-in that exits": ("mine.py", b"import sys\nsys.exit(0)", PLUGIN, "mine.py fails"),
     "plug-in that raises its own": ("mine.py", b"class Stop(BaseException): pass\nraise Stop", PLUGIN, "mine.py fails"),
-    "plug-in whose name is taken": (
-        "mine.py",
-        b"from mdistiller.distillers import register_distiller\nfrom mdistiller.distillers.KD import KD\n"
-        b"@register_distiller('DTKD')\nclass Mine(KD): pass",
-        PLUGIN, "mine.py fails",
-    ),
 }  # fmt: skip
 
 
@@ -134,27 +99,22 @@ RUNS = {
     "metrics that are a pipe": ("metrics.jsonl", os.mkfifo, COMPARE, "run: "),
     "metrics not JSON": ("metrics.jsonl", "epoch 1\n", COMPARE, "run: "),
     "metrics a list": ("metrics.jsonl", "[1, 2]\n", COMPARE, "run: "),
-    "metrics empty": ("metrics.jsonl", "", COMPARE, "run: "),
     "metrics without accuracy": ("metrics.jsonl", rows(test_acc=None), COMPARE, "metrics.jsonl"),
     "metrics NaN": ("metrics.jsonl", rows(test_acc=float("nan")), COMPARE, "metrics.jsonl"),
     "metrics text": ("metrics.jsonl", rows(best_acc="high"), COMPARE, "metrics.jsonl"),
     "metrics of 5,000 digits": ("metrics.jsonl", rows().replace("50.0", "5" * 5000), ANALYZE, "run: no epoch"),
     "metrics of epoch 7": ("metrics.jsonl", rows(epoch=7), ANALYZE, "metrics.jsonl"),
-    "metrics of one epoch twice": ("metrics.jsonl", rows() * 2, ANALYZE, "metrics.jsonl"),
     "metrics nested deep": ("metrics.jsonl", "[" * 100_000 + "\n", ANALYZE, "run: no epoch"),
     "metrics not UTF-8": ("metrics.jsonl", b"\xff\xfe\n", ANALYZE, "run: no epoch"),
     "config missing": ("config.yaml", None, COMPARE, "run: "),
     "config a folder": ("config.yaml", os.mkdir, COMPARE, "run: "),
     "config not YAML": ("config.yaml", "SOLVER: {", COMPARE, "config.yaml"),
-    "config a list": ("config.yaml", "[1]", ANALYZE, "config.yaml"),
     "config empty": ("config.yaml", "", ANALYZE, "config.yaml"),
-    "config that runs": ("config.yaml", "!!python/object/apply:os.mkdir ['bomb']", ANALYZE, "config.yaml"),
     "config without sections": ("config.yaml", "SOLVER: 5\nSEED: 0\nDEVICE: auto", ANALYZE, "config.yaml"),
     "config with a strange seed": (
         "config.yaml", lambda path: path.write_text(config().replace("SEED: 0", "SEED: [1]")), ANALYZE, "SEED",
     ),
     "student that is text": ("student_latest", "text", ANALYZE, "student_latest"),
-    "student that is empty": ("student_latest", "", ANALYZE, "student_latest"),
     "record that is text": ("temperatures.bin", "text", ANALYZE, "temperatures.bin"),
     "record of -5 samples": ("temperatures.bin", header(-5), ANALYZE, "temperatures.bin"),
     "record of NaN samples": ("temperatures.bin", header(float("nan")), ANALYZE, "temperatures.bin"),
@@ -171,8 +131,6 @@ COMMANDS = {
     "no key": ([*TRAIN, "", "1"], "unknown"),
     "no text": ([*TRAIN, "EXPERIMENT.TAG", "a\udcffb"], "EXPERIMENT.TAG"),
     "two lines": ([*TRAIN, "a\nb", "1"], r"a\nb"),
-    "no run to resume": ([*TRAIN, "--resume"], "there is no run"),
-    "a NUL": (["train_ours", "--cfg", "a\0b"], r"a\x00b"),
     "a long name": ([*EVALUATE[:-1], "a" * 5000], "aaa"),
     "no such GPU": ([*TRAIN, "DEVICE", "cuda:77"], "DEVICE"),
     "fp16 on a CPU": ([*TRAIN, "SOLVER.AMP", "fp16"], "fp16 needs CUDA"),

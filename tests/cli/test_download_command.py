@@ -13,7 +13,7 @@ import termios
 import time
 
 import pytest
-from helpers import ROOT, tool, tree
+from helpers import ROOT, tree
 from webserver import FILES, NAME, TEACHERS, Server
 
 
@@ -28,15 +28,6 @@ def server():
 def start(root, server, **options):
     command = [sys.executable, str(ROOT / "tools" / "download.py"), "teachers", "--to", root, "--mirror", server.url]
     return subprocess.Popen(command, env=os.environ | {"NO_PROXY": "127.0.0.1"}, **options)
-
-
-def test_an_archive_from_elsewhere_then_nothing_to_do(tmp_path):
-    (tmp_path / "my.tar").write_bytes(TEACHERS)
-    for says in ("SHA-256|sha256:", "complete, 2 files"):
-        done = tool("download", "teachers", "--from", "my.tar", "--to", "x", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert re.search(says, done.stdout) and "\r" not in done.stdout
-    assert {path.name for path in (tmp_path / "x").iterdir()} == {"cifar_teachers", f"{NAME}.sha256"}
 
 
 def test_offline_is_one_line_that_says_what_to_type(tmp_path):

@@ -8,13 +8,12 @@ import textwrap
 import pytest
 import reference
 import torch
-from helpers import METHODS, ROOT, save_teacher, tool
-from torch import nn
+from helpers import METHODS, ROOT, refused, save_teacher, tool
 
 from mdistiller import registry
 from mdistiller.config import computed, load
 from mdistiller.dataset import load_dataset
-from mdistiller.distillers import Distiller, Vanilla, distiller_dict
+from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._adapter import adapt
 from mdistiller.distillers.CRD import CRD
 from mdistiller.distillers.KD import KD
@@ -112,8 +111,6 @@ def test_a_plugin_declares_its_own_section(tmp_path):
 
 def test_a_plugin_that_fails_is_one_line(tmp_path):
     for text, says in (
-        ("1 / 0", "ZeroDivisionError"),
-        ("def", "SyntaxError"),
         ("from mdistiller.distillers import distiller_dict as d\nd['KD'] = 1", "the method KD must be a class"),
         ("from mdistiller.distillers import distiller_dict as d\nd['X'] = dict", "derived from mdistiller.distillers"),
         (
@@ -123,9 +120,8 @@ def test_a_plugin_that_fails_is_one_line(tmp_path):
     ):
         plugin = tmp_path / "bad.py"
         plugin.write_text(text)
-        with pytest.raises(ConfigError, match=says) as caught:
+        with refused(says, ConfigError):
             load(None, ["EXPERIMENT.PLUGINS", f"['{plugin}']"])
-        assert len(caught.value.lines) == 1
 
 
 @pytest.mark.parametrize("typed", ["[{0},{1}]", "[{0}, {1}]", "['{0}', '{1}']"])
@@ -168,13 +164,6 @@ def test_what_a_plugin_does_not_declare_is_read_off_its_signatures():
     for name in METHODS:
         before = dict(vars(distiller_dict[name]))
         assert dict(vars(adapt(name, distiller_dict[name]))) == before, "ours declare themselves"
-
-
-def test_vanilla_is_a_distiller_without_a_teacher():
-    assert distiller_dict["NONE"] is Vanilla and issubclass(Vanilla, Distiller)
-    method = Vanilla(nn.Linear(2, 3))
-    assert method.teacher is None and list(method.state_dict()) == ["student.weight", "student.bias"]
-    assert method.train().training and not method.eval().student.training
 
 
 def test_a_data_set_that_is_none_is_refused(monkeypatch):

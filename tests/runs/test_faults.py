@@ -4,7 +4,7 @@ import errno
 import shutil
 
 import pytest
-from helpers import outcome, run, same
+from helpers import outcome, refused, run, same
 
 from mdistiller import config
 from mdistiller.engine.run import failures
@@ -24,9 +24,8 @@ def test_any_file_that_cannot_be_written_ends_the_run_in_one_line(small, tmp_pat
     opts = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.EPOCHS", "1"]
     with monkeypatch.context() as patched:
         patched.setattr("builtins.open", full)
-        with pytest.raises(RunFailed, match="No space left on device") as caught:
+        with refused("No space left on device", RunFailed):
             run(opts, tmp_path)
-    assert len(caught.value.lines) == 1
     run(opts, tmp_path, resume="auto")
 
 
@@ -61,15 +60,13 @@ def test_a_folder_that_vanishes_ends_the_run_in_one_line(small, tmp_path, monkey
         return real(self)
 
     monkeypatch.setattr(Trainer, "evaluate", vanish)
-    with pytest.raises(RunFailed, match="No such file or directory") as caught:
+    with refused("No such file or directory", RunFailed):
         run(small, tmp_path)
-    assert len(caught.value.lines) == 1
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")]
 )
 def test_out_of_memory_names_the_batch_size(error):
-    with pytest.raises(RunFailed, match=r"SOLVER\.BATCH_SIZE 64, .* halve them") as caught, failures(config.load()):
+    with refused(r"SOLVER\.BATCH_SIZE 64, .* halve them", RunFailed), failures(config.load()):
         raise error
-    assert len(caught.value.lines) == 1

@@ -37,17 +37,9 @@ def test_each_is_the_one_trained_alone(small, tmp_path, method, device):
         by_itself = alone(opts, tmp_path / "alone", seed)
         assert agree(outcome(folders[seed]), outcome(by_itself), device)
         assert folders[seed].name == by_itself.name
-
-
-def test_five_seeds_are_five_runs_and_a_set_of_one_is_a_run(small, tmp_path):
-    opts = [*small, "DISTILLER.TYPE", "DTKD"]
-    _, folders = run_set(opts, tmp_path / "set", range(5))
-    _, one = run_set(opts, tmp_path / "one", [4])
-    assert same(outcome(folders[4]), outcome(one[4]))
-    for seed, folder in folders.items():
-        by_itself = alone(opts, tmp_path / "alone", seed)
-        assert same(outcome(folder), outcome(by_itself))
-        assert (folder / "temperatures.bin").read_bytes() == (by_itself / "temperatures.bin").read_bytes()
+        if method == "DTKD" and device == "cpu":
+            assert (folders[seed] / "temperatures.bin").read_bytes() == (by_itself / "temperatures.bin").read_bytes()
+            assert same(outcome(run_set(opts, tmp_path / "one", [seed])[1][seed]), outcome(by_itself)), "a set of one"
 
 
 @pytest.mark.parametrize(("bank", "device"), cases(["off", "lazy", "full"], ("off", "lazy", "full")))

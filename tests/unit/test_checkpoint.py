@@ -8,15 +8,15 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import Bomb
+from helpers import Bomb, refused, same
 
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs import checkpoint
 
 
-def model(name="resnet8", classes=10):
-    torch.manual_seed(0)
+def model(name="resnet8", classes=10, seed=0):
+    torch.manual_seed(seed)
     return cifar_model_dict[name][0](num_classes=classes)
 
 
@@ -36,12 +36,10 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_every_form_of_checkpoint_loads(tmp_path, form, legacy):
-    source, target = model(), model()
-    for p in target.parameters():
-        p.data.zero_()
+    source, target = model(), model("resnet8", 10, seed=1)
     torch.save(FORMS[form](source.state_dict()), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
     checkpoint.load_weights(target, "resnet8", 10, tmp_path / "x.pth")
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    assert same(dict(source.named_parameters()), dict(target.named_parameters()))
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
@@ -62,17 +60,15 @@ def test_nothing_in_a_checkpoint_runs(tmp_path, monkeypatch, legacy):
         torch.save(state, "x.pth", _use_new_zipfile_serialization=not legacy)
         (tmp_path / "y.pth").write_bytes(pickle.dumps(state))
         for name in ("x.pth", "y.pth"):
-            with pytest.raises(UserError, match=name) as caught:
+            with refused(name):
                 checkpoint.load(name)
-            assert len(caught.value.lines) == 1
     assert not (tmp_path / "bomb").exists()
 
 
 def check_refused(path, says):
-    with pytest.raises(UserError, match=says) as caught:
+    with refused(says) as caught:
         checkpoint.load_weights(model(), "resnet8", 10, path)
-    (line,) = caught.value.lines
-    assert path.name in line
+    assert path.name in str(caught.value)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -89,7 +85,7 @@ def test_damaged_bytes_are_refused_or_give_finite_weights(tmp_path, legacy):
     file, network, refused = tmp_path / "x.pth", model(), []
     torch.save({"model": network.state_dict(), "epoch": 3}, file, _use_new_zipfile_serialization=not legacy)
     data = file.read_bytes()
-    for seed in range(60):
+    for seed in range(40):
         rng, damaged = random.Random(seed), bytearray(data)
         for _ in range(rng.choice((1, 1, 2, 5, 20))):
             # anywhere, among the first bytes (pickles), or among the last (the zip's directory)
@@ -102,7 +98,7 @@ def test_damaged_bytes_are_refused_or_give_finite_weights(tmp_path, legacy):
             refused.append(error.lines)
         else:
             assert all(value.isfinite().all() for value in network.state_dict().values())
-    assert 15 < len(refused) < 60
+    assert 10 < len(refused) < 40
     assert all(len(lines) == 1 and "x.pth" in lines[0] for lines in refused)
 
 
@@ -119,7 +115,9 @@ def test_other_files_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("data.pkl", "x")
     (tmp_path / "b").mkdir()
-    for name in ("a.zip", "b", "gone"):
+    (tmp_path / "text").write_bytes(b"text")
+    (tmp_path / "deep").write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+    for name in ("a.zip", "b", "gone", "text", "deep"):
         check_refused(tmp_path / name, "checkpoint")
 
 
@@ -143,10 +141,8 @@ ODD = {
     ),
     "no architecture": (lambda: {"model": {"w": torch.ones(3, 3)}}, "no architecture of the zoo"),
     "a key less": (lambda: {"model": dict(list(model().state_dict().items())[:-1])}, "no architecture"),
-    "a key more": (lambda: {"model": model().state_dict() | {"extra": torch.ones(3)}}, "no architecture"),
     "a key of two lines": (lambda: {"model": model().state_dict() | {"a\nb": torch.ones(3)}}, "no architecture"),
     "classes beyond counting": (lambda: {"model": {"fc.weight": torch.ones(2**61, 0)}}, "no architecture"),
-    "no classes": (lambda: {"model": {"fc.weight": torch.ones(0, 64)}}, "no architecture"),
     "NaN": (lambda: weight(lambda w: w * torch.nan), r"fc\.weight"),
     "infinite statistics": (lambda: weight(lambda w: w + torch.inf, "bn1.running_var"), "bn1.running_var"),
     "beyond float32": (lambda: weight(lambda w: w.double() + 1e300), "fc.weight"),
@@ -154,14 +150,11 @@ ODD = {
     "complex": (lambda: weight(lambda w: w.to(torch.complex64)), "complex64, expected"),
     "quantized": (lambda: weight(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), "fc.weight"),
     "sparse": (lambda: weight(lambda w: w.to_sparse()), "sparse"),
-    "sparse rows": (lambda: weight(lambda w: w.to_sparse_csr()), "sparse"),
     "without data": (lambda: weight(lambda w: w.to("meta")), "without data"),
     "nested": (lambda: weight(lambda w: torch.nested.nested_tensor([w[0], w[1, :3]])), "nested"),
     "a tera by stride 0": (lambda: weight(lambda w: torch.ones(1, 64).expand(10**12, 64)), "no architecture"),
     "a list": (lambda: [1, 2], "holds a list"),
-    "a number": (lambda: 5, "holds a int"),
     "no tensors": (lambda: {"model": {"a": 1}}, "holds no weights"),
-    "text": (lambda: {"model": "resnet8"}, "holds no weights"),
     "nothing": (dict, "holds no weights"),
     "itself": (cyclic, "holds no weights"),
 }

@@ -41,7 +41,7 @@ def test_yaml_then_overrides(tmp_path):
     assert (cfg.SOLVER.LR, cfg.SOLVER.WEIGHT_DECAY, cfg.DTKD.T, cfg.KD.TEMPERATURE) == (1.0, 5e-4, 4.0, 3.0)
     assert type(cfg.SOLVER.LR) is float
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.LR_DECAY_STAGES, cfg.EXPERIMENT.TAG) == (3, [1, 2], "7")
-    assert CFG.SOLVER.EPOCHS == 240
+    assert CFG.SOLVER.EPOCHS == 240 and load(write(tmp_path, "", "empty.yaml")) == load()
     assert cfg.overrides[0] == ("SOLVER.EPOCHS", "3") and len(cfg.clone().overrides) == 3 and not CFG.overrides
     with pytest.raises(AttributeError):
         cfg.SOLVER.LR = 3.0  # frozen
@@ -74,7 +74,8 @@ def test_base_files_inherit_and_cycles_are_named(tmp_path):
     cfg = load(write(tmp_path, "_BASE_: [a.yaml, b.yaml]\nSEED: 4", "c.yaml"))
     assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS, cfg.SEED) == (0.2, 9, 4)
     assert "_BASE_ leads back" in problems(write(tmp_path, "_BASE_: d.yaml", "d.yaml"))[0]
-    assert "cannot be read" in problems(write(tmp_path, "_BASE_: gone.yaml", "e.yaml"))[0]
+    for path in (write(tmp_path, "_BASE_: gone.yaml", "e.yaml"), tmp_path, tmp_path / "gone.yaml"):
+        assert "cannot be read" in problems(path)[0]
 
 
 @pytest.mark.parametrize(
@@ -85,14 +86,10 @@ def test_base_files_inherit_and_cycles_are_named(tmp_path):
         (["LR", "0.1"], "LR", "did you mean SOLVER.LR?"),
         (["SOLVER", "3"], "SOLVER", "is a section"),
         (["SOLVER.LR.X", "3"], "SOLVER.LR", "single value"),
-        (["SOLVER.EPOCHS", "many"], "SOLVER.EPOCHS", "a whole number"),
         (["SOLVER.EPOCHS", "2.5"], "SOLVER.EPOCHS", "a whole number"),
-        (["SOLVER.EPOCHS", "True"], "SOLVER.EPOCHS", "a whole number"),
         (["LOG.WANDB", "1"], "LOG.WANDB", "True or False"),
-        (["SOLVER.LR_DECAY_STAGES", "150"], "SOLVER.LR_DECAY_STAGES", "a list"),
         (["SOLVER.LR_DECAY_STAGES", "[1.5]"], "SOLVER.LR_DECAY_STAGES", "a list"),
         (["SOLVER.LR_DECAY_STAGES", "[180,150]"], "SOLVER.LR_DECAY_STAGES", "rising order"),
-        (["SOLVER.LR", "0"], "SOLVER.LR", "greater than 0"),
         (["SOLVER.LR", "1e999"], "SOLVER.LR", "finite"),
         (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS", "at least 1"),
         (["SOLVER.MOMENTUM", "1"], "SOLVER.MOMENTUM", "[0, 1)"),
@@ -101,8 +98,6 @@ def test_base_files_inherit_and_cycles_are_named(tmp_path):
         (["DEVICE", "gpu"], "DEVICE", "cuda"),
         (["SEED", "-1"], "SEED", "[0, 2**32)"),
         (["DISTILLER.TYPE", "dtkx"], "DISTILLER.TYPE", "did you mean DTKD?"),
-        (["DISTILLER.STUDENT", "mobilenetv2"], "DISTILLER.STUDENT", "did you mean MobileNetV2?"),
-        (["DATASET.TYPE", "cifar"], "DATASET.TYPE", "did you mean cifar"),
         (["KD.TEMPERATURE", "0"], "KD.TEMPERATURE", "greater than 0"),
         (["MLKD.TEMPERATURES", "[2, 0]"], "MLKD.TEMPERATURES", "greater than 0"),
         (["FITNET.INPUT_SIZE", "[0, 0]"], "FITNET.INPUT_SIZE", "two sizes"),
@@ -117,8 +112,7 @@ def test_base_files_inherit_and_cycles_are_named(tmp_path):
 def test_a_mistake_is_one_line_that_says_what_to_type(opts, key, says):
     (line,) = problems(opts=opts)
     assert line.startswith(key), line
-    assert says in line
-    assert "\n" not in line
+    assert says in line and "\n" not in line
 
 
 def test_every_check_passes_its_default_and_says_what_it_wants():
@@ -159,25 +153,6 @@ def test_a_record_without_a_later_key_is_what_it_was_computed_with():
 def test_all_mistakes_come_together():
     lines = problems(opts=["SOLVER.LRR", "1", "SOLVER.EPOCHS", "0", "DISTILLER.TYPE", "KDD", "SEED", "x"])
     assert [line.split(":")[0] for line in lines] == ["SOLVER.LRR", "SEED", "DISTILLER.TYPE", "SOLVER.EPOCHS"]
-
-
-BAD = ["[1, 2]", "SOLVER: [", "SOLVER: {LR: 1, LR: 2}", "!!python/object/apply:os.system ['true']", "\x00", "5"]
-
-
-@pytest.mark.parametrize("text", [*BAD, "SOLVER: &a {LR: 1}\nLOG: *a"])
-def test_a_bad_file_is_refused(tmp_path, text):
-    (line,) = problems(write(tmp_path, text))
-    assert str(tmp_path / "x.yaml") in line
-
-
-def test_unreadable_files_are_refused(tmp_path):
-    (tmp_path / "latin.yaml").write_bytes(b"EXPERIMENT: {TAG: \xe9}")
-    assert "UTF-8" in problems(tmp_path / "latin.yaml")[0]
-    assert "cannot be read" in problems(tmp_path)[0]
-
-
-def test_an_empty_file_is_the_defaults(tmp_path):
-    assert load(write(tmp_path, "")) == load()
 
 
 def test_a_description_loads_again_and_leaves_out_what_is_not_in_use(tmp_path):

@@ -26,7 +26,7 @@ fitting = st.sampled_from(sorted(leaves(CFG).items(), key=str))
 names = st.sampled_from(KEYS) | st.text(max_size=10)
 texts = st.text(max_size=60) | st.lists(st.sampled_from(WORDS + list("{}[]:,-\n '\"#!|>%")), max_size=25).map("".join)
 bounded = hypothesis.settings(
-    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 

@@ -49,19 +49,13 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: list[Batch]) 
     return model
 
 
-def test_delta_zero_is_sgd():
-    ours = TwoLosses()
-    plain = copy.deepcopy(ours)
-    run(ours, DOT(ours.parameters(), 0.9, 5e-4, 0.0), batches(6))
-    run(plain, sgd(plain.parameters(), 0.9, 5e-4), batches(6))
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # a step takes its losses to float32
-
-
-def test_each_gradient_keeps_its_momentum():
+@pytest.mark.parametrize("delta", [0.0, 0.075])
+def test_each_gradient_keeps_its_momentum(delta):
+    """At 0 it is SGD; a parameter without a gradient stays as it is."""
     model = TwoLosses()
-    want = copy.deepcopy(model)
-    run(model, DOT(model.parameters(), 0.9, 0.01, 0.075), batches(5))
+    want, plain = copy.deepcopy(model), copy.deepcopy(model)
+    run(model, DOT(model.parameters(), 0.9, 0.01, delta), batches(5))
+    run(plain, sgd(plain.parameters(), 0.9, 0.01), batches(5))
     parameters = [want.linear.weight, want.linear.bias, want.own]
     v_task = [torch.zeros_like(p) for p in parameters]
     v_kd = [torch.zeros_like(p) for p in parameters]
@@ -71,31 +65,12 @@ def test_each_gradient_keeps_its_momentum():
         g_kd = torch.autograd.grad(losses["loss_kd"], parameters, materialize_grads=True)
         with torch.no_grad():
             for i, p in enumerate(parameters):
-                v_task[i] = 0.825 * v_task[i] + g_task[i] + 0.01 * p
-                v_kd[i] = 0.975 * v_kd[i] + g_kd[i]
+                v_task[i] = (0.9 - delta) * v_task[i] + g_task[i] + 0.01 * p
+                v_kd[i] = (0.9 + delta) * v_kd[i] + g_kd[i]
                 p -= 0.1 * (v_task[i] + v_kd[i])
-    for a, b in zip(model.parameters(), want.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def test_a_parameter_without_gradient_stays():
-    model = TwoLosses()
-    run(model, DOT(model.parameters(), 0.9, 0.1, 0.075), batches(3))
+    for other in (want, *([plain] if delta == 0 else [])):  # a step takes its losses to float32
+        torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), rtol=1e-6, atol=1e-7)
     assert torch.equal(model.unused, torch.ones(3))
-
-
-def test_resumes_exactly():
-    whole = TwoLosses()
-    half = copy.deepcopy(whole)
-    run(whole, DOT(whole.parameters(), 0.9, 5e-4, 0.075), batches(6))
-    first = DOT(half.parameters(), 0.9, 5e-4, 0.075)
-    run(half, first, batches(6)[:3])
-    state = copy.deepcopy(first.state_dict())
-    second = DOT(half.parameters(), 0.9, 5e-4, 0.075)
-    second.load_state_dict(state)
-    run(half, second, batches(6)[3:])
-    for a, b in zip(whole.parameters(), half.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_losses_of_one_kind_are_refused_by_name():
@@ -107,15 +82,6 @@ def test_losses_of_one_kind_are_refused_by_name():
     batch = Batch(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
     with pytest.raises(UserError, match="NONE gives ce"):
         run(model, DOT(model.get_learnable_parameters(), 0.9, 0.0, 0.075), [batch])
-
-
-def test_a_method_with_parameters_of_its_own():
-    distiller = build("VID")
-    before = distiller.log_scales[0].detach().clone()
-    batch = Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4))
-    run(distiller, DOT(distiller.get_learnable_parameters(), 0.9, 5e-4, 0.075), [batch, batch])
-    assert not torch.equal(before, distiller.log_scales[0])
-    assert all(p.isfinite().all() for p in distiller.get_learnable_parameters())
 
 
 def test_momenta_stay_in_range():

@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 
+import helpers
 import numpy as np
 import pytest
 from helpers import tree
@@ -14,7 +15,6 @@ from webserver import FILES, NAME, TEACHERS, Server, tar
 from mdistiller import download
 from mdistiller.dataset import load_dataset
 from mdistiller.download import fetch
-from mdistiller.errors import UserError
 
 
 @pytest.fixture
@@ -52,9 +52,8 @@ def check_teachers(root):
 
 def refused(says, *words, **named):
     """fetch raises a UserError of one line that says so."""
-    with pytest.raises(UserError, match=says) as caught:
+    with helpers.refused(says) as caught:
         fetch(*words, **named)
-    assert len(caught.value.lines) == 1
     return str(caught.value)
 
 
@@ -164,18 +163,11 @@ def test_cifar_is_fetched_when_training_needs_it(tmp_path, small_cifar, server):
     for _ in range(2):
         assert len(load_dataset("cifar100", tmp_path / "data").train_labels) == 4
     assert len(server.log) == 1
-    assert tree(tmp_path).keys() == {
-        "data",
-        *(f"data/cifar-100-binary{name}" for name in ("", "/train.bin", "/test.bin")),
-    }
-
-
-def test_a_damaged_cifar_is_mended(tmp_path, small_cifar):
-    folder = fetch("cifar100", tmp_path)
-    whole = (folder / "test.bin").read_bytes()
-    (folder / "test.bin").write_bytes(whole[:-1])
-    fetch("cifar100", tmp_path)
-    assert (folder / "test.bin").read_bytes() == whole
+    whole = tree(tmp_path)
+    assert whole.keys() == {"data", *(f"data/cifar-100-binary{name}" for name in ("", "/train.bin", "/test.bin"))}
+    (tmp_path / "data/cifar-100-binary/test.bin").write_bytes(b"damaged")
+    fetch("cifar100", tmp_path / "data")
+    assert tree(tmp_path) == whole
 
 
 @pytest.mark.parametrize("change", ["a bit", "the size"])
@@ -188,15 +180,11 @@ def test_other_bytes_than_the_published_are_refused(tmp_path, small_cifar, serve
 GOOD = ("cifar_teachers/a.pth", b"weights")
 BAD = {
     "leads outside": lambda: tar([GOOD, ("../outside", b"x")]),
-    "links outside": lambda: tar(
-        [GOOD, ("cifar_teachers/l", b"", {"type": tarfile.SYMTYPE, "linkname": "../../../x"})]
-    ),
+    "links outside": lambda: tar([GOOD, ("cifar_teachers/l", b"", {"type": tarfile.SYMTYPE, "linkname": "../../x"})]),
     "holds a device": lambda: tar([GOOD, ("cifar_teachers/d", b"", {"type": tarfile.CHRTYPE})]),
-    "holds a pipe": lambda: tar([GOOD, ("cifar_teachers/f", b"", {"type": tarfile.FIFOTYPE})]),
     "holds another folder": lambda: tar([("somewhere/a.pth", b"x")]),
     "is cut": lambda: TEACHERS[:100_000],
     "is a web page": lambda: b"<html>" * 1000,
-    "is empty": lambda: b"",
 }
 
 

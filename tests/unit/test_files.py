@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers import forked, killed
+from helpers import forked, killed, refused
 
 from mdistiller.errors import UserError
 from mdistiller.files import FileLock, expand, is_locked, open_regular, write_atomic
@@ -25,15 +25,14 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
     if kind == "unreadable" and os.geteuid() == 0:
         pytest.skip("root reads everything")
     NOT_FILES[kind](tmp_path / "x")
-    with pytest.raises(UserError, match=r"/x: ") as caught:
+    with refused(r"/x: "):
         open_regular(tmp_path / "x", "a checkpoint")
-    assert len(caught.value.lines) == 1
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "a" * 5000])
 def test_a_name_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="pass a checkpoint") as caught:
+    with refused("pass a checkpoint") as caught:
         open_regular(name, "a checkpoint")
     assert str(caught.value).isprintable()
 

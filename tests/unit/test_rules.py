@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import refused
 from methods import corners, logits
 from torch import nn
 
@@ -225,9 +226,8 @@ def test_what_does_not_go_together_is_one_line():
         (("CTKD", "TEMPERATURE.LEARNED.MODE", "sample"), "known: global, instance"),
         (("KD", "TEMPERATURE.SHARPNESS.MARGIN", 0.7), r"must be in \(0, 0\.5\)"),
     ):
-        with pytest.raises((ConfigError, UserError), match=says) as caught:
+        with refused(says, (ConfigError, UserError)):
             method("DISTILLER.TYPE", *opts)
-        assert len(caught.value.lines) == 1
 
 
 def test_a_rule_of_ones_own_takes_one_function():

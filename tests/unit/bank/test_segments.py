@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import forked
+from helpers import forked, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mdistiller.bank import segments as module
 from mdistiller.bank.segments import Segments
-from mdistiller.errors import UserError
 
 DESCRIPTION = {"teacher": "resnet56", "views": 162}
 ROWS, WIDTH = 40, 5
@@ -133,9 +132,9 @@ def test_rows_may_lie_on_a_device_too(folder):
 )
 def test_rows_of_another_kind_are_refused(folder, changed, said):
     before = files(folder)
-    with pytest.raises(UserError, match=f"was made with {said}; remove it, or choose another folder") as refused:
+    with refused(f"was made with {said}; remove it, or choose another folder"):
         opened(folder, DESCRIPTION | changed)
-    assert len(refused.value.lines) == 1 and files(folder) == before
+    assert files(folder) == before
 
 
 def test_a_torn_file_is_left_out_with_a_line(folder, capsys):
@@ -176,19 +175,6 @@ def merging(monkeypatch):
 
 
 @pytest.mark.usefixtures("merging")
-def test_many_small_files_become_one_and_others_read_on(folder):
-    reader = opened(folder)
-    for row in (20, 21, 22):
-        writer = opened(folder)
-        add(writer, {row, 3})
-        writer.commit()
-    assert len(files(folder)) < 4
-    assert held(reader) == {0, 1, 2, 3, 7, 11}, "its files are gone, and it reads them still"
-    reader.commit()
-    assert held(reader) == held(writer) == held(opened(folder)) == {0, 1, 2, 3, 7, 11, 20, 21, 22}
-
-
-@pytest.mark.usefixtures("merging")
 def test_a_file_that_is_merged_while_another_process_opens_the_folder(folder, monkeypatch):
     for row in (20, 21):
         store = opened(folder)
@@ -214,10 +200,10 @@ def test_a_folder_that_cannot_be_written_is_read(folder, monkeypatch):
     for row in (20, 21, 22):
         (folder / f"{row}.safetensors").write_bytes((folder / files(folder)[0]).read_bytes())
 
-    def refused(*given):
+    def read_only(*given):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(module, "write_atomic", refused)
+    monkeypatch.setattr(module, "write_atomic", read_only)
     store = opened(folder)
     assert len(held(store)) == 6 and len(files(folder)) == 6
     add(store, {30})
@@ -259,7 +245,8 @@ def test_any_history_of_two_processes_agrees_with_sets(operations):
                     safe |= own[who]
                 stores[who], own[who] = opened(folder), set()
                 assert held(stores[who]) == safe
-            assert own[who] <= held(stores[who]) <= own[who] | safe
+            assert own[who] <= held(stores[who]) <= own[who] | safe, "though its files may be merged and gone"
+            assert not folder.exists() or len(files(folder)) <= 4, "many small files become one"
         assert held(opened(folder)) == safe
 
 

@@ -1,13 +1,10 @@
 """A teacher's logits on a batch, with a bank and without: the same numbers, however the bank came to be."""
 
 import errno
-import os
-import signal
-import time
 
 import pytest
 import torch
-from helpers import CPU, forked
+from helpers import CPU
 
 from mdistiller.bank import segments, teacher
 from mdistiller.bank.inference import Inference
@@ -19,10 +16,9 @@ from mdistiller.errors import RunFailed
 from mdistiller.models import cifar_model_dict
 
 PRECISIONS = ["none", "bf16"] if has_bf16(CPU) else ["none"]
-ROWS = 6 * 162
 
 
-def batches(augment="crop_flip", n=6):
+def batches(augment="crop", n=6):
     images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Batches(images, torch.arange(n), (0.5,) * 3, (0.25,) * 3, 4, augment)
 
@@ -43,12 +39,6 @@ def files(folder):
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Passes of 8 images."""
-    monkeypatch.setitem(teacher.CHUNK, "cpu", 8)
-
-
 @pytest.mark.parametrize(("augment", "views"), [("crop_flip", 162), ("crop", 81), ("none", 1)])
 def test_every_view_has_its_number(augment, views):
     data = batches(augment)
@@ -58,17 +48,6 @@ def test_every_view_has_its_number(augment, views):
     plan = data.plan(3)
     assert torch.equal(data.plan_of(data.row_numbers(plan)), plan)
     assert data.row_numbers(plan).max() < 6 * views
-
-
-@pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("name", ["resnet8", "vgg8", "wrn_16_1", "MobileNetV2", "ShuffleV2"])
-def test_a_row_does_not_depend_on_what_it_is_computed_with(name, amp):
-    logits = logits_of(fast=inference(name, amp))
-    rows = torch.randperm(ROWS)[:70]
-    together = torch.cat(list(logits.run_teacher(rows)))
-    alone = torch.cat([part for row in rows[[0, 33, 69]] for part in logits.run_teacher(row[None])])
-    assert torch.equal(together[[0, 33, 69]], alone)
-    assert together.dtype == torch.float16
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
@@ -94,7 +73,8 @@ def test_a_bank_changes_no_number(tmp_path, dtype, amp):
     assert (expected - own).abs().max() <= (0 if dtype == torch.float32 and amp == "none" else 1e-2) * own.abs().max()
 
 
-def test_passes_have_one_size(small_chunks):
+def test_passes_have_one_size(monkeypatch):
+    monkeypatch.setitem(teacher.CHUNK, "cpu", 8)
     sizes = []
     model = lambda image: (sizes.append(len(image)), torch.zeros(len(image), 10))[1]  # noqa: E731
     logits = logits_of(fast=model)
@@ -108,30 +88,6 @@ def test_logits_beyond_float16_are_named():
     with pytest.raises(RunFailed, match=r"1e\+05.*TEACHER_BANK_DTYPE float32"):
         logits_of(fast=fast)(plan)
     assert (logits_of(None, torch.float32, fast)(plan) == 1e5).all()
-
-
-# filling
-
-
-@pytest.fixture
-def often(monkeypatch, small_chunks):
-    """Every pass of the teacher is committed."""
-    monkeypatch.setattr(teacher, "COMMIT_EVERY_S", 0.0)
-    monkeypatch.setattr(teacher, "BLOCK", 32)
-    monkeypatch.setattr(segments, "MOST_SMALL", 6)
-
-
-@pytest.mark.usefixtures("often")
-def test_two_processes_fill_one_bank_though_one_is_killed(tmp_path):
-    data, rows = batches("crop", 4), torch.arange(4 * 81)
-    logits = logits_of(tmp_path / "bank", data=data)
-    children = [forked(lambda: logits.fill(lambda: None), tmp_path / "errors") for _ in range(2)]
-    while not (tmp_path / "bank").exists() or len(files(tmp_path / "bank")) < 3:
-        time.sleep(0.01)
-    os.kill(children[0], signal.SIGKILL)
-    assert [os.waitpid(child, 0)[1] for child in children][1] == 0, (tmp_path / "errors").read_text()
-    both = logits_of(tmp_path / "bank", data=data)
-    assert both.complete and torch.equal(both.read(rows), torch.cat(list(both.run_teacher(rows))))
 
 
 def full_disk(*given):
