@@ -57,8 +57,9 @@ add_keys(
         ),
         "SOLVER.TRAINER": Key(
             "base",
-            "base; dot: task and distillation gradients keep separate momenta; crd: same as base.",
-            one_of(("base", "crd", "dot")),
+            "base; dot: task and distillation gradients keep separate momenta; ours, aug: each sample in a weak and a "
+            "strong view; crd: same as base; crd_dot: same as dot.",
+            one_of(("base", "crd", "dot", "crd_dot", "ours", "aug")),
         ),
         "SOLVER.DOT.DELTA": Key(
             0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."

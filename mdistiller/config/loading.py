@@ -16,6 +16,7 @@ from mdistiller.config.reading import read_yaml
 from mdistiller.errors import ConfigError, UserError
 
 MOST_LEVELS, MOST_PROBLEMS = 30, 20
+DOT_TRAINERS = ("dot", "crd_dot")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
 
 
@@ -287,13 +288,16 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
             if problem:
                 yield f"{name}: {problem}"
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
-    if flat["SOLVER.TRAINER"] == "dot" and not abs(delta) <= momentum < 1 - abs(delta):
+    trainer, method = flat["SOLVER.TRAINER"], flat["DISTILLER.TYPE"]
+    if trainer in DOT_TRAINERS and not abs(delta) <= momentum < 1 - abs(delta):
         yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
-    method = flat["DISTILLER.TYPE"]
     if refused := getattr(registry.distillers.get(method), "refused", ""):
         yield f"DISTILLER.TYPE: {refused}"
-    if flat["SOLVER.TRAINER"] == "dot" and not needs_teacher(method):
-        yield f"SOLVER.TRAINER: dot separates task from distillation; {method} does not distil; set SOLVER.TRAINER base"
+    if trainer in DOT_TRAINERS and not needs_teacher(method):
+        yield (
+            f"SOLVER.TRAINER: {trainer} separates task from distillation; {method} does not distil; set SOLVER.TRAINER "
+            "base"
+        )
     for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
         if ".." in Path(flat[name]).parts or Path(flat[name]).is_absolute():
             yield f"{name}: must be a folder name below LOG.PREFIX; got {flat[name]!r}"

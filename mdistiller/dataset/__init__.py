@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mdistiller import files
 from mdistiller.dataset._arrays import image_set
-from mdistiller.dataset._images import Batch, Batches, ImageSet
+from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
 from mdistiller.dataset._loaders import Loader, get_dataset
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.errors import UserError
@@ -32,6 +32,7 @@ __all__ = [
     "Batches",
     "ImageSet",
     "Loader",
+    "TwoViews",
     "dataset_dict",
     "get_dataset",
     "image_set",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdistiller.dataset import _strong
+
 AUGMENTATIONS = ("crop_flip", "crop", "none")
 
 
@@ -46,6 +48,13 @@ class Batch(NamedTuple):
     index: Tensor  # (B,) int64: the samples' places in the set
 
 
+class TwoViews(NamedTuple):
+    image: Tensor  # (B, 3, H, W), the weak view
+    target: Tensor
+    index: Tensor
+    image_strong: Tensor  # (B, 3, H, W), the strong one
+
+
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel of uint8 images (N, H, W, C), in units of [0, 1]."""
     flat = images.numpy().reshape(-1, images.shape[-1])
@@ -64,7 +73,8 @@ class Batches:
     Training (`augment` given): each epoch shuffles the samples and gives each its own crop and flip, drawn from the
     distribution of torchvision's RandomCrop(H, padding=H // 8) and RandomHorizontalFlip. All of an epoch's decisions
     are a function of (seed, epoch) alone, whatever ran before, on whatever device. The last, smaller batch is kept.
-    Evaluation (`augment` None): the samples in their order.
+    `two_views`: each sample comes in a strong view besides, of its own crop and flip and then RandAugment; the weak one
+    is what it is without. Evaluation (`augment` None): the samples in their order.
     """
 
     def __init__(
@@ -76,8 +86,10 @@ class Batches:
         batch_size: int,
         augment: str | None = None,
         seed: int = 0,
+        two_views: bool = False,
     ):
         self.images, self.labels, device = images, labels, images.device
+        self.strong = _strong.StrongView(*images.shape[1:3], device) if two_views else None
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
         self.padding = images.shape[1] // 8  # 4 for 32 x 32
         self.scale = 1 / (255 * torch.tensor(std, device=device))
@@ -100,22 +112,28 @@ class Batches:
 
     def plan(self, epoch: int) -> Tensor:
         """Return the epoch's decisions on the CPU, (4, N) int64: order, crop row, crop column (0 .. 2 * padding), flip;
-        the last three by place in the order.
+        the last three by place in the order. Under `two_views` as many rows more as the strong view has decisions: crop
+        row, crop column, flip and those of `_strong.draw`.
         """
         n = self.num_samples
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        order = torch.randperm(n, generator=generator)
-        top, left = torch.randint(0, 2 * self.padding + 1, (2, n), generator=generator)
-        flip = torch.randint(0, 2, (n,), generator=generator)
+        order = torch.randperm(n, generator=generator)[None]
+        weak = self._crops(n, generator)
+        if self.strong is None:
+            return torch.cat([order, weak])
+        return torch.cat([order, weak, self._crops(n, generator), _strong.draw(n, generator)])
+
+    def _crops(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return crop row, crop column and flip of n views, (3, n)."""
+        crops = torch.randint(0, 2 * self.padding + 1, (2, n), generator=generator)
+        flip = torch.randint(0, 2, (1, n), generator=generator)
         if self.augment == "none":
-            top, left = torch.full_like(top, self.padding), torch.full_like(left, self.padding)
-        if self.augment != "crop_flip":
-            flip = torch.zeros_like(flip)
-        return torch.stack([order, top, left, flip])
+            crops = torch.full_like(crops, self.padding)
+        return torch.cat([crops, flip if self.augment == "crop_flip" else torch.zeros_like(flip)])
 
     def row_numbers(self, plan: Tensor) -> Tensor:
-        """Return a number for each view in `plan` (4, B), below num_samples * views: (B,)."""
-        index, top, left, flip = plan
+        """Return a number for each (weak) view in `plan` (4 or more, B), below num_samples * views: (B,)."""
+        index, top, left, flip = plan[:4]
         if self.views == 1:
             return index
         view = top * (2 * self.padding + 1) + left
@@ -132,12 +150,17 @@ class Batches:
         side = 2 * self.padding + 1
         return torch.stack([index, view // side, view % side, flip])
 
-    def batch(self, plan: Tensor) -> Batch:
-        """Return what `plan` (4, B), on the images' device, says."""
-        index, top, left, flip = plan
-        return Batch(self.normalise(self.crop(self.images[index], top, left, flip)), self.labels[index], index)
+    def batch(self, plan: Tensor) -> Batch | TwoViews:
+        """Return what `plan` (4, B), on the images' device, says; both views where it has the strong one's rows."""
+        index, top, left, flip = plan[:4]
+        images, target = self.images[index], self.labels[index]
+        weak = self.normalise(self.crop(images, top, left, flip))
+        if len(plan) == 4:
+            return Batch(weak, target, index)
+        strong = self.strong(self.crop(images, *plan[4:7]), plan[7:])
+        return TwoViews(weak, target, index, self.normalise(strong))
 
-    def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch | TwoViews]:
         """Yield the training batches of `epoch`, but for its first `done`."""
         plan = self.plan(epoch).to(self.images.device)  # one transfer an epoch
         for start in range(done * self.batch_size, self.num_samples, self.batch_size):

@@ -50,6 +50,22 @@ def mlkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperatures: Sequ
     )
 
 
+def below_median(values: Tensor) -> Tensor:
+    """Return the share of `values` (n,) that are not above their median, the mean of the middle two for an even n."""
+    return (values <= values.quantile(0.5)).float().mean()
+
+
+def published_masks(logits_teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the masks of the public code come to, two scalars: the share of samples whose largest probability,
+    and of classes whose probability summed over the batch, is not above the median.
+
+    That code multiplies a batch's mean, not each sample's loss, by the mask and takes the mean of that: the loss is
+    weighted by the mask's share, 1/2 for an even number without ties, and no sample or class is left out.
+    """
+    probabilities = F.softmax(bounded(logits_teacher), dim=1)
+    return below_median(probabilities.amax(1)), below_median(probabilities.sum(0))
+
+
 @torch.no_grad()
 def strong_view(image: Tensor) -> Tensor:
     """Return a second, harder view of normalised images (B, 3, H, W), each by its own draw: rotated by up to 30
@@ -84,12 +100,15 @@ def strong_view(image: Tensor) -> Tensor:
     },
 )
 class MLKD(RuleDistiller):
-    """CE_WEIGHT * cross entropy + KD_WEIGHT * mlkd_loss over TEMPERATURES, all of it on a weak and on a strong view.
+    """CE_WEIGHT * cross entropy + KD_WEIGHT * a loss of several levels over TEMPERATURES, on a weak and a strong view.
 
-    The weak view is the loader's image. The strong one is `image_strong` (B, 3, H, W) where the loader gives it, else
-    `strong_view` of the weak one. Under a rule each of TEMPERATURES is its reference in turn; the record holds the
-    first of them, on the weak view.
+    Where the loader gives a strong view, `image_strong` (B, 3, H, W), as SOLVER.TRAINER ours does, it is the loss of
+    the public code, see `two_views`. Else the strong view is `strong_view` of the image, and mlkd_loss is taken of
+    both. Under a rule each of TEMPERATURES is its reference in turn; the record holds the first of them, on the weak
+    view.
     """
+
+    takes_strong_view = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
@@ -119,7 +138,38 @@ class MLKD(RuleDistiller):
         """Return the student's logits on the weak view, and the losses of both. `logits_teacher` (B, K), where it is
         given, stands for the teacher's forward pass on the weak view.
         """
-        strong = strong_view(image) if image_strong is None else image_strong
+        if image_strong is not None:
+            return self.two_views(image, image_strong, target, logits_teacher, **kwargs)
+        strong = strong_view(image)
         logits_student, weak_losses = super().forward_train(image, target, logits_teacher, **kwargs)
         _, strong_losses = super().forward_train(strong, target, observe=False, **kwargs)
         return logits_student, {name: weak_losses[name] + strong_losses[name] for name in weak_losses}
+
+    def two_views(
+        self, image: Tensor, image_strong: Tensor, target: Tensor, logits_teacher: Tensor | None, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the student's logits on the weak view, and the losses as the public code has them.
+
+        Cross entropy of both views; the instance level of the weak view at every temperature, weighted by the samples'
+        share of `published_masks`, and once more in full, of the strong view, or of the weak one at the first and the
+        last temperature; the batch and class level of the weak view alone, each weighted by its share, at the plain
+        temperatures whatever the rule.
+        """
+        weak, strong = self.student(image)[0], self.student(image_strong)[0]
+        with torch.no_grad():
+            teacher_weak = self.teacher(image)[0] if logits_teacher is None else logits_teacher
+            teacher_strong = self.teacher(image_strong)[0]
+        samples, classes = published_masks(teacher_weak)
+        loss, last = 0.0, len(self.temperatures) - 1
+        for place, tau in enumerate(self.temperatures):
+            softened = self.soften(weak, teacher_weak, tau, observe=place == 0, **kwargs)
+            instance = softened_kl(weak, teacher_weak, softened)
+            again = instance
+            if 0 < place < last:
+                again = softened_kl(
+                    strong, teacher_strong, self.soften(strong, teacher_strong, tau, observe=False, **kwargs)
+                )
+            batch_level, class_level = correlation_losses(weak, teacher_weak, tau, tau)
+            loss = loss + samples * (instance + batch_level) + again + classes * class_level
+        ce = ce_loss(weak, target) + ce_loss(strong, target)
+        return weak, {"loss_ce": self.ce_weight * ce, "loss_kd": self.kd_weight * loss}

@@ -14,11 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from mdistiller.config import Absent
 from mdistiller.distillers._registry import Declared
-from mdistiller.distillers.base import Distiller
+from mdistiller.distillers.base import TWO_VIEWS, Distiller
 from mdistiller.errors import UserError
 
 OFFERED = ("num_data", "labels")  # what `Distiller.needs` may ask for
-TWO_VIEWS = ("ours", "aug")  # trainers that give each image in a weak and a strong view
 IN_A_STEP = ("image", "target", "index", "idx", "epoch")  # what every step has
 ON_REQUEST = ("logits_teacher", "contrastive_index", "image_weak", "image_strong")  # for those that name it
 
@@ -34,9 +33,9 @@ def adapt(name: str, cls: object) -> type:
     """Return the method `cls` with the declarations of Distiller that a class from outside leaves out.
 
     Its own `__init__` says by its parameters what it needs, its own `forward_train` whether it takes the teacher's
-    logits. One that was not entered by register_method comes back as a subclass that takes all that a step has and
-    hands on what it names (`_wrap`); one that asks for what nobody has, as a class that cannot be chosen, with the
-    reason in `refused`. Raises TypeError for what is no method.
+    logits and two views. One that was not entered by register_method comes back as a subclass that takes all that a
+    step has and hands on what it names (`_wrap`); one that asks for what nobody has, as a class that cannot be chosen,
+    with the reason in `refused`. Raises TypeError for what is no method.
     """
     if isinstance(cls, Absent):
         return _refuse(name, f"{name} {cls.reason}")
@@ -51,6 +50,8 @@ def adapt(name: str, cls: object) -> type:
         cls.needs = tuple(word for word in OFFERED if word in init)
     if "forward_train" in own and "takes_teacher_logits" not in own:
         cls.takes_teacher_logits = getattr(cls, "takes_teacher_logits", True) and "logits_teacher" in step
+    if "forward_train" in own and "takes_strong_view" not in own:
+        cls.takes_strong_view = bool({"image_weak", "image_strong"} & {*step})
     if "task_losses" not in own:
         cls.task_losses = NamedTaskLosses()
     if unknown := {*cls.needs} - {*OFFERED}:
@@ -122,6 +123,8 @@ def _wrap(name: str, cls: type) -> type:
         def forward_train(self, image: Tensor, target: Tensor, **given) -> tuple[Tensor, dict[str, Tensor]]:
             image = image.contiguous()
             given |= {"image": image, "target": target, "image_weak": image, "idx": given.get("index")}
+            if "image_strong" in given:
+                given["image_strong"] = given["image_strong"].contiguous()
             if contrasts and "contrastive_index" not in given:
                 index = given["index"]
                 given["contrastive_index"] = torch.cat([index[:, None], self._negatives(index, target, self._draws)], 1)

@@ -9,6 +9,8 @@ from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.losses import Temperatures, ce_loss
 from mdistiller.distillers.rules import build_rule
 
+TWO_VIEWS = ("ours", "aug")  # SOLVER.TRAINERs that give each sample in a weak and a strong view
+
 
 class Distiller(nn.Module):
     """A student, a teacher and the loss between them.
@@ -22,6 +24,7 @@ class Distiller(nn.Module):
     needs: tuple[str, ...] = ()  # arguments beside (student, teacher, cfg): num_data, the training set's labels (N,)
     needs_features: tuple[str, ...] = ()  # parts of the models' feature contract that it reads
     takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass
+    takes_strong_view = False  # `forward_train` may be given image_strong (B, 3, H, W), by SOLVER.TRAINER ours or aug
     has_parts = False  # whether TEMPERATURE.PART applies
     capturable = True  # a step draws nothing and decides nothing on the host, so that it can be a CUDA graph
     refused = ""  # why it cannot be chosen, where it cannot

@@ -13,6 +13,7 @@ from mdistiller.bank.pool import TeacherPool
 from mdistiller.dataset import Batches, ImageSet
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.distillers.base import TWO_VIEWS
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
@@ -86,6 +87,12 @@ def refuse_unused(cfg: CfgNode) -> None:
     its student's settings.)
     """
     method, cls = cfg.DISTILLER.TYPE, distiller_dict[cfg.DISTILLER.TYPE]
+    if cfg.SOLVER.TRAINER in TWO_VIEWS and not cls.takes_strong_view:
+        takers = [name for name, taker in distiller_dict.items() if taker.takes_strong_view]
+        raise UserError(
+            f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} gives a second, strong view, which {method} does not take; set "
+            f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
+        )
     if not cls.needs_teacher:
         return
     rule = "EXPERIMENT.LOGIT_STAND" if cfg.EXPERIMENT.LOGIT_STAND else "TEMPERATURE.RULE"
@@ -123,7 +130,8 @@ def build_trainer(
     """Return the trainer of a run in `folder`, and a line about the bank of its teacher's logits."""
     solver, teacher, data, device = cfg.SOLVER, distiller.teacher, workspace.local, workspace.device
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
-    train = Batches(data.train_images, data.train_labels, data.mean, data.std, solver.BATCH_SIZE, augment, cfg.SEED)
+    given = data.train_images, data.train_labels, data.mean, data.std, solver.BATCH_SIZE, augment, cfg.SEED
+    train = Batches(*given, two_views=solver.TRAINER in TWO_VIEWS)
     test = evaluation_batches(data, cfg.DATASET.TEST.BATCH_SIZE)
     origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
     logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
@@ -146,6 +154,6 @@ def build_trainer(
 
 def build_optimizer(solver: CfgNode, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of the section SOLVER. The trainer sets its rate."""
-    if solver.TRAINER == "dot":
+    if solver.TRAINER in ("dot", "crd_dot"):
         return DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
     return sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)

@@ -31,7 +31,7 @@ def first_bad_tensor(
         return seen
 
     distiller.observer = None  # the temperature record's
-    look("the images", batch.image)
+    look("the images", *batch)
     for name, value in distiller.named_parameters():
         look(f"'{name}'", value)
     given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
@@ -40,7 +40,7 @@ def first_bad_tensor(
     try:
         distiller.zero_grad(set_to_none=True)
         with autocast(batch.image.device, amp):
-            _, terms = distiller(image=batch.image, target=batch.target, index=batch.index, epoch=epoch, **given)
+            _, terms = distiller(**batch._asdict(), epoch=epoch, **given)
             losses = {name: value.float().mean() for name, value in terms.items()}
         for name, value in losses.items():
             look(f"the loss term {name}", value)

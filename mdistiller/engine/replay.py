@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mdistiller.dataset import Batch, load_dataset
+from mdistiller.dataset import Batch, TwoViews, load_dataset
 from mdistiller.device import resolve_device
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load
@@ -25,7 +25,8 @@ def replay(file: Path) -> tuple[str, str]:
             text.write(kept["config"])
             text.flush()
             cfg = load(text.name)  # plug-ins and all
-        batch, epoch, model, rng = Batch(**kept["batch"]), kept["epoch"], kept["model"], kept["rng"]
+        parts, epoch, model, rng = kept["batch"], kept["epoch"], kept["model"], kept["rng"]
+        batch = TwoViews(**parts) if "image_strong" in parts else Batch(**parts)
         logits = kept.get("logits_teacher")
         device = resolve_device(cfg.DEVICE)
         data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
@@ -35,7 +36,7 @@ def replay(file: Path) -> tuple[str, str]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: is no batch that a stopped run has kept ({reason})") from None
     torch.set_rng_state(rng)
-    batch = Batch(*(value.to(device) for value in batch))
+    batch = type(batch)(*(value.to(device) for value in batch))
     logits = None if logits is None else logits.to(device)
     bad, losses = first_bad_tensor(distiller.train(), batch, epoch, cfg.SOLVER.AMP, logits)
     return bad, describe_losses(losses)

@@ -18,7 +18,6 @@ from mdistiller.errors import UserError
 from mdistiller.study.tables import counted
 
 IMAGES, CLASSES, SIZE = 8, 100, 32
-TWO_VIEWS = ("ours", "aug")
 
 
 @dataclass

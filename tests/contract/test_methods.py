@@ -201,11 +201,12 @@ def test_a_logit_method_under_its_options(name):
         assert method.get_extra_parameters() == counts[name]
 
 
-def test_mlkd_counts_every_level_of_both_views():
+def test_mlkd_counts_every_level_of_both_views(monkeypatch):
+    strong = IMAGE.flip(3)
+    monkeypatch.setattr("mdistiller.distillers.MLKD.strong_view", lambda image: strong)
     for name in ("MLKD", "MLKD standardised"):
         method = logit_method(name)
-        strong = IMAGE.flip(3)
-        _, losses = method(image=IMAGE, target=TARGET, index=torch.arange(6), epoch=1, image_strong=strong)
+        _, losses = method(image=IMAGE, target=TARGET, index=torch.arange(6), epoch=1)
         expected_ce = expected_kd = 0.0
         for view in (IMAGE, strong):
             v, u = method.student(view)[0], method.teacher(view)[0]
@@ -216,6 +217,39 @@ def test_mlkd_counts_every_level_of_both_views():
                 expected_kd = expected_kd + 0.9 * (L.kd_loss(v, u, t) + sum(L.correlation_losses(v, u, t, t)))
         torch.testing.assert_close(losses["loss_ce"], expected_ce)
         torch.testing.assert_close(losses["loss_kd"], expected_kd)
+
+
+@pytest.mark.parametrize("name", ["MLKD", "MLKD standardised"])
+def test_mlkd_on_a_loaders_two_views_is_the_public_codes_loss(name):
+    """In numpy, as that code masks, reduces and repeats. LSKD standardises its instance level alone."""
+
+    def softmax(x, t):
+        e = np.exp((x - x.max(1, keepdims=True)) / t)
+        return e / e.sum(1, keepdims=True)
+
+    def kd(v, u, t):
+        if name != "MLKD":
+            v, u = ((x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) for x in (v, u))
+        p, q = softmax(u, t), softmax(v, t)
+        return t**2 * (p * np.log(p / q)).sum(1).mean()
+
+    strong, method = IMAGE.flip(3), logit_method(name)
+    method.double()
+    images = IMAGE.double(), strong.double()
+    _, losses = method(image=images[0], image_strong=images[1], target=TARGET, index=torch.arange(6), epoch=1)
+    (v, vs), (u, us) = ([net(x)[0].detach().numpy() for x in images] for net in (method.student, method.teacher))
+    p = softmax(u, 1)
+    samples = (p.max(1) <= np.percentile(p.max(1), 50)).mean()
+    classes = (p.sum(0) <= np.percentile(p.sum(0), 50)).mean()
+    assert (samples, classes) == (3 / 6, 3 / 5)
+    total = sum(kd(vs, us, t) for t in (4, 3, 5)) + sum(kd(v, u, t) for t in (2, 6))
+    for t in (4, 3, 5, 2, 6):
+        q, p = softmax(v, t), softmax(u, t)
+        total += samples * (kd(v, u, t) + ((p @ p.T - q @ q.T) ** 2).sum() / 6)
+        total += classes * ((p.T @ p - q.T @ q) ** 2).sum() / 5
+    ce = -sum(np.log(softmax(x, 1)[range(6), TARGET]).mean() for x in (v, vs))
+    assert losses["loss_kd"].item() == pytest.approx(0.9 * total, rel=1e-6)
+    assert losses["loss_ce"].item() == pytest.approx(0.1 * ce, rel=1e-6)
 
 
 def test_rld_rises_to_its_weight_with_a_temperature_of_each_part():

@@ -16,6 +16,8 @@ from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.runs.temperature import read_record
 
+SOLVERS = [("CRD", "crd_dot"), ("VID", "dot"), ("MLKD", "ours")]
+
 
 def assert_same_run(one, other):
     """The folders hold the same state, rows and record of temperatures."""
@@ -24,7 +26,7 @@ def assert_same_run(one, other):
         assert (one / "temperatures.bin").read_bytes() == (other / "temperatures.bin").read_bytes()
 
 
-@pytest.mark.parametrize(("method", "solver"), [*((name, "base") for name in KINDS), ("CRD", "dot"), ("VID", "dot")])
+@pytest.mark.parametrize(("method", "solver"), [*((name, "base") for name in KINDS), *SOLVERS])
 def test_a_stopped_run_goes_on_at_the_very_step(small, tmp_path, stop_after, method, solver):
     opts = [*small, "DISTILLER.TYPE", method, "SOLVER.TRAINER", solver]
     whole = run(opts, tmp_path / "whole")

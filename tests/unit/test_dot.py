@@ -88,8 +88,9 @@ def test_momenta_stay_in_range():
     for momentum, delta, legal in ((0.9, 0.075, True), (0.9, 0.1, False), (0.05, 0.075, False), (0.9, -1.0, False)):
         opts = ["DISTILLER.TYPE", "KD", "SOLVER.MOMENTUM", momentum, "SOLVER.DOT.DELTA", delta]
         config.load(None, opts)  # without dot, DELTA means nothing
-        if legal:
-            assert config.load(None, [*opts, "SOLVER.TRAINER", "dot"]).SOLVER.DOT.DELTA
-        else:
-            with pytest.raises(ConfigError, match="SOLVER.DOT.DELTA"):
-                config.load(None, [*opts, "SOLVER.TRAINER", "dot"])
+        for trainer in ("dot", "crd_dot"):
+            if legal:
+                assert config.load(None, [*opts, "SOLVER.TRAINER", trainer]).SOLVER.DOT.DELTA
+            else:
+                with pytest.raises(ConfigError, match="SOLVER.DOT.DELTA"):
+                    config.load(None, [*opts, "SOLVER.TRAINER", trainer])

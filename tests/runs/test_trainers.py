@@ -1,0 +1,97 @@
+"""SOLVER.TRAINER: what each name computes."""
+
+import pytest
+import torch
+from helpers import outcome, run, run_set, same
+
+from mdistiller import config
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.replay import replay
+from mdistiller.engine.run import RunRequest
+from mdistiller.engine.step import Step
+from mdistiller.errors import TrainingDiverged, UserError
+
+MLKD = ["DISTILLER.TYPE", "MLKD", "SOLVER.TRAINER"]
+
+
+def trained(opts, prefix, **changes):
+    """The state and rows of a run."""
+    return outcome(run(opts, prefix, **changes))
+
+
+def test_names_of_one_computation(small, tmp_path):
+    for name, other in (("crd", "base"), ("crd_dot", "dot")):
+        opts = [*small, "DISTILLER.TYPE", "CRD", "SOLVER.TRAINER"]
+        assert same(trained([*opts, name], tmp_path / name), trained([*opts, other], tmp_path / other))
+    assert same(trained([*small, *MLKD, "ours"], tmp_path / "ours"), trained([*small, *MLKD, "aug"], tmp_path / "aug"))
+
+
+def test_two_views_side_by_side_and_under_a_bank_are_the_same_run(small, tmp_path):
+    opts = [*small, *MLKD, "ours"]
+    alone = trained(opts, tmp_path / "alone", SEED=3)
+    _, folders = run_set(opts, tmp_path / "set", [1, 3])
+    assert same(outcome(folders[3]), alone)
+    banks = tmp_path / "banks"
+    for name in ("cold", "warm"):  # the bank serves the weak view; the strong one passes through the teacher
+        lazy = run(opts, tmp_path / name, SEED=3, TEACHER_BANK="lazy", TEACHER_BANK_FOLDER=banks)
+        assert same(outcome(lazy), alone)
+    assert not same(trained([*small, *MLKD, "base"], tmp_path / "base", SEED=3), alone)
+
+
+def test_the_strong_view_reaches_a_method_and_the_file_of_a_bad_step(small, tmp_path, monkeypatch):
+    seen, forward = [], distiller_dict["MLKD"].forward_train
+
+    def watched(self, image, target, image_strong=None, **kwargs):
+        seen.append(image_strong)
+        return forward(self, image, target, image_strong, **kwargs)
+
+    monkeypatch.setattr(distiller_dict["MLKD"], "forward_train", watched)
+    run([*small, *MLKD, "ours"], tmp_path / "sound", SOLVER__EPOCHS=1)
+    assert [view.shape for view in seen] == [(16, 3, 32, 32), (16, 3, 32, 32), (8, 3, 32, 32)]
+    assert all(view.dtype == torch.float32 and view.isfinite().all() for view in seen)
+    update = Step.update
+
+    def harmed(self, batch, *given):
+        batch.image_strong[0, 0, 0, 0] = torch.nan
+        update(self, batch, *given)
+
+    monkeypatch.setattr(Step, "update", harmed)
+    with pytest.raises(TrainingDiverged, match="first to go bad: the images"):
+        run([*small, *MLKD, "ours"], tmp_path / "bad")
+    (file,) = (tmp_path / "bad" / "distill" / "run").glob("bad_batch*")
+    assert replay(file)[0] == "the images"
+
+
+FORKS = """
+import torch
+from torch.nn import functional as F
+from ._base import Distiller
+
+
+class Consistent(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super(Consistent, self).__init__(student, teacher)
+
+    def forward_train(self, image_weak, image_strong, target, **kwargs):
+        weak, _ = self.student(image_weak)
+        strong, _ = self.student(image_strong)
+        assert image_weak.view(-1).shape == image_strong.view(-1).shape and not torch.equal(image_weak, image_strong)
+        return weak, {"loss_ce": F.cross_entropy(weak, target), "loss_kd": F.mse_loss(strong, weak.detach())}
+"""
+
+
+def test_a_method_of_a_fork_is_given_both_views(small, tmp_path):
+    plugin = tmp_path / "consistent.py"
+    plugin.write_text(FORKS)
+    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "Consistent", "SOLVER.TRAINER"]
+    _, rows = trained([*opts, "ours"], tmp_path / "ours")
+    assert rows[-1]["train_losses"]["loss/loss_kd"] > 0
+    with pytest.raises(UserError, match="asks for a weak and a strong view of each image: set SOLVER.TRAINER ours"):
+        trained([*opts, "base"], tmp_path / "base")
+
+
+@pytest.mark.parametrize("trainer", ["ours", "aug"])
+def test_a_method_without_a_second_view_is_refused(small, trainer):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.TRAINER", trainer]
+    with pytest.raises(UserError, match=f"{trainer} gives a second, strong view, which DTKD does not take; set "):
+        RunRequest(config.load(None, opts)).check(False)
