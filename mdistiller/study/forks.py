@@ -10,7 +10,8 @@ import torch
 
 from mdistiller import config, registry
 from mdistiller.config import Config
-from mdistiller.dataset import Batch, ImageSet, image_set
+from mdistiller.dataset import Batch, ImageSet, TwoViews, image_set
+from mdistiller.distillers.base import TWO_VIEWS
 from mdistiller.engine.build import build_distiller, build_optimizer, refuse_unused
 from mdistiller.engine.solver import set_lr
 from mdistiller.engine.step import Step
@@ -124,8 +125,8 @@ def one_step(cfg: Config) -> dict[str, float]:
     set_lr(optimizer, cfg.SOLVER.LR)
     step = Step(distiller, optimizer, device)
     image = torch.randn(IMAGES, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
-    views = {"image_strong": image.flip(3)} if cfg.SOLVER.TRAINER in TWO_VIEWS else {}
-    step(Batch(image, data.train_labels, torch.arange(IMAGES), **views), 1)
+    given = image, data.train_labels, torch.arange(IMAGES)
+    step(TwoViews(*given, image.flip(3)) if cfg.SOLVER.TRAINER in TWO_VIEWS else Batch(*given), 1)
     means = step.meter.read()
     if means.pop("skipped") or step.bad_step() >= 0:
         raise UserError(f"{cfg.DISTILLER.TYPE}: its loss or gradient is not finite on random images")
