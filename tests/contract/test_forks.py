@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mdistiller import registry
 from mdistiller.config import in_place_of_built_in, load
-from mdistiller.dataset import Batch, image_set
+from mdistiller.dataset import Batch, TwoViews, image_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers.KD import KD
 from mdistiller.engine.build import build_distiller
@@ -37,8 +37,8 @@ def step(cfg):
     set_lr(optimizer, 0.01)
     image = torch.rand(8, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
     run = Step(distiller, optimizer, device)
-    views = {"image_strong": image.flip(3)} if cfg.SOLVER.TRAINER == "ours" else {}
-    run(Batch(image, data.train_labels, torch.arange(8), **views), 2)
+    given = image, data.train_labels, torch.arange(8)
+    run(TwoViews(*given, image.flip(3)) if cfg.SOLVER.TRAINER == "ours" else Batch(*given), 2)
     means = run.meter.read()
     assert means.pop("skipped") == 0 and distiller.teacher.training is (cfg.DISTILLER.TYPE == "OFD" and not cfg.plugins)
     assert distiller.eval()(image=image).shape == (8, 4)
@@ -57,10 +57,7 @@ MORE = {
 }
 
 
-HERE = {cause: text for cause, text in METHODS.items() if cause != "two views"}
-
-
-@pytest.mark.parametrize("cause", HERE)
+@pytest.mark.parametrize("cause", METHODS)
 def test_a_method_file_runs_as_it_is(tmp_path, cause):
     file = write_file(tmp_path, METHODS[cause])
     for name, text in SIBLINGS.items():
@@ -131,7 +128,7 @@ def test_a_whole_checkout_is_a_plugin(tmp_path):
         "plug-in fork: method KD, in place of the built-in KD",
         "plug-in fork: model tiny and resnet8, in place of the built-in resnet8",
     ]
-    for cause, text in HERE.items():
+    for cause, text in METHODS.items():
         more = [] if cause == "never registers" else MORE.get(cause, [])
         pair = ["DISTILLER.TEACHER", "tiny", "DISTILLER.STUDENT", "tiny", "CRD.NCE.K", 4]
         step(load(None, [*plugin, "DISTILLER.TYPE", class_of(text), *pair, *more]))
