@@ -37,7 +37,8 @@ def test_augmentation_equals_torchvisions_pixel_for_pixel():
 
 
 def test_decisions_follow_the_published_distribution():
-    _, top, left, flip = batches(n=81 * 200, size=8).plan(1)
+    images = random_images(1).expand(81 * 200, -1, -1, -1)
+    _, top, left, flip = Batches(images, torch.zeros(81 * 200), MEAN, STD, 8, "crop_flip").plan(1)
     for offset in (top, left):
         counts = torch.bincount(offset, minlength=9)
         assert len(counts) == 9
