@@ -1,7 +1,7 @@
 """Broken and hostile inputs through the commands that users type: one line, status 2, nothing run, nothing written.
 
 What every reader of files does with a pipe, a device or a folder is tested once, in unit/test_files.py; what YAML may
-hold in unit/test_config_files.py; weights and arrays of the wrong kind in unit/test_checkpoint.py and test_dataset.py.
+hold in unit/test_config.py; weights and arrays of the wrong kind in unit/test_checkpoint.py and test_dataset.py.
 """
 
 import io
