@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import digits_opts, save_teacher, small_run, stopping_after
+from webserver import Server
 
+from mdistiller import download
 from mdistiller.engine import build
 from mdistiller.engine.solver import zero_momenta
 from mdistiller.runs import keeper
@@ -92,3 +94,15 @@ def small_plan(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     return write_plan(tmp_path)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine; a transfer that stalls for half a second is given up."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download, "TIMEOUT", (5, 0.5))
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -4,7 +4,6 @@ What every reader of files does with a pipe, a device or a folder is tested once
 hold in unit/test_config.py; weights and arrays of the wrong kind in unit/test_checkpoint.py and test_dataset.py.
 """
 
-import io
 import json
 import os
 import subprocess
@@ -32,15 +31,9 @@ PLUGIN = [*TRAIN, "EXPERIMENT.PLUGINS", "mine.py"]
 COMPARE, ANALYZE = ["compare", "run"], ["analyze", "run", "-o", "out"]
 
 
-def made(data):
-    """What `data()` returns, as the content of a file; it is called when a test needs it."""
-    return lambda path: path.write_bytes(data())
-
-
-def dumped(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+def saved(state):
+    """The content of a file: what `state()` returns, saved when a test needs it."""
+    return lambda path: torch.save(state(), path)
 
 
 @cache
@@ -51,12 +44,12 @@ def weights(name="resnet8", classes=10):
 
 # {case: (file, its content or what makes it, command, words of the line)}
 FILES = {
-    "weights of another network": ("x.pth", made(lambda: dumped(weights("resnet14"))), EVALUATE, "holds resnet14"),
-    "weights of other classes": ("x.pth", made(lambda: dumped(weights("resnet8", 100))), EVALUATE, "with 100 classes"),
-    "weights that run": ("x.pth", made(lambda: dumped(Bomb())), EVALUATE, "x.pth"),
-    "weights cut": ("x.pth", made(lambda: dumped(weights())[:50_000]), EVALUATE, "x.pth"),
+    "weights of another network": ("x.pth", saved(lambda: weights("resnet14")), EVALUATE, "holds resnet14"),
+    "weights of other classes": ("x.pth", saved(lambda: weights("resnet8", 100)), EVALUATE, "with 100 classes"),
+    "weights that run": ("x.pth", saved(lambda: Bomb()), EVALUATE, "x.pth"),
+    "weights cut": ("x.pth", lambda path: (torch.save(weights(), path), os.truncate(path, 50_000)), EVALUATE, "x.pth"),
     "weights that are a pipe": ("x.pth", os.mkfifo, EVALUATE, "x.pth"),
-    "teacher of other classes": ("x.pth", made(lambda: dumped(weights("resnet8", 100))), DISTIL, "with 100 classes"),
+    "teacher of other classes": ("x.pth", saved(lambda: weights("resnet8", 100)), DISTIL, "with 100 classes"),
     "teacher that is a folder": ("x.pth", os.mkdir, DISTIL, "x.pth"),
     "npz that is a device": ("x.npz", lambda path: path.symlink_to("/dev/zero"), NPZ, "x.npz"),
     "cifar100 without a test file": ("train.bin", bytes(3074), CIFAR, "test.bin"),

@@ -3,29 +3,17 @@
 import hashlib
 import tarfile
 import threading
-import time
 from dataclasses import replace
 
 import helpers
 import numpy as np
 import pytest
-from helpers import tree
-from webserver import FILES, NAME, TEACHERS, Server, tar
+from helpers import tree, wait_for
+from webserver import FILES, NAME, TEACHERS, tar
 
 from mdistiller import download
 from mdistiller.dataset import load_dataset
 from mdistiller.download import fetch
-
-
-@pytest.fixture
-def server(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(download, "TIMEOUT", (5, 0.5))
-    server = Server()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -147,11 +135,9 @@ def test_two_at_once_make_one_request(tmp_path, server, monkeypatch, capsys):
     server.plan = [{"gate": (gate := threading.Event())}]
     both = [threading.Thread(target=fetch, args=("teachers", tmp_path, server.url)) for _ in range(2)]
     both[0].start()
-    while not server.log:
-        time.sleep(0.01)
+    wait_for(lambda: server.log)
     both[1].start()
-    while "waiting for another process" not in capsys.readouterr().out:
-        time.sleep(0.01)
+    wait_for(lambda: "waiting for another process" in capsys.readouterr().out)
     gate.set()
     for thread in both:
         thread.join()

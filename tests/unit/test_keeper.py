@@ -81,13 +81,6 @@ def test_a_damaged_latest_falls_back_to_the_one_before(tmp_path, capsys, damage)
         restored(tmp_path, data="d")
 
 
-@pytest.mark.parametrize(("name", "key"), [("data", "DATASET.ROOT"), ("teacher", "DISTILLER.TEACHER_CKPT")])
-def test_a_checkpoint_of_other_data_or_another_teacher_is_refused(tmp_path, name, key):
-    Keeper(tmp_path, {"data": "d", "teacher": "t"}).save({})
-    with pytest.raises(UserError, match=f"in {key} is not what this run was started with"):
-        restored(tmp_path, **{"data": "d", "teacher": "t"} | {name: "other"})
-
-
 def test_auto_looks_again_when_it_holds_the_folder(tmp_path):
     def resumed(*names):
         for name in names:
