@@ -1,11 +1,15 @@
 """Checkpoints are written atomically, with a checksum, and read as plain data: nothing that lies in them is run."""
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import io
+import re
+import tarfile
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older release
     # numpy 1 and 2 name the module of the scalar's constructor differently, and a file may come from either
     _SAFE += [(_scalar, f"{name}.scalar") for name in ("numpy.core.multiarray", "numpy._core.multiarray")]
 torch.serialization.add_safe_globals(_SAFE)
+
+MOST_DEPTH = 3  # of dicts around the weights of a checkpoint
 
 
 def digest(value: object) -> str:
@@ -77,25 +83,35 @@ def load(path: str | Path) -> dict:
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE):
                 raise UserError(f"{path}: cannot be read ({reason}); try again") from None
+            refuse_other_kinds(path, str(error))
             raise DamagedFile(f"{path}: is no checkpoint of plain tensors, or is damaged ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a checkpoint: {{'model': state_dict}}")
     return state
 
 
-def model_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
-    """Return the network's state_dict in any checkpoint of this field: {"model": ...}, {"state_dict": ...} or bare,
-    with or without "module."; of a distiller's state, the student's. Raises UserError where there is none.
-    """
-    state = next((checkpoint[key] for key in ("model", "state_dict") if key in checkpoint), checkpoint)
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no weights; expected {{'model': state_dict}}")
-    state = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    for key, value in state.items():
-        if value.layout != torch.strided or value.is_nested or value.is_meta:
-            raise UserError(f"{path}: weight '{key}' is sparse, nested or without data; pass plain tensors")
-    student = {key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")}
-    return {key.removeprefix("module."): value for key, value in (student or state).items()}
+def refuse_other_kinds(path: str | Path, error: str) -> None:
+    """Raise UserError where the file, which torch refused with that `error`, is a pickled object or an archive."""
+    if pickled := re.search(r"(?:GLOBAL|global:?) '?([\w.]+\.\w+)", error):
+        raise UserError(
+            f"{path}: is no checkpoint of plain tensors but a pickled {pickled[1]}, which would run code; where its "
+            f"code is, do torch.save(torch.load('{Path(path).name}', weights_only=False).state_dict(), 'weights.pth')"
+        )
+    if _is_archive(path):
+        raise UserError(
+            f"{path}: is an archive, no checkpoint; unpack it and name a file in it, or, of mdistiller's teachers, "
+            f"python3 tools/download.py teachers --from {path}"
+        )
+
+
+def _is_archive(path: str | Path) -> bool:
+    """Return whether the file is a tar or zip archive that torch has not written."""
+    with contextlib.suppress(Exception):  # no list of what damaged bytes raise in zipfile is complete
+        if tarfile.is_tarfile(path):
+            return True
+        with zipfile.ZipFile(path) as file:
+            return not any(name.endswith("/data.pkl") for name in file.namelist())
+    return False
 
 
 def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path) -> dict:
@@ -104,16 +120,8 @@ def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path
     Raises UserError that names both sides where the checkpoint is of another architecture or number of classes, or
     holds a weight of another kind or one that is not finite.
     """
-    checkpoint = load(path)
-    state = model_state(checkpoint, path)
-    own = model.state_dict()
-    for key in own.keys() - state.keys():  # checkpoints older than PyTorch 0.4.1 lack the counters, which nothing reads
-        if key.endswith("num_batches_tracked"):
-            state[key] = own[key]
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        found = identify(state)
-        holds = f"holds {found[0]} with {found[1]} classes" if found else "holds no architecture of the zoo"
-        raise UserError(f"{path}: {holds}, but {name} with {num_classes} classes is wanted; pass the file that fits")
+    checkpoint, own = load(path), model.state_dict()
+    state = own | find_weights(checkpoint, own, f"{name} with {num_classes} classes", path)
     for key, value in state.items():
         if value.is_floating_point() != own[key].is_floating_point():
             raise UserError(f"{path}: weight '{key}' is {value.dtype}, expected {own[key].dtype}; wrong file?")
@@ -123,6 +131,78 @@ def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path
             )
     model.load_state_dict(state)
     return checkpoint
+
+
+def find_weights(checkpoint: dict, own: dict[str, Tensor], wanted: str, path: str | Path) -> dict[str, Tensor]:
+    """Return the weights in `checkpoint` that have the keys and shapes of `own`, the state_dict of a network that is
+    called `wanted`: under whatever key, inside other dicts, and with whatever prefix their names begin.
+
+    Where several fit, those under "model" or "state_dict" are taken, of a distiller the student's. The counters that
+    checkpoints older than PyTorch 0.4.1 lack may be missing. Raises UserError where none fits, or several do.
+    """
+    states = dict(_states(checkpoint))
+    if not states:
+        raise UserError(f"{path}: holds no weights ({_listed(checkpoint)}); expected {{'model': state_dict}}")
+    parts = [(where, prefix, part) for where, state in states.items() for prefix, part in _parts(state, own)]
+    for _, _, part in parts:
+        for key, value in part.items():
+            if value.layout != torch.strided or value.is_nested or value.is_meta:
+                raise UserError(f"{path}: weight '{key}' is sparse, nested or without data; pass plain tensors")
+    fits = {(where, prefix): part for where, prefix, part in parts if _misfit(part, own) is None}
+    for chosen in (
+        [place for place in fits if place[0] in ("model", "state_dict")],
+        [place for place in fits if "student" in place[1] or "student" in place[0]],
+        [*fits],
+    ):
+        if len(chosen) == 1:
+            return fits[chosen[0]]
+    if fits:
+        names = ", ".join(".".join(filter(None, (where, prefix.rstrip(".")))) for where, prefix in fits)
+        raise UserError(f"{path}: holds several weights that fit {wanted}: {names}; store the wanted ones alone")
+    _, _, closest = max(parts, key=lambda part: sum(_fits(part[2], own, key) for key in own))
+    found = identify(closest)
+    holds = f"holds {found[0]} with {found[1]} classes" if found else "holds no architecture of the zoo"
+    misfit = "" if found else f" (it has {_listed(checkpoint)}; the first that does not fit: {_misfit(closest, own)})"
+    raise UserError(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits")
+
+
+def _states(node: Mapping, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every dict in `node` that holds tensors, with the keys that lead to it; not optimizers' numbered ones."""
+    tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield where, tensors
+    for key, value in node.items() if depth < MOST_DEPTH else ():
+        if isinstance(value, Mapping):
+            yield from _states(value, f"{where}.{key}".lstrip("."), depth + 1)
+
+
+def _parts(state: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield (prefix, the weights below it) for each prefix under which the network's first weight may lie."""
+    first = next(iter(own))
+    prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
+    for prefix in prefixes or [""]:
+        yield prefix, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _fits(part: dict[str, Tensor], own: dict[str, Tensor], key: str) -> bool:
+    return key in part and part[key].shape == own[key].shape
+
+
+def _misfit(part: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
+    """Return the first weight by which `part` differs from `own` in keys or shapes, or None."""
+    for key, value in own.items():
+        if key not in part and not key.endswith("num_batches_tracked"):
+            return f"{key} is missing"
+        if not _fits(part, own, key) and key in part:
+            return f"{key} is {tuple(part[key].shape)}, not {tuple(value.shape)}"
+    return next((f"{key} is too many" for key in part if key not in own), None)
+
+
+def _listed(checkpoint: Mapping) -> str:
+    """Return the first keys of a checkpoint."""
+    keys = [str(key)[:40] for key in checkpoint]
+    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+    return f"the keys {', '.join(keys[:6])}{more}" if keys else "it is empty"
 
 
 def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:

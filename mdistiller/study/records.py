@@ -98,7 +98,7 @@ def record_of(group: PlannedGroup, run: Run, study: str) -> dict:
     """
     run, teacher = recorded(run), group.teacher
     digests, last = run.environment.get("sha256", {}), run.rows[-1]
-    student = checkpoint.digest(checkpoint.model_state(checkpoint.load(run.student_file), run.student_file))
+    student = checkpoint.digest(checkpoint.load(run.student_file)["model"])
     return {
         "plan": study,
         "cell": run.cell,

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import random
+import tarfile
 import zipfile
 
 import numpy as np
@@ -29,6 +30,15 @@ FORMS = {
     "bare": lambda s: s,
     "distiller": lambda s: {"model": {f"student.{k}": v for k, v in s.items()} | {"teacher.fc.weight": torch.ones(2)}},
     "parallel distiller": lambda s: {"model": {f"module.student.{k}": v for k, v in s.items()}},
+    "net": lambda s: {"net": s, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}},
+    "nested": lambda s: {"checkpoint": {"model_state_dict": s, "epoch": 3}},
+    "compiled": lambda s: {"model": {f"_orig_mod.{k}": v for k, v in s.items()}},
+    "compiled and parallel": lambda s: {"module": {f"module._orig_mod.{k}": v for k, v in s.items()}},
+    "a trainer's": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "epoch": 3},
+    "a distiller of twins": lambda s: {
+        "net": {f"{side}.{k}": v * (side == "student") for side in ("teacher", "student") for k, v in s.items()}
+    },
+    "beside its mean": lambda s: {"model": s, "ema": {k: 0 * v for k, v in s.items()}},
     "old": lambda s: {"model": {k: v for k, v in s.items() if "num_batches" not in k}},
 }
 
@@ -131,6 +141,38 @@ def weight(change, key="fc.weight"):
     """A checkpoint with one weight changed."""
     state = model().state_dict()
     return {"model": state | {key: change(state[key])}}
+
+
+def test_weights_that_cannot_be_told_apart_are_named(tmp_path):
+    state = model().state_dict()
+    torch.save({"net": state, "mean": {"ema": state}}, tmp_path / "x.pth")
+    check_refused(
+        tmp_path / "x.pth", "several weights that fit resnet8 with 10 classes: net, mean.ema; store the wanted"
+    )
+
+
+def test_what_does_not_fit_is_listed(tmp_path):
+    state = model().state_dict()
+    state["fc.weight"] = state["fc.weight"][:7]
+    torch.save({"net": state, "epoch": 3, "optimizer": {}}, tmp_path / "x.pth")
+    check_refused(
+        tmp_path / "x.pth", r"keys net, epoch, optimizer.*does not fit: fc.weight is \(7, 64\), not \(10, 64\)"
+    )
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_network_is_told_how_to_become_a_checkpoint(tmp_path, legacy):
+    torch.save(model(), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    check_refused(tmp_path / "x.pth", r"pickled mdistiller.models.resnet.ResNet, .*state_dict\(\), 'weights.pth'\)")
+
+
+def test_an_archive_is_named(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    with tarfile.open(tmp_path / "x.tar", "w:gz") as tar, zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        tar.add(tmp_path / "a.pth", "a.pth")
+        file.write(tmp_path / "a.pth")
+    for name in ("x.tar", "x.zip"):
+        check_refused(tmp_path / name, "is an archive, no checkpoint; unpack it .* tools/download.py teachers --from")
 
 
 # {kind: (what is saved, what the refusal says)}
