@@ -195,7 +195,7 @@ def _misfit(part: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
             return f"{key} is missing"
         if not _fits(part, own, key) and key in part:
             return f"{key} is {tuple(part[key].shape)}, not {tuple(value.shape)}"
-    return next((f"{key} is too many" for key in part if key not in own), None)
+    return next((f"{key} is one too many" for key in part if key not in own), None)
 
 
 def _listed(checkpoint: Mapping) -> str:
