@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from mdistiller import __version__
 from mdistiller.errors import UserError, run_command
 
 
@@ -20,6 +21,7 @@ def main(words: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--cfg", default=None, help="YAML file; without it, every key has its default")
+    parser.add_argument("--version", action="version", version=f"mdistiller {__version__}")
     parser.add_argument(
         "--resume", nargs="?", choices=["auto", "last"],
         help="go on with the run from its last checkpoint; auto: or start it, where there is none",
@@ -43,8 +45,8 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(
             f"unknown option {flags[0]}; options are --cfg, --seeds, --resume and LSKD's, the rest are KEY VALUE pairs"
         )
-    if seeds is not None and "SEED" in opts[::2]:
-        raise UserError("--seeds and SEED: give one of them")
+    if arguments.cfg is None and not opts:
+        raise UserError("what is to be trained? give --cfg FILE, such as configs/digits/dtkd/res20_res8.yaml")
     resume = {"auto": "auto", "last": True}.get(arguments.resume, False)
 
     from mdistiller.engine.cfg import load, lskd_pairs  # torch takes seconds to import, and --help needs none
@@ -52,6 +54,8 @@ def main(words: Sequence[str] | None = None) -> None:
     from mdistiller.engine.seeds import train_seeds
 
     cfg = load(arguments.cfg, opts)
+    if seeds is not None and any(key == "SEED" for key, _ in cfg.overrides):
+        raise UserError("--seeds and SEED: give one of them")
     pairs = lskd_pairs(cfg, arguments.logit_stand, arguments.base_temp, arguments.kd_weight)
     cfg = load(arguments.cfg, [*opts, *pairs]) if pairs else cfg
     if seeds is None:

@@ -20,6 +20,19 @@ DOT_TRAINERS = ("dot", "crd_dot")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
 
 
+# what exists for the purpose of a key that other frameworks have; by its last part, without underscores
+_NO_AVERAGE = "there is no average of weights here"
+PURPOSES = {
+    **dict.fromkeys(("SCHEDULER", "LRSCHEDULER", "SCHED", "MILESTONES"), "the rate falls at SOLVER.LR_DECAY_STAGES"),
+    **dict.fromkeys(("EMA", "EMADECAY", "MODELEMA", "SWA"), _NO_AVERAGE),
+    **dict.fromkeys(("GPU", "GPUS", "GPUID", "CUDA"), "DEVICE cuda, or cuda:N, chooses the device"),
+    **dict.fromkeys(("OPTIMIZER", "OPTIM"), "SOLVER.TYPE names the optimizer"),
+    **dict.fromkeys(("FP16", "MIXEDPRECISION", "USEAMP", "BF16"), "SOLVER.AMP bf16 or fp16 is half precision"),
+    **dict.fromkeys(("PRETRAINED", "TEACHERPATH", "TEACHERWEIGHTS"), "DISTILLER.TEACHER_CKPT names the teacher's file"),
+    **dict.fromkeys(("OUTPUTDIR", "OUTPUT", "SAVEDIR", "WORKDIR"), "LOG.PREFIX is the root of all run folders"),
+}
+
+
 def load(path: str | Path | None = None, opts: Sequence = ()) -> Config:
     """Return the frozen configuration: defaults, then the YAML file and its _BASE_ files, then KEY VALUE pairs.
 
@@ -111,8 +124,24 @@ def _refuse(problems: Iterable[str]) -> None:
         raise ConfigError(*lines)
 
 
+def _as_typed(opts: Iterable) -> list:
+    """Return KEYs and VALUEs in turn, of what may be typed: KEY=VALUE, and lists that the shell cut at their spaces."""
+    words: list = []
+    for word in opts:
+        text = word if isinstance(word, str) else ""
+        before = words[-1] if words and isinstance(words[-1], str) else ""
+        if len(words) % 2 == 0 and before.startswith(("[", "(")) and not before.endswith(("]", ")")):
+            words[-1] = f"{before} {word}"
+        elif len(words) % 2 == 0 and re.match(r"[A-Za-z_][\w.]*=", text):
+            words += text.split("=", 1)
+        else:
+            words.append(word)
+    return words
+
+
 def _parse_opts(opts: Sequence, problems: list[str]) -> list[tuple[tuple[str, object], dict]]:
     """Return ((KEY, VALUE), its tree) for each pair, in order."""
+    opts = _as_typed(opts)
     if len(opts) % 2:
         problems.append(f"command line: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
     pairs = []
@@ -211,6 +240,8 @@ def _unknown_key(full: str, is_section: bool) -> str:
     if len(full) > 100:  # nothing is near it, and looking takes long
         return f"unknown {'section' if is_section else 'key'}"
     sections = {key[: match.start()] for key in leaves(CFG) for match in re.finditer(r"\.", key)}
+    if purpose := PURPOSES.get(re.sub(r".*\.|_", "", full).upper()):
+        return f"unknown {'section' if is_section else 'key'}; {purpose}"
     close = registry.nearest(full, sections if is_section else leaves(CFG))
     if not close and not is_section:  # the section may be what is wrong: look for the last part anywhere
         last = full.rsplit(".", 1)[-1].casefold()

@@ -157,6 +157,9 @@ class Run:
         else:
             inside = f", {state.done} steps into the next" if state.done else ""
             recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}")
+        stages = cfg.SOLVER.LR_DECAY_STAGES
+        if stages and min(stages) >= cfg.SOLVER.EPOCHS:
+            say_once(f"SOLVER.LR_DECAY_STAGES {list(stages)} all lie behind SOLVER.EPOCHS: the rate never falls")
         if cfg.SOLVER.AMP == "bf16" and not has_bf16(device):
             say_once(f"this {device.type} has no bfloat16 arithmetic: SOLVER.AMP none would be several times faster")
         if step.forward is not None:

@@ -36,7 +36,11 @@ def find_teacher(cfg: CfgNode, path: Path, resume: bool, train: Callable[..., di
     for file in files:
         if os.path.isfile(file):
             return file
-    target = chosen or trained
+    if chosen and train_it:
+        raise UserError(
+            f"DISTILLER.TEACHER_CKPT: there is no file {chosen}; name one that is there, or leave it out: "
+            f"DISTILLER.TRAIN_TEACHER stores the teacher at {trained}"
+        )
     if not train_it:
         near = [] if chosen else sorted(str(file) for file in published.parent.glob("*.pth"))
         raise UserError(
@@ -46,8 +50,8 @@ def find_teacher(cfg: CfgNode, path: Path, resume: bool, train: Callable[..., di
             "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
         )
     check_writable(path, "LOG.PREFIX")
-    check_writable(target, "DISTILLER.TEACHER_CKPT")
-    return train_teacher(teacher_config(cfg), target, train)
+    check_writable(trained, "DISTILLER.TEACHER_CKPT")
+    return train_teacher(teacher_config(cfg), trained, train)
 
 
 def teacher_files(cfg: CfgNode) -> tuple[Path, Path]:

@@ -1,6 +1,7 @@
 """Configurations: their defaults, what may be given, and lines that say what to type instead."""
 
 import os
+import re
 
 import pytest
 from helpers import ROOT
@@ -116,6 +117,37 @@ def test_base_files_inherit_and_cycles_are_named(tmp_path):
         (["--lr", "3"], "command line", "KEY VALUE"),
     ],
 )
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["SOLVER.LR=0.3", "SOLVER.LR_DECAY_STAGES=[7,10]", "LOG.PREFIX=a=b"],
+        ["SOLVER.LR", "0.3", "SOLVER.LR_DECAY_STAGES", "[7,", "10]", "LOG.PREFIX", "a=b"],
+        ["SOLVER.LR", 0.3, "SOLVER.LR_DECAY_STAGES=[7,", "10", "]", "LOG.PREFIX", "a=b"],
+    ],
+)
+def test_pairs_may_be_typed_with_an_equals_sign_and_lists_with_spaces(typed):
+    cfg = load(None, typed)
+    assert (cfg.SOLVER.LR, cfg.SOLVER.LR_DECAY_STAGES, cfg.LOG.PREFIX) == (0.3, [7, 10], "a=b")
+    assert [key for key, _ in cfg.overrides] == ["SOLVER.LR", "SOLVER.LR_DECAY_STAGES", "LOG.PREFIX"]
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("SOLVER.SCHEDULER", "SOLVER.LR_DECAY_STAGES"),
+        ("SCHEDULER.TYPE", "SCHEDULER: unknown section; the rate falls at SOLVER.LR_DECAY_STAGES"),
+        ("SOLVER.EMA", "there is no average of weights here"),
+        ("MODEL_EMA", "there is no average of weights here"),
+        ("GPU_ID", "DEVICE cuda"),
+        ("SOLVER.OPTIMIZER", "SOLVER.TYPE"),
+    ],
+)
+def test_a_key_of_other_frameworks_is_answered_with_what_serves_its_purpose(key, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        load(None, [key, "1"])
+    assert len(caught.value.lines) == 1 and "did you mean" not in str(caught.value)
+
+
 def test_a_mistake_is_one_line_that_says_what_to_type(opts, key, says):
     (line,) = problems(opts=opts)
     assert line.startswith(key), line
