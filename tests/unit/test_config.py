@@ -87,37 +87,6 @@ def test_base_files_inherit_and_cycles_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("opts", "key", "says"),
-    [
-        (["SOLVER.LRR", "0.1"], "SOLVER.LRR", "did you mean SOLVER.LR?"),
-        (["solver.epochs", "3"], "solver", "did you mean SOLVER?"),
-        (["LR", "0.1"], "LR", "did you mean SOLVER.LR?"),
-        (["SOLVER", "3"], "SOLVER", "is a section"),
-        (["SOLVER.LR.X", "3"], "SOLVER.LR", "single value"),
-        (["SOLVER.EPOCHS", "2.5"], "SOLVER.EPOCHS", "a whole number"),
-        (["LOG.WANDB", "1"], "LOG.WANDB", "True or False"),
-        (["SOLVER.LR_DECAY_STAGES", "[1.5]"], "SOLVER.LR_DECAY_STAGES", "a list"),
-        (["SOLVER.LR_DECAY_STAGES", "[180,150]"], "SOLVER.LR_DECAY_STAGES", "rising order"),
-        (["SOLVER.LR", "1e999"], "SOLVER.LR", "finite"),
-        (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS", "at least 1"),
-        (["SOLVER.MOMENTUM", "1"], "SOLVER.MOMENTUM", "[0, 1)"),
-        (["SOLVER.AMP", "bf61"], "SOLVER.AMP", "did you mean bf16?"),
-        (["SOLVER.TYPE", "Adam"], "SOLVER.TYPE", "known: SGD"),
-        (["DEVICE", "gpu"], "DEVICE", "cuda"),
-        (["SEED", "-1"], "SEED", "[0, 2**32)"),
-        (["DISTILLER.TYPE", "dtkx"], "DISTILLER.TYPE", "did you mean DTKD?"),
-        (["KD.TEMPERATURE", "0"], "KD.TEMPERATURE", "greater than 0"),
-        (["MLKD.TEMPERATURES", "[2, 0]"], "MLKD.TEMPERATURES", "greater than 0"),
-        (["FITNET.INPUT_SIZE", "[0, 0]"], "FITNET.INPUT_SIZE", "two sizes"),
-        (["SOLVER.TRAINER", "dot"], "SOLVER.TRAINER", "set SOLVER.TRAINER base"),
-        (["DTKD.WARMUP", "-1"], "DTKD.WARMUP", "0 or more"),
-        (["EXPERIMENT.NAME", "../../x"], "EXPERIMENT.NAME", "below LOG.PREFIX"),
-        (["EXPERIMENT.PLUGINS", "gone.py"], "EXPERIMENT.PLUGINS", "neither an existing .py file nor a folder"),
-        (["SOLVER.LR"], "command line", "has no value"),
-        (["--lr", "3"], "command line", "KEY VALUE"),
-    ],
-)
-@pytest.mark.parametrize(
     "typed",
     [
         ["SOLVER.LR=0.3", "SOLVER.LR_DECAY_STAGES=[7,10]", "LOG.PREFIX=a=b"],
@@ -148,6 +117,37 @@ def test_a_key_of_other_frameworks_is_answered_with_what_serves_its_purpose(key,
     assert len(caught.value.lines) == 1 and "did you mean" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("opts", "key", "says"),
+    [
+        (["SOLVER.LRR", "0.1"], "SOLVER.LRR", "did you mean SOLVER.LR?"),
+        (["solver.epochs", "3"], "solver", "did you mean SOLVER?"),
+        (["LR", "0.1"], "LR", "did you mean SOLVER.LR?"),
+        (["SOLVER", "3"], "SOLVER", "is a section"),
+        (["SOLVER.LR.X", "3"], "SOLVER.LR", "single value"),
+        (["SOLVER.EPOCHS", "2.5"], "SOLVER.EPOCHS", "a whole number"),
+        (["LOG.WANDB", "1"], "LOG.WANDB", "True or False"),
+        (["SOLVER.LR_DECAY_STAGES", "[1.5]"], "SOLVER.LR_DECAY_STAGES", "a list"),
+        (["SOLVER.LR_DECAY_STAGES", "[180,150]"], "SOLVER.LR_DECAY_STAGES", "rising order"),
+        (["SOLVER.LR", "1e999"], "SOLVER.LR", "finite"),
+        (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS", "at least 1"),
+        (["SOLVER.MOMENTUM", "1"], "SOLVER.MOMENTUM", "[0, 1)"),
+        (["SOLVER.AMP", "bf61"], "SOLVER.AMP", "did you mean bf16?"),
+        (["SOLVER.TYPE", "Adam"], "SOLVER.TYPE", "known: SGD"),
+        (["DEVICE", "gpu"], "DEVICE", "cuda"),
+        (["SEED", "-1"], "SEED", "[0, 2**32)"),
+        (["DISTILLER.TYPE", "dtkx"], "DISTILLER.TYPE", "did you mean DTKD?"),
+        (["KD.TEMPERATURE", "0"], "KD.TEMPERATURE", "greater than 0"),
+        (["MLKD.TEMPERATURES", "[2, 0]"], "MLKD.TEMPERATURES", "greater than 0"),
+        (["FITNET.INPUT_SIZE", "[0, 0]"], "FITNET.INPUT_SIZE", "two sizes"),
+        (["SOLVER.TRAINER", "dot"], "SOLVER.TRAINER", "set SOLVER.TRAINER base"),
+        (["DTKD.WARMUP", "-1"], "DTKD.WARMUP", "0 or more"),
+        (["EXPERIMENT.NAME", "../../x"], "EXPERIMENT.NAME", "below LOG.PREFIX"),
+        (["EXPERIMENT.PLUGINS", "gone.py"], "EXPERIMENT.PLUGINS", "neither an existing .py file nor a folder"),
+        (["SOLVER.LR"], "command line", "has no value"),
+        (["--lr", "3"], "command line", "KEY VALUE"),
+    ],
+)
 def test_a_mistake_is_one_line_that_says_what_to_type(opts, key, says):
     (line,) = problems(opts=opts)
     assert line.startswith(key), line
