@@ -25,7 +25,7 @@ from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.evaluator import evaluate
 from mdistiller.engine.solver import set_lr, sgd
-from mdistiller.engine.step import Meter, Step
+from mdistiller.engine.step import Step
 from mdistiller.errors import run_command
 
 BATCH, CLASSES, MEAN, STD = 64, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -71,12 +71,12 @@ def main() -> None:
         batches = Batches(images.to(device), labels.to(device), MEAN, STD, BATCH, "crop_flip")
 
         def work() -> int:
-            meter = Meter()
+            step.meter.reset()
             distiller.train()
             for batch in batches.epoch(1):
-                step(batch, 20, meter)
-            meter.read()  # waits for the device
-            return meter.images
+                step(batch, 20)
+            step.meter.read()  # waits for the device
+            return step.meter.images
 
         return work, distiller
 

@@ -23,7 +23,7 @@ from mdistiller.config.keys import (
     positive,
     role,
 )
-from mdistiller.config.loading import load, misfit, read
+from mdistiller.config.loading import check, load, misfit, read
 from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "at_least",
     "below",
     "between",
+    "check",
     "computed",
     "get",
     "image_size",

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from mdistiller import files, registry
 from mdistiller.config.keys import CFG, KEYS, Config, leaves, needs_teacher, show
-from mdistiller.config.plugins import Plugin, activate, load_plugin
+from mdistiller.config.plugins import PLUGINS, Plugin, activate, load_plugin
 from mdistiller.config.reading import read_yaml
 from mdistiller.errors import ConfigError, UserError
 
@@ -42,30 +42,19 @@ def load(path: str | Path | None = None, opts: Sequence = ()) -> Config:
     problems: list[str] = []
     tree = read_yaml(Path(path), problems) if path else {}
     pairs = _parse_opts(opts, problems)
-    sources = [(tree, str(path)), *((override, "command line") for _, override in pairs)]
-    plugins = []
-    for source, _ in sources:
-        section = source.get("EXPERIMENT")
-        plugins = section.get("PLUGINS", plugins) if isinstance(section, Mapping) else plugins
-    loaded = _load_plugins(_decode(plugins), Path(path).parent if path else Path(), problems)
-    _refuse(problems)  # what a plug-in would have brought is no mistake of its own
-    activate(plugin.digest for plugin in loaded)
-
     cfg = CFG.clone()
-    cfg.plugins.extend(plugin.digest for plugin in loaded)
-    method = registry.distillers.named(_last_method(sources))
-    for plugin in loaded:
-        for key, value in plugin.defaults_for(method).items():
-            _set_default(cfg, key, value)
-    plugin_text = "".join(plugin.text for plugin in loaded)
-    for source, name in sources:
-        _merge(cfg, source, name, "", plugin_text, problems)
-    cfg.DISTILLER.TYPE = registry.distillers.named(cfg.DISTILLER.TYPE)
+    sources = [(tree, str(path)), *((override, "command line") for _, override in pairs)]
+    _merge_all(cfg, sources, Path(path).parent if path else Path(), problems)
     cfg.overrides.extend(pair for pair, _ in pairs)
     problems += _value_problems(cfg)
     _refuse(problems)
     cfg.freeze()
     return cfg
+
+
+def check(cfg: CfgNode) -> None:
+    """Raise ConfigError where a value of `cfg` fails its key's check, as one that was merged by hand may."""
+    _refuse(_value_problems(cfg))
 
 
 def read(path: Path) -> CfgNode:
@@ -106,9 +95,35 @@ def merge_trees(cfg: Config, sources: Iterable[tuple[Mapping, str]], problems: l
     """Merge (tree, where it is from) pairs into `cfg`. Raises ConfigError with these and the earlier `problems`."""
     if cfg.is_frozen():
         raise AttributeError("this configuration is frozen; clone() it, then defrost() the clone")
-    for tree, source in sources:
-        _merge(cfg, tree, source, "", "", problems)
+    _merge_all(cfg, list(sources), Path(), problems)
     _refuse(problems)
+
+
+def _merge_all(cfg: Config, sources: list[tuple[Mapping, str]], folder: Path, problems: list[str]) -> None:
+    """Merge the sources into `cfg`, after the plug-ins that the last of them names which names any, with their defaults.
+    `folder`: where a plug-in may lie.
+    """
+    named = [section["PLUGINS"] for section in _sections(sources, "EXPERIMENT") if "PLUGINS" in section]
+    if named:
+        loaded = _load_plugins(_decode(named[-1]), folder, problems)
+        _refuse(problems)  # what a plug-in would have brought is no mistake of its own
+        cfg.plugins[:] = [plugin.digest for plugin in loaded]
+        activate(cfg.plugins)
+        types = [section["TYPE"] for section in _sections(sources, "DISTILLER") if "TYPE" in section]
+        method = registry.distillers.named(str(types[-1] if types else cfg.DISTILLER.TYPE))
+        for plugin in loaded:
+            for key, value in plugin.defaults_for(method).items():
+                _set_default(cfg, key, value)
+    else:
+        activate(cfg.plugins)
+    text = "".join(PLUGINS[digest].text for digest in cfg.plugins)
+    for tree, source in sources:
+        _merge(cfg, tree, source, "", text, problems)
+    cfg.DISTILLER.TYPE = registry.distillers.named(cfg.DISTILLER.TYPE)
+
+
+def _sections(sources: Iterable[tuple[Mapping, str]], name: str) -> list[Mapping]:
+    return [tree[name] for tree, _ in sources if isinstance(tree.get(name), Mapping)]
 
 
 def _node(tree: Mapping) -> CfgNode:
@@ -177,13 +192,6 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
         except BaseException as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
             problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}")
     return loaded
-
-
-def _last_method(sources: Iterable[tuple[Mapping, str]]) -> str:
-    """Return the method that the last of the trees names which names one."""
-    sections = [tree.get("DISTILLER") for tree, _ in sources]
-    given = [section["TYPE"] for section in sections if isinstance(section, Mapping) and "TYPE" in section]
-    return str(given[-1] if given else CFG.DISTILLER.TYPE)
 
 
 def _set_default(cfg: CfgNode, key: str, value: object) -> None:
@@ -312,7 +320,9 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
             yield f"{name}: must be text without control characters; got {show(value)}"
         elif any(isinstance(n, float) and not abs(n) < 1e38 for n in numbers):  # NaN, and what float32 cannot hold
             yield f"{name}: must be a finite number, below 1e38; got {show(value)}"
-        elif any(not -(2**62) < n < 2**62 for n in numbers):  # what a tensor's index can hold, and room to add
+        elif any(
+            isinstance(n, int) and not -(2**62) < n < 2**62 for n in numbers
+        ):  # what a tensor's index can hold, and room to add
             yield f"{name}: must be a whole number below 2**62; got {show(value)}"
         elif name in KEYS and KEYS[name].check:
             problem = KEYS[name].check.problem(value)

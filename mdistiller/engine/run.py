@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.config import Config, activate, in_place_of_built_in, needs_teacher
+from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.build import Workspace, build_distiller, build_trainer, prepare_parts, refuse_unused
@@ -51,6 +51,9 @@ class RunRequest:
 
     def check(self, resume: bool | str) -> None:
         """Raise UserError where the machine or the folder cannot do it."""
+        if not (isinstance(resume, bool) or resume == "auto"):
+            raise UserError(f"resume: must be False, True or 'auto'; got {resume!r:.100}")
+        check(self.cfg)
         device = resolve_device(self.cfg.DEVICE)
         check_amp(self.cfg.SOLVER.AMP, device)
         check_step(self.cfg, device)
