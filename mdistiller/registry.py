@@ -30,7 +30,7 @@ class UnknownName(KeyError):
 
 
 class Registry(UserDict):
-    """A dict from name to object that refuses a second object under a name it already holds.
+    """A dict from name to object that refuses another object under a name it already holds.
 
     `own` holds what is built in or was entered by hand. What a plug-in brings, inside `collecting`, stands in its
     place while `use` says so. Names of a plug-in that is out of use stay readable, for those who look at its runs, but
@@ -54,7 +54,7 @@ class Registry(UserDict):
         if self.accept is not None:
             item = self.accept(name, item)
         held = self.own if collected is None else collected
-        if name in held and held[name] is not item:
+        if name in held and held[name] is not item and not same_definition(held[name], item):
             raise ValueError(f"{self.kind} '{name}' is registered already, by {held[name]!r}; pick another name")
         held[name] = item
         self.brought |= {name} if collected is not None else set()
@@ -73,6 +73,15 @@ class Registry(UserDict):
         if name in self.active:
             return name
         return next((known for known in self.active if fold(known) == fold(name)), name)
+
+
+def same_definition(first: object, second: object) -> bool:
+    """Return whether two classes or functions are one definition, executed again as a notebook's cell is."""
+    places = []
+    for item in (first, second):
+        item = item[0] if isinstance(item, tuple) else item  # a model's entry
+        places.append((getattr(item, "__module__", None), getattr(item, "__qualname__", "")))
+    return places[0] == places[1] and places[0][0] == "__main__" and "<" not in places[0][1]
 
 
 def fold(name: str) -> str:

@@ -130,15 +130,20 @@ def add_keys(keys: Mapping[str, Key]) -> None:
         KEYS[name] = key
 
 
-def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = True) -> None:
+def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = True, again: bool = False) -> None:
     """Declare the section CFG.<name>. `defaults` maps its keys to a Key or to a plain default; nested mappings are
     sub-sections. `name` may be dotted, as TEMPERATURE.ERRATUM. A plug-in's defaults of keys that exist are its own.
+    `again`: the section may exist, and is declared anew.
 
     Raises ValueError where the section exists, or where a default is None, which has no type to check a value by.
     """
     *parents, last = name.split(".")
     parent = get(CFG, ".".join(parents))
-    if last in parent and _collected is None:
+    if again:
+        parent.pop(last, None)
+        for key in [key for key in KEYS if key.startswith(f"{name}.")]:
+            del KEYS[key]
+    elif last in parent and _collected is None:
         raise ValueError(f"config section '{name}' exists already; pick another name")
     keys = {f"{name}.{key}": v if isinstance(v, Key) else Key(v) for key, v in leaves(defaults).items()}
     for key, value in keys.items():

@@ -1,9 +1,7 @@
 """From YAML files and KEY VALUE pairs to a checked, frozen configuration."""
 
-import ast
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from mdistiller import files, registry
 from mdistiller.config.keys import CFG, KEYS, Config, leaves, needs_teacher, show
 from mdistiller.config.plugins import PLUGINS, Plugin, activate, load_plugin
 from mdistiller.config.reading import read_yaml
+from mdistiller.config.values import coerce, decode, decode_tree, kind_of
 from mdistiller.errors import ConfigError, UserError
 
 MOST_LEVELS, MOST_PROBLEMS = 30, 20
@@ -70,7 +69,7 @@ def misfit(tree: Mapping) -> str | None:
     for name, value in leaves(tree).items():
         try:
             if name in KEYS:
-                _coerce(value, KEYS[name].default)
+                coerce(value, KEYS[name].default)
         except (TypeError, OverflowError):
             return name
     return None
@@ -100,12 +99,12 @@ def merge_trees(cfg: Config, sources: Iterable[tuple[Mapping, str]], problems: l
 
 
 def _merge_all(cfg: Config, sources: list[tuple[Mapping, str]], folder: Path, problems: list[str]) -> None:
-    """Merge the sources into `cfg`, after the plug-ins that the last of them names which names any, with their defaults.
+    """Merge the sources into `cfg`, the plug-ins that the last PLUGINS among them names and their defaults first.
     `folder`: where a plug-in may lie.
     """
     named = [section["PLUGINS"] for section in _sections(sources, "EXPERIMENT") if "PLUGINS" in section]
     if named:
-        loaded = _load_plugins(_decode(named[-1]), folder, problems)
+        loaded = _load_plugins(decode(named[-1]), folder, problems)
         _refuse(problems)  # what a plug-in would have brought is no mistake of its own
         cfg.plugins[:] = [plugin.digest for plugin in loaded]
         activate(cfg.plugins)
@@ -203,7 +202,7 @@ def _set_default(cfg: CfgNode, key: str, value: object) -> None:
         if not isinstance(node, CfgNode):
             return
     try:
-        node[last] = _coerce(value, node[last]) if last in node else _decode(value)
+        node[last] = coerce(value, node[last]) if last in node else decode(value)
     except (TypeError, OverflowError):
         return
 
@@ -214,7 +213,7 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
         if key not in node:
             unknown_section = prefix and prefix.split(".")[0] not in CFG
             if unknown_section or re.search(rf"\b{re.escape(str(key))}\b", plugin_text):  # a plug-in reads it
-                value = _decode_tree(value)
+                value = decode_tree(value)
                 node[key] = _node(value) if isinstance(value, Mapping) else value
             else:
                 problems.append(f"{full}: {_unknown_key(full, isinstance(value, Mapping))} ({source})")
@@ -225,15 +224,15 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
                 example = next(iter(leaves(node[key], f"{full}.")), f"{full}.KEY")
                 problems.append(f"{full}: is a section, not a value; set its keys, such as {example} ({source})")
         elif isinstance(value, Mapping):
-            problems.append(f"{full}: is a single value ({_kind(node[key])}), not a section ({source})")
+            problems.append(f"{full}: is a single value ({kind_of(node[key])}), not a section ({source})")
         elif full not in KEYS:  # a plug-in's, of which nobody knows what else than its default it may be
-            node[key] = _decode_tree(value)
+            node[key] = decode_tree(value)
         else:
             try:
-                node[key] = _coerce(_unquoted(full, value), KEYS[full].default)
+                node[key] = coerce(_unquoted(full, value), KEYS[full].default)
             except (TypeError, OverflowError):
                 default = KEYS[full].default
-                wanted, example = _kind(default), default or node[key]
+                wanted, example = kind_of(default), default or node[key]
                 problems.append(f"{full}: must be {wanted}, such as {example!r}; got {show(value)} ({source})")
 
 
@@ -256,59 +255,6 @@ def _unknown_key(full: str, is_section: bool) -> str:
         close = [key for key in leaves(CFG) if key.rsplit(".", 1)[-1].casefold() == last]
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"unknown {'section' if is_section else 'key'}{hint}"
-
-
-def _decode(text: object) -> object:
-    """Return the value typed as `text`: 5e-4, [1, 2], [a.py, b.py]. Files need it too: YAML reads 5e-4 as text."""
-    if not isinstance(text, str):
-        return text
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a text may look like odd Python
-            value = ast.literal_eval(text.strip())
-        return value if _is_plain(value) else text
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        if words := re.fullmatch(r"\[([^\[\]'\"]+)\]", text.strip()):
-            return [_decode(word.strip()) for word in words[1].split(",")]
-        return {"true": True, "false": False}.get(text.strip().lower(), text)
-
-
-def _decode_tree(value: object) -> object:
-    return {k: _decode_tree(v) for k, v in value.items()} if isinstance(value, Mapping) else _decode(value)
-
-
-def _is_plain(value: object) -> bool:
-    """Whether YAML can hold `value`: no set, no bytes, no complex number."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _kind(default: object) -> str:
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
-    return names.get(type(default), "a list")
-
-
-def _coerce(value: object, default: object) -> object:
-    """Return `value` as the type of `default`: int serves for float, list for tuple. Raises TypeError otherwise."""
-    if isinstance(default, str):
-        if isinstance(value, str):
-            return value
-        raise TypeError
-    value = _decode(value)
-    if isinstance(default, (list, tuple)):
-        if default in ([], ()) and isinstance(value, str):
-            value = [value]
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        if not default:  # an empty default says nothing about what the list holds
-            return type(default)(value)
-        return type(default)(_coerce(item, default[0]) for item in value)
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise TypeError
-    return value
 
 
 def _value_problems(cfg: CfgNode) -> Iterable[str]:

@@ -20,11 +20,12 @@ def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[
     """
 
     def register(cls: type) -> type:
-        methods = registry.distillers
+        methods, before = registry.distillers, registry.distillers.own.get(name)
+        again = before is not None and registry.same_definition(before, cls)
         methods[name] = Declared(cls) if methods.accept else cls  # Vanilla comes before the door is there
         if defaults:
             text = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
-            config.add_section(name, defaults, text.strip().split("\n")[0])
+            config.add_section(name, defaults, text.strip().split("\n")[0], again=again)
         return cls
 
     return register

@@ -203,3 +203,32 @@ def test_the_page_on_plugins_says_what_methods_read():
     assert table.pop("get_bn_before_relu") == ["OFD"]
     for part, methods in table.items():
         assert methods == sorted(name for name in METHODS if part in distiller_dict[name].needs_features), part
+
+
+def test_a_cell_of_a_notebook_may_run_again(tmp_path):
+    code = """
+        import mdistiller as md
+        from mdistiller.config import Key
+        from mdistiller.distillers import Distiller, distiller_dict
+        from mdistiller.models import cifar_model_dict
+
+        def cell(default):
+            exec('''
+        @md.register_method("CELL", defaults={"T": default})
+        class Cell(Distiller): pass
+        @md.register_model
+        def cell_net(num_classes): return default
+        ''', globals() | {"default": default})
+
+        cell(1.0)
+        cell(2.0)
+        assert md.load_config(None, {"CELL.T": 3}).CELL.T == 3.0 and md.load_config().CELL.T == 2.0
+        assert cifar_model_dict["cell_net"][0](num_classes=3) == 2.0
+        try:
+            md.register_method("KD")(distiller_dict["CELL"])
+        except ValueError as error:
+            print(error)
+    """
+    (tmp_path / "cells.py").write_text(textwrap.dedent(code).replace("\n        ", "\n"))
+    done = subprocess.run([sys.executable, "cells.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "method 'KD' is registered already" in done.stdout, done.stderr
