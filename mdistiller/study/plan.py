@@ -202,7 +202,8 @@ class Shipped:
         if names.TYPE not in distiller_dict:  # a plug-in's, which is not loaded
             return {}
         file, changes = self.file(names.TYPE, "" if names.TYPE == "NONE" else names.TEACHER, names.STUDENT)
-        return config.computed(config.load(file, words_of(changes))) if file else {}
+        plugins = ["EXPERIMENT.PLUGINS", cfg.EXPERIMENT.PLUGINS] if cfg.EXPERIMENT.PLUGINS else []
+        return config.computed(config.load(file, [*plugins, *words_of(changes)])) if file else {}
 
     def _index(self, method: str) -> dict[tuple, Path]:
         if method not in self.files:
