@@ -199,7 +199,7 @@ class Shipped:
     def settings(self, cfg: CfgNode) -> dict[str, object]:
         """Return what the file for the method and pair of `cfg` computes; empty where there is none."""
         names = cfg.DISTILLER
-        if names.TYPE not in distiller_dict:  # a plug-in's, which is not loaded
+        if names.TYPE not in distiller_dict.active and not cfg.EXPERIMENT.PLUGINS:  # a plug-in's, which is not loaded
             return {}
         file, changes = self.file(names.TYPE, "" if names.TYPE == "NONE" else names.TEACHER, names.STUDENT)
         plugins = ["EXPERIMENT.PLUGINS", cfg.EXPERIMENT.PLUGINS] if cfg.EXPERIMENT.PLUGINS else []
