@@ -9,7 +9,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.models import cifar_model_dict
 
 
-def model(name: str, num_classes: int = 10) -> nn.Module:
+def model(name: str = "resnet8", num_classes: int = 10) -> nn.Module:
     """The same weights at each call."""
     torch.manual_seed(len(name))
     return cifar_model_dict[name][0](num_classes=num_classes)

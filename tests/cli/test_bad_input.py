@@ -14,12 +14,12 @@ import pytest
 import sklearn.datasets
 import torch
 from helpers import ROOT, Bomb, digits_opts, load_tool, tool
+from methods import model
 
 from mdistiller import registry
 from mdistiller.engine.cfg import load
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import run_command
-from mdistiller.models import cifar_model_dict
 
 EVALUATE = ["eval", "-m", "resnet8", "-d", "digits", "-c", "x.pth"]
 TRAIN = ["train_ours", *digits_opts(), "LOG.PREFIX", "out"]
@@ -37,16 +37,15 @@ def saved(state):
 
 
 @cache
-def weights(name="resnet8", classes=10):
-    torch.manual_seed(0)
-    return cifar_model_dict[name][0](num_classes=classes).state_dict()
+def weights(*given):
+    return model(*given).state_dict()
 
 
 # {case: (file, its content or what makes it, command, words of the line)}
 FILES = {
     "weights of another network": ("x.pth", saved(lambda: weights("resnet14")), EVALUATE, "holds resnet14"),
     "weights of other classes": ("x.pth", saved(lambda: weights("resnet8", 100)), EVALUATE, "with 100 classes"),
-    "weights that run": ("x.pth", saved(lambda: Bomb()), EVALUATE, "x.pth"),
+    "weights that run": ("x.pth", saved(Bomb), EVALUATE, "x.pth"),
     "weights cut": ("x.pth", lambda path: (torch.save(weights(), path), os.truncate(path, 50_000)), EVALUATE, "x.pth"),
     "weights that are a pipe": ("x.pth", os.mkfifo, EVALUATE, "x.pth"),
     "teacher of other classes": ("x.pth", saved(lambda: weights("resnet8", 100)), DISTIL, "with 100 classes"),

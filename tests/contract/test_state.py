@@ -42,4 +42,4 @@ def test_a_step_can_be_a_graph_unless_it_draws_on_the_host(method):
 
     made = make_trainer(method, samples=16, capture=capture)
     lines = train_steps(made, WARM_UP)[1]
-    assert [("draws random numbers" in line) for line in lines] == [True] * (method in DRAWING)
+    assert [("draws random numbers" in line) for line in lines] == ([True] if method in DRAWING else [])

@@ -5,6 +5,7 @@ import errno
 import pytest
 import torch
 from helpers import CPU
+from methods import model
 
 from mdistiller.bank import segments, teacher
 from mdistiller.bank.inference import Inference
@@ -13,7 +14,6 @@ from mdistiller.bank.teacher import Bank, TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.device import has_bf16
 from mdistiller.errors import RunFailed
-from mdistiller.models import cifar_model_dict
 
 PRECISIONS = ["none", "bf16"] if has_bf16(CPU) else ["none"]
 
@@ -23,9 +23,8 @@ def batches(augment="crop", n=6):
     return Batches(images, torch.arange(n), (0.5,) * 3, (0.25,) * 3, 4, augment)
 
 
-def inference(name="resnet8", amp="none"):
-    torch.manual_seed(0)
-    return Inference(cifar_model_dict[name][0](num_classes=10).eval(), CPU, amp)
+def inference(amp="none"):
+    return Inference(model().eval(), CPU, amp)
 
 
 def logits_of(folder=None, dtype=torch.float16, fast=None, data=None):
