@@ -28,7 +28,7 @@ def hint_loss(guided: Tensor, hint: Tensor) -> Tensor:
 class FitNet(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * hint_loss at feats[HINT_LAYER], both terms from the first epoch on.
 
-    The regressor is built for images of INPUT_SIZE. A pair whose student's map is smaller than the teacher's by
+    The regressor is built for the images' size. A pair whose student's map is smaller than the teacher's by
     another factor than 2 has no regressor and is refused.
     """
 

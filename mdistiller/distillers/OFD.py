@@ -74,6 +74,10 @@ class OFD(FeatureDistiller):
         channels.reverse()
         self.stages = len(channels)
         bns = teacher.get_bn_before_relu()[-self.stages :]
+        if len(bns) < self.stages:
+            refuse(
+                "OFD", student, teacher, f"get_bn_before_relu() gives {len(bns)} BatchNorms for {self.stages} stages"
+            )
         for bn, (_, width) in zip(bns, channels, strict=True):
             if bn.num_features != width:
                 reason = f"the teacher's BatchNorm before the ReLU covers {bn.num_features} of {width} channels"

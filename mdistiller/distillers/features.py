@@ -1,6 +1,8 @@
 """What feature methods share: unit vectors, maps of one size, shapes of a model's features, the regressor."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import NoReturn
 
 import torch
@@ -9,6 +11,18 @@ from torch.nn import functional as F
 
 from mdistiller.errors import UserError
 from mdistiller.models import in_eval_mode
+
+_size: ContextVar[tuple[int, int] | None] = ContextVar("size", default=None)  # of the images of the method being built
+
+
+@contextlib.contextmanager
+def images_of(size: tuple[int, int]) -> Iterator[None]:
+    """Let a method that is built inside see features of images of `size` (H, W), whatever size it asks for."""
+    token = _size.set(size)
+    try:
+        yield
+    finally:
+        _size.reset(token)
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
@@ -33,18 +47,18 @@ def sum_over_stages(loss: Callable, feats_student: Sequence[Tensor], feats_teach
 
 @torch.no_grad()
 def probe(model: nn.Module, input_size: tuple[int, int] = (32, 32)) -> dict:
-    """Return the features of one black image (3, *input_size). The probe leaves no trace: it runs in eval mode, so that
-    it does not shift BatchNorm statistics, and draws no random numbers.
+    """Return the features of one black image (3, *input_size), inside `images_of` of its size. The probe leaves no
+    trace: it runs in eval mode, so that it does not shift BatchNorm statistics, and draws no random numbers.
     """
     with in_eval_mode(model):
-        _, feats = model(next(model.parameters()).new_zeros(1, 3, *input_size))
+        _, feats = model(next(model.parameters()).new_zeros(1, 3, *(_size.get() or input_size)))
     return feats
 
 
 def get_feat_shapes(
     student: nn.Module, teacher: nn.Module, input_size: tuple[int, int]
 ) -> tuple[list[torch.Size], list[torch.Size]]:
-    """Return the shapes of feats["feats"] of student and teacher for one image (3, *input_size), without a trace."""
+    """Return the shapes of feats["feats"] of student and teacher for one image as `probe` takes it, without a trace."""
     student_shapes, teacher_shapes = ([f.shape for f in probe(m, input_size)["feats"]] for m in (student, teacher))
     return student_shapes, teacher_shapes
 

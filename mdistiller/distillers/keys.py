@@ -30,4 +30,5 @@ def warmup(default: float = 20) -> Key:
 
 def input_size() -> Key:
     """Return the key of the images' size, for methods that build modules by the shapes of features."""
-    return Key((32, 32), "Height and width of the images; the method's modules are built for them.", image_size)
+    doc = "Accepted for mdistiller's YAML files; the method's modules are built for the size of the data's images."
+    return Key((32, 32), doc, image_size)

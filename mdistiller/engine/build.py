@@ -14,6 +14,7 @@ from mdistiller.dataset import Batches, ImageSet
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.distillers.base import TWO_VIEWS
+from mdistiller.distillers.features import images_of
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
@@ -79,7 +80,9 @@ def build_distiller(
         if teacher_file and networks.teacher is None:
             checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
-    return prepare_parts(cls(student, teacher, cfg, **{name: offered[name] for name in cls.needs}), device)
+    with images_of(tuple(data.train_images.shape[1:3])):
+        distiller = cls(student, teacher, cfg, **{name: offered[name] for name in cls.needs})
+    return prepare_parts(distiller, device)
 
 
 def refuse_unused(cfg: CfgNode) -> None:

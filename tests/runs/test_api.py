@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import mdistiller as md
+from mdistiller.distillers import distiller_dict
 
 GENERATOR = np.random.default_rng(0)
 LABELS = np.arange(120) % 4
@@ -81,6 +82,37 @@ def test_features_of_named_layers(method):
     result = quick(*nets(), method=method, epochs=1, layers=layers, **options)
     assert np.isfinite(result.history[0]["train_loss"])
     assert result.student(torch.zeros(1, 3, 16, 16)).shape == (1, 4)
+
+
+class FixedNet(nn.Module):
+    """Takes images of 16 x 16 alone, and gives all of the feature contract."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(i, width, 3, s, 1) for i, s in ((3, 1), (width, 1), (width, 2)))
+        self.bn, self.pool, self.fc = nn.BatchNorm2d(width), nn.Linear(width * 64, 12), nn.Linear(12, 4)
+
+    def get_stage_channels(self):
+        return [conv.out_channels for conv in self.convs]
+
+    def get_bn_before_relu(self):
+        return [self.bn, self.bn]  # of the stages after the stem
+
+    def forward(self, x):
+        before, after = [], []
+        for conv in self.convs:
+            before.append(conv(x))
+            x = before[-1].relu()
+            after.append(x)
+        pooled = self.pool(x.flatten(1)).relu()
+        return self.fc(pooled), {"feats": after, "preact_feats": before, "pooled_feat": pooled}
+
+
+@pytest.mark.parametrize("method", [name for name, cls in sorted(distiller_dict.items()) if cls.needs_features])
+def test_features_of_networks_that_take_one_size_of_images(method):
+    options = {"CRD__NCE__K": 8} if method == "CRD" else {}
+    result = quick(FixedNet(8), FixedNet(6), method=method, epochs=1, SOLVER__LR=0.001, **options)
+    assert np.isfinite(result.history[0]["train_loss"])
 
 
 def test_the_student_alone_and_names():
