@@ -76,7 +76,7 @@ ROW = {"epoch": 1, "test_acc": 50.0, "best_acc": 50.0, "train_acc": 50.0, "train
 
 
 def rows(**changes):
-    return json.dumps({key: value for key, value in (ROW | changes).items() if value is not None}) + "\n"
+    return json.dumps(ROW | changes) + "\n"
 
 
 def header(samples):
@@ -91,23 +91,16 @@ RUNS = {
     "metrics that are a pipe": ("metrics.jsonl", os.mkfifo, COMPARE, "run: "),
     "metrics not JSON": ("metrics.jsonl", "epoch 1\n", COMPARE, "run: "),
     "metrics a list": ("metrics.jsonl", "[1, 2]\n", COMPARE, "run: "),
-    "metrics without accuracy": ("metrics.jsonl", rows(test_acc=None), COMPARE, "metrics.jsonl"),
     "metrics NaN": ("metrics.jsonl", rows(test_acc=float("nan")), COMPARE, "metrics.jsonl"),
     "metrics text": ("metrics.jsonl", rows(best_acc="high"), COMPARE, "metrics.jsonl"),
     "metrics of 5,000 digits": ("metrics.jsonl", rows().replace("50.0", "5" * 5000), ANALYZE, "run: no epoch"),
-    "metrics of epoch 7": ("metrics.jsonl", rows(epoch=7), ANALYZE, "metrics.jsonl"),
     "metrics nested deep": ("metrics.jsonl", "[" * 100_000 + "\n", ANALYZE, "run: no epoch"),
     "metrics not UTF-8": ("metrics.jsonl", b"\xff\xfe\n", ANALYZE, "run: no epoch"),
     "config missing": ("config.yaml", None, COMPARE, "run: "),
     "config a folder": ("config.yaml", os.mkdir, COMPARE, "run: "),
     "config not YAML": ("config.yaml", "SOLVER: {", COMPARE, "config.yaml"),
     "config empty": ("config.yaml", "", ANALYZE, "config.yaml"),
-    "config without sections": ("config.yaml", "SOLVER: 5\nSEED: 0\nDEVICE: auto", ANALYZE, "config.yaml"),
-    "config with a strange seed": (
-        "config.yaml", lambda path: path.write_text(config().replace("SEED: 0", "SEED: [1]")), ANALYZE, "SEED",
-    ),
     "student that is text": ("student_latest", "text", ANALYZE, "student_latest"),
-    "record that is text": ("temperatures.bin", "text", ANALYZE, "temperatures.bin"),
     "record of -5 samples": ("temperatures.bin", header(-5), ANALYZE, "temperatures.bin"),
     "record of NaN samples": ("temperatures.bin", header(float("nan")), ANALYZE, "temperatures.bin"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import METHODS, REFUSED, SIBLINGS, class_of, write_checkout, write_file
+from helpers import refused
 from torch.nn import functional as F
 
 from mdistiller import registry
@@ -76,9 +77,8 @@ def test_a_method_file_runs_as_it_is(tmp_path, cause):
 def test_what_is_outside_the_promise_is_one_line(tmp_path, case):
     text, says = REFUSED[case]
     file = write_file(tmp_path, text)
-    with pytest.raises(UserError, match=says) as caught:
+    with refused(says):
         step(load(None, words(file, class_of(text))))
-    assert len(caught.value.lines) == 1
 
 
 def test_a_plugin_stands_in_a_built_in_methods_place_only_where_it_is_named(tmp_path):
@@ -144,9 +144,8 @@ def test_what_a_checkout_cannot_run_is_one_line(tmp_path):
         ("lost", "unknown model 'none_such'"),
         ("typo", r"KD.TEMPERATUR: unknown key; did you mean KD.TEMPERATURE\?"),
     ):
-        with pytest.raises(ConfigError, match=says) as caught:
+        with refused(says, ConfigError):
             load(root / f"configs/cifar100/{name}.yaml", plugin)
-        assert len(caught.value.lines) == 1
     for text, says in REFUSED.values():
         name = class_of(text)
         with pytest.raises(UserError, match=says.replace(name, name.upper(), 1)):
@@ -189,16 +188,7 @@ SAME_LOSS = "KD DKD AT NST PKT RKD SP FITNET".split()  # the others draw, or sca
 
 @pytest.mark.parametrize("method", ORIGINALS)
 def test_files_of_the_originals_interface_behave_as_the_built_in_methods(method):
-    pair = [
-        "DISTILLER.TEACHER",
-        "resnet32x4",
-        "DISTILLER.STUDENT",
-        "resnet8x4",
-        "DISTILLER.TYPE",
-        method,
-        "CRD.NCE.K",
-        4,
-    ]
+    pair = f"DISTILLER.TEACHER resnet32x4 DISTILLER.STUDENT resnet8x4 DISTILLER.TYPE {method} CRD.NCE.K 4".split()
     losses = []
     for plugin in ([], ["EXPERIMENT.PLUGINS", [str(Path(__file__).parents[1] / "originals.py")]]):
         torch.manual_seed(0)

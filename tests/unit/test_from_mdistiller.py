@@ -18,15 +18,6 @@ from mdistiller.distillers._upstream import NAMES
 from mdistiller.engine import utils
 from mdistiller.engine.dot import DistillationOrientedTrainer
 from mdistiller.engine.solver import DOT, set_lr
-from mdistiller.engine.utils import (
-    AverageMeter,
-    accuracy,
-    adjust_learning_rate,
-    load_checkpoint,
-    log_msg,
-    save_checkpoint,
-    validate,
-)
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
 from mdistiller.models._paths import PATHS
@@ -108,12 +99,12 @@ def test_cifar100_dataloaders(data, monkeypatch):
 
 
 def test_meter_and_accuracy():
-    meter = AverageMeter()
+    meter = utils.AverageMeter()
     meter.update(1.0, 3)
     meter.update(5.0)
     assert (meter.val, meter.avg, meter.sum, meter.count) == (5.0, 2.0, 8.0, 4)
     logits, target = torch.eye(6)[[0, 1, 2, 3]] + torch.arange(6) / 100, torch.tensor([0, 5, 2, 0])
-    top1, top2, top5 = accuracy(logits, target, topk=(1, 2, 5))
+    top1, top2, top5 = utils.accuracy(logits, target, topk=(1, 2, 5))
     assert [value.shape for value in (top1, top2, top5)] == [(1,)] * 3
     assert (top1[0], top2[0], top5[0]) == (50, 75, 75)
 
@@ -121,33 +112,33 @@ def test_meter_and_accuracy():
 def test_validate_is_the_evaluation_of_a_run(data):
     network = cifar_model_dict["resnet8"][0](num_classes=10)
     distiller = distiller_dict["NONE"](network)
-    top1, top5, loss = validate(get_dataset(configuration())[1], nn.DataParallel(distiller))
+    top1, top5, loss = utils.validate(get_dataset(configuration())[1], nn.DataParallel(distiller))
     images = Batches(data.test_images, data.test_labels, data.mean, data.std, 20)
     with torch.no_grad():
         logits = network.eval()(next(iter(images)).image)[0]
-    expected = [value.item() for value in accuracy(logits, data.test_labels, (1, 5))]
+    expected = [value.item() for value in utils.accuracy(logits, data.test_labels, (1, 5))]
     assert [top1, top5] == pytest.approx(expected)
     assert loss == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-5)
 
 
 def test_learning_rate_falls_as_in_a_run():
     cfg, optimizer = configuration(), torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
-    rates = [adjust_learning_rate(epoch, cfg, optimizer) for epoch in (1, 150, 151, 181, 211)]
+    rates = [utils.adjust_learning_rate(epoch, cfg, optimizer) for epoch in (1, 150, 151, 181, 211)]
     assert rates == pytest.approx([0.05, 0.05, 0.005, 5e-4, 5e-5])
     assert optimizer.param_groups[0]["lr"] == rates[-1]
 
 
 def test_checkpoints_and_messages(tmp_path):
     file = save_teacher(tmp_path / "teacher")
-    state = load_checkpoint(file)["model"]
-    save_checkpoint({"model": state, "epoch": 3}, tmp_path / "copy")
-    copy = load_checkpoint(str(tmp_path / "copy"))
+    state = utils.load_checkpoint(file)["model"]
+    utils.save_checkpoint({"model": state, "epoch": 3}, tmp_path / "copy")
+    copy = utils.load_checkpoint(str(tmp_path / "copy"))
     assert copy["epoch"] == 3 and all(torch.equal(copy["model"][key], value) for key, value in state.items())
-    save_checkpoint(state, tmp_path / "bare")
+    utils.save_checkpoint(state, tmp_path / "bare")
     cifar_model_dict["resnet8"][0](num_classes=10).load_state_dict(torch.load(tmp_path / "bare"))
     with pytest.raises(UserError):
-        load_checkpoint(tmp_path / "missing")
-    assert "[EVAL] top-1 70" in log_msg("top-1 70", "EVAL") and "[INFO]" in log_msg("x")
+        utils.load_checkpoint(tmp_path / "missing")
+    assert "[EVAL] top-1 70" in utils.log_msg("top-1 70", "EVAL") and "[INFO]" in utils.log_msg("x")
 
 
 def test_dot_in_two_calls_is_dot_in_one():
