@@ -30,7 +30,7 @@ def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None =
     where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
     request = RunRequest(cfg)
-    request.check(resume)
+    request.check(resume, workspace)
     workspace = workspace or open_workspace(cfg)
     request.find_teacher(resume, workspace.networks.teacher)
     with failures(cfg), entered(workspace) as closing:
@@ -49,11 +49,14 @@ class RunRequest:
         self.path = run_folder(cfg)
         self.teacher_file: Path | None = None
 
-    def check(self, resume: bool | str) -> None:
-        """Raise UserError where the machine or the folder cannot do it."""
+    def check(self, resume: bool | str, workspace: Workspace | None = None) -> None:
+        """Raise UserError where the machine or the folder cannot do it. `workspace`: what the caller brings, whose
+        networks and data have names that no configuration knows.
+        """
         if not (isinstance(resume, bool) or resume == "auto"):
             raise UserError(f"resume: must be False, True or 'auto'; got {resume!r:.100}")
-        check(self.cfg)
+        if workspace is None:
+            check(self.cfg)
         device = resolve_device(self.cfg.DEVICE)
         check_amp(self.cfg.SOLVER.AMP, device)
         check_step(self.cfg, device)

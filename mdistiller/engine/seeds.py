@@ -52,7 +52,7 @@ def train_seeds(
             "starts what is missing and goes on with the others"
         )
     for request in requests:
-        request.check(resume)
+        request.check(resume, workspace)
         if request.path.is_dir() and in_use(request.path):  # before the first of them is touched
             raise FolderInUse(f"{request.path}: another process trains there; wait for it, or leave that seed out")
     file = summary_file(cfg, seeds)
