@@ -57,10 +57,10 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> N
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_agrees_and_is_left_alone(name):
-    model, image = build(name).train(), images(3)
+    model, image = build(name).train(), images(3, 16)
     before = copy.deepcopy(model.state_dict())
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    fast = Inference(model, CPU, "none")
+    fast = Inference(model, CPU, "none", 16)
     logits = fast(image)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [m.training for m in model.modules()]
@@ -77,10 +77,10 @@ def test_the_zoo_agrees_and_is_left_alone(name):
 @fusing
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_depends_on_nothing_but_itself(name):
-    model, image = build(name), images(13)
-    exact, others = plain(model, image), torch.cat([torch.zeros(6, 3, 32, 32), image[6:]])
+    model, image = build(name), images(13, 16)
+    exact, others = plain(model, image), torch.cat([torch.zeros(6, 3, 16, 16), image[6:]])
     for amp, tolerance in (("none", 1e-4), ("bf16", 5e-2)):
-        fast = Inference(model, CPU, amp)
+        fast = Inference(model, CPU, amp, 16)
         assert fast.fused == sum(isinstance(m, nn.Conv2d) for m in model.modules())
         logits, rounded, order = fast(image), plain(model, image, amp), torch.randperm(13)
         assert torch.equal(fast(image[order]), logits[order])
