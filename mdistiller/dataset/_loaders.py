@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from mdistiller import dataset, files
 from mdistiller.config import Config
 from mdistiller.dataset._images import Batch, Batches, ImageSet
+from mdistiller.errors import UserError
 
 
 class Contrast:
@@ -106,8 +107,14 @@ def get_dataset(cfg: Config) -> tuple[Loader, Loader, int, int]:
 
     Training batches are (image (B, 3, H, W), target (B,), index (B,)), and for CRD, or a trainer crd*,
     contrastive_index (B, CRD.NCE.K + 1) besides, its first column the index; test batches are (image, target). A
-    relative DATASET.ROOT is also looked for in the folders above this one.
+    relative DATASET.ROOT is also looked for in the folders above this one. Raises UserError under the trainers ours and
+    aug, whose two views only a run has.
     """
+    if cfg.SOLVER.TRAINER in ("ours", "aug"):
+        raise UserError(
+            f"get_dataset: gives one view of each image, and SOLVER.TRAINER {cfg.SOLVER.TRAINER} trains on two; train "
+            "with tools/train.py"
+        )
     contrastive = cfg.DISTILLER.TYPE == "CRD" or cfg.SOLVER.TRAINER.startswith("crd")
     data = dataset.load_dataset(cfg.DATASET.TYPE, files.find_above(cfg.DATASET.ROOT))
     given = data, cfg.SOLVER.BATCH_SIZE, cfg.DATASET.TEST.BATCH_SIZE, cfg.DATASET.AUGMENT, cfg.SEED

@@ -42,6 +42,11 @@ def configuration(**changes):
     return cfg
 
 
+def test_get_dataset_has_no_two_views(data):
+    with pytest.raises(UserError, match="trains on two; train with tools/train.py"):
+        get_dataset(configuration(SOLVER__TRAINER="ours"))
+
+
 def test_get_dataset_gives_the_batches_of_a_run(data):
     train, test, samples, classes = get_dataset(configuration(SEED=3))
     assert (samples, classes, len(train), len(test)) == (40, 10, 3, 3)
