@@ -33,6 +33,8 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
 
     def add(self, chart: Chart) -> None:
+        """Draw the chart. A line says which part of it has nothing to draw."""
+        self.notes += [f"{chart.title}: there is nothing to draw of: {title}" for title in chart.drop_empty()]
         if not chart.empty:
             save(chart, self.folder / "figures", [group.figures for group in self.groups])
             write_numbers(chart, self.folder / "figures" / f"{chart.name}.csv")
@@ -141,6 +143,8 @@ def add_temperatures(analysis: Analysis, compared: dict[int, comparison.Comparis
             analysis.note(number, *recorded[number].notes)
             if recorded[number].constant:
                 analysis.note(number, "temperature by sample: its rule gives every sample the same temperature")
+            elif recorded[number].epochs < 2:
+                analysis.note(number, "which samples stay hot: only one epoch is recorded; train for two or more")
         except Missing as error:
             lacking.append(error)
         if lacking:
@@ -150,7 +154,7 @@ def add_temperatures(analysis: Analysis, compared: dict[int, comparison.Comparis
         analysis.add(temperatures.epochs_chart(summaries))
     varied = [samples for samples in recorded.values() if not samples.constant]
     analysis.add(temperatures.difficulty_chart(varied))
-    analysis.add(temperatures.persistence_chart(varied))
+    analysis.add(temperatures.persistence_chart([samples for samples in varied if samples.epochs > 1]))
     analysis.add(temperatures.class_chart(varied, compared))
     for samples in varied:
         names: list[str] = []
@@ -177,4 +181,7 @@ def add_comparisons(analysis: Analysis, compared: Sequence[comparison.Comparison
         if one.teacher is not None:
             analysis.add(comparison.correlation_chart(one, analysis.name("correlation", one.number)))
     for one in compared:
-        analysis.add(comparison.tsne_chart(one, analysis.name("tsne", one.number)))
+        chart = comparison.tsne_chart(one, analysis.name("tsne", one.number))
+        analysis.add(chart)
+        if chart.empty:
+            analysis.note(one.number, f"t-SNE: needs {comparison.LEAST_POINTS} test images or more")

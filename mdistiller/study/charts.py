@@ -38,6 +38,11 @@ class Series:
     colour: str = ""  # the group's where it is empty
 
     @property
+    def empty(self) -> bool:
+        """Whether it has no point with a value."""
+        return not np.isfinite(np.asarray(self.y, float)).any()
+
+    @property
     def shade(self) -> str:
         return self.colour or colour(self.group)
 
@@ -78,6 +83,16 @@ class Chart:
     @property
     def empty(self) -> bool:
         return not self.pictures and not any(panel.series or panel.matrix is not None for panel in self.panels)
+
+    def drop_empty(self) -> list[str]:
+        """Remove series without a value and panels that have nothing to show. Return the titles of the panels that had
+        series, all of them empty.
+        """
+        tried = [panel for panel in self.panels if panel.series]
+        for panel in tried:
+            panel.series = [series for series in panel.series if not series.empty]
+        self.panels = [panel for panel in self.panels if panel.series or panel.matrix is not None]
+        return [panel.title for panel in tried if not panel.series]
 
 
 def write_numbers(chart: Chart, path: Path) -> None:

@@ -15,7 +15,7 @@ from mdistiller.study.tables import Table
 
 CURVES, SECTION = "Training curves", "Student and teacher"
 CLASSES_SHOWN = 10  # t-SNE: more hues than these cannot be told apart
-POINTS_SHOWN = 1000
+LEAST_POINTS, POINTS_SHOWN = 10, 1000
 LEAST = 5  # samples in a bin of the reliability diagram: the accuracy of fewer is chance
 BINS = 15
 
@@ -156,7 +156,7 @@ def tsne_chart(c: Comparison, name: str) -> Chart:
     chosen = chosen[:: max(-(-len(chosen) // POINTS_SHOWN), 1)]
     panels = []
     for title, predictions in (("student", c.student), ("teacher", c.teacher)):
-        if predictions is None or len(chosen) < 10:
+        if predictions is None or len(chosen) < LEAST_POINTS:
             continue
         perplexity = min(30, (len(chosen) - 1) / 3)
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(predictions.features[chosen])

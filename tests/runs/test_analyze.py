@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tool
+from helpers import run, save_teacher, small_run, tool
 
 from mdistiller.errors import UserError
 from mdistiller.runs.temperature import HEADER
@@ -51,6 +51,24 @@ def test_from_runs_to_report(tmp_path, recorded_runs):
     curves = rows_of(out / "figures" / "curves.csv")
     assert {r["panel"] for r in curves} == {"test accuracy", "training accuracy", "training loss"}
     assert (out / "report.html").read_text().count('class="plot') > 15
+
+
+def test_one_epoch_and_images_that_are_all_alike(tmp_path):
+    """What has nothing to draw is left out with a line."""
+    opts = small_run(tmp_path)
+    alike = {"train_images": np.full((40, 32, 32, 3), 7, np.uint8), "test_images": np.full((8, 32, 32, 3), 7, np.uint8)}
+    labels = {"train_labels": np.zeros(40, int), "test_labels": np.zeros(8, int)}  # one class, beside one never met
+    np.savez(tmp_path / "images.npz", **alike, **labels)
+    save_teacher(tmp_path / "teacher", "resnet14", 2)
+    runs = [run(opts, tmp_path / str(n), DISTILLER__TYPE="DTKD", SEED=n, SOLVER__EPOCHS=1) for n in (0, 1)]
+    done = analyze(runs, tmp_path / "out")
+    notes = "\n".join(done.notes)
+    for says in ("which samples stay hot: only one epoch is recorded", "t-SNE: needs 10 test images or more"):
+        assert says in notes
+    made = {chart.name for chart in done.charts}
+    assert {"curves", "temperature-epochs", "calibration", "agreement"} <= made
+    assert "temperature-persistence" not in made
+    assert not any("nan" in line.lower() for line in (tmp_path / "out" / "results.csv").read_text().splitlines())
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path, recorded_runs):
@@ -108,7 +126,7 @@ def test_what_cannot_work_writes_nothing(tmp_path, recorded_runs, monkeypatch):
         (good, {"out": Path("file")}, "is a file"),
     ]
     monkeypatch.chdir(tmp_path)
-    for run, words, says in cases:
+    for folder, words, says in cases:
         with pytest.raises(UserError, match=re.escape(says)):
-            analyze([run], **{"out": tmp_path / "out"} | words)
+            analyze([folder], **{"out": tmp_path / "out"} | words)
         assert sorted(path.name for path in tmp_path.iterdir()) == before, says

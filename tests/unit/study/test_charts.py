@@ -85,3 +85,12 @@ def test_the_numbers_behind_a_chart(tmp_path):
 def test_an_empty_chart_is_known():
     assert Chart("a", "", "", "", [Panel("p")]).empty
     assert not any(chart.empty for chart in every_chart())
+
+
+def test_what_has_nothing_to_draw_is_left_out():
+    nothing = Series("nothing", 0, [], []), Series("unknown", 0, [1, 2], [np.nan, np.nan])
+    panels = [Panel("some", series=[LINE, *nothing]), Panel("none", series=[*nothing]), Panel("never tried")]
+    chart = Chart("a", "", "A chart", "", panels)
+    assert chart.drop_empty() == ["none"]
+    assert [(panel.title, panel.series) for panel in chart.panels] == [("some", [LINE])]
+    drawing.paper_spec(chart, [""])
