@@ -23,7 +23,7 @@ from mdistiller.device import autocast, resolve_device
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.evaluator import evaluate
+from mdistiller.engine.evaluator import scores_of
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import run_command
@@ -91,11 +91,11 @@ def main() -> None:
             def plain(batches=batches, distiller=distiller, amp=amp) -> int:
                 distiller.eval()
                 with autocast(device, amp):
-                    evaluate(lambda image: distiller(image=image), batches)
+                    scores_of(lambda image: distiller(image=image), batches)
                 return len(images)
 
             def ours(batches=batches, inference=inference) -> int:
-                evaluate(inference, batches)
+                scores_of(inference, batches)
                 return len(images)
 
             works |= {f"plain, {size}": plain, f"Inference, {size}": ours}

@@ -1,30 +1,36 @@
 """The library: `train` what a configuration says, `distill` networks and data of your own, `evaluate` a network."""
 
 import copy
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
+from mdistiller.bank.inference import Inference
 from mdistiller.config import Config, needs_teacher
 from mdistiller.dataset import ImageSet, image_set, load_dataset
-from mdistiller.device import plain, prepare, resolve_device
+from mdistiller.device import callers_state, prepare, resolve_device, unprepare
 from mdistiller.engine.build import NO_NETWORKS, Networks, Workspace, build_model
 from mdistiller.engine.cfg import load
-from mdistiller.engine.evaluator import Scores, evaluation_batches
-from mdistiller.engine.evaluator import evaluate as scores_of
+from mdistiller.engine.evaluator import Scores, evaluation_batches, scores_of
 from mdistiller.engine.run import train as train_run
 from mdistiller.engine.seeds import spread, train_seeds
 from mdistiller.errors import UserError
 from mdistiller.files import expand
 from mdistiller.runs import checkpoint
+from mdistiller.terminal import silence
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to. Accuracies are top-1 on the test set, in percent."""
+    """What a run has come to. Accuracies are top-1 on the test set, in percent.
+
+    The student takes images (B, 3, H, W) whose pixels, in [0, 1], are normalised per channel: (pixel - mean) / std.
+    `md.evaluate(result, data)` does that. `amp` is the precision of the test figures, SOLVER.AMP.
+    """
 
     last: float  # of the last epoch
     best: float  # of the best epoch, `best_epoch`
@@ -33,6 +39,14 @@ class Result:
     student: nn.Module  # with the weights of the last epoch, in eval mode
     folder: Path | None  # the run's, None where nothing was to be kept
     seed: int
+    mean: tuple[float, float, float]  # of the training images
+    std: tuple[float, float, float]
+    amp: str = "none"
+
+    def __repr__(self) -> str:
+        best = f"best={self.best:.2f} in epoch {self.best_epoch} of {len(self.history)}"
+        folder = None if self.folder is None else str(self.folder)
+        return f"Result(seed={self.seed}, last={self.last:.2f}, {best}, folder={folder!r})"
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,10 @@ class Results(Sequence):
     def __len__(self) -> int:
         return len(self.runs)
 
+    def __repr__(self) -> str:
+        last, best = (f"{mean:.2f} +- {deviation:.2f}" for mean, deviation in (self.last, self.best))
+        return f"Results({len(self)} seeds, last={last}, best={best})"
+
     @property
     def last(self) -> tuple[float, float]:
         """Mean and sample deviation of the last epoch's accuracy; a deviation of 0 for one run."""
@@ -58,34 +76,40 @@ class Results(Sequence):
         return _mean_and_deviation(run.best for run in self.runs)
 
 
+@callers_state()
 def train(
     config: str | Path | Config | None = None,
     overrides: Mapping[str, object] | Sequence = (),
     seeds: Iterable[int] | None = None,
     resume: bool | str = False,
+    quiet: bool = False,
 ) -> Result | Results:
     """Train what a configuration says, as tools/train_ours.py does.
 
     `config`: a YAML file, or what `load_config` gave. `overrides`: {"SOLVER.EPOCHS": 6}, or KEY, VALUE, KEY, VALUE.
     `seeds`: train a student for each of them, side by side, and return Results; otherwise SEED's alone, a Result.
-    `resume`: True to go on with the run, "auto" to do so if there is one. Raises UserError for a mistake, before
-    anything is written.
+    `resume`: True to go on with the run, "auto" to do so if there is one. `quiet`: print nothing. The
+    caller's random generators are left as they are. Raises UserError for a mistake, before anything is written.
     """
-    return _run(load_config(config, overrides), None if seeds is None else list(seeds), resume)
+    with silence(quiet):
+        return _run(load_config(config, overrides), None if seeds is None else list(seeds), resume)
 
 
+@callers_state()
 def distill(
     teacher: str | nn.Module | None = None,
     student: str | nn.Module = "resnet8",
     train: object = "digits",
     test: object = None,
     *,
-    method: str = "DTKD",
+    method: str | None = None,
     epochs: int = 30,
     folder: str | Path | None = None,
     seeds: Iterable[int] | None = None,
     resume: bool | str = False,
     num_classes: int = 0,
+    augment: str = "auto",
+    quiet: bool = False,
     layers: tuple[Sequence[str], Sequence[str]] = ((), ()),
     **overrides: object,
 ) -> Result | Results:
@@ -94,33 +118,41 @@ def distill(
 
     Networks are names of cifar_model_dict (a teacher's checkpoint then lies where DISTILLER.TEACHER_CKPT says), or any
     nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats) for methods that compare features.
-    A module is copied: the student starts from its weights, under every seed. Without a teacher the method is NONE.
+    A module is copied: the student starts from its weights, under every seed. `method`: a name of
+    distiller_dict; left out, DTKD, or NONE without a teacher.
     `layers`: for features of modules that return logits alone, the names of the teacher's and of the student's
     submodules whose outputs are compared, in the order of the forward pass, the stem first.
 
     `train` and `test`: the name of a data set as `train` alone, an ImageSet as `train` alone, or each a pair (images,
-    labels) or a torch Dataset of (image, label); see mdistiller.dataset.image_set. `num_classes`: 0 for one more than
-    the largest label.
+    labels) or a torch Dataset of (image, label), which is read once, before training; see
+    mdistiller.dataset.image_set. `num_classes`: 0 for one more than the largest label. `augment`: crop_flip, crop or
+    none; auto for what the data set declares, and crop for what you bring, as only you know whether a mirror image is
+    still of its class.
 
-    `folder`: where the run keeps its checkpoints and figures, needed for `resume`; None keeps nothing. Other keywords
-    are configuration keys, with __ for the dot: SOLVER__LR=0.1, DTKD__ALPHA=2.0, DEVICE="cpu". The learning rate falls
-    after 5/8, 6/8 and 7/8 of the epochs, as in the published protocol, unless SOLVER__LR_DECAY_STAGES is given. Raises
-    UserError for a mistake, before anything is written.
+    `folder`: where the run keeps its checkpoints and figures, needed for `resume`; None keeps nothing. `quiet`: print
+    nothing. The caller's random generators are left as they are. Other keywords are configuration keys, with __ for the
+    dot: SOLVER__LR=0.1, DTKD__ALPHA=2.0, DEVICE="cpu". The learning rate falls after 5/8, 6/8 and 7/8 of the epochs, as
+    in the published protocol, unless SOLVER__LR_DECAY_STAGES is given. Raises UserError for a mistake, before anything
+    is written.
     """
     if folder is None and resume:
         raise UserError("distill: resume needs a folder; pass folder=")
-    method = "NONE" if teacher is None else method
+    if method is None:
+        method = "NONE" if teacher is None else "DTKD"
     data = _image_set(train, test, num_classes)
     stages = sorted({part for part in (epochs * 5 // 8, epochs * 6 // 8, epochs * 7 // 8) if part})
     keys = {"DISTILLER.TYPE": method, "SOLVER.EPOCHS": epochs, "SOLVER.LR_DECAY_STAGES": stages}
-    keys |= {"DISTILLER.STUDENT": student, "DISTILLER.TEACHER": teacher or "resnet8"}
+    keys |= {"DATASET.AUGMENT": augment, "DISTILLER.STUDENT": student}
+    keys |= {} if teacher is None else {"DISTILLER.TEACHER": teacher}
     keys |= {"DATASET.TYPE": train} if isinstance(train, str) else {}
     keys |= {key.replace("__", "."): value for key, value in overrides.items()}
     modules = {key: value for key, value in keys.items() if isinstance(value, nn.Module)}
     cfg = load(None, [word for key, value in keys.items() if key not in modules for word in (key, value)])
     named = (tuple(layers[1]), tuple(layers[0]))
     networks = Networks(modules.get("DISTILLER.STUDENT"), modules.get("DISTILLER.TEACHER"), *named)
-    with tempfile.TemporaryDirectory() as nowhere:
+    if "DISTILLER.TEACHER" not in keys and needs_teacher(cfg.DISTILLER.TYPE):
+        raise UserError(f"distill: {cfg.DISTILLER.TYPE} needs a teacher; pass teacher=, or leave method out")
+    with tempfile.TemporaryDirectory() as nowhere, silence(quiet):
         cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
         numbers = None if seeds is None else list(seeds)
         data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
@@ -128,22 +160,53 @@ def distill(
         return _run(cfg, numbers, resume, workspace, keep=folder is not None)
 
 
-def evaluate(model: str | nn.Module, data: object, weights: str | Path | None = None, device: str = "auto") -> Scores:
+@callers_state()
+def evaluate(
+    model: str | nn.Module | Result,
+    data: object,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Scores:
     """Return top-1, top-5 (both in percent) and the mean cross entropy of `model` on test images.
 
-    `model`: a name of cifar_model_dict, whose `weights` are needed, or an nn.Module as for `distill`. `data`: the name
-    of a data set or an ImageSet, whose test part counts, or a pair (images, labels) or a torch Dataset.
+    `model`: a Result, whose student is meant; a name of cifar_model_dict, whose `weights` are needed; or an nn.Module
+    as for `distill`. `data`: the name of a data set or an ImageSet, whose test part counts, or a pair (images, labels)
+    or a torch Dataset. `mean` and `std`, three numbers each, normalise the images; left out they are those of the
+    Result, of the data set, or, for a network on a pair or a Dataset, of these images: give what it was trained with.
+    On the run's test images a Result scores what the last row of its history says. Raises UserError for a mistake.
     """
-    where = resolve_device(device)
+    where, amp = resolve_device(device), "none"
+    if isinstance(model, Result):
+        mean, std = model.mean if mean is None else mean, model.std if std is None else std
+        amp = "none" if model.amp == "fp16" and where.type != "cuda" else model.amp
+        model = model.student
+    if isinstance(model, str) and weights is None:
+        raise UserError(f"evaluate: {model} is the name of a network without weights; pass weights=, a checkpoint")
     if isinstance(data, str):
         data = load_dataset(data, "./data")
     elif not isinstance(data, ImageSet):
         data = image_set(data, data)
+    given = {"mean": mean, "std": std}
+    data = replace(data, **{name: _per_channel(name, values) for name, values in given.items() if values is not None})
     network = copy.deepcopy(model) if isinstance(model, nn.Module) else build_model(model, data.num_classes)
     if weights is not None:
-        checkpoint.load_weights(network, str(model), data.num_classes, weights)
+        name = type(model).__name__ if isinstance(model, nn.Module) else model
+        checkpoint.load_weights(network, name, data.num_classes, weights)
     prepare(network, where).eval()
-    return scores_of(lambda image: network(image)[0], evaluation_batches(data.to(where), 64))
+    return scores_of(Inference(network, where, amp, data.test_images.shape[1]), evaluation_batches(data.to(where), 64))
+
+
+def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Return the mean or deviation of each channel. Raises UserError where they are none."""
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
+        raise UserError(f"{name}: must be three numbers, one a channel, of pixels in [0, 1]; got {values!r}")
+    return numbers
 
 
 def load_config(config: str | Path | Config | None = None, overrides: Mapping[str, object] | Sequence = ()) -> Config:
@@ -201,7 +264,7 @@ def _network(trained: nn.Module, given: nn.Module | None = None) -> nn.Module:
     itself.
     """
     if given is None:
-        return plain(copy.deepcopy(trained)).eval()
+        return unprepare(copy.deepcopy(trained)).eval()
     network = copy.deepcopy(given).to(next(trained.parameters()).device)
     network.load_state_dict(trained.state_dict())
     return network.eval()
@@ -220,7 +283,8 @@ def _run(
     for seed, outcome in zip([cfg.SEED] if seeds is None else seeds, outcomes, strict=True):
         figures = (outcome["last_acc"], outcome["best_acc"], outcome["best_epoch"], outcome["history"])
         folder = Path(outcome["folder"]) if keep else None
-        runs.append(Result(*figures, _network(outcome["student"], given), folder, seed))
+        fed = outcome["mean"], outcome["std"], cfg.SOLVER.AMP
+        runs.append(Result(*figures, _network(outcome["student"], given), folder, seed, *fed))
     return runs[0] if seeds is None else Results(tuple(runs))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import MethodType
 
@@ -62,7 +63,7 @@ def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def plain(model: nn.Module) -> nn.Module:
+def unprepare(model: nn.Module) -> nn.Module:
     """Undo what `prepare` has done to `model`, but for its place: it returns what its author wrote. Return it."""
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), "__func__", None) is _depthwise:
@@ -132,6 +133,26 @@ def set_generators(state: tuple) -> None:
     random.setstate(python)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda)
+
+
+@contextlib.contextmanager
+def callers_state() -> Iterator[None]:
+    """Give back every generator, and what `set_determinism` sets, as they were before."""
+    *host, _ = generators()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        set_generators((*host, None))
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_initialized():  # since then: its generators begin with the seed of the host's
+            torch.cuda.manual_seed_all(torch.initial_seed())
+        if deterministic != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
 def rng_state() -> dict:

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import sys
 import tarfile
 import tempfile
 from contextlib import suppress
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from mdistiller.errors import UserError
 from mdistiller.files import FileLock, expand, is_locked, write_atomic
-from mdistiller.terminal import say
+from mdistiller.terminal import say, shows_bars
 
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 CHUNK = 2**14  # bytes that are waited for before they are written
@@ -179,7 +180,8 @@ def _download(url: str, part: Path, size: int) -> None:
             if size and total != size:
                 raise UserError(f"{url}: the server has {total:,} bytes, expected {size:,}; {ELSEWHERE}")
             tag.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified", "none"))
-            bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, leave=False, disable=None)  # None: no pipe
+            hidden = not shows_bars(sys.stderr)
+            bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, leave=False, disable=hidden)
             with open(part, "ab" if have else "wb") as out, bar:
                 for chunk in response.iter_content(CHUNK):
                     out.write(chunk)

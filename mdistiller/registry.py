@@ -6,6 +6,8 @@ import importlib
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from mdistiller.errors import UserError
+
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """Return the names of `known` that look most like `name`, whatever its case."""
@@ -22,7 +24,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'; {hint}known: {', '.join(known) or 'none'}"
 
 
-class UnknownName(KeyError):
+class UnknownName(UserError, KeyError):
     """Raised by a Registry for a name that nobody registered."""
 
     def __str__(self) -> str:  # KeyError would show the message in quotes

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -20,8 +21,29 @@ def unbroken() -> Iterator[None]:
         sys.stdout = os.fdopen(nowhere, "w")
 
 
+_silent = False
+
+
+@contextlib.contextmanager
+def silence(wanted: bool = True) -> Iterator[None]:
+    """Where it is `wanted`, say nothing inside, in no thread, and show no progress bar."""
+    global _silent
+    before, _silent = _silent, wanted or _silent
+    try:
+        yield
+    finally:
+        _silent = before
+
+
+def shows_bars(stream: TextIO | None = None) -> bool:
+    """Return whether a progress bar on `stream`, stdout where it is left out, is for anybody to see."""
+    return not _silent and (stream or sys.stdout).isatty()
+
+
 def say(text: str) -> None:
     """Print a line on stdout, above a progress bar."""
+    if _silent:
+        return
     with unbroken():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()

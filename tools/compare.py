@@ -13,9 +13,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     words = parser.parse_args()
-    from mdistiller.study.tables import compared, plain  # torch takes seconds to import, and --help needs none
+    from mdistiller.study.tables import compared, text_table  # torch takes seconds to import, and --help needs none
 
-    print(plain(compared(words.runs)))
+    print(text_table(compared(words.runs)))
 
 
 if __name__ == "__main__":

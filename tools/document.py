@@ -15,9 +15,9 @@ def main() -> None:
     from mdistiller.engine import cfg  # torch takes seconds to import, and --help needs none
     from mdistiller.study import methods, reference
 
-    (folder / "api.md").write_text(reference.page(), encoding="utf-8")
-    (folder / "config.md").write_text(cfg.page(), encoding="utf-8")
-    (folder / "methods.md").write_text(methods.page(Path(__file__).resolve().parents[1]), encoding="utf-8")
+    (folder / "api.md").write_text(reference.api_page(), encoding="utf-8")
+    (folder / "config.md").write_text(cfg.config_page(), encoding="utf-8")
+    (folder / "methods.md").write_text(methods.methods_page(Path(__file__).resolve().parents[1]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
 from mdistiller.dataset import Batches
 from mdistiller.errors import RunFailed, UserError
-from mdistiller.terminal import say, unbroken
+from mdistiller.terminal import say, shows_bars, unbroken
 
 WINDOW = 1024  # views that are looked up together, some steps ahead
 # A teacher's pass always has as many images: the bits of a row may depend on how many it is computed with, on a CPU
@@ -223,7 +223,7 @@ class TeacherLogits:
 @contextlib.contextmanager
 def progress(title: str, done: int, total: int) -> Iterator[tqdm]:
     """Show a bar of the views that are done, where there is a terminal."""
-    form = {"desc": title, "unit": "view", "unit_scale": True, "leave": False, "disable": not sys.stdout.isatty()}
+    form = {"desc": title, "unit": "view", "unit_scale": True, "leave": False, "disable": not shows_bars()}
     with unbroken():
         bar = tqdm(total=total, initial=done, file=sys.stdout, **form)
     try:

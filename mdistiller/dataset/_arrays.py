@@ -12,16 +12,17 @@ from mdistiller.errors import UserError
 FORMS = "a pair (images, labels), or a Dataset of (image, label)"
 
 
-def image_set(train: object, test: object, num_classes: int = 0, augment: str = "crop_flip") -> ImageSet:
+def image_set(train: object, test: object, num_classes: int = 0, augment: str = "crop") -> ImageSet:
     """Return the ImageSet of `train` and `test`, each a pair (images, labels) or a torch Dataset of (image, label).
 
     Images are square, grey or RGB: uint8, or floats in [0, 1], which are rounded to 8 bits; as arrays or tensors
     (N, H, W), (N, H, W, C) or (N, C, H, W), in a Dataset also as PIL images. Labels count from 0. `num_classes`: 0 for
-    one more than the largest label. `augment`: crop_flip, crop or none. Normalisation is by the training images' mean
-    and deviation. Raises UserError where the data are something else.
+    one more than the largest label. A Dataset is read once, so its own transforms must not be random: `augment` says
+    what training does with the images, crop_flip, crop or none. Normalisation is by the training images' mean and
+    deviation. Raises UserError where the data are something else.
     """
     train_images, train_labels = _arrays(train, "train")
-    test_images, test_labels = _arrays(test, "test")
+    test_images, test_labels = (train_images, train_labels) if test is train else _arrays(test, "test")
     if train_images.shape[1:] != test_images.shape[1:]:
         raise UserError(
             f"train and test differ in size: {tuple(train_images.shape[1:])} and {tuple(test_images.shape[1:])}"
@@ -32,14 +33,10 @@ def image_set(train: object, test: object, num_classes: int = 0, augment: str = 
 
 
 def _arrays(data: object, name: str) -> tuple[Tensor, Tensor]:
-    if isinstance(data, (tuple, list)) and len(data) == 2:
-        images, labels = (_as_numpy(part) for part in data)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and not all(map(_is_sample, data)):
+        images, labels = (_as_numpy(part, name) for part in data)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        samples = [data[number] for number in range(len(data))]
-        if not samples or not all(isinstance(sample, Sequence) and len(sample) == 2 for sample in samples):
-            raise UserError(f"{name}: must be {FORMS}")
-        images = np.stack([_as_numpy(image) for image, _ in samples])
-        labels = np.asarray([int(label) for _, label in samples])
+        images, labels = _read(data, name)
     else:
         raise UserError(f"{name}: must be {FORMS}; got {type(data).__name__}")
     images = _as_pixels(images, name)
@@ -48,8 +45,48 @@ def _arrays(data: object, name: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
-def _as_numpy(values: object) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _is_sample(value: object) -> bool:
+    """Return whether `value` is (image, label), as a Dataset's items are; a pair's images and labels are not."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 2):
+        return False
+    image, label = (_as_numpy(part, "data") for part in value)
+    return image.ndim > 1 and label.size == 1
+
+
+def _read(data: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a Dataset holds. Raises UserError where some of its items differ when they are read again."""
+
+    def item(number: int) -> tuple[np.ndarray, np.ndarray]:
+        sample = data[number]
+        if not (isinstance(sample, Sequence) and len(sample) == 2):
+            raise UserError(f"{name}: must be {FORMS}")
+        return tuple(_as_numpy(part, name) for part in sample)
+
+    if not len(data):
+        raise UserError(f"{name}: holds no samples; must be {FORMS}")
+    samples = [item(number) for number in range(len(data))]
+    sizes = sorted({image.shape for image, _ in samples})
+    if len(sizes) > 1:
+        raise UserError(f"{name}: images differ in size, {sizes[0]} and {sizes[-1]}; resize them to one")
+    # a mirror shows in one of two reads: eight samples hide it once in 256
+    if not all(np.array_equal(image, item(number)[0]) for number, (image, _) in enumerate(samples[:8])):
+        raise UserError(
+            f"{name}: an image differs when it is read again, and a Dataset is read once: leave its random transforms "
+            "out; augment= crops and mirrors"
+        )
+    return np.stack([image for image, _ in samples]), _as_numpy([_number(label) for _, label in samples], name)
+
+
+def _number(label: np.ndarray) -> object:
+    """Return a label as a number, also where it lies in an array of its own."""
+    return label.item() if label.size == 1 else label.tolist()
+
+
+def _as_numpy(values: object, name: str) -> np.ndarray:
+    try:
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except ValueError:  # of rows of different lengths
+        raise UserError(f"{name}: images differ in size, or are no numbers; must be {FORMS}") from None
 
 
 def _as_pixels(images: np.ndarray, name: str) -> np.ndarray:

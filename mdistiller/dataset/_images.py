@@ -11,13 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.dataset import _strong
+from mdistiller.errors import UserError
+from mdistiller.registry import unknown
 
 AUGMENTATIONS = ("crop_flip", "crop", "none")
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set as plain tensors. Images are uint8 (N, H, W, 3), labels int64 (N,)."""
+    """A data set as plain tensors. Images are uint8 (N, H, W, 3), labels int64 (N,), from 0 and below num_classes.
+
+    Raises UserError for other images or labels, and for an augmentation that there is not.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -27,6 +32,28 @@ class ImageSet:
     mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
     std: tuple[float, float, float]
     augment: str = "crop_flip"  # what suits the images: one of AUGMENTATIONS
+
+    def __post_init__(self):
+        if self.augment not in AUGMENTATIONS:
+            raise UserError(f"augment: {unknown('augmentation', self.augment, AUGMENTATIONS)}")
+        for name, images, labels in (
+            ("train", self.train_images, self.train_labels),
+            ("test", self.test_images, self.test_labels),
+        ):
+            size = self.train_images.shape[1:]
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != size or size[2] != 3:
+                wanted = tuple(size) if name == "test" else "(H, W, 3)"
+                got = f"{images.dtype} {tuple(images.shape)}"
+                raise UserError(f"{name}: images must be uint8, {wanted} each; got {got}; md.image_set converts others")
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                got = f"{labels.dtype} {tuple(labels.shape)}"
+                raise UserError(f"{name}: labels must be int64 ({len(images)},), one an image; got {got}")
+            low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+            if low < 0 or high >= self.num_classes:
+                raise UserError(
+                    f"{name}: labels must be 0 to {self.num_classes - 1}, for {self.num_classes} classes; got "
+                    f"{low if low < 0 else high}; labels count from 0"
+                )
 
     def to(self, device: torch.device) -> "ImageSet":
         """Return the set with its images and labels on `device`."""

@@ -49,8 +49,10 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
 
 def copy_model(given: nn.Module, layers: Sequence[str], size: int) -> nn.Module:
-    """Return a copy of `given`; with `layers`, one that returns their outputs on images `size` pixels high as well."""
-    model = copy.deepcopy(given)
+    """Return a copy of `given` on the CPU; with `layers`, one that returns their outputs on images `size` pixels high
+    as well.
+    """
+    model = copy.deepcopy(given).cpu()
     return name_layers(model, layers, size) if layers else model
 
 
@@ -74,6 +76,8 @@ def build_distiller(
             )
         return model
 
+    if networks.student is not None and not any(part.requires_grad for part in networks.student.parameters()):
+        raise UserError(f"student: {names.STUDENT} has no parameter that learns; student.requires_grad_() thaws all")
     student, teacher = network(names.STUDENT, networks.student, networks.student_layers), None
     if cls.needs_teacher:
         teacher = network(names.TEACHER, networks.teacher, networks.teacher_layers)

@@ -71,7 +71,7 @@ def _number(option: str, text: str) -> float:
         raise UserError(f"{option}: must be a number; got '{text}'") from None
 
 
-def page() -> str:
+def config_page() -> str:
     """Return docs/config.md: every key, its default, its meaning and its role."""
     lines = [
         "# Configuration",
@@ -96,4 +96,4 @@ def _table(names) -> list[str]:
     return ["| key | default | role | meaning |", "|---|---|---|---|", *cells]
 
 
-__all__ = ["CFG", "Key", "describe", "leaves", "load", "lskd_pairs", "page", "show_cfg"]
+__all__ = ["CFG", "Key", "config_page", "describe", "leaves", "load", "lskd_pairs", "show_cfg"]

@@ -24,7 +24,7 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Scores:
+def scores_of(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Scores:
     """Return scores of `logits_of`, images (B, 3, H, W) -> logits (B, K). Reads the device once, at the end."""
     counts, samples = None, 0
     for image, target, _ in batches:
@@ -81,6 +81,6 @@ def evaluate_checkpoint(
     prepare(network, device)
     batches = evaluation_batches(data.to(device), batch_size)
     begin = time.monotonic()
-    scores = evaluate(Inference(network, device, amp, data.test_images.shape[1]), batches)
+    scores = scores_of(Inference(network, device, amp, data.test_images.shape[1]), batches)
     rate = batches.num_samples / (time.monotonic() - begin)
     return Report(scores, sum(p.numel() for p in network.parameters()), rate)

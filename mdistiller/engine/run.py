@@ -25,9 +25,9 @@ def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None =
     """Train what `cfg` says, in the folder that it and its overrides name.
 
     `resume`: True goes on with that run, "auto" does so if there is one. `workspace`: data and networks that the caller
-    brings. Returns last_acc, best_acc, best_epoch, epochs, the folder, the rows of metrics.jsonl ("history") and the
-    trained "student". Raises UserError before anything is written if a part is missing, Preempted
-    where a signal stopped the run, RunFailed where the machine or the loss let it down.
+    brings. Returns last_acc, best_acc, best_epoch, epochs, the folder, the rows of metrics.jsonl ("history"), the
+    trained "student", and "mean" and "std" of the training images. Raises UserError before anything is written if a
+    part is missing, Preempted where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
     request = RunRequest(cfg)
     request.check(resume, workspace)
@@ -138,9 +138,10 @@ class Run:
         return recorder
 
     def outcome(self) -> dict:
-        """Return the run's folder, the rows of its epochs and its student."""
-        student = self.trainer.distiller.student
-        return {"folder": str(self.request.path), "history": self.rows, "student": student}
+        """Return the run's folder, the rows of its epochs, its student and what its images are normalised by."""
+        student, data = self.trainer.distiller.student, self.workspace.data
+        shown = {"folder": str(self.request.path), "history": self.rows}
+        return shown | {"student": student, "mean": data.mean, "std": data.std}
 
     def introduce(self, recorder: Recorder) -> None:
         """Say what the run is, or where it goes on; what is true of all students of the process once."""

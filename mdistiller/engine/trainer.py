@@ -14,7 +14,7 @@ from mdistiller.dataset import Batches
 from mdistiller.device import autocast, side_stream
 from mdistiller.distillers import Distiller, RuleDistiller
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
-from mdistiller.engine.evaluator import Scores, evaluate
+from mdistiller.engine.evaluator import Scores, scores_of
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.solver import MultiStep, set_lr
 from mdistiller.engine.state import RunState
@@ -165,9 +165,9 @@ class Trainer:
         batches = self.stop.watch(self.test)
         if not has_default_test(self.distiller):
             with autocast(self.step.device, self.step.amp):
-                return evaluate(lambda image: self.distiller(image=image), batches)
+                return scores_of(lambda image: self.distiller(image=image), batches)
         size = self.test.images.shape[1]
-        return evaluate(Inference(self.distiller.student, self.step.device, self.step.amp, size), batches)
+        return scores_of(Inference(self.distiller.student, self.step.device, self.step.amp, size), batches)
 
     def score(self, scores: Scores) -> dict:
         """Close the epoch with its test scores. Return the test figures of its row."""

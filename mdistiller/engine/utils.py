@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import Config
-from mdistiller.engine.evaluator import evaluate
+from mdistiller.engine.evaluator import scores_of
 from mdistiller.engine.solver import MultiStep, set_lr
 from mdistiller.files import find_above, write_atomic
 from mdistiller.runs import checkpoint
@@ -48,7 +48,7 @@ def validate(val_loader: Iterable, distiller: nn.Module) -> tuple[float, float, 
     distiller.eval()
     device = next(distiller.parameters()).device
     batches = ((image.to(device), target.to(device), None) for image, target, *_ in val_loader)
-    return tuple(evaluate(lambda image: distiller(image=image), batches))
+    return tuple(scores_of(lambda image: distiller(image=image), batches))
 
 
 def adjust_learning_rate(epoch: int, cfg: Config, optimizer: torch.optim.Optimizer) -> float:

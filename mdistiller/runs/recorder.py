@@ -15,7 +15,7 @@ from mdistiller.errors import UserError
 from mdistiller.files import link, write_atomic
 from mdistiller.runs.events import Events
 from mdistiller.runs.temperature import EpochBuffer
-from mdistiller.terminal import say, unbroken
+from mdistiller.terminal import say, shows_bars, unbroken
 
 
 def line_of(row: dict, epochs: int, seconds_left: float) -> str:
@@ -86,7 +86,7 @@ class Recorder:
 
     def start_epoch(self, epoch: int, samples: int, done: int = 0) -> None:
         with unbroken():
-            if sys.stdout.isatty():
+            if shows_bars():
                 self.bar = tqdm(
                     total=samples,
                     initial=done,

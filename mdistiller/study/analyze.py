@@ -14,7 +14,7 @@ from mdistiller.study import comparison, tables, temperatures
 from mdistiller.study.charts import Chart, write_numbers, write_table
 from mdistiller.study.drawing import save
 from mdistiller.study.networks import Missing, Networks
-from mdistiller.study.page import GENERATOR, page
+from mdistiller.study.page import GENERATOR, report_page
 from mdistiller.study.published import read_published
 from mdistiller.study.runs import Group, check_opts, group_runs, read_run
 from mdistiller.study.superclasses import class_names
@@ -88,7 +88,7 @@ def analyze(
             (stage / "results.tex").write_text(tables.latex(results), encoding="utf-8")
         if markdown:
             (stage / "results.md").write_text(tables.markdown(results), encoding="utf-8")
-        text = page(groups, analysis.tables, analysis.charts, notes, time.strftime("%Y-%m-%d"))
+        text = report_page(groups, analysis.tables, analysis.charts, notes, time.strftime("%Y-%m-%d"))
         (stage / "report.html").write_text(text, encoding="utf-8")
         deliver(stage, out)
     return analysis

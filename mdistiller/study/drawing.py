@@ -120,9 +120,9 @@ def panel_spec(panel: Panel, figures: Sequence[str], names: dict[str, str], lege
 def row_of(number: int, s: Series, figures: Sequence[str]) -> dict:
     """Return a series as one row of data, whose lists the specification unfolds into points."""
     row = {"number": number, "name": label(s, figures), "group": s.group, "dashed": s.dashed}
-    row |= {"x": plain(s.x), "y": plain(s.y)} | ({"text": plain(s.text)} if len(s.text) else {})
+    row |= {"x": json_values(s.x), "y": json_values(s.y)} | ({"text": json_values(s.text)} if len(s.text) else {})
     for i, (low, high) in enumerate(s.bands.values()):
-        row |= {f"low{i}": plain(low), f"high{i}": plain(high)}
+        row |= {f"low{i}": json_values(low), f"high{i}": json_values(high)}
     return row
 
 
@@ -134,7 +134,7 @@ def colours(panels: Sequence[Panel], figures: Sequence[str]) -> dict[str, str]:
     return {label(s, figures): s.shade for panel in panels for s in panel.series}
 
 
-def plain(values: Sequence) -> list:
+def json_values(values: Sequence) -> list:
     """Return numbers of five digits, None for NaN, or printable texts."""
     if len(values) and isinstance(values[0], str):
         return [printable(value) for value in values]
@@ -218,7 +218,7 @@ def bands(mark: dict, y: dict, arrays: Sequence[str], more: dict | None = None) 
 
 def matrix_spec(panel: Panel) -> dict:
     ticks, limit = [printable(tick) for tick in panel.ticks], max(float(np.abs(panel.matrix).max()), 1e-6)
-    table = {"x": ticks, "y": ticks, "value": [plain(row) for row in panel.matrix.round(4)]}
+    table = {"x": ticks, "y": ticks, "value": [json_values(row) for row in panel.matrix.round(4)]}
     axis = {"labels": len(ticks) <= MOST_NAMES, "ticks": False, "labelAngle": 0}
     named = {"type": "nominal", "sort": None, "title": None, "axis": axis}
     scale = {"scheme": "redblue", "reverse": True, "domain": [-limit, limit]}
@@ -246,7 +246,7 @@ def data_url(image: np.ndarray) -> str:
 def pictures_spec(heading: str, images: np.ndarray, texts: Sequence[str]) -> dict:
     """Return pictures in rows, each above the lines of its text."""
     rows = [
-        {"url": data_url(image), "text": plain(text.split("\n")), "row": i // IN_A_ROW, "column": i % IN_A_ROW}
+        {"url": data_url(image), "text": json_values(text.split("\n")), "row": i // IN_A_ROW, "column": i % IN_A_ROW}
         for i, (image, text) in enumerate(zip(images, texts, strict=True))
     ]
     place = {"type": "ordinal", "axis": None}

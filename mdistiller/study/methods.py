@@ -29,7 +29,7 @@ one, under {takers}: see [config.md](config.md).
 """
 
 
-def page(root: Path) -> str:
+def methods_page(root: Path) -> str:
     """Return the page. It comes from the methods' docstrings and, below the repository `root`, from
     results/method_costs.json and the headers of the configurations for resnet32x4 -> resnet8x4.
     """

@@ -17,7 +17,7 @@ from mdistiller.study.tables import Table, cells, counted, number
 GENERATOR = '<meta name="generator" content="mdistiller analyze">'
 
 
-def page(
+def report_page(
     groups: Sequence[Group], tables: Sequence[Table], charts: Sequence[Chart], notes: Sequence[str], date: str
 ) -> str:
     """Return the page as HTML. `notes`: what is not shown, and why."""

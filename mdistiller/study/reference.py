@@ -23,6 +23,8 @@ Networks and data of your own, by the same loop; logits are all that a network h
 ```python
 result = md.distill(my_teacher, my_student, (images, labels), (test_images, test_labels), method="DTKD", epochs=30)
 result.student, result.last, result.best
+result.mean, result.std  # the student sees (pixel - mean) / std, pixels in [0, 1]
+md.evaluate(result, (other_images, other_labels)).top1
 ```
 
 Methods that compare features take the names of layers, `layers=(["stem", "layer1"], ["stem", "layer1"])`, the teacher's
@@ -32,7 +34,7 @@ temperature rules of your own are registered.
 """
 
 
-def page() -> str:
+def api_page() -> str:
     """Return docs/api.md."""
     parts = [INTRODUCTION]
     for name in mdistiller.__all__:

@@ -21,7 +21,7 @@ from mdistiller.study.records import read_records
 from mdistiller.study.results import results_of
 from mdistiller.study.runs import Run
 from mdistiller.study.slurm import Slurm
-from mdistiller.study.tables import Table, counted, plain
+from mdistiller.study.tables import Table, counted, text_table
 from mdistiller.terminal import say
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -132,7 +132,7 @@ def forecast(groups: Sequence[PlannedGroup], records: Mapping[str, Run]) -> None
             left = None if seconds is None else seconds * (epochs - done)
             rows.append([run.label, found, f"{done}/{epochs}", f"{seconds:.1f}" if seconds else "?", duration(left)])
             total, unknown, epochs_left = total + (left or 0), unknown + (left is None), epochs_left + epochs - done
-    say(plain(Table("forecast", "", "", ("run", "state", "epochs", "s/epoch", "time left"), rows)))
+    say(text_table(Table("forecast", "", "", ("run", "state", "epochs", "s/epoch", "time left"), rows)))
     for label in sorted(lost):
         say(f"{label} is on record, but its network is gone: its students need it trained again")
     todo = sum(row[4] != "" for row in rows)

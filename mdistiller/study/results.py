@@ -18,7 +18,7 @@ from mdistiller.study.plan import Shipped, Study
 from mdistiller.study.published import changes, departures, published_figure, read_published, verdict
 from mdistiller.study.records import read_records
 from mdistiller.study.runs import Group, Run, differing, group_runs
-from mdistiller.study.tables import CAPTION, Table, counted, csv_columns, latex, markdown, plain
+from mdistiller.study.tables import CAPTION, Table, counted, csv_columns, latex, markdown, text_table
 
 HEAD = ("pair", "method", "n", "seeds", "last (%)", "best (%)")
 BESIDE = ("published (%)", "best − published", "lies")
@@ -32,7 +32,7 @@ MARKERS = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)
 
 
 @dataclass
-class Results:
+class StudyResults:
     """A study's table, the notes below it and its charts, under the name that their folder has."""
 
     name: str
@@ -53,7 +53,7 @@ class Results:
         end = 6 if len(self.table.head) > len(HEAD) else 5
         short = replace(self.table, head=("pair", "method", "n", "last", "best", "published")[:end])
         short.rows = [row[:end] for row in rows]
-        table = plain(short) if rows else "Nothing of it is on record yet."
+        table = text_table(short) if rows else "Nothing of it is on record yet."
         notes = [textwrap.fill(line.replace("**", "").replace("`", ""), 80) for line in self.notes]
         return "\n\n".join(filter(None, [table, "\n".join(notes)]))
 
@@ -74,7 +74,7 @@ class Results:
             save(chart, folder)
 
 
-def results_of(study: Study, runs: Iterable[Run], published: Mapping, shipped: Shipped) -> Results:
+def results_of(study: Study, runs: Iterable[Run], published: Mapping, shipped: Shipped) -> StudyResults:
     """Return the results of the study: every seed on record of each of its groups; what departs is left out and named.
 
     `shipped`: the YAML files with the published hyperparameters.
@@ -101,7 +101,7 @@ def results_of(study: Study, runs: Iterable[Run], published: Mapping, shipped: S
     return results(groups, study.title or study.name, study.name, published, shipped, notes)
 
 
-def results_of_files(files: Sequence[Path], only: Sequence[str], published: Mapping, shipped: Shipped) -> Results:
+def results_of_files(files: Sequence[Path], only: Sequence[str], published: Mapping, shipped: Shipped) -> StudyResults:
     """Return the results of all runs in the files, each a runs.jsonl, or of those that `only` names.
 
     Raises UserError where there are none, where two files hold different trainings of one run, and where the runs are
@@ -162,7 +162,7 @@ def _seeds(numbers: Iterable[int]) -> str:
 
 def results(
     groups: Sequence[Group], title: str, name: str, published: Mapping, shipped: Shipped, notes: Sequence[str] = ()
-) -> Results:
+) -> StudyResults:
     """Return the table of the groups, notes and charts. Nothing is compared with figures of another protocol, no row
     with figures of other hyperparameters.
     """
@@ -194,7 +194,7 @@ def results(
         teachers = {run.environment["sha256"].get("teacher") for run in group.runs}
         if len(teachers) > 1:
             said.append(f"{group.name}: its seeds learnt from {len(teachers)} trainings of the teacher.")
-    return Results(name, title, Table("table", title, caption, head, rows), [*said, *notes], charts)
+    return StudyResults(name, title, Table("table", title, caption, head, rows), [*said, *notes], charts)
 
 
 def protocol_note(groups: Sequence[Group]) -> str:

@@ -96,7 +96,7 @@ def markdown(table: Table) -> str:
     return f"{_tabulated(safe, 'pipe')}\n\n{table.caption}\n"
 
 
-def plain(table: Table) -> str:
+def text_table(table: Table) -> str:
     """Return the table as aligned text for a terminal."""
     return _tabulated(_frame(table), "simple")
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import mdistiller as md
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import Vanilla, distiller_dict
 
 GENERATOR = np.random.default_rng(0)
 LABELS = np.arange(120) % 4
@@ -50,7 +50,70 @@ def test_any_network_and_any_arrays():
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     assert not all(torch.equal(value, before[key]) for key, value in result.student.state_dict().items())
     assert result.student(torch.zeros(2, 3, 16, 16)).shape == (2, 4)  # logits alone, as its author wrote it
-    assert md.evaluate(result.student, TEST, device="cpu").top1 == pytest.approx(result.last)
+    best = f"best={result.best:.2f} in epoch {result.best_epoch} of 2"
+    assert repr(result) == f"Result(seed=0, last={result.last:.2f}, {best}, folder=None)"
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_result_says_how_its_student_is_fed(amp):
+    darker = IMAGES[80:] // 2, LABELS[80:]  # other statistics than the training images'
+    result = quick(*nets(), test=darker, SOLVER__AMP=amp)
+    data = md.image_set(TRAIN, darker)
+    assert (result.mean, result.std) == (data.mean, data.std)
+    row = result.history[-1]
+    expected = row["test_acc"], row["test_acc_top5"], row["test_loss"]
+    assert md.evaluate(result, darker, device="cpu") == expected
+    assert md.evaluate(result, data, device="cpu") == expected
+    if amp == "none":
+        fed = {"mean": result.mean, "std": result.std}
+        assert md.evaluate(result.student, darker, device="cpu", **fed) == expected
+        assert md.evaluate(result.student, darker, device="cpu").loss != expected[2]  # by these images' own
+
+
+def test_the_callers_state_is_left_and_quiet_is_silent(capsys):
+    np.random.seed(5), torch.manual_seed(5)
+    expected = np.random.rand(), torch.rand(1)
+    np.random.seed(5), torch.manual_seed(5)
+    networks = FixedNet(8), FixedNet(6)
+    torch.manual_seed(5)
+    result = quick(*networks, epochs=1, quiet=True, DETERMINISTIC=True)
+    md.evaluate(result, TEST, device="cpu")
+    assert (np.random.rand(), torch.rand(1)) == expected
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert capsys.readouterr() == ("", "")
+    quick(*networks, epochs=1)
+    assert "test top-1" in capsys.readouterr().out
+
+
+def test_the_method_is_the_one_that_is_named():
+    @md.register_method("ALONE")
+    class Alone(Vanilla):
+        def forward_train(self, image, target, **kwargs):
+            logits, losses = super().forward_train(image, target, **kwargs)
+            return logits, {"alone": 2 * losses["ce"]}
+
+    try:
+        runs = [quick(None, nets()[1], method=method, epochs=1) for method in (None, "NONE", "ALONE")]
+    finally:
+        del distiller_dict.own["ALONE"], distiller_dict.data["ALONE"]
+    assert [[*run.history[0]["train_losses"]] for run in runs] == [["loss/ce"], ["loss/ce"], ["loss/alone"]]
+    assert {*quick(*nets(), method=None, epochs=1).history[0]["train_losses"]} == {"loss/loss_ce", "loss/loss_kd"}
+
+
+def test_augmentation_of_what_the_caller_brings():
+    losses = {}
+    for augment in ("auto", "crop", "crop_flip", "none"):
+        losses[augment] = quick(*nets(), epochs=1, augment=augment).history[0]["train_loss"]
+    assert losses["auto"] == losses["crop"]
+    assert len({*losses.values()}) == 3
+
+
+def test_a_student_may_be_frozen_in_part():
+    teacher, student = nets()
+    student.conv.requires_grad_(False)
+    result = quick(teacher, student, epochs=1)
+    assert torch.equal(result.student.conv.weight, student.conv.weight)
+    assert not torch.equal(result.student.fc.weight, student.fc.weight)
 
 
 def test_the_same_data_in_any_form_gives_the_same_student():
@@ -136,6 +199,9 @@ def test_train_does_what_the_command_does(tmp_path):
         ({"method": "DTK"}, "did you mean DTKD"),
         ({"resume": True}, "pass folder="),
         ({"test": None}, "test is missing"),
+        ({"teacher": None, "method": "KD"}, "KD needs a teacher; pass teacher="),
+        ({"student": Net(8).requires_grad_(False)}, "no parameter that learns"),
+        ({"augment": "flip"}, "DATASET.AUGMENT"),
         ({"method": "AT", "layers": (["conv"], ["cov"])}, "did you mean conv"),
         ({"method": "AT", "layers": (["conv"], ["fc"])}, "a feature map is"),
         ({"train": "digits"}, "leave test out"),
@@ -148,9 +214,24 @@ def test_train_does_what_the_command_does(tmp_path):
 def test_a_mistake_is_a_line_and_leaves_nothing(tmp_path, monkeypatch, given, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(md.UserError) as caught:
-        quick(*nets(), **given)
+        quick(**dict(zip(("teacher", "student"), nets(), strict=True)) | given)
     assert says in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("resnet9", TEST, "some file"), "did you mean resnet"),
+        (("resnet8", "digit", "some file"), "did you mean digits"),
+        (("resnet8", TEST), "pass weights="),
+        ((Net(8), TEST, None, "cpu", (0.5, 0.5)), "mean: must be three numbers"),
+        ((Net(8), TEST, None, "cpu", None, (0.5, 0, 1)), "std: must be three numbers"),
+    ],
+)
+def test_a_mistake_in_evaluate_is_a_line(given, says):
+    with pytest.raises(md.UserError, match=says):
+        md.evaluate(*given)
 
 
 def test_every_public_name_is_there_and_documented():

@@ -9,7 +9,7 @@ BELOW = ["errors", "registry", "files", "terminal"]  # what every room may use
 ROOMS = ["config", "models", "distillers", "dataset", "device", "runs", "bank", "engine", "study"]
 MAY_IMPORT = {room: {*BELOW, *ROOMS[:place]} for place, room in enumerate(ROOMS)} | {
     "errors": set(),
-    "registry": set(),
+    "registry": {"errors"},
     "files": {"errors"},
     "terminal": {"errors"},
     "download": {"errors", "files", "terminal"},

@@ -9,7 +9,7 @@ from helpers import Bomb, refused
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from mdistiller.dataset import Batches, load_dataset
+from mdistiller.dataset import Batches, ImageSet, image_set, load_dataset
 from mdistiller.dataset._images import channel_statistics
 from mdistiller.errors import UserError
 
@@ -234,3 +234,65 @@ def test_constant_channels_have_a_usable_deviation():
     mean, std = channel_statistics(torch.full((3, 8, 8, 3), 255, dtype=torch.uint8))
     assert mean == (1, 1, 1)
     assert min(std) > 0
+
+
+# What a user has in memory: pairs, and Datasets of (image, label)
+
+SAMPLES = [(random_images(1, seed=label)[0], label) for label in range(3)]
+
+
+class Random(list):
+    """A Dataset whose transform draws anew at every read."""
+
+    def __getitem__(self, number):
+        image, label = super().__getitem__(number)
+        return torch.roll(image, int(torch.randint(2, ())), 0), label
+
+
+def test_a_dataset_may_hold_two_samples_and_a_pair_two_images():
+    images = torch.stack([image for image, _ in SAMPLES[:2]])
+    for train in (
+        SAMPLES[:2],
+        (images, [0, 1]),
+        ([*images.numpy()], [0, 1]),
+        [([*images[0].numpy()], torch.ones(1).int())] * 2,
+    ):
+        data = image_set(train, (images, [0, 1]))
+        assert data.train_images.shape == (2, 32, 32, 3)
+        assert data.augment == "crop"
+    assert data.train_labels.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ([*SAMPLES, (random_images(1, 30)[0], 0)], r"images differ in size, \(30, 30, 3\) and \(32, 32, 3\)"),
+        (([np.zeros((8, 8)), np.zeros((9, 9))], [0, 1]), "images differ in size"),
+        (Random(SAMPLES * 4), "random transforms"),
+        ([], "no samples"),
+        ([(image, [label, 0]) for image, label in SAMPLES], "3 whole numbers"),
+        ([(image, "cat") for image, _ in SAMPLES], "3 whole numbers"),
+    ],
+)
+def test_data_that_cannot_be_are_a_line(train, says):
+    with pytest.raises(UserError, match=says):
+        image_set(train, SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "says"),
+    [
+        ("train_labels", torch.zeros(4, dtype=torch.int32), r"train: labels must be int64 \(4,\)"),
+        ("train_images", torch.rand(4, 8, 8, 3), r"train: images must be uint8, \(H, W, 3\) each; got torch.float32"),
+        ("test_images", random_images(4, 9), r"test: images must be uint8, \(8, 8, 3\) each"),
+        ("test_labels", torch.full((4,), 2), "test: labels must be 0 to 1"),
+        ("augment", "flip", "unknown augmentation"),
+    ],
+)
+def test_an_image_set_is_of_plain_tensors(part, values, says):
+    labels = torch.zeros(4, dtype=torch.int64)
+    parts = {f"{split}_images": random_images(4, 8) for split in ("train", "test")}
+    parts |= {"train_labels": labels, "test_labels": labels, "num_classes": 2, "mean": MEAN, "std": STD}
+    ImageSet(**parts)
+    with pytest.raises(UserError, match=says):
+        ImageSet(**parts | {part: values})

@@ -15,7 +15,7 @@ from mdistiller import config
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.build import build_model
-from mdistiller.engine.evaluator import evaluate
+from mdistiller.engine.evaluator import scores_of
 from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, state_of, zero_momenta
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import compiled_form
@@ -31,12 +31,12 @@ def test_scores():
     torch.manual_seed(0)
     table, target = torch.randn(30, 10), torch.arange(30) % 10
     batches = [(table[i : i + 8], target[i : i + 8], None) for i in range(0, 30, 8)]
-    scores = evaluate(lambda image: image, batches)
+    scores = scores_of(lambda image: image, batches)
     top5 = table.topk(5, 1).indices
     assert scores.top1 == pytest.approx(100 * (table.argmax(1) == target).double().mean().item())
     assert scores.top5 == pytest.approx(100 * (top5 == target[:, None]).any(1).double().mean().item())
     assert scores.loss == pytest.approx(F.cross_entropy(table, target).item(), rel=1e-5)
-    assert evaluate(lambda image: image[:, :2], [(table, target % 2, None)]).top5 == 100
+    assert scores_of(lambda image: image[:, :2], [(table, target % 2, None)]).top5 == 100
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])

@@ -13,7 +13,7 @@ from mdistiller.bank.inference import CapturedFunction, Inference
 from mdistiller.bank.onednn import PackedConv, can_fuse
 from mdistiller.device import autocast, prepare
 from mdistiller.distillers.base import Distiller, Vanilla
-from mdistiller.engine.evaluator import evaluate, images_together
+from mdistiller.engine.evaluator import images_together, scores_of
 from mdistiller.engine.trainer import has_default_test
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
@@ -270,6 +270,6 @@ def test_evaluation_says_the_same(amp, tolerance):
 def test_a_methods_own_test_is_kept():
     trainer = make_trainer("NONE", plugin=Doubled)
     with torch.no_grad():
-        expected = evaluate(lambda image: 2 * plain(trainer.distiller.student, image), trainer.test)
+        expected = scores_of(lambda image: 2 * plain(trainer.distiller.student, image), trainer.test)
     assert trainer.evaluate() == expected
     assert has_default_test(Distiller(nn.Identity(), nn.Identity()))

@@ -5,7 +5,7 @@ import re
 
 from mdistiller.engine.cfg import load
 from mdistiller.study.charts import Chart, Panel, Series
-from mdistiller.study.page import columns_and_rows, page
+from mdistiller.study.page import columns_and_rows, report_page
 from mdistiller.study.runs import Group, Run
 from mdistiller.study.statistics import mean_and_std
 from mdistiller.study.tables import Table
@@ -19,7 +19,7 @@ def test_names_of_any_kind_are_escaped_and_nothing_is_fetched(tmp_path):
     panel = Panel(NASTY, NASTY, NASTY, [Series(NASTY, 0, [1], [2], text=[NASTY]), Series("b", None, [1], [2])])
     chart = Chart("chart", NASTY, NASTY, NASTY, [panel])
     table = Table(NASTY, NASTY, NASTY, [NASTY], [[NASTY]], [0])
-    text = page([group], [table], [chart], [NASTY], "today")
+    text = report_page([group], [table], [chart], [NASTY], "today")
     assert "alert(1)</script>" not in text and "\x07" not in text
     own = re.sub(r"(?s)<style>.*?</style>|<script[ >].*?</script>", "", text)
     assert own.count(html.escape(NASTY.replace("\x07", " ")).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")) > 5

@@ -36,7 +36,7 @@ def test_a_table_is_markdown_latex_text_and_csv(tmp_path):
     groups, _ = group_runs([read_run(folder) for folder in runs])
     groups[0].extra = "a_b & 50% | {x}\n<b> ~^\\"
     table = tables.results_table(groups, {"NONE": {"resnet8": 60.5}, "protocol": {"epochs": 2}})
-    tex, md, text = tables.latex(table), tables.markdown(table), tables.plain(table)
+    tex, md, text = tables.latex(table), tables.markdown(table), tables.text_table(table)
     assert r"a\_b \& 50\% | \{x\} <b> \textasciitilde \textasciicircum \textbackslash" in tex
     assert r"60.50 $\pm$ 0.71 & 60.50 $\pm$ 0.71 & 60.50 & 0.00 & 0.00 \\" in tex.replace("+", "")
     assert tex.startswith("% \\usepackage{booktabs}\n\\begin{table}\n\\centering\n\\caption{Top-1")
@@ -58,7 +58,7 @@ def test_text_of_cells():
 
 def test_runs_side_by_side(tmp_path):
     folders = [write_run(tmp_path, "a", [50.0, 40.0]), write_run(tmp_path, "long-name", [61.0], seed=12, **PAIR)]
-    lines = tables.plain(tables.compared(folders)).splitlines()
+    lines = tables.text_table(tables.compared(folders)).splitlines()
     assert [line.split() for line in (lines[0], *lines[2:])] == [
         ["run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at", "epoch"],
         ["a", "NONE", "-", "resnet8", "digits", "0", "2/2", "40.00", "50.00", "-"],
