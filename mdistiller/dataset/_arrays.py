@@ -1,6 +1,6 @@
 """A data set out of what the user has in memory: arrays, tensors, a torch Dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def image_set(train: object, test: object, num_classes: int = 0, augment: str = 
 def _arrays(data: object, name: str) -> tuple[Tensor, Tensor]:
     if isinstance(data, (tuple, list)) and len(data) == 2 and not all(map(_is_sample, data)):
         images, labels = (_as_numpy(part, name) for part in data)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         images, labels = _read(data, name)
     else:
         raise UserError(f"{name}: must be {FORMS}; got {type(data).__name__}")

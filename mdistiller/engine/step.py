@@ -181,8 +181,10 @@ class Step:
                 f"{(names or [type(self.distiller).__name__])[0]} gives {', '.join(losses)}; set SOLVER.TRAINER base"
             )
         loss = self.scaler.scale(sum(distillation))
-        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+        learning = [p for p in self.parameters if p.requires_grad]  # a student may be frozen in part
+        found = iter(torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True))
+        gradients = [next(found) if p.requires_grad else None for p in self.parameters]
         if not self.scaler.is_enabled():
-            return list(gradients)
+            return gradients
         scale = self.scaler.scale(torch.ones((), device=self.device))
         return [gradient if gradient is None else gradient / scale for gradient in gradients]

@@ -108,10 +108,11 @@ def test_augmentation_of_what_the_caller_brings():
     assert len({*losses.values()}) == 3
 
 
-def test_a_student_may_be_frozen_in_part():
+@pytest.mark.parametrize("trainer", ["base", "dot"])
+def test_a_student_may_be_frozen_in_part(trainer):
     teacher, student = nets()
     student.conv.requires_grad_(False)
-    result = quick(teacher, student, epochs=1)
+    result = quick(teacher, student, epochs=1, SOLVER__TRAINER=trainer)
     assert torch.equal(result.student.conv.weight, student.conv.weight)
     assert not torch.equal(result.student.fc.weight, student.fc.weight)
 

@@ -270,6 +270,7 @@ def test_a_dataset_may_hold_two_samples_and_a_pair_two_images():
         (([np.zeros((8, 8)), np.zeros((9, 9))], [0, 1]), "images differ in size"),
         (Random(SAMPLES * 4), "random transforms"),
         ([], "no samples"),
+        ({"images": SAMPLES}, "must be a pair .*; got dict"),
         ([(image, [label, 0]) for image, label in SAMPLES], "3 whole numbers"),
         ([(image, "cat") for image, _ in SAMPLES], "3 whole numbers"),
     ],
