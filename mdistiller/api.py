@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from mdistiller.bank.inference import Inference
-from mdistiller.config import Config, needs_teacher
+from mdistiller.config import Config, merge_pairs, needs_teacher
 from mdistiller.dataset import ImageSet, image_set, load_dataset
 from mdistiller.device import callers_state, prepare, resolve_device, unprepare
-from mdistiller.engine.build import NO_NETWORKS, Networks, Workspace, build_model
+from mdistiller.engine.build import NO_NETWORKS, Networks, Workspace, build_model, check_network, layer_names
 from mdistiller.engine.cfg import load
 from mdistiller.engine.evaluator import Scores, evaluation_batches, scores_of
 from mdistiller.engine.run import train as train_run
-from mdistiller.engine.seeds import spread, train_seeds
+from mdistiller.engine.seeds import seeds_of, spread, train_seeds
 from mdistiller.errors import UserError
 from mdistiller.files import expand
 from mdistiller.runs import checkpoint
@@ -79,20 +79,21 @@ class Results(Sequence):
 @callers_state()
 def train(
     config: str | Path | Config | None = None,
-    overrides: Mapping[str, object] | Sequence = (),
-    seeds: Iterable[int] | None = None,
+    overrides: Mapping[str, object] | Sequence | None = None,
+    seeds: int | Iterable[int] | None = None,
     resume: bool | str = False,
     quiet: bool = False,
 ) -> Result | Results:
     """Train what a configuration says, as tools/train_ours.py does.
 
     `config`: a YAML file, or what `load_config` gave. `overrides`: {"SOLVER.EPOCHS": 6}, or KEY, VALUE, KEY, VALUE.
-    `seeds`: train a student for each of them, side by side, and return Results; otherwise SEED's alone, a Result.
+    `seeds`: train a student for each of them, side by side, and return Results; an int stands for [int]; otherwise
+    SEED's alone, a Result.
     `resume`: True to go on with the run, "auto" to do so if there is one. `quiet`: print nothing. The
     caller's random generators are left as they are. Raises UserError for a mistake, before anything is written.
     """
     with silence(quiet):
-        return _run(load_config(config, overrides), None if seeds is None else list(seeds), resume)
+        return _run(load_config(config, overrides), seeds_of(seeds), resume)
 
 
 @callers_state()
@@ -105,12 +106,12 @@ def distill(
     method: str | None = None,
     epochs: int = 30,
     folder: str | Path | None = None,
-    seeds: Iterable[int] | None = None,
+    seeds: int | Iterable[int] | None = None,
     resume: bool | str = False,
     num_classes: int = 0,
     augment: str = "auto",
     quiet: bool = False,
-    layers: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    layers: tuple[Sequence[str], Sequence[str]] | None = None,
     **overrides: object,
 ) -> Result | Results:
     """Distil `teacher` into `student` by the same loop as `train`, and return the Result, or Results where `seeds` are
@@ -121,7 +122,8 @@ def distill(
     A module is copied: the student starts from its weights, under every seed. `method`: a name of
     distiller_dict; left out, DTKD, or NONE without a teacher.
     `layers`: for features of modules that return logits alone, the names of the teacher's and of the student's
-    submodules whose outputs are compared, in the order of the forward pass, the stem first.
+    submodules whose outputs are compared, in the order of the forward pass, the stem first: (["stem", "layer1"],
+    ["stem", "layer1"]).
 
     `train` and `test`: the name of a data set as `train` alone, an ImageSet as `train` alone, or each a pair (images,
     labels) or a torch Dataset of (image, label), which is read once, before training; see
@@ -137,6 +139,9 @@ def distill(
     """
     if folder is None and resume:
         raise UserError("distill: resume needs a folder; pass folder=")
+    for name, network in (("teacher", teacher), ("student", student)):
+        check_network(name, network)
+    numbers, named = seeds_of(seeds), layer_names(layers, teacher, student)
     if method is None:
         method = "NONE" if teacher is None else "DTKD"
     data = _image_set(train, test, num_classes)
@@ -147,17 +152,19 @@ def distill(
     keys |= {"DATASET.TYPE": train} if isinstance(train, str) else {}
     keys |= {key.replace("__", "."): value for key, value in overrides.items()}
     modules = {key: value for key, value in keys.items() if isinstance(value, nn.Module)}
-    cfg = load(None, [word for key, value in keys.items() if key not in modules for word in (key, value)])
-    named = (tuple(layers[1]), tuple(layers[0]))
+    words = [word for key, value in keys.items() if key not in modules for word in (key, value)]
+    cfg = load(None, words, origin="keyword of distill")
     networks = Networks(modules.get("DISTILLER.STUDENT"), modules.get("DISTILLER.TEACHER"), *named)
     if "DISTILLER.TEACHER" not in keys and needs_teacher(cfg.DISTILLER.TYPE):
         raise UserError(f"distill: {cfg.DISTILLER.TYPE} needs a teacher; pass teacher=, or leave method out")
     with tempfile.TemporaryDirectory() as nowhere, silence(quiet):
         cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
-        numbers = None if seeds is None else list(seeds)
+        own = {key.replace("__", ".") for key in overrides}
+        cfg.overrides[:] = [pair for pair in cfg.overrides if pair[0] in own] + [("EXPERIMENT.NAME", "run")]
         data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
-        workspace = Workspace(data, resolve_device(cfg.DEVICE), len(numbers or [0]), networks)
-        return _run(cfg, numbers, resume, workspace, keep=folder is not None)
+        kept = folder is not None
+        workspace = Workspace(data, resolve_device(cfg.DEVICE), len(numbers or [0]), networks, kept)
+        return _run(cfg, numbers, resume, workspace)
 
 
 @callers_state()
@@ -182,6 +189,7 @@ def evaluate(
         mean, std = model.mean if mean is None else mean, model.std if std is None else std
         amp = "none" if model.amp == "fp16" and where.type != "cuda" else model.amp
         model = model.student
+    check_network("model", model)
     if isinstance(model, str) and weights is None:
         raise UserError(f"evaluate: {model} is the name of a network without weights; pass weights=, a checkpoint")
     if isinstance(data, str):
@@ -195,7 +203,18 @@ def evaluate(
         name = type(model).__name__ if isinstance(model, nn.Module) else model
         checkpoint.load_weights(network, name, data.num_classes, weights)
     prepare(network, where).eval()
-    return scores_of(Inference(network, where, amp, data.test_images.shape[1]), evaluation_batches(data.to(where), 64))
+    infer = Inference(network, where, amp, data.test_images.shape[1])
+
+    def logits_of(image: Tensor) -> Tensor:
+        logits = infer(image)
+        if logits.ndim != 2 or len(logits) != len(image) or logits.shape[1] < data.num_classes:
+            raise UserError(
+                f"the model must give logits (B, K), K {data.num_classes} or more for these labels; it gives "
+                f"{tuple(logits.shape)} for {len(image)} images"
+            )
+        return logits
+
+    return scores_of(logits_of, evaluation_batches(data.to(where), 64))
 
 
 def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -209,17 +228,23 @@ def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
     return numbers
 
 
-def load_config(config: str | Path | Config | None = None, overrides: Mapping[str, object] | Sequence = ()) -> Config:
+def load_config(
+    config: str | Path | Config | None = None, overrides: Mapping[str, object] | Sequence | None = None
+) -> Config:
     """Return the frozen configuration of a YAML file, or of another configuration, under `overrides`.
 
     Raises ConfigError with one line for each mistake found, all at once.
     """
-    words = [word for pair in overrides.items() for word in pair] if isinstance(overrides, Mapping) else [*overrides]
+    if isinstance(overrides, str) or not isinstance(overrides, (Mapping, Sequence, type(None))):
+        raise UserError(f'overrides: must be {{"SOLVER.EPOCHS": 6}}, or ["SOLVER.EPOCHS", 6]; got {overrides!r}')
+    words = [word for pair in overrides.items() for word in pair] if isinstance(overrides, Mapping) else overrides or []
+    if not isinstance(config, (str, Path, Config, type(None))):
+        raise UserError(f"config: must be the path of a YAML file, or what load_config gave; got {type(config)}")
     if not isinstance(config, Config):
-        return load(config, words)
+        return load(config, words, origin="overrides")
     cfg = config.clone()
     cfg.defrost()
-    cfg.merge_from_list(words)
+    merge_pairs(cfg, words, "overrides")
     cfg.freeze()
     return cfg
 
@@ -236,13 +261,14 @@ def _image_set(train: object, test: object, num_classes: int) -> ImageSet | None
 
 
 def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, object]) -> Config:
-    """Return `cfg` with the run's folder set to `root`, modules named by their class, a teacher's weights beside it."""
+    """Return `cfg` with the run's folder set to `root`, modules named by their class, and the file named that the run
+    will keep a teacher's weights in.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     root = expand(root).absolute()
     cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT = str(root.parent), root.name
     cfg.EXPERIMENT.NAME = cfg.EXPERIMENT.TAG = "run"
-    cfg.overrides[:] = [("EXPERIMENT.NAME", "run")]
     for key, module in (("STUDENT", networks.student), ("TEACHER", networks.teacher)):
         if module is not None:
             cfg.DISTILLER[key] = type(module).__name__
@@ -250,11 +276,7 @@ def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, objec
         cfg.DATASET.TYPE = "arrays"
     if networks.teacher is not None and needs_teacher(cfg.DISTILLER.TYPE):
         state = {key: value.detach().cpu() for key, value in networks.teacher.state_dict().items()}
-        file = root / f"teacher-{checkpoint.digest(state)[:12]}"
-        if not file.exists():
-            root.mkdir(parents=True, exist_ok=True)
-            checkpoint.save({"model": state}, file)
-        cfg.DISTILLER.TEACHER_CKPT = str(file)
+        cfg.DISTILLER.TEACHER_CKPT = str(root / f"teacher-{checkpoint.digest(state)[:12]}")
     cfg.freeze()
     return cfg
 
@@ -271,9 +293,9 @@ def _network(trained: nn.Module, given: nn.Module | None = None) -> nn.Module:
 
 
 def _run(
-    cfg: Config, seeds: Sequence[int] | None, resume: bool | str, workspace: Workspace | None = None, keep: bool = True
+    cfg: Config, seeds: Sequence[int] | None, resume: bool | str, workspace: Workspace | None = None
 ) -> Result | Results:
-    """Train SEED's student, or those of `seeds`. `keep`: whether the run's folder is there afterwards."""
+    """Train SEED's student, or those of `seeds`."""
     if seeds is None:
         outcomes = [train_run(cfg, resume, workspace)]
     else:
@@ -282,7 +304,7 @@ def _run(
     runs = []
     for seed, outcome in zip([cfg.SEED] if seeds is None else seeds, outcomes, strict=True):
         figures = (outcome["last_acc"], outcome["best_acc"], outcome["best_epoch"], outcome["history"])
-        folder = Path(outcome["folder"]) if keep else None
+        folder = Path(outcome["folder"]) if workspace is None or workspace.kept else None
         fed = outcome["mean"], outcome["std"], cfg.SOLVER.AMP
         runs.append(Result(*figures, _network(outcome["student"], given), folder, seed, *fed))
     return runs[0] if seeds is None else Results(tuple(runs))

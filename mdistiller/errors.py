@@ -1,8 +1,13 @@
 """What a user did that cannot work, said in lines that name the thing to type instead."""
 
+import contextlib
+import inspect
 import os
+import re
 import sys
-from collections.abc import Callable
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 
 
 class UserError(Exception):
@@ -51,6 +56,44 @@ class Preempted(UserError):
 
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
     prefix = ""
+
+
+def check_signature(function: Callable, by_place: tuple, by_name: Mapping, what: str, wanted: str) -> None:
+    """Raise UserError where `function`, which is `what`, cannot be called with these arguments, as `wanted` says."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # what is written in C has none
+        return
+    try:
+        signature.bind(*by_place, **by_name)
+    except TypeError as error:
+        raise UserError(f"{what}: {error}; it is called as {wanted}") from None
+
+
+@contextlib.contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Turn an exception of the user's own code inside into a UserError: `what` fails, where and why.
+
+    Others pass: those that no code of the user's had a part in, and those of a machine that lets it down.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        files = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+        if not files or re.search("alloc|out of memory|deterministic", str(error)):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        place = f"{os.path.relpath(files[-1].filename)}:{files[-1].lineno}"
+        raise UserError(f"{what} fails at {place}: {type(error).__name__}: {reason}") from error
+
+
+_NOT_THE_USERS = (os.path.dirname(__file__), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<frozen")
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith(_NOT_THE_USERS)
 
 
 def run_command(

@@ -78,11 +78,11 @@ class TeacherPool:
     """The teachers of a process and their banks, which students that have one in common share.
 
     `num_classes` and `data_digest` are those of the data that all of them train on; `files` has the teacher's file of
-    each student.
+    each student. `kept`: whether the banks stay when the runs have ended.
     """
 
-    def __init__(self, num_classes: int, data_digest: str):
-        self.num_classes, self.data_digest = num_classes, data_digest
+    def __init__(self, num_classes: int, data_digest: str, kept: bool = True):
+        self.num_classes, self.data_digest, self.kept = num_classes, data_digest, kept
         self.files: list[Path | None] = []
         self.inferences: dict[str, Inference] = {}  # by the digest of the teacher's weights
         self.banks: dict[Path, Bank] = {}
@@ -125,7 +125,8 @@ class TeacherPool:
             return logits, f"teacher bank: none ({reason})"
         self.banks[folder] = logits.bank
         because = f" ({reason})" if reason else ""
-        return logits, f"teacher bank: {mode}{because}, {100 * logits.bank.share:.1f} % held, in {folder}"
+        line = f"teacher bank: {mode}{because}, {100 * logits.bank.share:.1f} % held"
+        return logits, f"{line}, in {folder}" if self.kept else line
 
     def open_bank(
         self, cfg: CfgNode, logits: TeacherLogits, folder: Path, views: dict[str, object], students: int

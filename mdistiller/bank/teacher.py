@@ -217,7 +217,7 @@ class TeacherLogits:
                                 say(f"{title}: {100 * bank.share:.1f} % done, {tqdm.format_interval(left)} left")
             finally:
                 bank.commit(must=True)
-        say(f"{title}: complete after {tqdm.format_interval(time.monotonic() - begin)}, in {bank.folder}")
+        say(f"{title}: complete after {tqdm.format_interval(time.monotonic() - begin)}")
 
 
 @contextlib.contextmanager

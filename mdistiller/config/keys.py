@@ -18,8 +18,11 @@ class Check(NamedTuple):
 
     def problem(self, value: object) -> str | None:
         """Return what is wrong with `value`, or None."""
-        if self.test(value):
-            return None
+        try:
+            if self.test(value):
+                return None
+        except Exception as error:  # a plug-in's test may be of another kind of value
+            return f"{self.wanted}; got {show(value)}, at which its check fails: {type(error).__name__}: {error}"
         if self.names is not None:
             known = getattr(self.names, "active", self.names)
             return registry.unknown(getattr(self.names, "kind", "value"), value, known)
@@ -96,6 +99,11 @@ class Config(CfgNode):
         """The digests of the plug-ins that it was loaded with."""
         return self.__dict__.setdefault("_plugins", [])
 
+    @property
+    def came(self) -> dict[str, str]:
+        """Where the value of each key that was given comes from, for a line that refuses it."""
+        return self.__dict__.setdefault("_came", {})
+
     def merge_from_file(self, cfg_filename: str) -> None:
         from mdistiller.config import loading  # which needs this class
 
@@ -135,7 +143,8 @@ def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = T
     sub-sections. `name` may be dotted, as TEMPERATURE.ERRATUM. A plug-in's defaults of keys that exist are its own.
     `again`: the section may exist, and is declared anew.
 
-    Raises ValueError where the section exists, or where a default is None, which has no type to check a value by.
+    Raises ValueError where the section exists, or where a default is None, which has no type to check a value by, or
+    fails its own check.
     """
     *parents, last = name.split(".")
     parent = get(CFG, ".".join(parents))
@@ -149,6 +158,9 @@ def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = T
     for key, value in keys.items():
         if value.default is None:
             raise ValueError(f"{key}: None has no type that a value could be checked by; pick a default")
+        # names may be registered later: `load` looks at them
+        if value.check and value.check.names is None and (problem := value.check.problem(value.default)):
+            raise ValueError(f"{key}: its default {problem}; mend the default")
         if _collected is not None:
             _collected[key] = value.default
     parent.setdefault(last, CfgNode())
@@ -222,6 +234,11 @@ def needs_teacher(method: str) -> bool:
 
 def _plain(value: object) -> object:
     return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def meaning(name: str) -> str:
+    """Return the key's own words, for the end of a line that refuses its value; empty where it has none."""
+    return f" [{KEYS[name].doc.rstrip('.')}]" if name in KEYS and KEYS[name].doc else ""
 
 
 def show(value: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller import files, registry
-from mdistiller.config.keys import CFG, KEYS, Config, leaves, needs_teacher, show
+from mdistiller.config.keys import CFG, KEYS, Config, leaves, meaning, needs_teacher, show
 from mdistiller.config.plugins import PLUGINS, Plugin, activate, load_plugin
 from mdistiller.config.reading import read_yaml
 from mdistiller.config.values import coerce, decode, decode_tree, kind_of
@@ -32,17 +32,18 @@ PURPOSES = {
 }
 
 
-def load(path: str | Path | None = None, opts: Sequence = ()) -> Config:
-    """Return the frozen configuration: defaults, then the YAML file and its _BASE_ files, then KEY VALUE pairs.
+def load(path: str | Path | None = None, opts: Sequence = (), origin: str = "command line") -> Config:
+    """Return the frozen configuration: defaults, then the YAML file and its _BASE_ files, then KEY VALUE pairs, which
+    are from `origin`.
 
     Raises ConfigError with one line for each mistake found, all at once.
     """
     registry.fill()
     problems: list[str] = []
     tree = read_yaml(Path(path), problems) if path else {}
-    pairs = _parse_opts(opts, problems)
+    pairs = _parse_opts(opts, origin, problems)
     cfg = CFG.clone()
-    sources = [(tree, str(path)), *((override, "command line") for _, override in pairs)]
+    sources = [(tree, str(path)), *((override, origin) for _, override in pairs)]
     _merge_all(cfg, sources, Path(path).parent if path else Path(), problems)
     cfg.overrides.extend(pair for pair, _ in pairs)
     problems += _value_problems(cfg)
@@ -82,11 +83,11 @@ def merge_file(cfg: Config, path: str | Path) -> None:
     merge_trees(cfg, [(tree, str(path))], problems)
 
 
-def merge_pairs(cfg: Config, opts: Sequence) -> None:
-    """Merge KEY VALUE pairs into `cfg`."""
+def merge_pairs(cfg: Config, opts: Sequence, origin: str = "command line") -> None:
+    """Merge KEY VALUE pairs, which are from `origin`, into `cfg`."""
     problems: list[str] = []
-    pairs = _parse_opts(opts, problems)
-    merge_trees(cfg, [(tree, "command line") for _, tree in pairs], problems)
+    pairs = _parse_opts(opts, origin, problems)
+    merge_trees(cfg, [(tree, origin) for _, tree in pairs], problems)
     cfg.overrides.extend(pair for pair, _ in pairs)
 
 
@@ -118,6 +119,7 @@ def _merge_all(cfg: Config, sources: list[tuple[Mapping, str]], folder: Path, pr
     text = "".join(PLUGINS[digest].text for digest in cfg.plugins)
     for tree, source in sources:
         _merge(cfg, tree, source, "", text, problems)
+        cfg.came.update(dict.fromkeys(leaves(tree), source))
     cfg.DISTILLER.TYPE = registry.distillers.named(cfg.DISTILLER.TYPE)
 
 
@@ -153,15 +155,15 @@ def _as_typed(opts: Iterable) -> list:
     return words
 
 
-def _parse_opts(opts: Sequence, problems: list[str]) -> list[tuple[tuple[str, object], dict]]:
+def _parse_opts(opts: Sequence, origin: str, problems: list[str]) -> list[tuple[tuple[str, object], dict]]:
     """Return ((KEY, VALUE), its tree) for each pair, in order."""
     opts = _as_typed(opts)
     if len(opts) % 2:
-        problems.append(f"command line: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
+        problems.append(f"{origin}: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
     pairs = []
     for key, value in zip(opts[::2], opts[1::2], strict=False):
         if not isinstance(key, str) or key.startswith("-") or key.count(".") > MOST_LEVELS:
-            problems.append(f"command line: '{key}' is not a key; overrides are KEY VALUE pairs such as SOLVER.LR 0.1")
+            problems.append(f"{origin}: '{key}' is not a key; overrides are KEY VALUE pairs such as SOLVER.LR 0.1")
             continue
         tree = value
         for part in reversed(key.split(".")):
@@ -233,7 +235,8 @@ def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: 
             except (TypeError, OverflowError):
                 default = KEYS[full].default
                 wanted, example = kind_of(default), default or node[key]
-                problems.append(f"{full}: must be {wanted}, such as {example!r}; got {show(value)} ({source})")
+                line = f"{full}: must be {wanted}, such as {example!r}; got {show(value)} ({source})"
+                problems.append(line + meaning(full))
 
 
 def _unquoted(name: str, value: object) -> object:
@@ -258,22 +261,23 @@ def _unknown_key(full: str, is_section: bool) -> str:
 
 
 def _value_problems(cfg: CfgNode) -> Iterable[str]:
+    """Yield a line for each value that cannot be, with where it is from and what the key means."""
+    came = cfg.came if isinstance(cfg, Config) else {}
     flat = leaves(cfg)
     for name, value in flat.items():
         parts = value if isinstance(value, (list, tuple)) else [value]
         numbers = [n for n in parts if isinstance(n, (int, float))]
+        problem = None
         if any(isinstance(text, str) and _CONTROL.search(text) for text in parts):
-            yield f"{name}: must be text without control characters; got {show(value)}"
+            problem = f"must be text without control characters; got {show(value)}"
         elif any(isinstance(n, float) and not abs(n) < 1e38 for n in numbers):  # NaN, and what float32 cannot hold
-            yield f"{name}: must be a finite number, below 1e38; got {show(value)}"
-        elif any(
-            isinstance(n, int) and not -(2**62) < n < 2**62 for n in numbers
-        ):  # what a tensor's index can hold, and room to add
-            yield f"{name}: must be a whole number below 2**62; got {show(value)}"
+            problem = f"must be a finite number, below 1e38; got {show(value)}"
+        elif any(isinstance(n, int) and not -(2**62) < n < 2**62 for n in numbers):  # a tensor's index, and room to add
+            problem = f"must be a whole number below 2**62; got {show(value)}"
         elif name in KEYS and KEYS[name].check:
             problem = KEYS[name].check.problem(value)
-            if problem:
-                yield f"{name}: {problem}"
+        if problem:
+            yield f"{name}: {problem} ({came.get(name, 'the default, which the plug-in has to mend')}){meaning(name)}"
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
     trainer, method = flat["SOLVER.TRAINER"], flat["DISTILLER.TYPE"]
     if trainer in DOT_TRAINERS and not abs(delta) <= momentum < 1 - abs(delta):

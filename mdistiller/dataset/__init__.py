@@ -9,7 +9,7 @@ from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
 from mdistiller.dataset._loaders import Loader, get_dataset
 from mdistiller.dataset._registry import register_dataset
-from mdistiller.errors import UserError
+from mdistiller.errors import UserError, users_code
 from mdistiller.registry import datasets as dataset_dict
 
 for _module in pkgutil.iter_modules(__path__):
@@ -21,7 +21,11 @@ def load_dataset(name: str, root: str | Path) -> ImageSet:
     """Return the data set `name`, read from `root`. Raises UserError with one line where the files are missing or
     bad.
     """
-    data = dataset_dict[name](files.expand(root))
+    try:
+        with users_code(f"the data set {name}"):
+            data = dataset_dict[name](files.expand(root))
+    except OSError as error:
+        raise UserError(f"the data set {name}: {error}; set DATASET.ROOT to where its files are") from error
     if not isinstance(data, ImageSet):
         raise UserError(f"the data set {name} must be an ImageSet, which image_set makes; got {type(data).__name__}")
     return data

@@ -40,7 +40,7 @@ def _arrays(data: object, name: str) -> tuple[Tensor, Tensor]:
     else:
         raise UserError(f"{name}: must be {FORMS}; got {type(data).__name__}")
     images = _as_pixels(images, name)
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise UserError(f"{name}: labels must be {len(images)} whole numbers from 0; got {labels.dtype} {labels.shape}")
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 

@@ -55,6 +55,20 @@ class ImageSet:
                     f"{low if low < 0 else high}; labels count from 0"
                 )
 
+    def doubts(self) -> list[str]:
+        """Return a line on the classes that no training image is of, which the student cannot learn; none is fine."""
+        counts = torch.bincount(self.train_labels, minlength=self.num_classes)
+        empty = (counts == 0).nonzero()[:, 0]
+        if not len(empty):
+            return []
+        names = ", ".join(map(str, empty[:10].tolist())) + (", ..." if len(empty) > 10 else "")
+        line = f"warning: {len(empty)} of {self.num_classes} classes have no training image: {names}"
+        tested = int(torch.isin(self.test_labels, empty).sum())
+        line += f"; {tested:,} test images are of them" if tested else ""
+        if counts[0] == 0:
+            line += "; labels count from 0: subtract 1 where yours count from 1"
+        return [line]
+
     def to(self, device: torch.device) -> "ImageSet":
         """Return the set with its images and labels on `device`."""
         names = ("train_images", "train_labels", "test_images", "test_labels")

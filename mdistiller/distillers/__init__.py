@@ -5,9 +5,10 @@ import pkgutil
 
 from mdistiller.config import load_plugin
 from mdistiller.distillers._adapter import adapt
+from mdistiller.distillers._contract import check_method, check_output, method_name
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller, RuleDistiller, Vanilla
-from mdistiller.distillers.rules import register_rule
+from mdistiller.distillers.rules import check_rule, register_rule, rule_name
 from mdistiller.registry import distillers as distiller_dict
 
 register_method = register_distiller
@@ -25,9 +26,14 @@ __all__ = [
     "LogitDistiller",
     "RuleDistiller",
     "Vanilla",
+    "check_method",
+    "check_output",
+    "check_rule",
     "distiller_dict",
     "load_plugin",
+    "method_name",
     "register_distiller",
     "register_method",
     "register_rule",
+    "rule_name",
 ]

@@ -1,6 +1,6 @@
 """The contract of a method, the student alone, and the bases of the methods that need logits and features."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.losses import Temperatures, ce_loss
 from mdistiller.distillers.rules import build_rule
+from mdistiller.errors import UserError
 
 TWO_VIEWS = ("ours", "aug")  # SOLVER.TRAINERs that give each sample in a weak and a strong view
 
@@ -30,10 +31,12 @@ class Distiller(nn.Module):
     refused = ""  # why it cannot be chosen, where it cannot
     task_losses: Container[str] = ("loss_ce",)  # names of the losses that learn from labels; the others distil
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None):
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg=None):
+        """`cfg`: the configuration, for a method that leaves out a constructor of its own and reads `self.cfg`."""
         super().__init__()
         self.student = student
         self.teacher = teacher
+        self.cfg = cfg
 
     def train(self, mode: bool = True) -> "Distiller":
         """Set the mode, but leave the teacher in eval mode: its BatchNorm statistics are part of what it knows."""
@@ -52,7 +55,7 @@ class Distiller(nn.Module):
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the student's logits (B, K) and the losses of a training batch."""
-        raise NotImplementedError
+        raise NotImplementedError  # the engine asks for it before it trains
 
     def forward_test(self, image: Tensor) -> Tensor:
         """Return the student's logits (B, K)."""
@@ -116,7 +119,7 @@ class RuleDistiller(LogitDistiller):
     own_rule = "fixed"
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.rule = build_rule(cfg, self.own_rule, teacher)
         self.part = cfg.TEMPERATURE.PART
         self.observer: Callable | None = None  # sees (logits_student, logits_teacher, temperatures) of every batch
@@ -148,8 +151,10 @@ class FeatureDistiller(Distiller):
 
     needs_features = ("feats",)
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, ce_weight: float, feat_weight: float):
-        super().__init__(student, teacher)
+    def __init__(self, student: nn.Module, teacher: nn.Module, ce_weight: float = 1.0, feat_weight: float = 1.0):
+        """`ce_weight` is the configuration where a method leaves out a constructor of its own: both weights are 1."""
+        cfg, ce_weight = (ce_weight, 1.0) if isinstance(ce_weight, Mapping) else (None, ce_weight)
+        super().__init__(student, teacher, cfg)
         self.ce_weight, self.feat_weight = ce_weight, feat_weight
 
     def own_parameters(self) -> list[nn.Parameter]:
@@ -174,6 +179,9 @@ class FeatureDistiller(Distiller):
         with torch.no_grad():
             _, feats_teacher = self.teacher(image)
         loss = self.feature_loss(feats_student, feats_teacher, target=target, **kwargs)
+        if not isinstance(loss, Tensor):
+            got = type(loss).__name__
+            raise UserError(f"{type(self).__name__}: feature_loss must return the loss, a scalar tensor; got {got}")
         return logits_student, {
             "loss_ce": self.ce_weight * ce_loss(logits_student, target),
             "loss_kd": self.feat_weight * loss,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdistiller import config
 from mdistiller.config import Check, Key, at_least
 from mdistiller.distillers.losses import Temperatures, bounded, deviation
-from mdistiller.errors import UserError
+from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.registry import temperature_rules
 
 # Below these the quotients of a rule leave float32. Both lie far under what training meets: a freshly initialised
@@ -52,12 +52,18 @@ class Rule(nn.Module):
         return self.function(logits_student, logits_teacher, tau, **self.options)
 
 
-def build_rule(cfg, own: str, teacher: nn.Module) -> nn.Module:
-    """Return the rule that `cfg` asks for, or the method's `own`. EXPERIMENT.LOGIT_STAND means the rule "std".
+def rule_name(cfg, own: str) -> str:
+    """Return the name of the rule that `cfg` asks for, or the method's `own`. EXPERIMENT.LOGIT_STAND means "std"."""
+    return cfg.TEMPERATURE.RULE or ("std" if cfg.EXPERIMENT.LOGIT_STAND else own)
 
-    Raises UserError where the two disagree, or where a rule is to learn and to be detached.
+
+def build_rule(cfg, own: str, teacher: nn.Module) -> nn.Module:
+    """Return the rule that `cfg` asks for, or the method's `own`.
+
+    Raises UserError where TEMPERATURE.RULE and EXPERIMENT.LOGIT_STAND disagree, where a rule is to learn and to be
+    detached, or where it cannot be built.
     """
-    name = cfg.TEMPERATURE.RULE or ("std" if cfg.EXPERIMENT.LOGIT_STAND else own)
+    name = rule_name(cfg, own)
     if cfg.EXPERIMENT.LOGIT_STAND and name != "std":
         raise UserError(
             f"EXPERIMENT.LOGIT_STAND is the rule std, but TEMPERATURE.RULE is {name}; leave one of them out"
@@ -68,7 +74,46 @@ def build_rule(cfg, own: str, teacher: nn.Module) -> nn.Module:
         return Rule(rule, options, cfg.TEMPERATURE.DETACH)
     if cfg.TEMPERATURE.DETACH:
         raise UserError(f"TEMPERATURE.DETACH: the rule {name} learns from its gradient; set it to False")
-    return rule(teacher, **options)
+    check_signature(rule, (teacher,), options, f"the temperature rule {name}", "rule(teacher, **options)")
+    with users_code(f"the temperature rule {name}"):
+        built = rule(teacher, **options)
+    if not isinstance(built, nn.Module):
+        raise UserError(f"the temperature rule {name} is a class: it must derive from torch.nn.Module")
+    return built
+
+
+def check_rule(rule: nn.Module, name: str, num_classes: int) -> None:
+    """Raise UserError where what `rule` makes of 16 rows of random logits is not what `register_rule` asks for.
+
+    No trace is left: generators and the rule's state are as before.
+    """
+    what = f"the temperature rule {name}"
+    generator = torch.Generator().manual_seed(0)
+    device = next((parameter.device for parameter in rule.parameters()), torch.device("cpu"))
+    student, teacher = (2 * torch.randn(2, 16, num_classes, generator=generator)).to(device)
+    before = {key: value.clone() for key, value in rule.state_dict().items()}
+    with torch.random.fork_rng(devices=[]):
+        # in training it gets these too, and its gradient is taken
+        given = {"epoch": 1, "index": torch.arange(16, device=device)}
+        function = rule.function if isinstance(rule, Rule) else rule.forward
+        options, call = (rule.options, ", **options") if isinstance(rule, Rule) else (given, ", *, epoch, **kwargs")
+        wanted = f"rule(logits_student, logits_teacher, tau{call})"
+        check_signature(function, (student, teacher, 4.0), options, what, wanted)
+        with users_code(what):
+            found = rule(student.requires_grad_(), teacher, 4.0, **given)
+    rule.load_state_dict(before)
+    if not isinstance(found, Temperatures):
+        got = type(found).__name__
+        raise UserError(
+            f"{what} must return mdistiller.losses.Temperatures(student, teacher, factor, sound); got {got}"
+        )
+    for part, value in found._asdict().items():
+        if not (isinstance(value, Tensor) and value.shape == (16, 1)):
+            got = f"{tuple(value.shape)} for B = 16" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{what}: {part} must be a tensor (B, 1); got {got}")
+        if part in ("student", "teacher") and not bool(((value > 0) & value.isfinite()).all()):
+            worst = value[~((value > 0) & value.isfinite())][0].item()
+            raise UserError(f"{what}: the {part}'s temperatures must be positive and finite; got {worst:.4g}")
 
 
 def _both(tau: float, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from mdistiller.bank.pool import TeacherPool
 from mdistiller.dataset import Batches, ImageSet
 from mdistiller.device import prepare
-from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, rule_name
 from mdistiller.distillers.base import TWO_VIEWS
 from mdistiller.distillers.features import images_of
 from mdistiller.engine.cfg import describe
@@ -22,8 +22,8 @@ from mdistiller.engine.solver import DOT, MultiStep, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
-from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict, given_parts, name_layers
+from mdistiller.errors import UserError, check_signature, users_code
+from mdistiller.models import build_model, given_parts, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
@@ -43,9 +43,29 @@ class Networks(NamedTuple):
 NO_NETWORKS = Networks()
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
-    """Return the model `name` of cifar_model_dict, freshly initialised."""
-    return cifar_model_dict[name][0](num_classes=num_classes)
+def check_network(name: str, network: object) -> None:
+    """Raise UserError where `network` is neither a name nor a module nor None."""
+    if isinstance(network, (str, nn.Module, type(None))):
+        return
+    if isinstance(network, type):
+        raise UserError(f"{name}: is the class {network.__name__}; pass an object of it, {network.__name__}(...)")
+    raise UserError(f"{name}: must be a name of cifar_model_dict or an nn.Module; got {type(network).__name__}")
+
+
+def layer_names(
+    layers: tuple[Sequence[str], Sequence[str]] | None, teacher: object, student: object
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the student's layers and of the teacher's. Raises UserError for what are none."""
+    sides = ((), ()) if layers is None else layers
+    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not (pair and all(isinstance(s, (tuple, list)) and all(isinstance(n, str) for n in s) for s in sides)):
+        raise UserError(
+            f'layers: must be two lists of names, the teacher\'s first, such as (["stem"], ["stem"]); got {layers!r}'
+        )
+    for side, names, network in zip(("teacher", "student"), sides, (teacher, student), strict=True):
+        if names and not isinstance(network, nn.Module):
+            raise UserError(f"layers: are for a module of yours, and the {side} is {network!r}; pass [] for its names")
+    return tuple(sides[1]), tuple(sides[0])
 
 
 def copy_model(given: nn.Module, layers: Sequence[str], size: int) -> nn.Module:
@@ -64,15 +84,18 @@ def build_distiller(
     Raises UserError where a network does not fit the data, or lacks features that the method compares.
     """
     cls, names, size = distiller_dict[cfg.DISTILLER.TYPE], cfg.DISTILLER, data.train_images.shape[1]
+    check_method(names.TYPE, cls)
 
     def network(name: str, given: nn.Module | None, layers: Sequence[str]) -> nn.Module:
         model = build_model(name, data.num_classes) if given is None else copy_model(given, layers, size)
         parts = given_parts(model, name, data.num_classes, size)
         missing = [part for part in cls.needs_features if part not in parts]
         if missing:
+            named = given is not None and "preact_feats" not in missing
+            layers_help = ", or name its layers, layers=([the teacher's], [the student's])" if named else ""
             raise UserError(
                 f"{names.TYPE} compares features, and the model {name} does not give {', '.join(missing)}; take a "
-                "method that compares logits, such as KD, or let the model give them (docs/plugins.md)"
+                f"method that compares logits, such as KD, or let the model give them (docs/plugins.md){layers_help}"
             )
         return model
 
@@ -84,9 +107,25 @@ def build_distiller(
         if teacher_file and networks.teacher is None:
             checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
-    with images_of(tuple(data.train_images.shape[1:3])):
-        distiller = cls(student, teacher, cfg, **{name: offered[name] for name in cls.needs})
+    offered, what = {name: offered[name] for name in cls.needs}, f"the method {names.TYPE}"
+    check_signature(cls, (student, teacher, cfg), offered, what, ", ".join(["(student, teacher, cfg", *offered]) + ")")
+    with users_code(what), images_of(tuple(data.train_images.shape[1:3])):
+        distiller = cls(student, teacher, cfg, **offered)
+    if isinstance(distiller, RuleDistiller):
+        check_rule(distiller.rule, rule_name(cfg, distiller.own_rule), data.num_classes)
     return prepare_parts(distiller, device)
+
+
+def rehearse(cfg: CfgNode, workspace: "Workspace") -> None:
+    """Train for one step with a teacher that has learned nothing, and throw it away. Raises UserError for what a run
+    would be refused for, so that no teacher is trained for it.
+    """
+    data, solver = workspace.local, cfg.SOLVER
+    distiller = build_distiller(cfg, workspace.data, None, workspace.device, workspace.networks).train()
+    optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
+    batches = training_batches(cfg, data)
+    plan = batches.plan(1)[:, : min(8, solver.BATCH_SIZE)].to(workspace.device)
+    Step(distiller, optimizer, workspace.device, solver.AMP)(batches.batch(plan), 1)
 
 
 def refuse_unused(cfg: CfgNode) -> None:
@@ -120,15 +159,30 @@ def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
 
 class Workspace:
     """What the runs of one process share: the device, the images on it, teachers and their banks. `students` train
-    there in turn. `networks`: those that the caller brings.
+    there in turn. `networks`: those that the caller brings. `kept`: whether the runs' folders stay, which is for
+    nobody to see where they do not.
     """
 
-    def __init__(self, data: ImageSet, device: torch.device, students: int = 1, networks: Networks = NO_NETWORKS):
+    def __init__(
+        self,
+        data: ImageSet,
+        device: torch.device,
+        students: int = 1,
+        networks: Networks = NO_NETWORKS,
+        kept: bool = True,
+    ):
         self.data, self.digest, self.networks = data, data.digest(), networks
-        self.device, self.students = device, students
+        self.device, self.students, self.kept = device, students, kept
         self.local = data.to(device)
-        self.teachers = TeacherPool(data.num_classes, self.digest)
+        self.teachers = TeacherPool(data.num_classes, self.digest, kept)
         self.stop = Stop()
+
+
+def training_batches(cfg: CfgNode, data: ImageSet) -> Batches:
+    """Return the batches of training images that `cfg` asks for."""
+    augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
+    given = data.train_images, data.train_labels, data.mean, data.std, cfg.SOLVER.BATCH_SIZE, augment, cfg.SEED
+    return Batches(*given, two_views=cfg.SOLVER.TRAINER in TWO_VIEWS)
 
 
 def build_trainer(
@@ -136,9 +190,7 @@ def build_trainer(
 ) -> tuple[Trainer, str]:
     """Return the trainer of a run in `folder`, and a line about the bank of its teacher's logits."""
     solver, teacher, data, device = cfg.SOLVER, distiller.teacher, workspace.local, workspace.device
-    augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
-    given = data.train_images, data.train_labels, data.mean, data.std, solver.BATCH_SIZE, augment, cfg.SEED
-    train = Batches(*given, two_views=solver.TRAINER in TWO_VIEWS)
+    train = training_batches(cfg, data)
     test = evaluation_batches(data, cfg.DATASET.TEST.BATCH_SIZE)
     origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
     logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
@@ -153,7 +205,7 @@ def build_trainer(
         test,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         Keeper(folder, origin, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.SAVE_EVERY_SECONDS, workspace.students),
-        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, describe(cfg)),
+        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, describe(cfg), workspace.kept),
         workspace.stop,
     )
     return trainer, bank

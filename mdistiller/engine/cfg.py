@@ -1,9 +1,13 @@
 """The complete configuration, with the section of every method: `from mdistiller.engine.cfg import CFG`."""
 
+import inspect
+import re
+import sys
+
 from yacs.config import CfgNode
 
 from mdistiller import dataset, distillers, models  # noqa: F401  (they fill the registries and the sections)
-from mdistiller.config import CFG, KEYS, SECTIONS, Key, get, leaves, load
+from mdistiller.config import CFG, KEYS, PLUGINS, SECTIONS, Config, Key, get, leaves, load
 from mdistiller.errors import UserError
 from mdistiller.terminal import say
 
@@ -26,6 +30,47 @@ def describe(cfg: CfgNode) -> str:
 def show_cfg(cfg: CfgNode) -> None:
     """Print what `describe` gives."""
     say(describe(cfg))
+
+
+def unread_overrides(cfg: Config) -> str:
+    """Return a line on the KEY VALUE pairs of `cfg` that its run does not read, empty if there are none."""
+    method = cfg.DISTILLER.TYPE
+    cls = distillers.distiller_dict[method]
+    ruled = issubclass(cls, distillers.RuleDistiller)
+    rule = distillers.rule_name(cfg, cls.own_rule) if ruled else ""
+
+    def reason(key: str) -> str:
+        section = key.split(".")[0]
+        if section in SECTIONS and section != method and not _reads(cfg, cls, section):
+            return f"{method} does not read the section {section}"
+        of_teacher = key.startswith(("DISTILLER.TEACHER", "DISTILLER.TRAIN_TEACHER"))
+        if not cls.needs_teacher and section != method and (of_teacher or (key in KEYS and KEYS[key].distils)):
+            return f"{method} has no teacher"
+        if section == "TEMPERATURE" and not ruled:
+            return f"{method} takes no temperature rule"
+        if key.rpartition(".")[0] in SECTIONS and section == "TEMPERATURE" and key.split(".")[1] != rule.upper():
+            return f"the temperature rule is {rule}"
+        if key.startswith("SOLVER.DOT.") and "dot" not in cfg.SOLVER.TRAINER:
+            return f"SOLVER.TRAINER is {cfg.SOLVER.TRAINER}"
+        return ""
+
+    found = {key: reason(key) for key, _ in cfg.overrides}
+    unread = [f"{key} ({why})" for key, why in found.items() if why]
+    return f"no effect here: {', '.join(unread)}" if unread else ""
+
+
+def _reads(cfg: Config, cls: type, section: str) -> bool:
+    """Return whether the code of a method, or that of a plug-in, may read the section."""
+    text = "".join(PLUGINS[digest].text for digest in cfg.plugins)
+    if re.search(rf"\b{section}\b", text) or (section == "CRD" and "contrastive_index" in text):
+        return True
+    for base in cls.__mro__:
+        if base.__module__.startswith("mdistiller."):
+            if re.search(rf"cfg\.{section}\b", inspect.getsource(sys.modules[base.__module__])):
+                return True
+        elif not base.__module__.startswith(("torch.", "builtins")) and not cfg.plugins:
+            return True  # of a notebook
+    return False
 
 
 def lskd_pairs(cfg: CfgNode, stand: bool, base_temp: str | None, kd_weight: str | None) -> list[str]:

@@ -12,7 +12,7 @@ from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batch, Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict, default_checkpoint
+from mdistiller.models import build_model, cifar_model_dict, default_checkpoint
 from mdistiller.registry import unknown
 from mdistiller.runs.checkpoint import load_weights
 
@@ -76,7 +76,7 @@ def evaluate_checkpoint(
         raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
     path = default_checkpoint(model, dataset) if file == "pretrain" else file
     data = load_dataset(dataset, root)
-    network = cifar_model_dict[model][0](num_classes=data.num_classes)
+    network = build_model(model, data.num_classes)
     load_weights(network, model, data.num_classes, path)
     prepare(network, device)
     batches = evaluation_batches(data.to(device), batch_size)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.device import generators, set_generators
+from mdistiller.errors import UserError
 
 WARM_UP = 3  # steps of each batch size that run one operation at a time, so that every library has made its choices
 
@@ -75,8 +76,8 @@ class GraphStep:
                 if size not in self.graphs:
                     self._record(plan, logits)
                 self._replay(plan, logits)
-        except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or size in self.graphs:
+        except Exception as error:
+            if isinstance(error, (UserError, torch.OutOfMemoryError)) or size in self.graphs:
                 raise
             # the step has not come to its update: it may run again, and a mistake that is no graph's comes again
             for buffer, value in before[0]:

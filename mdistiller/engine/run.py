@@ -12,11 +12,12 @@ from yacs.config import CfgNode
 from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
-from mdistiller.engine.build import Workspace, build_distiller, build_trainer, prepare_parts, refuse_unused
-from mdistiller.engine.cfg import describe
+from mdistiller.engine.build import Workspace, build_distiller, build_trainer, prepare_parts, refuse_unused, rehearse
+from mdistiller.engine.cfg import describe, unread_overrides
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.teachers import find_teacher
 from mdistiller.errors import RunFailed, UserError
+from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import RunFolder, resumable, run_folder
 from mdistiller.runs.recorder import Recorder, require_wandb, start_wandb
 
@@ -32,7 +33,7 @@ def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None =
     request = RunRequest(cfg)
     request.check(resume, workspace)
     workspace = workspace or open_workspace(cfg)
-    request.find_teacher(resume, workspace.networks.teacher)
+    request.find_teacher(resume, workspace)
     with failures(cfg), entered(workspace) as closing:
         run = Run(request, resume, workspace, closing)
         return run.trainer.fit(run.start()) | run.outcome()
@@ -68,10 +69,21 @@ class RunRequest:
                 f"--resume: there is no run in {self.path}; start it without --resume, or with --resume auto"
             )
 
-    def find_teacher(self, resume: bool | str, given: nn.Module | None = None) -> None:
-        """Find the teacher's checkpoint, or train it, unless the teacher is `given` with its weights."""
-        if needs_teacher(self.cfg.DISTILLER.TYPE) and (given is None or self.cfg.DISTILLER.TEACHER_CKPT):
-            self.teacher_file = find_teacher(self.cfg, self.path, bool(resume), train)
+    def find_teacher(self, resume: bool | str, workspace: Workspace) -> None:
+        """Find the teacher's checkpoint, or train it, unless the caller brings the teacher with its weights; those are
+        kept as DISTILLER.TEACHER_CKPT when the run begins.
+        """
+        if not needs_teacher(self.cfg.DISTILLER.TYPE):
+            return
+        if workspace.networks.teacher is not None:
+            self.teacher_file = Path(self.cfg.DISTILLER.TEACHER_CKPT) if self.cfg.DISTILLER.TEACHER_CKPT else None
+            return
+
+        def rehearsal() -> None:
+            with failures(self.cfg):
+                rehearse(self.cfg, workspace)
+
+        self.teacher_file = find_teacher(self.cfg, self.path, bool(resume), train, rehearsal)
 
 
 def open_workspace(cfg: CfgNode, students: int = 1) -> Workspace:
@@ -125,13 +137,16 @@ class Run:
     def start(self) -> Recorder:
         """Write what the run is, and say it. Return what its figures go to."""
         request, cfg, state = self.request, self.request.cfg, self.trainer.state
+        given, file = self.workspace.networks.teacher, request.teacher_file
+        if given is not None and file is not None and not file.exists():
+            checkpoint.save({"model": {key: value.detach().cpu() for key, value in given.state_dict().items()}}, file)
         self.folder.write_config(cfg, request.teacher_file)
         session = {"students": self.workspace.students, "epoch": state.epoch}
         origin = self.trainer.keeper.origin
         self.folder.write_environment(self.workspace.device, cfg.SEED, self.folder.resumed, origin, session)
         wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, request.path.name, cfg) if cfg.LOG.WANDB else None
         recorder = Recorder(request.path, cfg.SOLVER.EPOCHS, state.epoch, state.log_bytes, wandb_run)
-        recorder.label, recorder.bar_row = request.label, request.bar_row
+        recorder.label, recorder.bar_row, recorder.kept = request.label, request.bar_row, self.workspace.kept
         self.closing.callback(recorder.close)
         self.introduce(recorder)
         self.rows = recorder.rows
@@ -153,13 +168,17 @@ class Run:
             pair = f"{names.TEACHER} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
             recorder.say(
                 f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
-                f"images, {data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}, in "
-                f"{self.request.path}"
+                f"images, {data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
+                + (f", in {self.request.path}" if self.workspace.kept else "")
             )
+            for line in data.doubts():
+                say_once(line)
             used = {"method": [names.TYPE], "model": [names.TEACHER, names.STUDENT], "dataset": [cfg.DATASET.TYPE]}
             for line in in_place_of_built_in(cfg.plugins, used):
                 say_once(line)
-            if self.request.teacher_file:
+            if unread := unread_overrides(cfg):
+                say_once(unread)
+            if self.request.teacher_file and self.workspace.kept:
                 say_once(f"teacher: {self.request.teacher_file}")
         else:
             inside = f", {state.done} steps into the next" if state.done else ""

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -17,8 +18,18 @@ from mdistiller.errors import FolderInUse, Preempted, RunFailed, TrainingDiverge
 from mdistiller.files import write_atomic
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
-from mdistiller.runs.stop import Stop
 from mdistiller.terminal import say
+
+
+def seeds_of(seeds: int | Iterable[int] | None) -> list[int] | None:
+    """Return the seeds as a list, None for SEED's alone. Raises UserError for what are no seeds."""
+    if seeds is None:
+        return None
+    numbers = [seeds] if isinstance(seeds, int) or not isinstance(seeds, Iterable) else list(seeds)
+    whole = all(isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < 2**32 for seed in numbers)
+    if not (numbers and whole and len({*numbers}) == len(numbers)):
+        raise UserError(f"seeds: must be different whole numbers from 0, such as [0, 1, 2] or range(3); got {seeds!r}")
+    return [int(seed) for seed in numbers]
 
 
 def train_seeds(
@@ -59,19 +70,20 @@ def train_seeds(
     check_writable(file, "LOG.PREFIX")
     workspace = workspace or open_workspace(cfg, len(seeds))
     for request in requests:
-        request.find_teacher(resume, workspace.networks.teacher)
+        request.find_teacher(resume, workspace)
         workspace.teachers.files.append(request.teacher_file)
 
     with failures(cfg), entered(workspace) as closing:
         students = [Student(request, resume, workspace, closing) for request in requests]
         for student in students:
             student.start()
-        take_turns(students, workspace.stop)
+        take_turns(students, workspace)
         summary = summarise(cfg, students)
         write_atomic(file, json.dumps(summary, indent=2).encode() + b"\n")
     for line in table(summary):
         say(line)
-    say(f"summary: {file}")
+    if workspace.kept:
+        say(f"summary: {file}")
     lost = [student for student in students if isinstance(student.error, TrainingDiverged)]
     if lost:
         raise RunFailed(*(f"{student.label.strip()}: {line}" for student in lost for line in student.error.lines))
@@ -122,9 +134,9 @@ class Student:
             frozen.shared = True
 
 
-def take_turns(students: Sequence[Student], stop: Stop) -> None:
+def take_turns(students: Sequence[Student], workspace: Workspace) -> None:
     """Train the students, a step each in turn. Raises Preempted where a signal has stopped them, with all kept."""
-    with stop:
+    with workspace.stop:
         while any(student.training for student in students):
             for student in students:
                 if student.training:
@@ -133,9 +145,9 @@ def take_turns(students: Sequence[Student], stop: Stop) -> None:
                         say(f"{student.label}is lost: {student.error.lines[0]}")
     stopped = [student for student in students if isinstance(student.error, Preempted)]
     if stopped:
+        goes_on = "the same command with --resume auto goes on there" if workspace.kept else "folder= would keep them"
         raise Preempted(
-            f"stopped by {stop.signal}: {len(stopped)} of {len(students)} students are not done; the same command with "
-            "--resume auto goes on there"
+            f"stopped by {workspace.stop.signal}: {len(stopped)} of {len(students)} students are not done; {goes_on}"
         )
 
 

@@ -10,9 +10,9 @@ from torch.nn.utils import get_total_norm
 
 from mdistiller.dataset import Batch
 from mdistiller.device import AMP_DTYPES, autocast
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import check_output, method_name
 from mdistiller.engine.solver import DOT
-from mdistiller.errors import RunFailed
+from mdistiller.errors import RunFailed, users_code
 from mdistiller.runs.temperature import EpochBuffer
 
 
@@ -109,7 +109,10 @@ class Step:
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
         given |= batch._asdict() | {"epoch": epoch}
         with autocast(self.device, self.amp):
-            logits, losses = self._forward(given)
+            output = self._forward(given)
+            if not self.steps:
+                check_output(self.distiller, output, len(batch.target))
+            logits, losses = output
             # a method may return terms of any shape, as mdistiller's loop allows
             losses = {name: value.float().mean() for name, value in losses.items()}
             loss = sum(losses.values())
@@ -138,7 +141,10 @@ class Step:
                     raise
                 # a mistake that is not the compiler's comes again below
                 self.forward, self.refusal = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        return self.distiller(**given)
+        if self.steps or isinstance(epoch, Tensor):  # what fails as part of a graph comes again, with a number
+            return self.distiller(**given)
+        with users_code(f"the first training step of {method_name(self.distiller)}"):
+            return self.distiller(**given)
 
     def _change_parameters(self, loss: Tensor, extra: tuple) -> Tensor:
         """Update the parameters where loss and gradients are finite. Return whether they are, a 0-dim bool."""
@@ -175,10 +181,9 @@ class Step:
         """
         distillation = [loss for name, loss in losses.items() if name not in self.distiller.task_losses]
         if not 0 < len(distillation) < len(losses):
-            names = [name for name, cls in distiller_dict.items() if cls is type(self.distiller)]
             raise RunFailed(
                 f"SOLVER.TRAINER: dot needs a task loss (such as loss_ce) and another one, and "
-                f"{(names or [type(self.distiller).__name__])[0]} gives {', '.join(losses)}; set SOLVER.TRAINER base"
+                f"{method_name(self.distiller)} gives {', '.join(losses)}; set SOLVER.TRAINER base"
             )
         loss = self.scaler.scale(sum(distillation))
         learning = [p for p in self.parameters if p.requires_grad]  # a student may be frozen in part

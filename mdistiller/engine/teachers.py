@@ -16,9 +16,11 @@ from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import say
 
 
-def find_teacher(cfg: CfgNode, path: Path, resume: bool, train: Callable[..., dict]) -> Path:
+def find_teacher(
+    cfg: CfgNode, path: Path, resume: bool, train: Callable[..., dict], rehearse: Callable[[], None]
+) -> Path:
     """Return the teacher's checkpoint. Where it is missing and DISTILLER.TRAIN_TEACHER says so, it is trained first, by
-    `train(cfg, resume="auto")`.
+    `train(cfg, resume="auto")`, unless `rehearse` raises.
 
     `path` is the student's run folder, which has to be writable before a teacher is trained for it, and which under
     `resume` may name the teacher that the run was started with. Raises UserError where there is no teacher.
@@ -51,6 +53,7 @@ def find_teacher(cfg: CfgNode, path: Path, resume: bool, train: Callable[..., di
         )
     check_writable(path, "LOG.PREFIX")
     check_writable(trained, "DISTILLER.TEACHER_CKPT")
+    rehearse()
     return train_teacher(teacher_config(cfg), trained, train)
 
 

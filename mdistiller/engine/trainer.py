@@ -35,6 +35,7 @@ class Options:
     point_every: int = 500  # steps between TensorBoard's points inside an epoch
     temperature: str = "off"  # summary: an epoch's temperatures; samples: each sample's too
     config: str = ""  # the configuration as text, for the dump of a batch whose loss is not finite
+    kept: bool = True  # whether the run's folder stays
 
 
 class Trainer:
@@ -202,7 +203,8 @@ class Trainer:
         where = f"epoch {state.epoch + 1} after step {state.done} of {len(self.feed)}"
         recorder.log(f"stopped by {self.stop.signal} in {where}")
         self.save(recorder)
-        raise Preempted(f"stopped by {self.stop.signal} in {where}; the same command with --resume auto goes on there")
+        goes_on = "the same command with --resume auto goes on there" if self.options.kept else "folder= would keep it"
+        raise Preempted(f"stopped by {self.stop.signal} in {where}; {goes_on}")
 
     def diverged(self, epoch: int) -> NoReturn:
         """Say what went bad in the step that the device has marked, and keep what runs it again."""
@@ -218,7 +220,10 @@ class Trainer:
         file = self.keeper.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
         again = f"`python3 tools/replay.py '{file}'` runs the step again"
         try:
-            checkpoint.save(state, file)
+            if self.options.kept:
+                checkpoint.save(state, file)
+            else:
+                again = "folder= keeps the batch, for tools/replay.py"
         except OSError as error:
             again = f"the batch could not be kept: {error}"
         raise TrainingDiverged(

@@ -1,12 +1,24 @@
-"""What a network gives of the feature contract, found out by one image."""
+"""How a network is built by its name, and what it gives of the feature contract, found out by one image."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.errors import UserError
+from mdistiller.errors import UserError, check_signature, users_code
+from mdistiller.registry import cifar_models
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """Return the model `name` of cifar_model_dict, freshly initialised. Raises UserError where that fails."""
+    constructor, what = cifar_models[name][0], f"the model {name}"
+    check_signature(constructor, (), {"num_classes": num_classes}, what, f"{name}(num_classes=...)")
+    with users_code(what):
+        model = constructor(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{what}: its constructor must give an nn.Module; it gives {type(model).__name__}")
+    return model
 
 
 @contextlib.contextmanager
@@ -37,4 +49,6 @@ def given_parts(network: nn.Module, name: str, num_classes: int, size: int) -> s
     if not (isinstance(logits, Tensor) and logits.shape == (1, num_classes)):
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model {name} must give logits (1, {num_classes}) for one image; it gives {got}")
+    if not isinstance(feats, Mapping):
+        raise UserError(f"the model {name} must give (logits, feats), feats a dict; it gives {type(feats).__name__}")
     return {*feats} | ({"get_stage_channels"} if hasattr(network, "get_stage_channels") else set())

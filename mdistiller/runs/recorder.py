@@ -50,9 +50,10 @@ class Recorder:
     """Writes a run's figures into its folder. `done`: epochs that are finished already; `log`: bytes of worklog.txt at
     the checkpoint that the run goes on from. What a crash left behind them goes, so that nothing stands twice.
     `label` stands before a line in the terminal, `bar_row` is its bar's, from 0, where several runs share a terminal.
+    `kept`: whether the folder stays.
     """
 
-    label, bar_row = "", 0
+    label, bar_row, kept = "", 0, True
 
     def __init__(self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None):
         self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
@@ -145,7 +146,7 @@ class Recorder:
     def finish(self, result: dict) -> None:
         self.say(
             f"result: test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), {result['best_acc']:.2f} "
-            f"best (epoch {result['best_epoch']}), in {self.folder}"
+            f"best (epoch {result['best_epoch']})" + (f", in {self.folder}" if self.kept else "")
         )
 
     def _close_bar(self) -> None:

@@ -14,6 +14,7 @@ from mdistiller.device import side_stream
 from mdistiller.distillers.KD import KD
 from mdistiller.engine import graph
 from mdistiller.engine.graph import WARM_UP
+from mdistiller.errors import UserError
 
 
 class Recording:
@@ -126,7 +127,7 @@ def test_a_mistake_of_the_method_is_not_hidden():
     def wrong(method):
         raise RuntimeError("shapes do not fit")
 
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(UserError, match="Keeping fails at .*test_graph.py:.* RuntimeError: shapes do not fit"):
         train_steps(make("KD", plugin=keeping(int, wrong)), 1)
 
 
