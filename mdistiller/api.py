@@ -189,6 +189,8 @@ def evaluate(
         mean, std = model.mean if mean is None else mean, model.std if std is None else std
         amp = "none" if model.amp == "fp16" and where.type != "cuda" else model.amp
         model = model.student
+    if isinstance(model, Results):
+        raise UserError(f"model: has {len(model)} runs; pass one of them, such as runs[0]")
     check_network("model", model)
     if isinstance(model, str) and weights is None:
         raise UserError(f"evaluate: {model} is the name of a network without weights; pass weights=, a checkpoint")

@@ -10,7 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
-from mdistiller.dataset import Batches, ImageSet
+from mdistiller.dataset import Batches, ImageSet, dataset_dict
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, rule_name
 from mdistiller.distillers.base import TWO_VIEWS
@@ -199,13 +199,14 @@ def build_trainer(
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal = refusal
+    known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
     trainer = Trainer(
         RunStep(step, train, uses_graph(cfg, device, distiller.capturable), exclusive=workspace.students == 1),
         Feed(train, logits),
         test,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         Keeper(folder, origin, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.SAVE_EVERY_SECONDS, workspace.students),
-        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, describe(cfg), workspace.kept),
+        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, describe(cfg), workspace.kept, known),
         workspace.stop,
     )
     return trainer, bank

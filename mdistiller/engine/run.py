@@ -34,7 +34,7 @@ def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None =
     request.check(resume, workspace)
     workspace = workspace or open_workspace(cfg)
     request.find_teacher(resume, workspace)
-    with failures(cfg), entered(workspace) as closing:
+    with failures(cfg, workspace.kept), entered(workspace) as closing:
         run = Run(request, resume, workspace, closing)
         return run.trainer.fit(run.start()) | run.outcome()
 
@@ -202,15 +202,14 @@ OUT_OF_MEMORY = "out of memory|CPUAllocator|STATUS_ALLOC_FAILED"
 
 
 @contextlib.contextmanager
-def failures(cfg: CfgNode) -> Iterator[None]:
-    """Turn what the machine refuses into a line that says what to try."""
+def failures(cfg: CfgNode, kept: bool = True) -> Iterator[None]:
+    """Turn what the machine refuses into a line that says what to try. `kept`: whether the run's folder stays."""
     try:
         yield
     except OSError as error:
         where = error.filename or Path(cfg.LOG.PREFIX)
-        raise RunFailed(
-            f"{where}: {error.strerror or error}; mend that, and --resume auto goes on with what is kept"
-        ) from None
+        goes_on = ", and --resume auto goes on with what is kept" if kept else " and start again"
+        raise RunFailed(f"{where}: {error.strerror or error}; mend that{goes_on}") from None
     except (MemoryError, RuntimeError) as error:
         text = str(error).split("\n")[0]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(OUT_OF_MEMORY, text):

@@ -73,7 +73,7 @@ def train_seeds(
         request.find_teacher(resume, workspace)
         workspace.teachers.files.append(request.teacher_file)
 
-    with failures(cfg), entered(workspace) as closing:
+    with failures(cfg, workspace.kept), entered(workspace) as closing:
         students = [Student(request, resume, workspace, closing) for request in requests]
         for student in students:
             student.start()

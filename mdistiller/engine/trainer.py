@@ -36,6 +36,7 @@ class Options:
     temperature: str = "off"  # summary: an epoch's temperatures; samples: each sample's too
     config: str = ""  # the configuration as text, for the dump of a batch whose loss is not finite
     kept: bool = True  # whether the run's folder stays
+    known: bool = True  # whether tools/replay.py can build what is trained: the caller brings none of it
 
 
 class Trainer:
@@ -219,11 +220,13 @@ class Trainer:
         bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp, logits)
         file = self.keeper.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
         again = f"`python3 tools/replay.py '{file}'` runs the step again"
+        if not self.options.known:
+            again = f"the batch and the weights before it are in {file}"
         try:
             if self.options.kept:
                 checkpoint.save(state, file)
             else:
-                again = "folder= keeps the batch, for tools/replay.py"
+                again = "folder= keeps the batch and the weights before it"
         except OSError as error:
             again = f"the batch could not be kept: {error}"
         raise TrainingDiverged(

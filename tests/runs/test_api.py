@@ -1,5 +1,7 @@
 """The library as a user calls it: own networks, own data, names, seeds, folders."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -193,12 +195,40 @@ def test_a_mistake_is_a_line_and_leaves_nothing(tmp_path, monkeypatch, given, sa
     assert list(tmp_path.iterdir()) == []
 
 
+class Overflow(Net):
+    """Sends SIGINT in its third pass over a training batch, or overflows there."""
+
+    def __init__(self, how: str):
+        super().__init__(8)
+        self.how, self.passes = how, 0
+
+    def forward(self, x):
+        self.passes += self.training
+        if self.passes == 3 and self.how == "signal":
+            signal.raise_signal(signal.SIGINT)
+        return super().forward(x) * (torch.inf if self.passes == 3 and self.how == "overflow" else 1)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("how", ["signal", "overflow"])
+def test_what_stops_a_run_says_what_is_kept_of_it(tmp_path, kept, how):
+    with pytest.raises(md.UserError) as caught:
+        quick(nets()[0], Overflow(how), folder=tmp_path / "mine" if kept else None, SOLVER__STEP="eager")
+    text = str(caught.value)
+    assert "replay.py" not in text and ("--resume auto" in text) is (kept and how == "signal")
+    assert ("folder= " in text) is not kept
+    if kept and how == "overflow":
+        (file,) = (tmp_path / "mine" / "run").glob("bad_batch*")
+        assert str(file) in text
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         (("resnet9", TEST, "some file"), "did you mean resnet"),
         (("resnet8", "digit", "some file"), "did you mean digits"),
         (("resnet8", TEST), "pass weights="),
+        ((md.Results(()), TEST), "0 runs; pass one"),
         ((Net(8), TEST, None, "cpu", (0.5, 0.5)), "mean: must be three numbers"),
         ((Net(8), TEST, None, "cpu", None, (0.5, 0, 1)), "std: must be three numbers"),
     ],
