@@ -43,6 +43,10 @@ class DamagedFile(UserError):
     """A file of ours that no longer holds what was written to it."""
 
 
+class OtherNetwork(UserError):
+    """Weights of another network, or for another number of classes."""
+
+
 class FolderInUse(UserError):
     """Another process trains in that folder."""
 

@@ -23,6 +23,9 @@ def main() -> None:
         "--opts", nargs="+", default=[], metavar="KEY VALUE",
         help="where files lie now: DATASET.ROOT, DISTILLER.TEACHER_CKPT, DEVICE",
     )  # fmt: skip
+    parser.add_argument(
+        "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins of the runs, where these do not find them"
+    )
     words = parser.parse_args()
 
     from mdistiller.study.analyze import analyze  # after --help, which needs none of its libraries
@@ -30,7 +33,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
-    done = analyze(words.runs, words.out, words.published, words.opts, words.latex, words.markdown, say)
+    done = analyze(words.runs, words.out, words.published, words.opts, words.latex, words.markdown, say, words.plugins)
     for note in done.notes:
         print(f"skipped: {note}")
     print(f"{words.out / 'report.html'}: {len(done.groups)} groups, {len(done.charts)} charts")

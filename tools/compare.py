@@ -4,6 +4,7 @@ python3 tools/compare.py output/digits/*
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from mdistiller.errors import run_command
@@ -12,10 +13,18 @@ from mdistiller.errors import run_command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument(
+        "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins of the runs, where these do not find them"
+    )
     words = parser.parse_args()
-    from mdistiller.study.tables import compared, text_table  # torch takes seconds to import, and --help needs none
 
-    print(text_table(compared(words.runs)))
+    from mdistiller.study.runs import lacking_plugins, read_runs  # torch takes seconds to import, and --help needs none
+    from mdistiller.study.tables import compared, text_table
+
+    runs = read_runs(words.runs, plugins=words.plugins)
+    print(text_table(compared(runs)))
+    for line in lacking_plugins(runs):
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

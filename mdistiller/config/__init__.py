@@ -23,7 +23,7 @@ from mdistiller.config.keys import (
     positive,
     role,
 )
-from mdistiller.config.loading import check, load, merge_pairs, misfit, read
+from mdistiller.config.loading import check, load, load_plugins, merge_pairs, misfit, read
 from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "leaves",
     "load",
     "load_plugin",
+    "load_plugins",
     "merge_pairs",
     "misfit",
     "needs_teacher",

@@ -1,6 +1,5 @@
 """From YAML files and KEY VALUE pairs to a checked, frozen configuration."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from yacs.config import CfgNode
 
 from mdistiller import files, registry
 from mdistiller.config.keys import CFG, KEYS, Config, leaves, meaning, needs_teacher, show
-from mdistiller.config.plugins import PLUGINS, Plugin, activate, load_plugin
+from mdistiller.config.plugins import PLUGINS, Plugin, activate, find_plugin, load_plugin
 from mdistiller.config.reading import read_yaml
 from mdistiller.config.values import coerce, decode, decode_tree, kind_of
 from mdistiller.errors import ConfigError, UserError
@@ -50,6 +49,18 @@ def load(path: str | Path | None = None, opts: Sequence = (), origin: str = "com
     _refuse(problems)
     cfg.freeze()
     return cfg
+
+
+def load_plugins(named: object, folder: Path, given: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Import the plug-ins that config.yaml in `folder` has `named`, and `given` files, which take the place of those
+    that bear their names. Return the digests of those that are there, and the names of the others.
+    """
+    moved = {Path(path).name: path for path in given}
+    names = named if isinstance(named, list) else []
+    places = {str(name): find_plugin(moved.pop(Path(str(name)).name, str(name)), folder) for name in names}
+    found = [str(path) for path in places.values() if path] + list(moved.values())
+    digests = load(None, ["EXPERIMENT.PLUGINS", found]).plugins if found else []
+    return tuple(digests), tuple(name for name, path in places.items() if not path)
 
 
 def check(cfg: CfgNode) -> None:
@@ -179,8 +190,7 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
         return []  # _merge reports the wrong type
     loaded = []
     for plugin in plugins:
-        options = (Path(str(plugin)), folder / str(plugin))
-        path = next((p for p in options if os.path.isdir(p) or os.path.isfile(p) and p.suffix == ".py"), None)
+        path = find_plugin(str(plugin), folder)
         if path is None:
             problems.append(f"EXPERIMENT.PLUGINS: '{plugin}' is neither an existing .py file nor a folder")
             continue

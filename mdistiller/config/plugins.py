@@ -10,6 +10,7 @@ import builtins
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,6 +209,12 @@ def load_plugin(path: Path) -> Plugin:
     if digest not in PLUGINS:
         PLUGINS[digest] = Plugin(path, root, digest)
     return PLUGINS[digest]
+
+
+def find_plugin(name: str, folder: Path) -> Path | None:
+    """Return the Python file or the checkout that `name` means here or in `folder`; None where there is none."""
+    options = (Path(name), folder / name)
+    return next((p for p in options if os.path.isdir(p) or os.path.isfile(p) and p.suffix == ".py"), None)
 
 
 def activate(digests: Iterable[str]) -> None:

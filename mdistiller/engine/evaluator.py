@@ -2,19 +2,23 @@
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdistiller import config
 from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batch, Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
-from mdistiller.errors import UserError
+from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, cifar_model_dict, default_checkpoint
 from mdistiller.registry import unknown
 from mdistiller.runs.checkpoint import load_weights
+
+CLASSES = {"cifar10": 10, "cifar100": 100}  # of the data sets that are fetched where they are missing
 
 
 class Scores(NamedTuple):
@@ -54,6 +58,18 @@ def evaluation_batches(data: ImageSet, wanted: int) -> Batches:
     return Batches(data.test_images, data.test_labels, data.mean, data.std, images)
 
 
+def other_data(file: Path, dataset: str, num_classes: int) -> str:
+    """Return what to type where the weights in `file` do not fit a data set, as the run says that wrote them; "" where
+    it was trained on that one.
+    """
+    try:
+        trained_on = config.leaves(config.read(file.parent / "config.yaml")).get("DATASET.TYPE", "")
+    except UserError:
+        trained_on = "NAME"
+    said = f", or its data set: -d {trained_on} (-d {dataset} has {num_classes} classes)"
+    return "" if trained_on in ("", dataset) else said
+
+
 class Report(NamedTuple):
     """What tools/eval.py shows."""
 
@@ -71,13 +87,20 @@ def evaluate_checkpoint(
     """
     for registry, name in ((cifar_model_dict, model), (dataset_dict, dataset)):
         if name not in registry:
-            raise UserError(unknown(registry.kind, name, registry))
+            raise UserError(f"{unknown(registry.kind, name, registry)}; what a plug-in brings needs --plugins FILE")
     if not 1 <= batch_size < 2**31:
         raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
     path = default_checkpoint(model, dataset) if file == "pretrain" else file
-    data = load_dataset(dataset, root)
-    network = build_model(model, data.num_classes)
-    load_weights(network, model, data.num_classes, path)
+    # before the files of a data set are fetched that the weights do not fit
+    data = None if dataset in CLASSES else load_dataset(dataset, root)
+    num_classes = CLASSES[dataset] if data is None else data.num_classes
+    network = build_model(model, num_classes)
+    try:
+        load_weights(network, model, num_classes, path)
+    except OtherNetwork as error:
+        other = "" if f"with {num_classes} classes, but" in str(error) else other_data(Path(path), dataset, num_classes)
+        raise UserError(f"{error}{other}") from None
+    data = data or load_dataset(dataset, root)
     prepare(network, device)
     batches = evaluation_batches(data.to(device), batch_size)
     begin = time.monotonic()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller import files
-from mdistiller.errors import DamagedFile, UserError
+from mdistiller.errors import DamagedFile, OtherNetwork, UserError
 from mdistiller.files import link, write_atomic
 from mdistiller.models import cifar_model_dict
 
@@ -163,7 +163,7 @@ def find_weights(checkpoint: dict, own: dict[str, Tensor], wanted: str, path: st
     found = identify(closest)
     holds = f"holds {found[0]} with {found[1]} classes" if found else "holds no architecture of the zoo"
     misfit = "" if found else f" (it has {_listed(checkpoint)}; the first that does not fit: {_misfit(closest, own)})"
-    raise UserError(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits")
+    raise OtherNetwork(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits")
 
 
 def _states(node: Mapping, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -16,7 +16,7 @@ from mdistiller.study.drawing import save
 from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.page import GENERATOR, report_page
 from mdistiller.study.published import read_published
-from mdistiller.study.runs import Group, check_opts, group_runs, read_run
+from mdistiller.study.runs import Group, check_opts, group_runs, lacking_plugins, read_runs
 from mdistiller.study.superclasses import class_names
 from mdistiller.study.tables import Table
 
@@ -62,18 +62,22 @@ def analyze(
     latex: bool = False,
     markdown: bool = False,
     say: Callable[[str], None] = lambda _text: None,
+    plugins: Sequence[str] = (),
 ) -> Analysis:
     """Write figures, tables and report.html into the folder `out`; `say` hears of progress.
 
-    `opts`: KEY VALUE pairs of runs.MOVABLE. What a run lacks is left out, with a line in the result's `notes`. Raises
-    UserError, with nothing written, where a run cannot be read or a part of it cannot be used.
+    `opts`: KEY VALUE pairs of runs.MOVABLE. `plugins`: files of plug-ins that the runs do not find by themselves. What
+    a run lacks is left out, with a line in the result's `notes`. Raises UserError, with nothing written, where a run
+    cannot be read or a part of it cannot be used.
     """
     check_opts(opts)
     check_out(out)
     # the summaries that --seeds leaves lie among the runs, where PROJECT/* names them as well
     folders = [f for f in folders if not (f.suffix == ".json" and f.is_file())] or folders
     unique = list(dict.fromkeys(Path(os.path.realpath(f)) if os.path.exists(f) else f for f in folders))
-    groups, notes = group_runs([read_run(folder, opts) for folder in unique])
+    runs = read_runs(unique, opts, plugins)
+    groups, notes = group_runs(runs)
+    notes += lacking_plugins(runs)
     results = tables.results_table(groups, read_published(published))
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary)
@@ -184,4 +188,8 @@ def add_comparisons(analysis: Analysis, compared: Sequence[comparison.Comparison
         chart = comparison.tsne_chart(one, analysis.name("tsne", one.number))
         analysis.add(chart)
         if chart.empty:
-            analysis.note(one.number, f"t-SNE: needs {comparison.LEAST_POINTS} test images or more")
+            pooled = one.student.features is not None
+            needs = (
+                f"needs {comparison.LEAST_POINTS} test images or more" if pooled else "its networks give no pooled_feat"
+            )
+            analysis.note(one.number, f"t-SNE: {needs}")

@@ -156,7 +156,7 @@ def tsne_chart(c: Comparison, name: str) -> Chart:
     chosen = chosen[:: max(-(-len(chosen) // POINTS_SHOWN), 1)]
     panels = []
     for title, predictions in (("student", c.student), ("teacher", c.teacher)):
-        if predictions is None or len(chosen) < LEAST_POINTS:
+        if predictions is None or predictions.features is None or len(chosen) < LEAST_POINTS:
             continue
         perplexity = min(30, (len(chosen) - 1) / 3)
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(predictions.features[chosen])

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller import files
+from mdistiller import config, files
 from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare, resolve_device
 from mdistiller.engine.build import build_model
+from mdistiller.engine.evaluator import CLASSES
 from mdistiller.engine.teachers import teacher_files
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
@@ -25,10 +26,10 @@ MOST_CHECKPOINTS = 20
 
 @dataclass
 class Predictions:
-    """What a network says of N images: logits (N, K) and pooled features (N, C), both float32."""
+    """What a network says of N images: logits (N, K) and, where it gives them, pooled features (N, C), both float32."""
 
     logits: np.ndarray
-    features: np.ndarray
+    features: np.ndarray | None
 
 
 class Missing(Exception):
@@ -38,11 +39,13 @@ class Missing(Exception):
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor, labels: Tensor, data: ImageSet, device: torch.device) -> Predictions:
     """Run the network in eval mode on uint8 images (N, H, W, 3) as they are, not augmented."""
-    parts = []
+    parts, pooled = [], []
     for image, _, _ in Batches(images.to(device), labels.to(device), data.mean, data.std, BATCH):
         logits, feats = network(image)
-        parts.append((logits.float().cpu().numpy(), feats["pooled_feat"].flatten(1).float().cpu().numpy()))
-    return Predictions(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        parts.append(logits.float().cpu().numpy())
+        if "pooled_feat" in feats:
+            pooled.append(feats["pooled_feat"].flatten(1).float().cpu().numpy())
+    return Predictions(np.concatenate(parts), np.concatenate(pooled) if pooled else None)
 
 
 @dataclass
@@ -58,16 +61,18 @@ class Networks:
 
     def data(self, run: Run) -> ImageSet:
         kind, root = run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT
+        config.activate(run.plugins)  # another run's may bear the same names
         if kind not in dataset_dict:
-            raise Missing(f"data set '{kind}' is not known here")
-        if (kind, root) not in self._data:
+            raise Missing(f"data set '{kind}' is not known here; name its plug-in with --plugins FILE")
+        key = (kind, root, run.plugins)
+        if key not in self._data:
             try:
-                if kind != "digits" and not files.expand(root).exists():  # which would be fetched
+                if kind in CLASSES and not files.expand(root).exists():  # which would be fetched
                     raise UserError(f"no data set {kind} at {root}")
-                self._data[kind, root] = load_dataset(kind, root)
+                self._data[key] = load_dataset(kind, root)
             except UserError as error:
                 raise Missing(f"{error.lines[0]}; point to it with --opts DATASET.ROOT PATH") from None
-        return self._data[kind, root]
+        return self._data[key]
 
     def student(self, run: Run, split: str) -> Predictions:
         """Return what the last student says of a split: train or test."""
@@ -80,7 +85,7 @@ class Networks:
     def teacher(self, run: Run, split: str) -> Predictions:
         """Return what the teacher says of a split: train or test."""
         file, name = self._teacher_file(run), run.cfg.DISTILLER.TEACHER
-        key = (str(file), name, run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT, split)
+        key = (str(file), name, run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT, run.plugins, split)
         if key not in self._teachers:
             self.say(f"{run.name}: the teacher {name} on the {split} set")
             self._teachers[key] = self._predict(run, name, file, split)
@@ -120,9 +125,9 @@ class Networks:
         )
 
     def _predict(self, run: Run, name: str, file: Path, split: str) -> Predictions:
+        data, device = self.data(run), resolve_device(run.cfg.DEVICE)  # which lets the run's plug-ins be known
         if name not in cifar_model_dict:
-            raise Missing(f"model '{name}' is not known here")
-        data, device = self.data(run), resolve_device(run.cfg.DEVICE)
+            raise Missing(f"model '{name}' is not known here; name its plug-in with --plugins FILE")
         model = build_model(name, data.num_classes)
         load_weights(model, name, data.num_classes, file)
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")

@@ -34,7 +34,8 @@ class Run:
 
     A run that is planned has no rows yet. `environment` holds environment.json, empty where that is lost. `teacher`
     holds the settings of its teacher's run (those that change what is computed) where they are known, `study` the name
-    of the plan that it was run for.
+    of the plan that it was run for. `plugins`: digests of the plug-ins that it uses; `lacking`: those that are not
+    found.
     """
 
     folder: Path
@@ -43,6 +44,8 @@ class Run:
     environment: dict = field(default_factory=dict)
     teacher: dict[str, object] | None = None
     study: str = ""
+    plugins: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -233,15 +236,25 @@ def complete(flat: Mapping[str, object]) -> CfgNode:
     return tree
 
 
-def read_run(folder: Path, opts: Sequence[str] = ()) -> Run:
+def read_runs(folders: Sequence[Path], opts: Sequence[str] = (), plugins: Sequence[str] = ()) -> list[Run]:
+    """Return the runs in `folders`; the names that their plug-ins bring are known from here on. As for `read_run`."""
+    runs = [read_run(folder, opts, plugins) for folder in folders]
+    config.activate(dict.fromkeys(digest for run in runs for digest in run.plugins))
+    return runs
+
+
+def read_run(folder: Path, opts: Sequence[str] = (), plugins: Sequence[str] = ()) -> Run:
     """Return the run in `folder`, with the MOVABLE keys `opts` (KEY VALUE pairs) in place of its own.
 
-    Raises UserError where the folder holds no finished epoch, or files of another kind.
+    Its plug-ins are imported: one of `plugins` that has the name, else the file in the working directory or in
+    `folder`. Raises UserError where the folder holds no finished epoch, or files of another kind, or where a plug-in
+    fails.
     """
     file, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if not os.path.isfile(file) or not os.path.isfile(metrics):
         raise UserError(f"{folder}: is no run's folder; pass folders such as output/digits/none,res8")
     flat = config.leaves(config.read(file))
+    brought, gone = config.load_plugins(flat.get("EXPERIMENT.PLUGINS"), folder, plugins)
     moved = dict(zip(opts[::2], opts[1::2], strict=True))
     try:
         cfg = complete(flat | moved)
@@ -260,7 +273,20 @@ def read_run(folder: Path, opts: Sequence[str] = ()) -> Run:
         raise UserError(f"{metrics}: its epochs do not count 1, 2, 3, ...; the file is damaged")
     if not rows:
         raise UserError(f"{folder}: no epoch is finished yet; wait for the first one")
-    return Run(folder, cfg, rows, read_environment(folder))
+    return Run(folder, cfg, rows, read_environment(folder), plugins=brought, lacking=gone)
+
+
+def lacking_plugins(runs: Sequence[Run]) -> list[str]:
+    """Return a line for each plug-in that is not found, with what to type."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        for name in run.lacking:
+            first.setdefault(name, run)
+    return [
+        f"{run.name}: its plug-in {name} is neither in this folder nor in the run's; type --plugins "
+        f"PATH/{Path(name).name}, or work in the folder where it was trained"
+        for name, run in first.items()
+    ]
 
 
 def read_environment(folder: Path) -> dict:

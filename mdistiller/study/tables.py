@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
 from mdistiller.study.published import published_epochs, published_figure
-from mdistiller.study.runs import Group, read_run
+from mdistiller.study.runs import Group, Run
 from mdistiller.study.statistics import Mean
 
 BESIDE = ("published (%)", "last − published", "best − published")
@@ -52,10 +51,10 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
     return Table("results", "Results", CAPTION, head, rows, list(range(len(groups))))
 
 
-def compared(folders: Sequence[Path]) -> Table:
-    """Return a row for each run folder. Raises UserError where one holds no finished epoch."""
+def compared(runs: Sequence[Run]) -> Table:
+    """Return a row for each run."""
     rows = []
-    for run in map(read_run, folders):
+    for run in runs:
         names, last = run.cfg.DISTILLER, run.rows[-1]
         teacher = names.TEACHER if run.taught else "-"
         row = [run.name, names.TYPE, teacher, names.STUDENT, run.cfg.DATASET.TYPE, run.seed]

@@ -1,5 +1,7 @@
 """tools/train.py: mdistiller's command line, and LSKD's options."""
 
+import re
+
 import pytest
 import yaml
 from helpers import digits_opts, load_tool, save_teacher, small_run, tool
@@ -55,6 +57,19 @@ def test_evaluation_of_a_pretrained_network(tmp_path, monkeypatch, capsys):
     figures = dict(line.split()[:2] for line in found.splitlines()[1:])
     assert float(figures["top-1"]) == pytest.approx(top1, abs=0.3)
     assert float(figures["top-5"]) == pytest.approx(top5, abs=0.3)
+
+
+def test_evaluation_on_data_of_other_classes_fetches_nothing(tmp_path, monkeypatch):
+    """The default is cifar100, which would be fetched."""
+    monkeypatch.chdir(tmp_path)
+    file = save_teacher(tmp_path / "student_best")
+    for says in (" (-d cifar100 has 100 classes)", "its data set: -d digits (-d cifar100 has 100 classes)"):
+        with pytest.raises(UserError, match="holds resnet8 with 10 classes.*" + re.escape(says)):
+            load_tool("eval").main(["-m", "resnet8", "-c", str(file)])
+        (tmp_path / "config.yaml").write_text(load(None, digits_opts()).dump())
+    with pytest.raises(UserError, match="resnet14 with 10 classes is wanted[^-]*$"):
+        load_tool("eval").main(["-m", "resnet14", "-c", str(file), "-d", "digits"])
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = read_metrics(tmp_path / "output" / "distill" / "confidence,small+SOLVER.EPOCHS:1")
     assert row["train_losses"]["loss/loss_kd"] > 0
+    the_tools_know_what_it_brings(tmp_path, tmp_path / "output" / "distill" / "confidence,small+SOLVER.EPOCHS:1")
     code = """
         import torch, mdistiller as md
         from mdistiller.config import load
@@ -195,6 +196,24 @@ def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
     lines = r"^(\w+) compares features, and the model SmallNet does not give (.*?);"
     needs = {name: ", ".join(cls.needs_features) for name, cls in distiller_dict.items() if cls.needs_features}
     assert dict(re.findall(lines, done.stdout, re.M)) == needs
+
+
+def the_tools_know_what_it_brings(folder, run):
+    """In the folder of the plug-ins without a word, elsewhere with --plugins, whose lack they name."""
+    (folder / "elsewhere").mkdir()
+    for cwd, more in ((folder, []), (folder / "elsewhere", ["--plugins", *sorted(folder.glob("*.py"))])):
+        done = tool("analyze", run, "-o", cwd / "report", *more, cwd=cwd)
+        assert done.returncode == 0 and "not known here" not in done.stdout, done.stdout + done.stderr
+        assert (cwd / "report" / "figures" / "calibration.csv").exists()
+        assert "t-SNE: its networks give no pooled_feat" in done.stdout
+    done = tool("compare", run, cwd=folder / "elsewhere")
+    assert "squares.py is neither in this folder nor in the run's; type --plugins PATH/squares.py" in done.stderr
+    assert done.returncode == 0 and "squares" in done.stdout
+    words = ["-m", "SmallNet", "-c", run / "student_latest", "-d", "squares"]
+    done = tool("eval", *words, cwd=folder)
+    assert done.returncode == 2 and "what a plug-in brings needs --plugins FILE" in done.stderr
+    done = tool("eval", *words, "--plugins", folder / "small_net.py", folder / "squares.py", cwd=folder / "elsewhere")
+    assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
 
 
 def test_the_page_on_plugins_says_what_methods_read():

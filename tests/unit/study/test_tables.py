@@ -58,7 +58,7 @@ def test_text_of_cells():
 
 def test_runs_side_by_side(tmp_path):
     folders = [write_run(tmp_path, "a", [50.0, 40.0]), write_run(tmp_path, "long-name", [61.0], seed=12, **PAIR)]
-    lines = tables.text_table(tables.compared(folders)).splitlines()
+    lines = tables.text_table(tables.compared([read_run(folder) for folder in folders])).splitlines()
     assert [line.split() for line in (lines[0], *lines[2:])] == [
         ["run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at", "epoch"],
         ["a", "NONE", "-", "resnet8", "digits", "0", "2/2", "40.00", "50.00", "-"],
