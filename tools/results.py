@@ -1,7 +1,7 @@
 """Tables (Markdown, LaTeX, CSV) and bar charts (PNG, SVG) of the runs on record.
 
 python3 tools/results.py dtkd_charts                      the plan's, from results/runs.jsonl, into results/
-python3 tools/results.py mine/runs.jsonl --only 'KD,resnet8'   of whatever is on record there, if its protocol is one
+python3 tools/results.py mine/runs.jsonl --only 'KD,resnet8'   of whatever is on record there, by most runs' protocol
 python3 tools/results.py --page docs/reproduction.md       the tables between that page's markers
 """
 
@@ -16,7 +16,7 @@ PUBLISHED = ROOT / "results" / "published.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="a plan, or runs.jsonl files")
+    parser.add_argument("what", nargs="?", help="a plan, or a runs.jsonl")
     parser.add_argument("--only", metavar="PATTERN", action="append", default=[], help="as in tools/reproduce.py")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where a plan's runs.jsonl lies")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; beside the runs.jsonl")
@@ -28,7 +28,7 @@ def main() -> None:
     if words.page and (words.what or words.only or words.out):
         raise UserError("--page: goes with --results and --published alone; its markers name the plans")
     if not words.page and not words.what:
-        raise UserError("give a plan such as dtkd_charts, runs.jsonl files, or --page docs/reproduction.md")
+        raise UserError("give a plan such as dtkd_charts, a runs.jsonl, or --page docs/reproduction.md")
 
     from mdistiller.study import results  # torch takes seconds to import, and --help needs none
 

@@ -17,7 +17,6 @@ from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.page import GENERATOR, report_page
 from mdistiller.study.published import read_published
 from mdistiller.study.runs import Group, check_opts, group_runs, lacking_plugins, read_runs
-from mdistiller.study.superclasses import class_names
 from mdistiller.study.tables import Table
 
 
@@ -41,17 +40,18 @@ class Analysis:
             self.charts.append(chart)
 
     def add_table(self, table: Table) -> None:
-        write_table(self.folder / f"{table.name.lower().replace(' ', '-')}.csv", *tables.csv_columns(table))
+        write_table(self.folder / f"{table.name.lower().replace(' ', '-')}.csv", tables.numbers(table))
         self.tables.append(table)
 
-    def note(self, number: int, *lines: str) -> None:
+    def note(self, group: Group, *lines: str) -> None:
         """Say what is not shown of a group."""
-        self.notes += [f"{self.groups[number].label}: {line}" for line in lines]
+        self.notes += [f"{group.label}: {line}" for line in lines]
 
-    def name(self, kind: str, number: int) -> str:
-        """Return the name of the file of that kind for one group."""
-        words = re.sub(r"[^A-Za-z0-9]+", "-", self.groups[number].label.replace("→", " to ")).strip("-").lower()
-        return f"{kind}-{number + 1:02d}-{words[:60]}"
+
+def name_of(kind: str, group: Group) -> str:
+    """Return the name of the file of that kind for one group."""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", group.label.replace("→", " to ")).strip("-").lower()
+    return f"{kind}-{group.number + 1:02d}-{words[:60]}"
 
 
 def analyze(
@@ -87,7 +87,7 @@ def analyze(
         analysis.add(comparison.curves_chart(groups))
         compared = compare_all(analysis)
         add_temperatures(analysis, compared)
-        add_comparisons(analysis, list(compared.values()))
+        add_comparisons(analysis, compared)
         if latex:
             (stage / "results.tex").write_text(tables.latex(results), encoding="utf-8")
         if markdown:
@@ -120,55 +120,51 @@ def deliver(stage: Path, out: Path) -> None:
         raise UserError(f"-o {out}: cannot be written ({error.strerror}); name a folder of yours") from None
 
 
-def compare_all(analysis: Analysis) -> dict[int, comparison.Comparison]:
-    """Return the comparison of each group that has what it needs, by the group's number."""
-    compared = {}
-    for number, group in enumerate(analysis.groups):
+def compare_all(analysis: Analysis) -> list[comparison.Comparison]:
+    """Return the comparison of each group that has what it needs."""
+    compared = []
+    for group in analysis.groups:
         try:
-            compared[number] = comparison.compare(number, group, analysis.networks)
-            analysis.note(number, *compared[number].notes)
+            compared.append(comparison.compare(group, analysis.networks))
+            analysis.note(group, *compared[-1].notes)
         except Missing as error:
-            analysis.note(number, f"what its networks say: {error}")
+            analysis.note(group, f"what its networks say: {error}")
     return compared
 
 
-def add_temperatures(analysis: Analysis, compared: dict[int, comparison.Comparison]) -> None:
-    summaries, recorded = [], {}
-    for number, group in enumerate(analysis.groups):
+def add_temperatures(analysis: Analysis, compared: Sequence[comparison.Comparison]) -> None:
+    summaries, recorded = [], []
+    for group in analysis.groups:
+        lacking: list[Missing] = []
         if group.rule == "-":
             continue
-        lacking: list[Missing] = []
         try:
-            summaries.append(temperatures.summaries_of(number, group))
+            summaries.append(temperatures.summaries_of(group))
         except Missing as error:
             lacking.append(error)
         try:  # whatever the summaries lack: a damaged record is refused, never passed over
-            recorded[number] = temperatures.samples_of(number, group, analysis.networks)
-            analysis.note(number, *recorded[number].notes)
-            if recorded[number].constant:
-                analysis.note(number, "temperature by sample: its rule gives every sample the same temperature")
-            elif recorded[number].epochs < 2:
-                analysis.note(number, "which samples stay hot: only one epoch is recorded; train for two or more")
+            recorded.append(temperatures.samples_of(group, analysis.networks))
+            analysis.note(group, *recorded[-1].notes)
+            if recorded[-1].constant:
+                analysis.note(group, "temperature by sample: its rule gives every sample the same temperature")
+            elif recorded[-1].epochs < 2:
+                analysis.note(group, "which samples stay hot: only one epoch is recorded; train for two or more")
         except Missing as error:
             lacking.append(error)
-        if lacking:
-            analysis.note(number, f"temperature: {lacking[0]}")
+        analysis.note(group, *(f"temperature: {error}" for error in lacking[:1]))
+    varied = [samples for samples in recorded if not samples.constant]
     if summaries:
         analysis.add_table(temperatures.findings_table(summaries, recorded))
         analysis.add(temperatures.epochs_chart(summaries))
-    varied = [samples for samples in recorded.values() if not samples.constant]
     analysis.add(temperatures.difficulty_chart(varied))
     analysis.add(temperatures.persistence_chart([samples for samples in varied if samples.epochs > 1]))
     analysis.add(temperatures.class_chart(varied, compared))
     for samples in varied:
-        names: list[str] = []
-        if samples.labels is not None:
-            data = analysis.networks.data(samples.run)
-            names = class_names(samples.run.cfg.DATASET.TYPE, data.num_classes)
-            name = analysis.name("extremes", samples.number)
-            analysis.add(temperatures.extremes_chart(samples, name, data.train_images.numpy(), names))
-        frame = temperatures.sample_frame(samples, names)
-        write_table(analysis.folder / "figures" / f"{analysis.name('samples', samples.number)}.csv", list(frame), frame)
+        if "label" in samples.frame:
+            images = analysis.networks.data(samples.run).train_images.numpy()
+            analysis.add(temperatures.extremes_chart(samples, name_of("extremes", samples.group), images))
+        file = analysis.folder / "figures" / f"{name_of('samples', samples.group)}.csv"
+        write_table(file, samples.hottest_first)
 
 
 def add_comparisons(analysis: Analysis, compared: Sequence[comparison.Comparison]) -> None:
@@ -183,13 +179,13 @@ def add_comparisons(analysis: Analysis, compared: Sequence[comparison.Comparison
         analysis.notes.append("accuracy by superclass: only cifar100 has superclasses")
     for one in compared:
         if one.teacher is not None:
-            analysis.add(comparison.correlation_chart(one, analysis.name("correlation", one.number)))
+            analysis.add(comparison.correlation_chart(one, name_of("correlation", one.group)))
     for one in compared:
-        chart = comparison.tsne_chart(one, analysis.name("tsne", one.number))
+        chart = comparison.tsne_chart(one, name_of("tsne", one.group))
         analysis.add(chart)
         if chart.empty:
             pooled = one.student.features is not None
             needs = (
                 f"needs {comparison.LEAST_POINTS} test images or more" if pooled else "its networks give no pooled_feat"
             )
-            analysis.note(one.number, f"t-SNE: {needs}")
+            analysis.note(one.group, f"t-SNE: {needs}")

@@ -17,8 +17,8 @@ def bar_charts(groups: Sequence[Group], title: str) -> list[Chart]:
     """Return the charts: for temperature rules one for each pair, with a place for each rule; for students with several
     teachers one for each student, with a place for each teacher; else one with a place for each pair.
     """
-    taught = [group for group in groups if group.first.taught]
-    alone = {group.cfg.DISTILLER.STUDENT: group for group in groups if not group.first.taught}
+    taught = [group for group in groups if group.method != "NONE"]
+    alone = {group.cfg.DISTILLER.STUDENT: group for group in groups if group.method == "NONE"}
     teachers: dict[str, set] = {}
     for group in taught:
         teachers.setdefault(group.cfg.DISTILLER.STUDENT, set()).add(group.cfg.DISTILLER.TEACHER)

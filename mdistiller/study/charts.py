@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mdistiller.study.runs import Group
+
 # Ten hues of one lightness, that read on white and on near-black alike; the groups take them in turn.
 COLOURS = (
     "#3f7fd9", "#dd6b20", "#2a9d6a", "#b5489e", "#c0392b", "#7a5fd0", "#1795a8", "#a8801c", "#6b8e23", "#8c6d5a",
@@ -61,6 +63,10 @@ class Panel:
     bare: bool = False  # axes without meaning, as t-SNE's
     y_range: tuple[float, float] | None = None
 
+    def add(self, group: Group, x: Sequence, y: Sequence, kind: str = "line", **more: object) -> None:
+        """Add what is of one group, under its label and in its colour. `more`: other fields of the Series."""
+        self.series.append(Series(group.label, group.number, x, y, kind, **more))
+
     @property
     def square(self) -> bool:
         return self.bare or self.matrix is not None
@@ -97,25 +103,23 @@ class Chart:
 
 def write_numbers(chart: Chart, path: Path) -> None:
     """Write the numbers behind the chart as CSV: one line for each point, cell of a matrix, or picture."""
-    rows = [
-        {"panel": panel.title, "series": s.name, "x": x, "y": y}
-        | {name: ends[i] for pair, both in s.bands.items() for name, ends in zip(pair, both, strict=True)}
-        | ({"note": s.text[i]} if len(s.text) else {})
-        for panel in chart.panels
-        for s in panel.series
-        for i, (x, y) in enumerate(zip(s.x, s.y, strict=True))
-    ]
+    parts = [
+        pd.DataFrame(
+            {"panel": panel.title, "series": s.name, "x": s.x, "y": s.y}
+            | {name: ends for pair, both in s.bands.items() for name, ends in zip(pair, both, strict=True)}
+            | ({"note": s.text} if len(s.text) else {})
+        )
+        for panel in chart.panels for s in panel.series
+    ]  # fmt: skip
     for panel in chart.panels:
-        for name, line in zip(panel.ticks, () if panel.matrix is None else panel.matrix, strict=False):
-            rows += [
-                {"panel": panel.title, "series": name, "x": x, "y": y} for x, y in zip(panel.ticks, line, strict=True)
-            ]
+        if panel.matrix is not None:
+            names = {"series": np.repeat(panel.ticks, len(panel.ticks)), "x": np.tile(panel.ticks, len(panel.ticks))}
+            parts.append(pd.DataFrame({"panel": panel.title} | names | {"y": panel.matrix.ravel()}))
     for heading, _, texts in chart.pictures:
-        rows += [{"panel": heading, "series": text.replace("\n", ", ")} for text in texts]
-    frame = pd.DataFrame(rows)
-    write_table(path, list(frame), frame)
+        parts.append(pd.DataFrame({"panel": heading, "series": [text.replace("\n", ", ") for text in texts]}))
+    write_table(path, pd.concat(parts))
 
 
-def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence] | pd.DataFrame) -> None:
+def write_table(path: Path, frame: pd.DataFrame) -> None:
     """Write CSV; None and NaN become empty cells, numbers have six digits."""
-    pd.DataFrame(rows, columns=head).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    frame.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")

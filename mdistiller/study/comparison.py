@@ -14,6 +14,11 @@ from mdistiller.study.superclasses import CIFAR100, class_names, coarse_labels
 from mdistiller.study.tables import Table
 
 CURVES, SECTION = "Training curves", "Student and teacher"
+CURVE_PANELS = {
+    "test_acc": ("test accuracy", "top-1 (%)"),
+    "train_acc": ("training accuracy", "top-1 (%)"),
+    "train_loss": ("training loss", "loss, all terms"),
+}
 CLASSES_SHOWN = 10  # t-SNE: more hues than these cannot be told apart
 LEAST_POINTS, POINTS_SHOWN = 10, 1000
 LEAST = 5  # samples in a bin of the reliability diagram: the accuracy of fewer is chance
@@ -21,19 +26,17 @@ BINS = 15
 
 
 def curves_chart(groups: Sequence[Group]) -> Chart:
-    panels = [
-        Panel("test accuracy", "epoch", "top-1 (%)"),
-        Panel("training accuracy", "epoch", "top-1 (%)"),
-        Panel("training loss", "epoch", "loss, all terms"),
-    ]
-    for key, panel in zip(("test_acc", "train_acc", "train_loss"), panels, strict=True):
-        for number, group in enumerate(groups):
+    panels = []
+    for key, (title, axis) in CURVE_PANELS.items():
+        panel = Panel(title, "epoch", axis)
+        for group in groups:
             values = np.array([[row[key] for row in run.rows] for run in group.runs])  # (seeds, E)
             mean, bands = values.mean(0), {}
             if len(values) > 1:
                 std = values.std(0, ddof=1)
                 bands = {("minus_std", "plus_std"): (mean - std, mean + std)}
-            panel.series.append(Series(group.label, number, range(1, len(mean) + 1), mean, bands=bands))
+            panel.add(group, range(1, len(mean) + 1), mean, bands=bands)
+        panels.append(panel)
     caption = "Mean over seeds; the band is one standard deviation to each side."
     return Chart("curves", CURVES, "Accuracy and loss by epoch", caption, panels)
 
@@ -42,7 +45,6 @@ def curves_chart(groups: Sequence[Group]) -> Chart:
 class Comparison:
     """One run's last student, and its teacher where there is one, on the N images of the test set."""
 
-    number: int  # of its group
     group: Group
     labels: np.ndarray  # (N,)
     names: list[str]  # of the K classes
@@ -63,38 +65,36 @@ class Comparison:
 
     @property
     def correlation_difference(self) -> tuple[np.ndarray, np.ndarray]:
-        """Student's minus teacher's correlations of logits, (K, K), and their absolutes off the diagonal."""
-        difference = st.correlation_difference(self.student.logits, self.teacher.logits)
+        """Student's minus teacher's correlations of logits, (K, K), in [-2, 2], and their absolutes off the diagonal:
+        what the student has not learnt of how the teacher relates the classes (the picture that CRD,
+        https://arxiv.org/abs/1910.10699, Fig. 3, introduced).
+        """
+        difference = st.class_correlation(self.student.logits) - st.class_correlation(self.teacher.logits)
         return difference, np.abs(difference[~np.eye(len(difference), dtype=bool)])
 
 
-def compare(number: int, group: Group, networks: Networks) -> Comparison:
+def compare(group: Group, networks: Networks) -> Comparison:
     """Return the comparison of the group's first run. Raises Missing where it lacks its student or its data."""
     run = group.first
     data = networks.data(run)
     names = class_names(run.cfg.DATASET.TYPE, data.num_classes)
-    comparison = Comparison(number, group, data.test_labels.numpy(), names, networks.student(run, "test"))
+    comparison = Comparison(group, data.test_labels.numpy(), names, networks.student(run, "test"))
     try:
-        comparison.teacher = networks.teacher(run, "test")
+        comparison.teacher = networks.teacher(run, "test") if run.taught else None
     except Missing as error:
-        if run.cfg.DISTILLER.TYPE != "NONE":
-            comparison.notes.append(f"comparison with the teacher: {error}")
+        comparison.notes.append(f"comparison with the teacher: {error}")
     return comparison
 
 
 def calibration_chart(found: Sequence[Comparison]) -> Chart:
     curve = Panel("reliability", "confidence", "accuracy", diagonal=True, y_range=(-0.02, 1.03))
     share = Panel("how often a confidence is given", "confidence", "samples (%)")
-    shown = [(c.group.label, c.number, c, c.student) for c in found]
+    shown = [(c.group.label, c.group.number, c, c.student) for c in found]
     teachers = {id(c.teacher): c for c in found if c.teacher is not None}  # one that several groups share is one line
     shown += [(f"teacher {c.group.cfg.DISTILLER.TEACHER}", None, c, c.teacher) for c in teachers.values()]
     for name, number, comparison, predictions in shown:
-        c = st.calibration(predictions.logits, comparison.labels, BINS)
-        name, filled, dashed = (
-            f"{name}: ECE {100 * c.ece:.1f}%",
-            c.share * len(comparison.labels) >= LEAST,
-            number is None,
-        )
+        c, dashed = st.calibration(predictions.logits, comparison.labels, BINS), number is None
+        name, filled = f"{name}: ECE {100 * c.ece:.1f}%", c.share * len(comparison.labels) >= LEAST
         text = [f"{part:.1%} of the samples" for part in c.share[filled]]
         curve.series.append(Series(name, number, c.confidence[filled], c.accuracy[filled], dashed=dashed, text=text))
         share.series.append(Series(name, number, (np.arange(BINS) + 0.5) / BINS, 100 * c.share, dashed=dashed))
@@ -110,8 +110,7 @@ def agreement_chart(found: Sequence[Comparison]) -> Chart:
     panel = Panel("test set", "", "samples (%)")
     for c in found:
         if c.teacher is not None:
-            shares = c.agreement
-            panel.series.append(Series(c.group.label, c.number, list(shares), list(shares.values()), "bars"))
+            panel.add(c.group, [*c.agreement], [*c.agreement.values()], "bars")
     caption = (
         "Who names the label: both, the teacher alone, the student alone, neither (with one and the same mistake, or "
         "with two different ones)."
@@ -129,8 +128,7 @@ def superclass_chart(found: Sequence[Comparison]) -> Chart:
             continue
         guess, label = c.student.logits.argmax(1), c.labels
         for panel, right in ((fine, guess == label), (coarse, home[guess] == home[label])):
-            means = 100 * st.class_means(right, home[label], len(CIFAR100))
-            panel.series.append(Series(c.group.label, c.number, list(CIFAR100), means, "points"))
+            panel.add(c.group, [*CIFAR100], 100 * st.class_means(right, home[label], len(CIFAR100)), "points")
     caption = "CIFAR-100's 20 superclasses of five classes each (test set, last checkpoint)."
     return Chart("superclasses", SECTION, "Accuracy by superclass", caption, [fine, coarse])
 
@@ -139,14 +137,14 @@ def correlation_chart(c: Comparison, name: str) -> Chart:
     (difference, off), home = c.correlation_difference, coarse_labels(c.group.cfg.DATASET.TYPE)
     order = np.arange(len(difference)) if home is None else np.argsort(home, kind="stable")
     sorting = "" if home is None else " The classes of a superclass stand together."
-    matrix, ticks = difference[np.ix_(order, order)], [c.names[i] for i in order]
     caption = (
         f"Pearson correlation between the logits of two classes over the test set. Mean absolute difference "
         f"{off.mean():.3f}, largest {off.max():.3f}.{sorting} {c.group.figures}."
     )
     title = f"Logit correlations, student minus teacher: {c.group.label}"
+    matrix, ticks = difference[np.ix_(order, order)], [c.names[i] for i in order]
     panel = Panel("student minus teacher", matrix=matrix, ticks=ticks)
-    return Chart(name, SECTION, title, caption, [panel], group=c.number)
+    return Chart(name, SECTION, title, caption, [panel], group=c.group.number)
 
 
 def tsne_chart(c: Comparison, name: str) -> Chart:
@@ -160,19 +158,18 @@ def tsne_chart(c: Comparison, name: str) -> Chart:
             continue
         perplexity = min(30, (len(chosen) - 1) / 3)
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(predictions.features[chosen])
-        panels.append(Panel(title, bare=True))
-        for place, label in enumerate(classes):
-            x, y = points[c.labels[chosen] == label].T
-            shown = Series(
-                c.names[label], c.number, x, y, "points", text=[c.names[label]] * len(x), colour=COLOURS[place]
-            )
-            panels[-1].series.append(shown)
+        panel = Panel(title, bare=True)
+        for label, colour in zip(classes, COLOURS, strict=False):
+            (x, y), name_of = points[c.labels[chosen] == label].T, c.names[label]
+            shown = Series(name_of, c.group.number, x, y, "points", text=[name_of] * len(x), colour=colour)
+            panel.series.append(shown)
+        panels.append(panel)
     caption = (
         f"{len(chosen):,} test images of {len(classes)} classes. Distances between clusters carry no meaning. "
         f"{c.group.figures}."
     )
     title = f"t-SNE of pooled features: {c.group.label}"
-    return Chart(name, SECTION, title, caption, panels, group=c.number)
+    return Chart(name, SECTION, title, caption, panels, group=c.group.number)
 
 
 COMPARED = (
@@ -184,11 +181,10 @@ COMPARED = (
 def comparison_table(found: Sequence[Comparison]) -> Table:
     rows = []
     for c in found:
-        known = [p for p in (c.student, c.teacher) if p is not None]
-        row = [c.group.label, c.group.last, c.group.best]
-        row += [100 * st.calibration(p.logits, c.labels, BINS).ece for p in known]
+        row = [c.group.label, c.group.last, c.group.best, 100 * st.calibration(c.student.logits, c.labels, BINS).ece]
         if c.teacher is not None:
             shares, (_, off) = c.agreement, c.correlation_difference
+            row.append(100 * st.calibration(c.teacher.logits, c.labels, BINS).ece)
             row += [shares["both right"] + shares["same mistake"], shares["both right"], shares["student alone"]]
             row.append(float(off.mean()))
         rows.append(row + [None] * (len(COMPARED) - len(row)))
@@ -196,4 +192,4 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
         "On the test set, by the last checkpoint of each group's lowest seed; last and best accuracy are those of the "
         "group. Agreement: student and teacher name the same class."
     )
-    return Table(SECTION, "Student against teacher", caption, COMPARED, rows, [c.number for c in found])
+    return Table(SECTION, "Student against teacher", caption, COMPARED, rows, [c.group.number for c in found])

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ BATCH = 256
 MOST_CHECKPOINTS = 20
 
 
-@dataclass
-class Predictions:
+class Predictions(NamedTuple):
     """What a network says of N images: logits (N, K) and, where it gives them, pooled features (N, C), both float32."""
 
     logits: np.ndarray
@@ -111,16 +111,13 @@ class Networks:
 
     def _teacher_file(self, run: Run) -> Path:
         """Return the file that training would use: the named one, the released one, or the one that it trained."""
-        cfg = run.cfg
-        if cfg.DISTILLER.TYPE == "NONE":
-            raise Missing("it has no teacher")
-        named = cfg.DISTILLER.TEACHER_CKPT
-        candidates = [named] if named else teacher_files(cfg)
+        names = run.cfg.DISTILLER
+        candidates = [names.TEACHER_CKPT] if names.TEACHER_CKPT else teacher_files(run.cfg)
         for file in map(files.expand, candidates):
             if file.is_file():
                 return file
         raise Missing(
-            f"no checkpoint of the teacher {cfg.DISTILLER.TEACHER} at {candidates[0]}; point to it with --opts "
+            f"no checkpoint of the teacher {names.TEACHER} at {candidates[0]}; point to it with --opts "
             "DISTILLER.TEACHER_CKPT FILE, or work in the folder that training was started in"
         )
 

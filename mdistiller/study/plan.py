@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Study:
             if group in chosen:
                 kept.append(group)
             elif teachers:  # without its other seeds
-                kept.append(PlannedGroup(teachers, file=group.file, opts=group.opts))
+                kept.append(replace(group, runs=teachers))
         return kept
 
 
@@ -145,13 +145,13 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
             problems.append(registry.unknown("key", key, [*KEYS, "_BASE_"]))
         elif not isinstance(value, kind) or isinstance(value, bool):
             problems.append(f"{key}: must be {KINDS[kind]}, {KEYS[key][1]}; got {value!r}")
+        elif kind is list:
+            item, wanted = (int, "whole numbers") if key == "seeds" else (str, "names")
+            problems += [f"{key}: takes {wanted}; got {one!r}" for one in value if type(one) is not item]
+            values[key] = list(dict.fromkeys(one for one in value if type(one) is item))
         else:
             values[key] = value
     problems += [f"{key}: is missing; {KEYS[key][1]}" for key in ("methods", "seeds") if not tree.get(key)]
-    for key in ("pairs", "teachers", "students", "methods", "rules", "seeds"):
-        kind, wanted = (int, "whole numbers") if key == "seeds" else (str, "names")
-        problems += [f"{key}: takes {wanted}; got {item!r}" for item in values[key] if type(item) is not kind]
-        values[key] = list(dict.fromkeys(item for item in values[key] if type(item) is kind))
     flat = config.leaves(values["overrides"])
     own = [key for key in flat if key.startswith(SET_BY_THE_PLAN) and key != "EXPERIMENT.PLUGINS"]
     problems += [f"overrides: {key} is the plan's own business; leave it out" for key in own]
@@ -234,37 +234,22 @@ class _Grid:
 
     def add(self, method: str, teacher: str, student: str) -> None:
         """Add the pair's groups for the method, one for each rule; before them the teacher, which all of them need."""
+        seeds, seed = self.values["seeds"], self.values["teacher_seed"]
         if method == "NONE":
-            self._group("NONE", "", "", student, self.values["seeds"])
+            self._add_group(("NONE", "", "", student), seeds)
             return
-        seed = self.values["teacher_seed"]
-        alone = self._group("NONE", "", "", teacher, [seed])
-        source = next((run for run in alone.runs if run.seed == seed), None) if alone else None
+        trained = self._add_group(("NONE", "", "", teacher), [seed])
+        source = next((run for run in trained if run.seed == seed), None)
         for rule in self.values["rules"] or [""]:
-            self._group(
-                method, "" if rule == own_rule(method) else rule, teacher, student, self.values["seeds"], source
-            )
+            self._add_group((method, "" if rule == own_rule(method) else rule, teacher, student), seeds, source)
 
-    def _group(
-        self, method: str, rule: str, teacher: str, student: str, seeds: list[int], source: Run | None = None
-    ) -> PlannedGroup | None:
-        key = (method, rule, teacher, student)
+    def _add_group(self, key: tuple[str, ...], seeds: list[int], source: Run | None = None) -> list[Run]:
+        """Add the group `key` (method, rule, teacher, student), or the seeds that it lacks; return its runs."""
         if key not in self.groups:
-            file, changes = self.shipped.file(method, teacher, student)
-            if file is None:
-                known = registry.cifar_models
-                lacks = f"configs: {self.shipped.folder}/none has no YAML for {student}; add one"
-                unknown = f"pairs: {registry.unknown(known.kind, student, known)}"
-                self.problems.append(lacks if student in known else unknown)
-                return None
-            changes |= {k: v for k, v in self.values["overrides"].items() if _reads(method, k)}
-            changes |= {"TEMPERATURE.RULE": rule} if rule else {}
-            tag = ",".join(filter(None, [re.sub(r"\W", "_", method.lower()), teacher, student]))
-            places = {"EXPERIMENT.PROJECT": f"campaign/{self.shipped.folder.name}", "EXPERIMENT.TAG": tag}
-            if source:
-                places["DISTILLER.TEACHER_CKPT"] = str(source.student_file)
-            places |= self._short_name(tag, words_of(changes))
-            self.groups[key] = PlannedGroup([], "", file, [*words_of(changes | places), *self.opts], source)
+            group = self._group(*key, source)
+            if group is None:
+                return []
+            self.groups[key] = group
         group = self.groups[key]
         for seed in seeds:
             if seed not in [run.seed for run in group.runs]:
@@ -273,16 +258,27 @@ class _Grid:
                 except UserError as error:
                     self.problems += [line.replace("(command line)", "(overrides)") for line in error.lines]
         group.runs.sort(key=lambda run: run.seed)
-        return group
+        return group.runs
 
-    def _short_name(self, tag: str, words: Sequence[str]) -> dict[str, str]:
-        """Return EXPERIMENT.NAME with a digest of the changes in `words`, where a folder's name cannot hold them."""
-        longest = max(map(str, [*self.values["seeds"], self.values["teacher_seed"]]), key=len)
-        pairs = zip([*words[::2], "SEED"], [*words[1::2], longest], strict=True)
-        changed = ",".join(f"{key}:{value}" for key, value in pairs if config.role(key) == "computes")
-        if len(f"{tag}+{changed}".encode()) <= MOST_BYTES:
-            return {}
-        return {"EXPERIMENT.NAME": f"{tag}+{hashlib.sha256(' '.join(words).encode()).hexdigest()[:12]}"}
+    def _group(self, method: str, rule: str, teacher: str, student: str, source: Run | None) -> PlannedGroup | None:
+        """Return the group without its runs; None where there is no YAML for it."""
+        file, changes = self.shipped.file(method, teacher, student)
+        if file is None:
+            known = registry.cifar_models
+            lacks = f"configs: {self.shipped.folder}/none has no YAML for {student}; add one"
+            self.problems.append(lacks if student in known else f"pairs: {registry.unknown('model', student, known)}")
+            return None
+        changes |= {k: v for k, v in self.values["overrides"].items() if _reads(method, k)}
+        changes |= {"TEMPERATURE.RULE": rule} if rule else {}
+        words = words_of(changes)
+        tag = ",".join(filter(None, [re.sub(r"\W", "_", method.lower()), teacher, student]))
+        places = {"EXPERIMENT.PROJECT": f"campaign/{self.shipped.folder.name}", "EXPERIMENT.TAG": tag}
+        if source:
+            places["DISTILLER.TEACHER_CKPT"] = str(source.student_file)
+        if len(",".join([tag, *words, "SEED", str(2**32)])) > MOST_BYTES:  # the folder's name cannot hold the changes
+            digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+            places["EXPERIMENT.NAME"] = f"{tag}+{digest}"
+        return PlannedGroup([], file=file, opts=[*words, *words_of(places), *self.opts], teacher=source)
 
 
 def planned(group: PlannedGroup, seed: int) -> Run:

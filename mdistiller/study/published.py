@@ -40,15 +40,10 @@ def read_published(file: Path | None) -> dict:
         raise UserError(f"--published {file}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise UserError(f"--published {file}: is no JSON ({error})") from None
-    if not isinstance(table, dict) or not any(isinstance(value, dict) for value in table.values()):
+    whole = isinstance(table, dict) and isinstance(table.get("protocol", {}), dict)
+    if not whole or not any(isinstance(value, dict) for value in table.values()):
         raise UserError(f'--published {file}: expected {{"METHOD": {{"teacher/student": figure}}}}')
     return table
-
-
-def published_epochs(published: Mapping) -> object:
-    """Return the number of epochs that the figures are for."""
-    protocol = published.get("protocol")
-    return protocol.get("epochs", EPOCHS) if isinstance(protocol, dict) else EPOCHS
 
 
 def published_figure(group: Group, published: Mapping) -> tuple[float, float] | None:
@@ -56,19 +51,18 @@ def published_figure(group: Group, published: Mapping) -> tuple[float, float] | 
 
     None where there is none, or where it is for another data set.
     """
-    names, method = group.cfg.DISTILLER, group.published_name
-    if group.cfg.DATASET.TYPE != published.get("dataset", DATA) or method is None:
+    names, alone = group.cfg.DISTILLER, group.method == "NONE"
+    if group.cfg.DATASET.TYPE != published.get("dataset", DATA) or not group.usual:
         return None
-    alone = method == "NONE"
-    for section in (method, "teachers_and_students_alone") if alone else (method,):
+    pair = names.STUDENT if alone else f"{names.TEACHER}/{names.STUDENT}"
+    for section in (group.method, "teachers_and_students_alone") if alone else (group.method,):
         figures = published.get(section)
-        pair = names.STUDENT if alone else f"{names.TEACHER}/{names.STUDENT}"
         figure = figures.get(pair) if isinstance(figures, dict) else None
-        if isinstance(figure, (int, float)) and not isinstance(figure, bool):
+        if type(figure) in (int, float):
             return float(figure), 0.0
     chart = published.get(f"dtkd_chart_{names.STUDENT}", {})
-    if not alone and method in chart and names.TEACHER in chart["teacher"]:
-        return chart[method][chart["teacher"].index(names.TEACHER)], chart["read_by_eye_plus_minus"]
+    if not alone and group.method in chart and names.TEACHER in chart["teacher"]:
+        return chart[group.method][chart["teacher"].index(names.TEACHER)], chart["read_by_eye_plus_minus"]
     return None
 
 

@@ -29,13 +29,13 @@ def read_records(file: Path) -> dict[str, Run]:
 
 
 def _lines(file: Path) -> list[tuple[str, Run]]:
+    found = []
     try:
         text = file.read_text(errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give another folder for results") from None
-    found = []
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -53,37 +53,28 @@ def run_of(record: Mapping) -> Run:
     Raises KeyError, TypeError, ValueError or AttributeError where the line is no record.
     """
     teacher, curve, digests = record["teacher"], record["curve"], dict(record["sha256"])
-    settings = [record["config"], teacher["config"] if teacher else {}]
-    numbers = [*curve, record["seconds"], record["students"]]
     texts = [record["cell"], record["plan"], record["device"], digests["data"], record["versions"]["torch"]]
     texts += [commit["commit"] for commit in record["git"] if commit]
+    taught_by = None
     if teacher:
         digests["teacher"] = teacher["sha256"]
         texts.append(teacher["sha256"])
-    if (
-        any(map(config.misfit, map(complete, settings)))
-        or not all(map(math.isfinite, numbers))
-        or record["students"] <= 0
-    ):
+        complete(teacher["config"])  # which refuses values of another kind
+        taught_by = config.computed(teacher["config"])
+    finite = all(map(math.isfinite, [*curve, record["seconds"], record["students"]]))
+    if not (finite and record["students"] > 0 and 0 < len(curve) == record["epochs"]):
         raise ValueError
-    if not curve or len(curve) != record["epochs"] or not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError
     seconds = record["seconds"] / len(curve)
     rows = [
-        {
-            "epoch": number,
-            "test_acc": last,
-            "best_acc": best,
-            "best_epoch": curve.index(best) + 1,
-            "epoch_seconds": seconds,
-        }
-        for number, (last, best) in enumerate(zip(curve, accumulate(curve, max), strict=True), 1)
+        {"epoch": n, "test_acc": acc, "best_acc": best, "best_epoch": curve.index(best) + 1, "epoch_seconds": seconds}
+        for n, (acc, best) in enumerate(zip(curve, accumulate(curve, max), strict=True), 1)
     ]
     sessions = [{"git": commit, "students": record["students"], "epoch": 0} for commit in record["git"] or [None]]
     environment = {**record["versions"], "device": record["device"], "threads": record.get("threads")}
     environment |= {"sha256": digests, "sessions": sessions}
     folder = Path(f"{record['cell']},seed{record['seed']}")
-    taught_by = config.computed(teacher["config"]) if teacher else None
     return Run(folder, complete(record["config"]), rows, environment, taught_by, record["plan"])
 
 
@@ -130,10 +121,7 @@ def export(file: Path, record: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file.with_name(f".{file.name}.lock"), wait=True)
     try:
-        new, lines = run_of(record).hash, _lines(file)
-        texts = [json.dumps(record) if run.hash == new else line for line, run in lines]
-        if new not in {run.hash for _, run in lines}:
-            texts.append(json.dumps(record))
-        write_atomic(file, "".join(text + "\n" for text in texts).encode())
+        lines = {run.hash: line for line, run in _lines(file)} | {run_of(record).hash: json.dumps(record)}
+        write_atomic(file, "".join(line + "\n" for line in lines.values()).encode())
     finally:
         lock.close()

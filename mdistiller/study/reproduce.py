@@ -92,7 +92,7 @@ def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
     if kept:
         say(f"{kept} of {len(runs)} runs are on record in {conductor.file}; --results FOLDER starts another")
     status = conductor.run()
-    found = results_of(study, conductor.records.values(), figures, Shipped(folder.parent / "cifar100"))
+    found = results_of(conductor.records.values(), figures, Shipped(folder.parent / "cifar100"), study)
     found.write(home)
     say(f"\n{found.text}\n")
     for run in conductor.left():

@@ -18,7 +18,7 @@ from mdistiller.study.plan import Shipped, Study
 from mdistiller.study.published import changes, departures, published_figure, read_published, verdict
 from mdistiller.study.records import read_records
 from mdistiller.study.runs import Group, Run, differing, group_runs
-from mdistiller.study.tables import CAPTION, Table, counted, csv_columns, latex, markdown, text_table
+from mdistiller.study.tables import CAPTION, Table, counted, latex, markdown, numbers, text_table
 
 HEAD = ("pair", "method", "n", "seeds", "last (%)", "best (%)")
 BESIDE = ("published (%)", "best − published", "lies")
@@ -69,17 +69,60 @@ class StudyResults:
         comments = "".join(f"% {line}\n" for note in self.notes for line in note.splitlines())
         titled = replace(self.table, caption=f"{' '.join(self.title.split())}. {self.table.caption}")
         write_atomic(folder / "table.tex", (comments + latex(titled)).encode())
-        write_table(folder / "table.csv", *csv_columns(self.table))
+        write_table(folder / "table.csv", numbers(self.table))
         for chart in self.charts:
             save(chart, folder)
 
 
-def results_of(study: Study, runs: Iterable[Run], published: Mapping, shipped: Shipped) -> StudyResults:
-    """Return the results of the study: every seed on record of each of its groups; what departs is left out and named.
-
-    `shipped`: the YAML files with the published hyperparameters.
+def results_of(
+    runs: Iterable[Run], published: Mapping, shipped: Shipped, study: Study | None = None, only: Sequence[str] = ()
+) -> StudyResults:
+    """Return the results of the runs, or of those that `only` names; of a `study`, every seed on record of each of its
+    groups. What does not fit the rest is left out and named. Nothing is compared with figures of another protocol, no
+    row with figures of other hyperparameters. `shipped`: the YAML files with the published hyperparameters.
     """
-    groups, missing, notes, runs = [], [], [], list(runs)
+    runs = list(runs)
+    if study:
+        groups, notes = _groups_of(study, runs)
+    else:
+        groups, notes = group_runs([run for run in runs if not only or plan.matches(run.cell, only)])
+    groups, odd = _alike(groups)
+    away = list(dict.fromkeys(line for group in groups for line in departures(group, published)))
+    changed = [changes(group, shipped.settings(group.cfg)) for group in groups]
+    figures = [None if keys else published_figure(g, published) for g, keys in zip(groups, changed, strict=True)]
+    compare = any(figures) and not away
+    rows = []
+    for group, found in zip(groups, figures, strict=True):
+        method = ", ".join(filter(None, [group.method_and_rule, group.extra]))
+        row = [group.pair, method, len(group.runs), group.seeds, group.last, group.best]
+        if found and compare:
+            figure, off = found
+            row += [f"~{figure}" if off else f"{figure:.2f}", group.best.mean - figure]
+            row.append(verdict(group.best, figure, off))
+        rows.append(row + [None] * (len(HEAD + BESIDE) - len(row)) if compare else row)
+    head, caption = (HEAD + BESIDE, CAPTION + BESIDE_CAPTION) if compare else (HEAD, CAPTION)
+    by_change: dict[str, list[str]] = {}
+    for group, keys in zip(groups, changed, strict=True):
+        by_change.setdefault(", ".join(keys), []).append(group.name)
+    said = [f"**{OTHER_PROTOCOL}**: {', '.join(away)}."] if away else []
+    said += [f"**{OTHER_VALUES}**: {keys}, in {'; '.join(of)}." for keys, of in by_change.items() if keys]
+    title, name = (study.title or study.name, study.name) if study else ("Results", "all")
+    other = OTHER_PROTOCOL if away else OTHER_VALUES if said else ""
+    charts = bar_charts(groups, f"{title} ({other.lower()})" if other else title)
+    said += [_protocol_note(groups), _machine_note(groups)] if groups else []
+    for group in groups:
+        teachers = {run.environment["sha256"].get("teacher") for run in group.runs}
+        if len(teachers) > 1:
+            said.append(f"{group.name}: its seeds learnt from {len(teachers)} trainings of the teacher.")
+    said += [*notes, *odd]
+    if groups and study:
+        said.append(f"Made by `python3 tools/reproduce.py {study.name}`.")
+    return StudyResults(name, title, Table("table", title, caption, head, rows), said, charts)
+
+
+def _groups_of(study: Study, runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+    """Return what is on record of each of the study's groups, and lines on what is not, or by another protocol."""
+    groups, missing, notes = [], [], []
     for group in study.groups:
         same = sorted((run for run in runs if run.protocol == group.first.protocol), key=lambda run: run.seed)
         groups += [Group(same)] if same else []
@@ -90,47 +133,12 @@ def results_of(study: Study, runs: Iterable[Run], published: Mapping, shipped: S
             if run not in same and (run.study, run.cell) == (study.name, group.name):
                 others.setdefault(_apart([run.protocol, group.first.protocol]), []).append(run.seed)
         notes += [f"Left out: {group.name} ({_seeds(of)}), run by another protocol: {k}." for k, of in others.items()]
-    groups, odd = alike(groups)
     if groups and missing:
         notes.insert(0, f"Not run yet: {'; '.join(missing)}.")
-    notes += odd
-    if study.note:
-        notes.insert(0, study.note)
-    if groups:
-        notes.append(f"Made by `python3 tools/reproduce.py {study.name}`.")
-    return results(groups, study.title or study.name, study.name, published, shipped, notes)
+    return groups, [study.note, *notes] if study.note else notes
 
 
-def results_of_files(files: Sequence[Path], only: Sequence[str], published: Mapping, shipped: Shipped) -> StudyResults:
-    """Return the results of all runs in the files, each a runs.jsonl, or of those that `only` names.
-
-    Raises UserError where there are none, where two files hold different trainings of one run, and where the runs are
-    of several protocols.
-    """
-    found: dict[str, tuple[Run, Path]] = {}
-    problems = []
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: is no file; pass a runs.jsonl")
-        for key, run in read_records(file).items():
-            first, home = found.setdefault(key, (run, file))
-            if [row["test_acc"] for row in first.rows] != [row["test_acc"] for row in run.rows]:
-                problems.append(
-                    f"{run.cell}, seed {run.seed}: is another run in {home} than in {file}; give one of them"
-                )
-    runs = [run for run, _ in found.values() if not only or plan.matches(run.cell, only)]
-    groups, _ = group_runs(runs)
-    problems += [f"{line} Select with --only, or give a plan" for line in alike(groups)[1]]
-    if problems:
-        raise UserError(*problems)
-    if not groups:
-        raise UserError(
-            f"nothing to show: no run on record matches --only {' '.join(only)}" if only else "no run is on record"
-        )
-    return results(groups, "Results", "all", published, shipped)
-
-
-def alike(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+def _alike(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
     """Return the groups that can stand in one table with most of the runs, and a line on each that cannot: data and
     solver have to be the same, but for the learning rate, which is the student's.
     """
@@ -160,44 +168,7 @@ def _seeds(numbers: Iterable[int]) -> str:
     return f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}"
 
 
-def results(
-    groups: Sequence[Group], title: str, name: str, published: Mapping, shipped: Shipped, notes: Sequence[str] = ()
-) -> StudyResults:
-    """Return the table of the groups, notes and charts. Nothing is compared with figures of another protocol, no row
-    with figures of other hyperparameters.
-    """
-    away = list(dict.fromkeys(line for group in groups for line in departures(group, published)))
-    changed = [changes(group, shipped.settings(group.cfg)) for group in groups]
-    figures = [None if keys else published_figure(g, published) for g, keys in zip(groups, changed, strict=True)]
-    compare = any(figures) and not away
-    rows = []
-    for group, found in zip(groups, figures, strict=True):
-        method = ", ".join(filter(None, [group.method_and_rule, group.extra]))
-        row = [group.pair, method, len(group.runs), group.seeds, group.last, group.best]
-        figure, off = found or (None, 0.0)
-        if figure is None:
-            row += [None, None, None]
-        else:
-            shown = f"~{figure}" if off else f"{figure:.2f}"
-            row += [shown, group.best.mean - figure, verdict(group.best, figure, off)]
-        rows.append(row if compare else row[: len(HEAD)])
-    head, caption = (HEAD + BESIDE, CAPTION + BESIDE_CAPTION) if compare else (HEAD, CAPTION)
-    said = [f"**{OTHER_PROTOCOL}**: {', '.join(away)}."] if away else []
-    by_change: dict[str, list[str]] = {}
-    for group, keys in zip(groups, changed, strict=True):
-        by_change.setdefault(", ".join(keys), []).append(group.name)
-    said += [f"**{OTHER_VALUES}**: {keys}, in {'; '.join(of)}." for keys, of in by_change.items() if keys]
-    other = OTHER_PROTOCOL if away else OTHER_VALUES if said else ""
-    charts = bar_charts(groups, f"{title} ({other.lower()})" if other else title)
-    said += [protocol_note(groups), machine_note(groups)] if groups else []
-    for group in groups:
-        teachers = {run.environment["sha256"].get("teacher") for run in group.runs}
-        if len(teachers) > 1:
-            said.append(f"{group.name}: its seeds learnt from {len(teachers)} trainings of the teacher.")
-    return StudyResults(name, title, Table("table", title, caption, head, rows), [*said, *notes], charts)
-
-
-def protocol_note(groups: Sequence[Group]) -> str:
+def _protocol_note(groups: Sequence[Group]) -> str:
     """Return the protocol that the groups share, with the learning rate of each student."""
     rates: dict[float, list[str]] = {}
     for student, rate in {g.cfg.DISTILLER.STUDENT: g.cfg.SOLVER.LR for g in groups}.items():
@@ -212,7 +183,7 @@ def protocol_note(groups: Sequence[Group]) -> str:
     )
 
 
-def machine_note(groups: Sequence[Group]) -> str:
+def _machine_note(groups: Sequence[Group]) -> str:
     """Return how many runs there are, how long they took, on which machines and by which commits."""
     runs = [run for group in groups for run in group.runs]
     machines = sorted({f"{run.environment['device']}, torch {run.environment['torch']}" for run in runs})
@@ -226,27 +197,31 @@ def machine_note(groups: Sequence[Group]) -> str:
 
 
 def show(
-    what: Sequence[str], folder: Path, home: Path | None, out: Path | None, published: Path | None, only: Sequence[str]
+    what: str, folder: Path, home: Path | None, out: Path | None, published: Path | None, only: Sequence[str]
 ) -> str:
-    """Write tables and charts of a plan, or of all runs in some runs.jsonl, into `out`; return the table.
+    """Write tables and charts of a plan, or of all runs in a runs.jsonl, into `out`; return the table.
 
     `folder`: where plans lie, beside the pairs' YAML files. `home`: where a plan's runs.jsonl lies.
     """
     figures, shipped = read_published(published), Shipped(folder.parent / "cifar100")
-    files = [Path(word) for word in what if word.endswith(".jsonl")]
-    if not files and len(what) == 1:
-        study = plan.load(plan.find(what[0], folder))
-        study.groups = study.select(only)
-        home = home or study.results
-        found = results_of(study, read_records(home / "runs.jsonl").values(), figures, shipped)
-        if only and out is None:  # the plan's own table has all of it
-            return found.markdown + "\nNothing is written of a part of a plan; give --out FOLDER.\n"
-    elif len(files) == len(what):
-        home, found = files[0].parent, results_of_files(files, only, figures, shipped)
+    study = None
+    if what.endswith(".jsonl"):
+        file = Path(what)
+        if not file.is_file():
+            raise UserError(f"{file}: is no file; pass a runs.jsonl")
     else:
-        raise UserError("give one plan, or files named *.jsonl")
-    check_writable(out or home, "--out")
-    found.write(out or home)
+        study = plan.load(plan.find(what, folder))
+        study.groups = study.select(only)
+        file = (home or study.results) / "runs.jsonl"
+    found = results_of(read_records(file).values(), figures, shipped, study, only)
+    if not study and not found.table.rows:
+        raise UserError(
+            f"{file}: no run on record matches --only {' '.join(only)}" if only else f"{file}: holds no run"
+        )
+    if study and only and out is None:  # the plan's own table has all of it
+        return found.markdown + "\nNothing is written of a part of a plan; give --out FOLDER.\n"
+    check_writable(out or file.parent, "--out")
+    found.write(out or file.parent)
     return found.markdown
 
 
@@ -260,7 +235,7 @@ def fill(page: Path, folder: Path, published: Path | None, home: Path, write: bo
     runs = read_records(home / "runs.jsonl").values()
 
     def filled(match: re.Match) -> str:
-        found = results_of(plan.load(plan.find(match[2], folder)), runs, figures, shipped)
+        found = results_of(runs, figures, shipped, plan.load(plan.find(match[2], folder)))
         if write:
             found.write(home)
         place = Path(os.path.relpath(home / found.name, page.parent)).as_posix()

@@ -110,22 +110,17 @@ class Run:
     @property
     def students(self) -> float:
         """How many students its process trained in turn, itself included, on average over the time."""
-        own = sum(row["epoch_seconds"] / self._students_in(row["epoch"]) for row in self.rows)
+        sessions, own = self.environment.get("sessions") or [{}], 0.0
+        for row in self.rows:
+            begun = [one for one in sessions if one.get("epoch", 0) < row["epoch"]] or sessions[:1]
+            own += row["epoch_seconds"] / begun[-1].get("students", 1)
         return self.seconds / own if own else 1
-
-    def _students_in(self, epoch: int) -> float:
-        sessions = self.environment.get("sessions") or [{}]
-        last = next((one for one in reversed(sessions) if one.get("epoch", 0) < epoch), sessions[0])
-        return last.get("students", 1)
 
     @property
     def commits(self) -> list[dict]:
         """The commits of the code that ran, each once: {"commit": hash, "clean": whether the tree was}."""
-        found = []
-        for session in self.environment.get("sessions", []):
-            if session.get("git") and session["git"] not in found:
-                found.append(session["git"])
-        return found
+        found = [session["git"] for session in self.environment.get("sessions", []) if session.get("git")]
+        return [commit for place, commit in enumerate(found) if commit not in found[:place]]
 
 
 @dataclass
@@ -134,6 +129,7 @@ class Group:
 
     runs: list[Run]
     extra: str = ""  # what tells it from another group of the same method, pair and length
+    number: int = 0  # its place in a report
 
     @property
     def first(self) -> Run:
@@ -156,14 +152,13 @@ class Group:
         return kind + stand + PARTS.get(self.cfg.TEMPERATURE.PART, "")
 
     @property
-    def method_and_rule(self) -> str:
-        """The method, with +RULE where neither its own temperature rule nor LSKD's is used."""
-        return self.method if self.rule in (own_rule(self.cfg.DISTILLER.TYPE), "std") else f"{self.method}+{self.rule}"
+    def usual(self) -> bool:
+        """Whether its temperature rule is one under which the literature has methods: its own, or LSKD's."""
+        return self.rule in (own_rule(self.cfg.DISTILLER.TYPE), "std")
 
     @property
-    def published_name(self) -> str | None:
-        """What the literature calls the method; None under a rule that it was not published with."""
-        return self.method if self.rule in (own_rule(self.cfg.DISTILLER.TYPE), "std") else None
+    def method_and_rule(self) -> str:
+        return self.method if self.usual else f"{self.method}+{self.rule}"
 
     @property
     def rule(self) -> str:
@@ -222,8 +217,10 @@ def rule_of(cfg: CfgNode) -> str:
 def complete(flat: Mapping[str, object]) -> CfgNode:
     """Return {"SOLVER.LR": 0.1} as a configuration; keys that `flat` lacks have today's defaults.
 
-    Raises TypeError where a key is a section's name, or below another key.
+    Raises TypeError that names a key whose value is of another kind, a section's name, or below another key.
     """
+    if wrong := config.misfit(flat):
+        raise TypeError(wrong)
     tree = CfgNode()
     for key, value in (config.leaves(CFG) | dict(flat)).items():
         *sections, leaf = key.split(".")
@@ -253,17 +250,14 @@ def read_run(folder: Path, opts: Sequence[str] = (), plugins: Sequence[str] = ()
     file, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if not os.path.isfile(file) or not os.path.isfile(metrics):
         raise UserError(f"{folder}: is no run's folder; pass folders such as output/digits/none,res8")
-    flat = config.leaves(config.read(file))
+    flat, reason = config.leaves(config.read(file)), ""
     brought, gone = config.load_plugins(flat.get("EXPERIMENT.PLUGINS"), folder, plugins)
-    moved = dict(zip(opts[::2], opts[1::2], strict=True))
     try:
-        cfg = complete(flat | moved)
-        wrong = config.misfit(flat)
+        cfg = complete(flat | dict(zip(opts[::2], opts[1::2], strict=True)))
     except TypeError as error:
-        wrong = error
-    lacking = [f"it lacks {key}" for key in NEEDED if key not in flat]
-    if wrong or lacking:
-        reason = lacking[0] if lacking else f"{wrong} is of another kind"
+        reason = f"{error} is of another kind"
+    reason = next((f"it lacks {key}" for key in NEEDED if key not in flat), reason)
+    if reason:
         raise UserError(f"{file}: is no configuration of this framework; {reason}")
     files.open_regular(metrics, "a run's folder").close()
     rows = read_metrics(folder)
@@ -307,7 +301,9 @@ def check_opts(opts: Sequence[str]) -> None:
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
-    """Return groups in the order of their first run, and a line for each run left out because it repeats a seed."""
+    """Return groups in the order of their first run, and a line for each run left out because it repeats a seed. Groups
+    that would bear one label have in `extra` what sets them apart.
+    """
     groups: dict[str, Group] = {}
     notes = []
     for run in runs:
@@ -317,27 +313,19 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
             notes.append(f"{run.name}: left out, it repeats SEED {run.seed} of {twin.name}")
         else:
             group.runs.append(run)
-    for group in groups.values():
-        group.runs.sort(key=lambda run: run.seed)
-        teachers = {run.cfg.DISTILLER.TEACHER_CKPT for run in group.runs}
-        if len(teachers) > 1:
-            notes.append(f"{group.label}: its seeds name different teacher files, so their spread holds the teachers'")
-    distinguish(list(groups.values()))
-    return list(groups.values()), notes
-
-
-def distinguish(groups: Sequence[Group]) -> None:
-    """Write into `extra` what sets apart groups that would bear the same label."""
     by_label: dict[str, list[Group]] = {}
-    for group in groups:
+    for number, group in enumerate(groups.values()):
+        group.number = number
+        group.runs.sort(key=lambda run: run.seed)
         by_label.setdefault(group.label, []).append(group)
+        if len({run.cfg.DISTILLER.TEACHER_CKPT for run in group.runs}) > 1:
+            notes.append(f"{group.label}: its seeds name different teacher files, so their spread holds the teachers'")
     for alike in by_label.values():
-        if len(alike) < 2:
-            continue
         keys = list(differing([group.first.protocol for group in alike]))
         for number, group in enumerate(alike, 1):
             said = ", ".join(f"{key} {group.first.protocol.get(key, 'absent')}" for key in keys[:2])
             group.extra = said if len(keys) <= 2 else f"{said}, ... ({number})"
+    return list(groups.values()), notes
 
 
 def differing(protocols: Sequence[Mapping]) -> dict[str, list]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 from scipy.stats import rankdata
@@ -54,13 +55,9 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> Calib
     (Guo et al., ICML 2017, https://arxiv.org/abs/1706.04599, Eq. 3). Logits (N, K), labels (N,).
     """
     probability = np.exp(log_softmax(logits.astype(np.float64), axis=1)).max(1)  # (N,)
-    right = logits.argmax(1) == labels
     place = np.clip(np.ceil(probability * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        confidence = np.bincount(place, probability, bins) / count
-        accuracy = np.bincount(place, right, bins) / count
-    share = count / len(labels)
+    confidence, accuracy = (class_means(values, place, bins) for values in (probability, logits.argmax(1) == labels))
+    share = np.bincount(place, minlength=bins) / len(labels)
     return Calibration(confidence, accuracy, share, float(np.nansum(share * np.abs(accuracy - confidence))))
 
 
@@ -76,13 +73,6 @@ def class_correlation(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def correlation_difference(logits_student: np.ndarray, logits_teacher: np.ndarray) -> np.ndarray:
-    """Student's minus teacher's class_correlation, (K, K), in [-2, 2]: what the student has not learnt of how the
-    teacher relates the classes (the picture that CRD, https://arxiv.org/abs/1910.10699, Fig. 3, introduced).
-    """
-    return class_correlation(logits_student) - class_correlation(logits_teacher)
-
-
 AGREEMENT = ("both right", "teacher alone", "student alone", "same mistake", "different mistakes")
 
 
@@ -91,15 +81,9 @@ def agreement(logits_student: np.ndarray, logits_teacher: np.ndarray, labels: np
     of "both right" and "same mistake".
     """
     student, teacher = logits_student.argmax(1), logits_teacher.argmax(1)
-    right, right_teacher, same = student == labels, teacher == labels, student == teacher
-    cells = (
-        right & right_teacher,
-        ~right & right_teacher,
-        right & ~right_teacher,
-        ~right & ~right_teacher & same,
-        ~right & ~right_teacher & ~same,
-    )
-    return {name: float(cell.mean()) for name, cell in zip(AGREEMENT, cells, strict=True)}
+    right, right_teacher = student == labels, teacher == labels
+    cases = np.select([right & right_teacher, right_teacher, right, student == teacher], range(4), 4)
+    return dict(zip(AGREEMENT, (np.bincount(cases, minlength=5) / len(labels)).tolist(), strict=True))
 
 
 def class_means(values: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -108,39 +92,21 @@ def class_means(values: np.ndarray, labels: np.ndarray, num_classes: int) -> np.
         return np.bincount(labels, values, num_classes) / np.bincount(labels, minlength=num_classes)
 
 
-class Forgetting(NamedTuple):
-    events: np.ndarray  # (N,) int
-    learnt: np.ndarray  # (N,) bool: right at least once
-
-
-def forgetting_events(right: np.ndarray) -> Forgetting:
+def forgetting_events(right: np.ndarray) -> np.ndarray:
     """How often each sample went from right to wrong (Toneva et al., ICLR 2019, https://arxiv.org/abs/1812.05159,
-    section 3): right (E, N) bool, in the order of training. A sample that was never right has no event and is not
-    learnt; the paper sorts it behind all others.
+    section 3): right (E, N) bool, in the order of training, -> (N,).
     """
-    right = np.asarray(right, bool)
-    return Forgetting((right[:-1] & ~right[1:]).sum(0), right.any(0))
+    return (right[:-1] & ~right[1:]).sum(0)
 
 
-class Bins(NamedTuple):
-    x: np.ndarray  # (bins,) mean of x
-    mean: np.ndarray  # of y
-    low: np.ndarray  # 25% quantile of y
-    high: np.ndarray  # 75% quantile of y
-    count: np.ndarray
-
-
-def binned(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Bins:
-    """y over bins of x that hold equally many samples; equal x never fall into two bins. Both (N,)."""
-    order = np.argsort(x, kind="stable")
-    x, y = x[order], y[order]
-    cuts = np.searchsorted(x, x[np.arange(1, bins) * len(x) // bins])  # a bin begins where its first value does
-    starts = np.unique(np.concatenate([[0], cuts]))
-    rows = [
-        (x[a:b].mean(), y[a:b].mean(), *np.quantile(y[a:b], (0.25, 0.75)), b - a)
-        for a, b in zip(starts, [*starts[1:], len(x)], strict=True)
-    ]
-    return Bins(*map(np.array, zip(*rows, strict=True)))
+def binned(x: np.ndarray, y: np.ndarray, bins: int | None = 10) -> pd.DataFrame:
+    """Mean `x`, mean `y`, its quartiles `low` and `high`, and the `count` of samples in each bin of x. The bins hold
+    equally many samples, but equal x never fall into two of them; None: one for each x. Both (N,).
+    """
+    place = rankdata(x) if bins is None else (rankdata(x) - 0.5) * bins // len(x)
+    y, columns = pd.Series(np.asarray(y)).groupby(place), {"x": pd.Series(np.asarray(x)).groupby(place).mean()}
+    columns |= {"y": y.mean(), "low": y.quantile(0.25), "high": y.quantile(0.75), "count": y.size()}
+    return pd.DataFrame(columns).reset_index(drop=True)
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
@@ -152,7 +118,4 @@ def hot_share(values: np.ndarray, top: float = 0.1) -> np.ndarray:
     """The share of the epochs in which each sample is among the hottest `top`: (E, N) -> (N,). Where samples tie at
     the border none of them counts, so that a constant temperature makes nothing hot.
     """
-    total = np.zeros(values.shape[1])
-    for row in values:
-        total += rankdata(row) > (1 - top) * len(row)
-    return total / len(values)
+    return np.mean([rankdata(row) > (1 - top) * len(row) for row in values], 0)

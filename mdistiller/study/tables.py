@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from mdistiller.study.published import published_epochs, published_figure
+from mdistiller.study.published import EPOCHS, published_figure
 from mdistiller.study.runs import Group, Run
 from mdistiller.study.statistics import Mean
 
@@ -36,7 +36,7 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
     """Return a row for each group of a report. Differences are given only where the group ran the published number of
     epochs; without `published` the columns BESIDE are left out.
     """
-    epochs = published_epochs(published)
+    epochs = published.get("protocol", {}).get("epochs", EPOCHS)
     rows = []
     for group in groups:
         figure, _ = published_figure(group, published) or (None, 0)
@@ -58,7 +58,7 @@ def compared(runs: Sequence[Run]) -> Table:
         names, last = run.cfg.DISTILLER, run.rows[-1]
         teacher = names.TEACHER if run.taught else "-"
         row = [run.name, names.TYPE, teacher, names.STUDENT, run.cfg.DATASET.TYPE, run.seed]
-        row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}", f"{last['test_acc']:.2f}", f"{last['best_acc']:.2f}"]
+        row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}", float(last["test_acc"]), float(last["best_acc"])]
         rows.append([*row, last.get("best_epoch", "-")])
     return Table("compared", "", "", COMPARED, rows)
 
@@ -110,19 +110,15 @@ def latex(table: Table) -> str:
     return "% \\usepackage{booktabs}\n" + "".join(SYMBOLS.get(c, c) for c in body)
 
 
-def csv_columns(table: Table) -> tuple[list[str], list[list]]:
-    """Return head and rows in full precision: mean and deviation stand in columns of their own."""
-    split = [any(isinstance(row[place], Mean) for row in table.rows) for place in range(len(table.head))]
-    head = [
-        part for name, two in zip(table.head, split, strict=True) for part in ([name, f"{name} sd"] if two else [name])
-    ]
-    return head, [[v for c, two in zip(row, split, strict=True) for v in _parts(c, two)] for row in table.rows]
-
-
-def _parts(cell: object, two: bool) -> list:
-    if isinstance(cell, Mean):
-        return [cell.mean, cell.std]
-    return [cell, None] if two else [cell]
+def numbers(table: Table) -> pd.DataFrame:
+    """Return the table in full precision, as its CSV has it: mean and deviation stand in columns of their own."""
+    columns: dict[str, list] = {}
+    for place, name in enumerate(table.head):
+        values = [row[place] for row in table.rows]
+        columns[name] = [cell.mean if isinstance(cell, Mean) else cell for cell in values]
+        if any(isinstance(cell, Mean) for cell in values):
+            columns[f"{name} sd"] = [cell.std if isinstance(cell, Mean) else None for cell in values]
+    return pd.DataFrame(columns)
 
 
 def _frame(table: Table) -> pd.DataFrame:

@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
+from mdistiller import config
 from mdistiller.errors import UserError
 from mdistiller.runs.temperature import QUANTILES, SAVED, read_record
 from mdistiller.study import statistics as st
@@ -20,73 +22,56 @@ from mdistiller.study.charts import Chart, Panel, Series
 from mdistiller.study.comparison import Comparison
 from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.runs import Group, Run
+from mdistiller.study.superclasses import class_names
 from mdistiller.study.tables import Table
 
 RECORD = "temperatures.bin"
 SIDES = {"t_student": "student", "t_teacher": "teacher"}
 LEVELS = tuple(f"q{round(100 * q):02d}" for q in QUANTILES)
-BANDS = (("q05", "q95"), ("q25", "q75"))
+CORRELATION = "confidence_correlation_t_student"
+SUMMARISED = [*(f"{side}.{level}" for side, level in product(SIDES, LEVELS)), "fell_back", CORRELATION]
 SECTION = "Temperature"
+QUARTILES = ("q25", "q75")
 HALF = 0.5
 
 
-@dataclass
-class Summaries:
-    """A group's temperatures over E epochs: {"t_student q50", ..., "fell_back", "correlation_student", ...: (E,)}."""
+class Summaries(NamedTuple):
+    """A group's temperatures: `figures` has a row for each recorded epoch, its index, and the columns SUMMARISED."""
 
-    number: int
     group: Group
-    epochs: list[int]
-    figures: dict[str, np.ndarray]
+    figures: pd.DataFrame
 
 
-def summaries_of(number: int, group: Group) -> Summaries:
+def summaries_of(group: Group) -> Summaries:
     """Return means over the seeds that recorded the same epochs as the first that recorded any. Raises Missing where
     none did.
     """
-    found = [rows for run in group.runs if (rows := [row for row in run.rows if row.get("temperature")])]
+    found = [rows for run in group.runs if (rows := {r["epoch"]: t for r in run.rows if (t := r.get("temperature"))})]
     if not found:
         raise Missing("no temperatures; train with LOG.TEMPERATURE summary or samples")
-    epochs = [row["epoch"] for row in found[0]]
-    figures: dict[str, list] = {}
+    same = [rows for rows in found if [*rows] == [*found[0]]]
     try:
-        for rows in found:
-            if [row["epoch"] for row in rows] == epochs:
-                for name, line in _lines([row["temperature"] for row in rows]).items():
-                    figures.setdefault(name, []).append(line)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{group.first.folder / 'metrics.jsonl'}: its temperature summaries are of another format"
-        ) from None
-    return Summaries(number, group, epochs, {name: np.mean(lines, 0) for name, lines in figures.items()})
-
-
-def _lines(epochs: list[dict]) -> dict[str, list[float]]:
-    lines = {f"{side} {q}": [float(epoch[side][q]) for epoch in epochs] for side in SIDES for q in LEVELS}
-    lines["fell_back"] = [float(epoch["fell_back"]) for epoch in epochs]
-    for side, name in SIDES.items():
-        lines[f"correlation_{name}"] = [float(epoch[f"confidence_correlation_{side}"]) for epoch in epochs]
-    return lines
+        frames = [pd.DataFrame(map(config.leaves, rows.values()), [*rows])[SUMMARISED].astype(float) for rows in same]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        file = group.first.folder / "metrics.jsonl"
+        raise UserError(f"{file}: its temperature summaries are of another format") from None
+    return Summaries(group, sum(frames) / len(frames))
 
 
 @dataclass
 class Samples:
-    """What is known of the N training samples of a group's first recorded run; None where it is not."""
+    """What is known of the training samples of a group's first recorded run.
 
-    number: int
+    `frame` has a row for each sample, in the order of the training set: its "index"; its temperatures "t_student" and
+    "t_teacher"; "hot_student" and "hot_teacher", the shares of the epochs in which it is among the hottest tenth; and
+    as far as data and checkpoints are there its "label" and "class", whether the last student is "right" on the image
+    as it is, its "loss", "margin" and "teacher_loss", its "forgetting_events", and whether it was ever "learnt".
+    """
+
     group: Group
     run: Run
-    student: np.ndarray  # (N,) temperature, mean over the last quarter of the epochs
-    teacher: np.ndarray
-    hot_student: np.ndarray  # (N,) share of the epochs among the hottest tenth
-    hot_teacher: np.ndarray
+    frame: pd.DataFrame
     stability: np.ndarray  # (E,) rank correlation of the student's temperatures with the last epoch's
-    labels: np.ndarray | None = None  # (N,)
-    right: np.ndarray | None = None  # (N,) bool, the last student on the image as it is
-    loss: np.ndarray | None = None  # (N,)
-    margin: np.ndarray | None = None
-    teacher_loss: np.ndarray | None = None
-    forgetting: st.Forgetting | None = None
     notes: list[str] = field(default_factory=list)  # what is not known, and why
 
     @property
@@ -95,7 +80,16 @@ class Samples:
 
     @property
     def constant(self) -> bool:
-        return bool(np.ptp(self.student) < 1e-3 and np.ptp(self.teacher) < 1e-3)
+        return bool(all(np.ptp(self.frame[side]) < 1e-3 for side in SIDES))
+
+    @property
+    def hottest_first(self) -> pd.DataFrame:
+        return self.frame.sort_values(["hot_student", "t_student"], ascending=False, kind="stable")
+
+    @property
+    def learnt(self) -> pd.DataFrame:
+        """The samples whose forgetting can be counted; all of them, without a count, where that is not known."""
+        return self.frame[self.frame["learnt"]] if "learnt" in self.frame else self.frame
 
 
 def values_of(run: Run, name: str) -> np.ndarray:
@@ -115,55 +109,69 @@ def values_of(run: Run, name: str) -> np.ndarray:
     return np.where(np.isnan(values), np.where(np.isnan(own), np.nanmean(values), own), values)
 
 
-def samples_of(number: int, group: Group, networks: Networks) -> Samples:
+def samples_of(group: Group, networks: Networks) -> Samples:
     """Return the record of the group's first run that has one and, as far as checkpoints and data are there, how hard
     its samples are. Raises Missing where nothing is recorded.
     """
     run = next((run for run in group.runs if (run.folder / RECORD).is_file()), group.first)
-    student, teacher = (values_of(run, side) for side in SIDES)
-    late = max(len(student) // 4, 1)
-    stability = np.array([st.spearman(row, student[-1]) for row in student])
-    hot = st.hot_share(student), st.hot_share(teacher)
-    samples = Samples(number, group, run, student[-late:].mean(0), teacher[-late:].mean(0), *hot, stability)
-    part = "difficulty"
-    try:
-        labels = networks.data(run).train_labels.numpy()
-        if len(labels) != len(samples.student):
-            raise UserError(
-                f"{run.folder / RECORD}: holds {len(samples.student):,} samples, but {run.cfg.DATASET.ROOT} has "
-                f"{len(labels):,}; point to the data it was recorded on with --opts DATASET.ROOT PATH"
-            )
-        samples.labels = labels
-        logits = networks.student(run, "train").logits
-        samples.right = logits.argmax(1) == labels
-        samples.loss, samples.margin = st.cross_entropy(logits, labels), st.margin(logits, labels)
-        part = "forgetting"
-        samples.forgetting = st.forgetting_events(networks.history(run))
-    except Missing as error:
-        samples.notes.append(f"temperature against {part}: {error}")
-    try:
-        if samples.loss is not None:
-            samples.teacher_loss = st.cross_entropy(networks.teacher(run, "train").logits, labels)
-    except Missing as error:
-        samples.notes.append(f"temperature against the teacher's loss: {error}")
+    values = {side: values_of(run, side) for side in SIDES}
+    student = values["t_student"]
+    columns = {side: v[-max(len(v) // 4, 1) :].mean(0) for side, v in values.items()}
+    columns |= {f"hot_{SIDES[side]}": st.hot_share(v) for side, v in values.items()}
+    frame = pd.DataFrame({"index": np.arange(student.shape[1])} | columns)
+    samples = Samples(group, run, frame, np.array([st.spearman(row, student[-1]) for row in student]))
+    for part, add in DIFFICULTY.items():
+        try:
+            add(frame, run, networks)
+        except Missing as error:
+            samples.notes.append(f"temperature against {part}: {error}")
+            if add is add_difficulty:
+                break
     return samples
 
 
+def add_difficulty(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
+    data = networks.data(run)
+    labels = data.train_labels.numpy()
+    if len(labels) != len(frame):
+        raise UserError(
+            f"{run.folder / RECORD}: holds {len(frame):,} samples, but {run.cfg.DATASET.ROOT} has "
+            f"{len(labels):,}; point to the data it was recorded on with --opts DATASET.ROOT PATH"
+        )
+    frame.insert(1, "label", labels)
+    frame.insert(2, "class", np.array(class_names(run.cfg.DATASET.TYPE, data.num_classes))[labels])
+    logits = networks.student(run, "train").logits
+    frame["right"] = logits.argmax(1) == labels
+    frame["loss"], frame["margin"] = st.cross_entropy(logits, labels), st.margin(logits, labels)
+
+
+def add_teacher_loss(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
+    frame["teacher_loss"] = st.cross_entropy(networks.teacher(run, "train").logits, frame["label"])
+
+
+def add_forgetting(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
+    right = networks.history(run)
+    frame["forgetting_events"], frame["learnt"] = st.forgetting_events(right), right.any(0)
+
+
+DIFFICULTY = {"difficulty": add_difficulty, "the teacher's loss": add_teacher_loss, "forgetting": add_forgetting}
+
+
 def epochs_chart(found: Sequence[Summaries]) -> Chart:
-    panels = []
-    for side, name in SIDES.items():
-        panel = Panel(f"T of the {name}", "epoch", "temperature")
-        for s in found:
-            bands = {pair: tuple(s.figures[f"{side} {q}"] for q in pair) for pair in BANDS}
-            panel.series.append(Series(s.group.label, s.number, s.epochs, s.figures[f"{side} q50"], bands=bands))
-        panels.append(panel)
-    back, confidence = (
-        [Series(s.group.label, s.number, s.epochs, scale * s.figures[key]) for s in found]
-        for key, scale in (("fell_back", 100), ("correlation_student", 1))
-    )
-    most = max((float(max(s.y)) for s in back), default=0)  # a share is seen from 0, also where it is 0 throughout
-    panels.append(Panel("samples that fell back to tau", "epoch", "share (%)", back, y_range=(0, 1.05 * most or 1)))
-    panels.append(Panel("T of the student and the teacher's confidence", "epoch", "Pearson correlation", confidence))
+    panels = [Panel(f"T of the {name}", "epoch", "temperature") for name in SIDES.values()]
+    panels.append(Panel("samples that fell back to tau", "epoch", "share (%)"))
+    panels.append(Panel("T of the student and the teacher's confidence", "epoch", "Pearson correlation"))
+    for group, figures in found:
+        epochs, figures = [*figures.index], figures.reset_index(drop=True)
+        for panel, side in zip(panels, SIDES, strict=False):
+            bands = {pair: tuple(figures[f"{side}.{q}"] for q in pair) for pair in (("q05", "q95"), QUARTILES)}
+            panel.add(group, epochs, figures[f"{side}.q50"], bands=bands)
+        panels[2].add(group, epochs, 100 * figures["fell_back"])
+        panels[3].add(group, epochs, figures[CORRELATION])
+    most = max(
+        (s.y.max() for s in panels[2].series), default=0
+    )  # a share is seen from 0, also where it is 0 throughout
+    panels[2].y_range = (0, 1.05 * most or 1)
     caption = (
         "Median over the training samples; bands hold 50% and 90% of them. Means over seeds. A sample falls back where "
         "the rule is undefined for its logits."
@@ -172,26 +180,28 @@ def epochs_chart(found: Sequence[Summaries]) -> Chart:
 
 
 def difficulty_chart(found: Sequence[Samples]) -> Chart:
-    measures = (
-        ("loss", "student's loss", 1),
-        ("margin", "student's margin", -1),
-        ("teacher_loss", "teacher's loss", 1),
-    )
+    measures = {
+        "loss": ("student's loss", 1),
+        "margin": ("student's margin", -1),
+        "teacher_loss": ("teacher's loss", 1),
+    }
     panels = []
-    for (name, title, sign), side in product(measures, SIDES.values()):
-        panel = Panel(f"T of the {side} against the {title}", "samples, easiest to hardest (%)", "temperature")
+    for (measure, (title, sign)), (side, name) in product(measures.items(), SIDES.items()):
+        panel = Panel(f"T of the {name} against the {title}", "samples, easiest to hardest (%)", "temperature")
         for s in found:
-            if getattr(s, name) is not None:
-                bins = st.binned(sign * getattr(s, name), getattr(s, side))
-                upto = np.cumsum(bins.count)
-                rank = 100 * (upto - bins.count / 2) / upto[-1]
-                text = [f"mean {title} {sign * x:.3g}" for x in bins.x]
-                bands = {("q25", "q75"): (bins.low, bins.high)}
-                panel.series.append(Series(s.group.label, s.number, rank, bins.mean, bands=bands, text=text))
+            if measure in s.frame:
+                bins = st.binned(sign * s.frame[measure], s.frame[side])
+                rank = 100 * (bins["count"].cumsum() - bins["count"] / 2) / len(s.frame)
+                text = [f"mean {title} {sign * x:.3g}" for x in bins["x"]]
+                panel.add(s.group, rank, bins["y"], bands={QUARTILES: (bins["low"], bins["high"])}, text=text)
         panels.append(panel)
-    for side in SIDES.values():
-        panel = Panel(f"T of the {side} against forgetting", "forgetting events between checkpoints", "temperature")
-        panel.series = [forgetting_series(s, side) for s in found if s.forgetting is not None]
+    for side, name in SIDES.items():
+        panel = Panel(f"T of the {name} against forgetting", "forgetting events between checkpoints", "temperature")
+        for s in found:
+            if "learnt" in s.frame:
+                bins = st.binned(s.learnt["forgetting_events"], s.learnt[side], bins=None)
+                bands, text = {QUARTILES: (bins["low"], bins["high"])}, [f"{n:,} samples" for n in bins["count"]]
+                panel.add(s.group, bins["x"].astype(int), bins["y"], bands=bands, text=text)
         panels.append(panel)
     caption = (
         "Mean temperature in tenths of the training set, sorted by difficulty; the band holds the middle half of the "
@@ -200,17 +210,6 @@ def difficulty_chart(found: Sequence[Samples]) -> Chart:
     )
     panels = [panel for panel in panels if panel.series]
     return Chart("temperature-difficulty", SECTION, "Are hot samples hard ones?", caption, panels, columns=2)
-
-
-def forgetting_series(s: Samples, side: str) -> Series:
-    """Return mean temperature and its middle half by number of events, over the samples that were learnt."""
-    learnt = s.forgetting.learnt
-    events, temperature = s.forgetting.events[learnt], getattr(s, side)[learnt]
-    counts = np.unique(events)
-    parts = [temperature[events == n] for n in counts]
-    bands = {("q25", "q75"): tuple([np.quantile(part, q) for part in parts] for q in (0.25, 0.75))}
-    text = [f"{len(part):,} samples" for part in parts]
-    return Series(s.group.label, s.number, counts, [part.mean() for part in parts], bands=bands, text=text)
 
 
 def persistence_chart(found: Sequence[Samples]) -> Chart:
@@ -222,10 +221,9 @@ def persistence_chart(found: Sequence[Samples]) -> Chart:
         stay.series.append(Series(f"by chance, {epochs} epochs", None, 100 * counts / epochs, chance, dashed=True))
     for s in found:
         counts = np.arange(1, s.epochs + 1)
-        hot = np.round(s.hot_student * s.epochs)
-        share = [100 * float((hot >= count).mean()) for count in counts]
-        stay.series.append(Series(s.group.label, s.number, 100 * counts / s.epochs, share))
-        stable.series.append(Series(s.group.label, s.number, counts[:-1], s.stability[:-1]))
+        hot = np.round(s.frame["hot_student"] * s.epochs)
+        stay.add(s.group, 100 * counts / s.epochs, [100 * (hot >= count).mean() for count in counts])
+        stable.add(s.group, counts[:-1], s.stability[:-1])
     caption = (
         "How many samples are among the hottest tenth (temperature of the student) in at least so many of the epochs; "
         "dashed: if chance chose them anew each epoch. Then: whether an epoch ranks the samples as the last one does. "
@@ -234,17 +232,17 @@ def persistence_chart(found: Sequence[Samples]) -> Chart:
     return Chart("temperature-persistence", SECTION, "Which samples stay hot", caption, [stay, stable])
 
 
-def class_chart(found: Sequence[Samples], compared: dict[int, Comparison]) -> Chart:
-    """Return the chart of the groups whose students were `compared`, {number: comparison}, on the test set."""
-    panels = []
-    for side in SIDES.values():
-        panel = Panel(f"T of the {side}", "mean temperature of the class", "test accuracy of the class (%)")
-        for s in found:
-            if s.number in compared and s.labels is not None:
-                names, accuracy = compared[s.number].names, compared[s.number].class_accuracy
-                means = st.class_means(getattr(s, side), s.labels, len(names))
-                panel.series.append(Series(s.group.label, s.number, means, accuracy, "points", text=names))
-        panels.append(panel)
+def class_chart(found: Sequence[Samples], compared: Sequence[Comparison]) -> Chart:
+    """Return the chart of the groups whose students were `compared` on the test set."""
+    panels = [
+        Panel(f"T of the {name}", "mean temperature of the class", "test accuracy of the class (%)")
+        for name in SIDES.values()
+    ]
+    for s, c in product(found, compared):
+        if s.group is c.group and "label" in s.frame:
+            for panel, side in zip(panels, SIDES, strict=True):
+                means = st.class_means(s.frame[side], s.frame["label"], len(c.names))
+                panel.add(s.group, means, c.class_accuracy, "points", text=c.names)
     caption = (
         "One point for each class: its training samples' mean temperature against the student's last test accuracy."
     )
@@ -258,58 +256,43 @@ FINDINGS = (
 )  # fmt: skip
 
 
-def findings_table(summaries: Sequence[Summaries], recorded: dict[int, Samples]) -> Table:
-    """`recorded`: the samples of those groups that have some, by the group's number."""
+def findings_table(summaries: Sequence[Summaries], recorded: Sequence[Samples]) -> Table:
+    """`recorded`: the samples of those groups that have some."""
+    samples = {s.group.number: ranks(s) for s in recorded}
     rows = []
-    for s in summaries:
-        student, teacher, fell = (s.figures[key] for key in ("t_student q50", "t_teacher q50", "fell_back"))
-        ends = [student[0], student[-1], teacher[-1], 100 * fell[0], 100 * fell[-1]]
-        samples = recorded.get(s.number)
-        rows.append([s.group.label, s.group.rule, *map(float, ends), *(ranks(samples) if samples else [None] * 5)])
+    for group, figures in summaries:
+        first, last = figures.iloc[0], figures.iloc[-1]
+        ends = [first["t_student.q50"], last["t_student.q50"], last["t_teacher.q50"]]
+        ends += [100 * first["fell_back"], 100 * last["fell_back"]]
+        rows.append([group.label, group.rule, *map(float, ends), *samples.get(group.number, [None] * 5)])
     caption = (
         "Rank correlations (Spearman) are between the student's temperature and the sample's loss, margin and "
         "forgetting events: above 0, hot samples have more of it. Of one run for each group, its lowest seed."
     )
-    return Table(SECTION, "What the record says", caption, FINDINGS, rows, [s.number for s in summaries])
+    return Table(SECTION, "What the record says", caption, FINDINGS, rows, [group.number for group, _ in summaries])
 
 
 def ranks(s: Samples) -> list[float | None]:
     """Return the last five of FINDINGS; None where they are not known or no temperature varies."""
     if s.constant:
         return [None] * 5
-    found = [None if measure is None else st.spearman(s.student, measure) for measure in (s.loss, s.margin)]
-    known = s.forgetting
-    found.append(None if known is None else st.spearman(s.student[known.learnt], known.events[known.learnt]))
+    measures = ((s.frame, "loss"), (s.frame, "margin"), (s.learnt, "forgetting_events"))
+    found = [st.spearman(f["t_student"], f[measure]) if measure in f else None for f, measure in measures]
     chance = binom.sf(np.floor(HALF * s.epochs), s.epochs, 0.1)
-    return [*found, 100 * float((s.hot_student > HALF).mean()), 100 * float(chance)]
+    return [*found, 100 * float((s.frame["hot_student"] > HALF).mean()), 100 * float(chance)]
 
 
-def sample_frame(s: Samples, names: Sequence[str] = ()) -> pd.DataFrame:
-    """Return what samples-*.csv holds, the sample that stays hot longest first. `names`: of the classes."""
-    frame = pd.DataFrame({"index": np.arange(len(s.student))})
-    if s.labels is not None:
-        frame["label"], frame["class"] = s.labels, np.array(names)[s.labels]
-    frame["t_student"], frame["t_teacher"] = s.student, s.teacher
-    for name in ("hot_student", "hot_teacher", "right", "loss", "margin", "teacher_loss"):
-        if getattr(s, name) is not None:
-            frame[name] = getattr(s, name)
-    if s.forgetting is not None:
-        frame["forgetting_events"], frame["learnt"] = s.forgetting
-    return frame.sort_values(["hot_student", "t_student"], ascending=False, kind="stable")
-
-
-def extremes_chart(s: Samples, name: str, images: np.ndarray, names: Sequence[str], count: int = 16) -> Chart:
+def extremes_chart(s: Samples, name: str, images: np.ndarray, count: int = 16) -> Chart:
     """Return the samples with the highest and the lowest temperature, of the student where it varies, else of the
     teacher. `images`: uint8 (N, H, W, 3), the training set's.
     """
-    side = "student" if np.ptp(s.student) >= 1e-3 else "teacher"
-    order = np.argsort(-getattr(s, side), kind="stable")
-    count = min(count, len(order) // 2)
+    side = "t_student" if np.ptp(s.frame["t_student"]) >= 1e-3 else "t_teacher"
+    hottest = s.frame.sort_values(side, ascending=False, kind="stable")
+    count = min(count, len(hottest) // 2)
     blocks = []
-    for which, chosen in (("highest", order[:count]), ("lowest", order[::-1][:count])):
-        texts = [f"{names[s.labels[i]]}\n{s.student[i]:.2f} / {s.teacher[i]:.2f}\nno. {i}" for i in chosen]
-        blocks.append((f"{which} temperature of the {side}", images[chosen], texts))
+    for which, chosen in (("highest", hottest[:count]), ("lowest", hottest[::-1][:count])):
+        texts = [f"{r['class']}\n{r.t_student:.2f} / {r.t_teacher:.2f}\nno. {i}" for i, r in chosen.iterrows()]
+        blocks.append((f"{which} temperature of the {SIDES[side]}", images[chosen.index], texts))
     caption = f"Training images with class, temperatures, student / teacher, and number. {s.group.figures}."
-    return Chart(
-        name, SECTION, f"Hottest and coldest samples: {s.group.label}", caption, [], group=s.number, pictures=blocks
-    )
+    title = f"Hottest and coldest samples: {s.group.label}"
+    return Chart(name, SECTION, title, caption, [], group=s.group.number, pictures=blocks)

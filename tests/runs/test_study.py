@@ -261,7 +261,7 @@ def test_a_plug_ins_method_can_be_in_a_plan(small_plan):
     assert (status, conductor.failed) == (0, {})
     record = json.loads(RECORD.read_text().splitlines()[-1])
     assert record["config"]["PLUGGED.WEIGHT"] == 2.0
-    shown = results.show([str(RECORD)], ROOT / "configs/plans", None, None, None, [])
+    shown = results.show(str(RECORD), ROOT / "configs/plans", None, None, None, [])
     assert re.search(r"\| resnet14 → resnet8 \| PLUGGED +\| 1 ", shown), "where the plug-in is not loaded"
 
 

@@ -22,7 +22,7 @@ FIGURES = ROOT / "results/published.json"
 def of(tmp_path, *records, published=PUBLISHED, only=()):
     """The results of a runs.jsonl with these lines."""
     file = write_records(tmp_path / "some" / "runs.jsonl", *records)
-    return results.results_of_files([file], only, published, SHIPPED)
+    return results.results_of(read_records(file).values(), published, SHIPPED, only=only)
 
 
 def records_of(study):
@@ -75,37 +75,38 @@ def test_other_hyperparameters_are_named_and_not_compared(tmp_path):
 
 
 def test_runs_of_different_protocols_do_not_mix(tmp_path):
-    with pytest.raises(UserError, match=r"DTKD,resnet20,resnet8, of another protocol .*SOLVER.EPOCHS \(240 / 12\)"):
-        of(tmp_path, record("KD"), record("KD", seed=1), record("DTKD", SOLVER__EPOCHS=12))
-    other = record("DTKD") | {"sha256": {"data": "another", "student": "s"}}
-    with pytest.raises(UserError, match=r"sha256 of the data"):
-        of(tmp_path, record("KD"), other)
+    short = record("DTKD", SOLVER__EPOCHS=12)
+    other = record("DKD") | {"sha256": {"data": "another", "student": "s"}}
+    found = of(tmp_path, record("KD"), record("KD", seed=1), short, other)
+    assert [row[1] for row in found.table.rows] == ["KD"]
+    assert re.search(
+        r"Left out: DTKD,resnet20,resnet8, of another protocol .*SOLVER.EPOCHS \(240 / 12\)", found.markdown
+    )
+    assert re.search(r"Left out: DKD,resnet20,resnet8, of another protocol .*sha256 of the data", found.markdown)
     found = of(tmp_path, record(seed=0), record(seed=1), record(seed=2, SOLVER__LR=0.1))
     assert [row[1:4] for row in found.table.rows] == [
         ["KD, SOLVER.LR 0.05", 2, "0, 1"], ["KD, SOLVER.LR 0.1", 1, "2"],
     ], "never averaged"  # fmt: skip
 
 
-def test_files_are_shown_together_or_refused(tmp_path):
+def test_a_record_of_no_plan_is_shown(tmp_path):
     mine = write_records(tmp_path / "mine/runs.jsonl", record(seed=0), record(seed=1))
-    theirs = write_records(tmp_path / "theirs/runs.jsonl", record(seed=0), record(seed=2))
-    show = lambda *files, only=(): results.show([*map(str, files)], PLANS, None, None, FIGURES, only)  # noqa: E731
-    assert re.search(r"\| resnet20 → resnet8 \| KD +\| 3 +\| 0, 1, 2 +\|", show(mine, theirs))
+    show = lambda file, only=(): results.show(str(file), PLANS, None, None, FIGURES, only)  # noqa: E731
+    assert re.search(r"\| resnet20 → resnet8 \| KD +\| 2 +\| 0, 1 +\|", show(mine))
     assert (tmp_path / "mine/all/chart-resnet8.png").stat().st_size > 10_000
-    write_records(theirs, record(seed=0), record(seed=1, last=59.0))
-    with pytest.raises(UserError, match=r"KD,resnet20,resnet8, seed 1: is another run in \S+mine\S+ than in \S+theirs"):
-        show(mine, theirs)
-    for words, message in (([tmp_path / "x.jsonl"], "is no file"), ([mine, "quick"], "give one plan, or files")):
+    for file, only, message in (
+        (tmp_path / "x.jsonl", [], "is no file"),
+        (mine, ["DKD"], "matches --only DKD"),
+        (write_records(tmp_path / "none/runs.jsonl"), [], "holds no run"),
+    ):
         with pytest.raises(UserError, match=message):
-            show(*words)
-    with pytest.raises(UserError, match="matches --only DKD"):
-        show(mine, only=["DKD"])
+            show(file, only)
 
 
 def test_a_plans_table_has_every_seed_and_says_which_are_missing(small_plan):
     study = plan.load(small_plan)
     runs = [run_of(line) for line in records_of(study)]
-    shown = lambda study, runs: results.results_of(study, runs, {}, SHIPPED)  # noqa: E731
+    shown = lambda study, runs: results.results_of(runs, {}, SHIPPED, study)  # noqa: E731
     more = shown(plan.load(small_plan, seeds=[0, 1, 2]), runs)
     assert [row[2:4] for row in more.table.rows] == [[2, "0, 1"], [1, "0"], [2, "0, 1"], [2, "0, 1"]]
     assert "Not run yet: NONE,resnet8 (seed 2); KD" in more.markdown
@@ -123,7 +124,7 @@ def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small_plan):
     lines = records_of(study)
     for line in lines:
         line["sha256"] = {"data": "another" if line["cell"].startswith("KD") else "d", "student": "s"}
-    found = results.results_of(study, map(run_of, lines), {}, SHIPPED)
+    found = results.results_of(map(run_of, lines), {}, SHIPPED, study)
     assert [row[1] for row in found.table.rows] == ["NONE", "NONE", "DTKD"]
     assert "Left out: KD,resnet14,resnet8, of another protocol than the other rows: sha256 of" in found.markdown
 
@@ -131,7 +132,7 @@ def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small_plan):
 def test_every_plan_can_be_shown():
     for file in sorted(PLANS.glob("*.yaml")):
         study = plan.load(file)
-        found = results.results_of(study, map(run_of, records_of(study)), PUBLISHED, SHIPPED)
+        found = results.results_of(map(run_of, records_of(study)), PUBLISHED, SHIPPED, study)
         assert len(found.table.rows) == len(study.groups)
         assert found.charts
         if study.name == "rules":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -41,27 +42,27 @@ def record(folder: Path, temperatures_of, n: int = 40) -> None:
 def test_summaries_are_averaged_over_the_seeds_that_recorded_the_same_epochs(tmp_path):
     runs = [run_in(tmp_path, temperature=summary(t)) for t in (2.0, 4.0)]
     runs += [run_in(tmp_path), run_in(tmp_path, rows=2, temperature=summary(9.0))]
-    found = temperatures.summaries_of(0, Group(runs))
-    assert found.epochs == [1, 2, 3, 4]
-    assert found.figures["t_student q50"].tolist() == [3.0] * 4
-    assert found.figures["correlation_teacher"].tolist() == [-0.5] * 4
+    found = temperatures.summaries_of(Group(runs))
+    assert [*found.figures.index] == [1, 2, 3, 4]
+    assert found.figures["t_student.q50"].tolist() == [3.0] * 4
+    assert found.figures["confidence_correlation_t_student"].tolist() == [0.5] * 4
     back = temperatures.epochs_chart([found]).panels[2]
     assert list(back.series[0].y) == [25.0] * 4 and back.y_range[0] == 0
     with pytest.raises(temperatures.Missing, match="LOG.TEMPERATURE summary"):
-        temperatures.summaries_of(0, Group([run_in(tmp_path)]))
+        temperatures.summaries_of(Group([run_in(tmp_path)]))
     with pytest.raises(UserError, match="another format"):
-        temperatures.summaries_of(0, Group([run_in(tmp_path, temperature={"t_student": 3})]))
+        temperatures.summaries_of(Group([run_in(tmp_path, temperature={"t_student": 3})]))
 
 
 def test_a_record_alone_gives_hot_samples(tmp_path):
     record(tmp_path, lambda epoch: np.arange(40) / 10 + epoch)
-    samples = temperatures.samples_of(0, Group([run_in(tmp_path)]), Networks())
+    samples = temperatures.samples_of(Group([run_in(tmp_path)]), Networks())
     assert "DATASET.ROOT" in samples.notes[0]
-    assert np.flatnonzero(samples.hot_student).tolist() == [36, 37, 38, 39]
-    assert samples.hot_student.max() == 1
-    np.testing.assert_allclose(samples.student, np.arange(40) / 10 + 3, atol=5e-3)
+    assert np.flatnonzero(samples.frame["hot_student"]).tolist() == [36, 37, 38, 39]
+    assert samples.frame["hot_student"].max() == 1
+    np.testing.assert_allclose(samples.frame["t_student"], np.arange(40) / 10 + 3, atol=5e-3)
     assert samples.stability.tolist() == pytest.approx([1, 1, 1, 1])
-    assert temperatures.sample_frame(samples)["index"].iloc[0] == 39
+    assert samples.hottest_first["index"].iloc[0] == 39
 
 
 def test_epochs_and_samples_without_a_record_are_filled_or_left_out(tmp_path):
@@ -79,11 +80,11 @@ def test_epochs_and_samples_without_a_record_are_filled_or_left_out(tmp_path):
 
 
 def test_hot_samples_are_ranked_against_difficulty(tmp_path):
-    n, hard, run = 100, np.arange(100.0), run_in(tmp_path, temperature=summary(4.0))
-    both = 4 + hard / 100, 4 - hard / 100
-    samples = temperatures.Samples(0, Group([run]), run, *both, np.zeros(n), np.zeros(n), np.ones(4))
-    samples.loss, samples.margin = hard, -hard
-    table = temperatures.findings_table([temperatures.summaries_of(0, Group([run]))], {0: samples})
+    hard, run = np.arange(100.0), run_in(tmp_path, temperature=summary(4.0))
+    columns = {"t_student": 4 + hard / 100, "t_teacher": 4 - hard / 100, "loss": hard, "margin": -hard}
+    frame = pd.DataFrame(columns | {"hot_student": 0.0, "hot_teacher": 0.0})
+    samples = temperatures.Samples(Group([run]), run, frame, np.ones(4))
+    table = temperatures.findings_table([temperatures.summaries_of(Group([run]))], [samples])
     row = dict(zip(table.head, table.rows[0], strict=True))
     assert row["rank corr. with loss"] == pytest.approx(1)
     assert row["rank corr. with margin"] == pytest.approx(-1)
