@@ -27,6 +27,13 @@ _PUBLIC = {
     "register_method": "distillers",
     "register_rule": "distillers",
     "UserError": "errors",
+    "Key": "config",
+    "Check": "config",
+    "at_least": "config",
+    "below": "config",
+    "between": "config",
+    "one_of": "config",
+    "positive": "config",
 }
 __all__ = [*sorted(_PUBLIC), "losses"]
 

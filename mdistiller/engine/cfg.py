@@ -125,7 +125,8 @@ def config_page() -> str:
         "line. `_BASE_: other.yaml` (or a list) at the top of a file inherits from others, relative to that file.",
         "",
         "The role says what a change of the key does. *computes*: other numbers, so it is part of a run's name, and",
-        "`--resume` refuses to change it. *how*: another way to the same numbers. *where*: another place.",
+        "`--resume` refuses to change it, but for a larger `SOLVER.EPOCHS`, to train on. *how*: another way to the",
+        "same numbers. *where*: another place.",
         "",
     ]
     methods = {name: title for name, title in SECTIONS.items() if "." not in name}

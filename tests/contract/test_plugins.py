@@ -11,7 +11,8 @@ import torch
 from helpers import CPU, METHODS, ROOT, refused, save_teacher, tool
 from methods import batch, model
 
-from mdistiller import registry
+import mdistiller as md
+from mdistiller import config, registry
 from mdistiller.config import computed, load
 from mdistiller.dataset import load_dataset
 from mdistiller.distillers import distiller_dict
@@ -150,7 +151,7 @@ def write(folder, page, expected):
 
 @pytest.mark.parametrize("method", ["CONFIDENCE_KD", "HINT"])
 def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method):
-    write(tmp_path, "docs/new_method.md", {"confidence_kd.py", "confidence_kd.yaml", "hint.py"})
+    write(tmp_path, "docs/new_method.md", {"confidence_kd.py", "confidence_kd.yaml", "hint.py", "notebook.py"})
     words = ["DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", save_teacher(tmp_path / "teacher.pth")]
     if method == "HINT":
         words += ["EXPERIMENT.PLUGINS", "['confidence_kd.py', 'hint.py']", "DISTILLER.TYPE", "HINT"]
@@ -162,7 +163,8 @@ def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method):
 
 
 def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
-    write(tmp_path, "docs/plugins.md", {"small_net.py", "staged_net.py", "squares.py", "confidence.py", "squares.yaml"})
+    files = ("small_net.py", "staged_net.py", "squares.py", "confidence.py", "squares.yaml", "notebook.py")
+    write(tmp_path, "docs/plugins.md", {*files})
     done = tool("train_ours", "--cfg", "squares.yaml", "SOLVER.EPOCHS", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = read_metrics(tmp_path / "output" / "distill" / "confidence,small+SOLVER.EPOCHS:1")
@@ -214,6 +216,27 @@ def the_tools_know_what_it_brings(folder, run):
     assert done.returncode == 2 and "what a plug-in brings needs --plugins FILE" in done.stderr
     done = tool("eval", *words, "--plugins", folder / "small_net.py", folder / "squares.py", cwd=folder / "elsewhere")
     assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        ("docs/new_method.md", "{'loss/loss_ce': "),
+        ("docs/plugins.md", " 8.0"),
+        ("docs/api.md", "MY_METHOD: ResNet -> my_net on my_digits"),
+    ],
+)
+def test_a_pages_notebook_runs_as_it_stands(tmp_path, page, says):
+    (tmp_path / "notebook.py").write_text(blocks(page)["notebook.py"])
+    done = subprocess.run([sys.executable, "notebook.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and says in done.stdout, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notebook.py"]
+
+
+def test_the_table_of_checks_has_all_that_the_library_gives():
+    rows = re.findall(r"^\| `(\w+)[^|]*` \| ", (ROOT / "docs/new_method.md").read_text(), re.M)
+    known = {name for name in md.__all__ if name in config.__all__}
+    assert {row for row in rows if row in known} == known - {"Key"}
 
 
 def test_the_page_on_plugins_says_what_methods_read():

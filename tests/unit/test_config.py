@@ -324,3 +324,37 @@ def test_every_config_loads_and_begins_with_its_command(path):
         assert cfg.SOLVER.LR == (0.01 if small else 0.05)
         assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.LR_DECAY_STAGES) == (240, [150, 180, 210])
         assert cfg.SOLVER.WEIGHT_DECAY == 0.0005
+
+
+@pytest.mark.parametrize(
+    ("default", "says"),
+    [
+        (
+            "Key(-1.0, 'Mine.', positive)",
+            "ValueError: BAD_DEFAULT.T: its default must be greater than 0; got -1.0; mend",
+        ),
+        ("Key('fixd', 'Mine.', one_of(rules))", "BAD_DEFAULT.T: unknown temperature rule 'fixd'; did you mean fixed? "),
+        ("Key('x', 'Mine.', Check(lambda v: v > 0, 'must be more'))", "at which its check fails: TypeError"),
+    ],
+)
+def test_a_default_that_fails_its_check_is_the_plugins(tmp_path, default, says):
+    text = "from mdistiller.config import *\nfrom mdistiller.distillers import *\n"
+    text += "from mdistiller.registry import temperature_rules as rules\n"
+    text += f"@register_method('BAD_DEFAULT', defaults={{'T': {default}}})\nclass Bad(LogitDistiller): pass\n"
+    path = write(tmp_path, text, "bad.py")
+    try:
+        (line,) = problems(opts=["EXPERIMENT.PLUGINS", str(path), "DISTILLER.TYPE", "BAD_DEFAULT"])
+    finally:
+        CFG.pop("BAD_DEFAULT", None), KEYS.pop("BAD_DEFAULT.T", None)
+    assert says in line
+    if "did you mean" in says:
+        assert line.endswith("(the default, which the plug-in has to mend) [Mine]")
+
+
+def test_a_refused_value_says_where_it_is_from_and_what_the_key_means(tmp_path):
+    path = write(tmp_path, "KD: {TEMPERATURE: -1}\nSOLVER: {EPOCHS: many, LR: 0.1}")
+    assert problems(path, ["SOLVER.LR", "0"]) == [
+        f"SOLVER.EPOCHS: must be a whole number, such as 240; got 'many' ({path}) [Training epochs]",
+        "SOLVER.LR: must be greater than 0; got 0.0 (command line) [Learning rate of the first epoch]",
+        f"KD.TEMPERATURE: must be greater than 0; got -1.0 ({path}) [Temperature tau of both softmax outputs]",
+    ]
