@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mdistiller import __version__
+from mdistiller.config.seeds import parse_seeds
 from mdistiller.errors import UserError, run_command
 
 
@@ -69,27 +70,12 @@ def take_seeds(words: list[str]) -> list[int] | None:
     place = next((place for place, word in enumerate(words) if re.match(r"--seeds(=|$)", word)), None)
     if place is None:
         return None
-    first = words.pop(place).partition("=")[2]
-    given = first.replace(",", " ").split()
+    given = [words.pop(place).partition("=")[2]]
     while place < len(words) and not re.match(r"--|[A-Z_]+$|[A-Za-z_]\w*\.", words[place]):
-        given += words.pop(place).replace(",", " ").split()
-    seeds = []
-    for word in given:
-        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", word)
-        if not match:
-            raise UserError(f"--seeds: {word} is no seed; write --seeds 0 1 2, or --seeds 0-2")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if high >= 2**32 or high < low or high - low >= 1000:
-            raise UserError(f"--seeds: {word}: seeds are below 2**32, the smaller one first, and 1,000 at most")
-        seeds += range(low, high + 1)
-    if len(seeds) > 1000:
-        raise UserError(f"--seeds: are {len(seeds):,}, and 1,000 at most; run the others afterwards")
+        given.append(words.pop(place))
+    seeds = parse_seeds(given)
     if take_seeds(words) is not None:
         raise UserError("--seeds: is given twice; write all seeds behind one")
-    if not seeds:
-        raise UserError("--seeds: no seed follows; write --seeds 0 1 2, or --seeds 0-2")
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds: {next(s for s in seeds if seeds.count(s) > 1)} is given twice")
     return seeds
 
 

@@ -3,7 +3,7 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +15,10 @@ from mdistiller.runs.environment import device_name
 from mdistiller.runs.folder import RunFolder, in_use, resumable
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.runs.stop import Stop
-from mdistiller.study.jobs import Local, LocalJob
+from mdistiller.study.jobs import Local, LocalJob, Slurm, SlurmJob
 from mdistiller.study.plan import PlannedGroup
 from mdistiller.study.records import export, read_records, record_of, recorded
 from mdistiller.study.runs import Run
-from mdistiller.study.slurm import Slurm, SlurmJob
 from mdistiller.terminal import say
 
 TRIES = 3  # starts in a row that finish no epoch, after which a group whose jobs die has failed
@@ -54,23 +53,21 @@ def lost_teachers(groups: Sequence[PlannedGroup], records: Mapping[str, Run]) ->
     return {teacher.label for teacher in needed if teacher.hash in records and state(teacher) != "finished"}
 
 
-def known_runs(groups: Sequence[PlannedGroup], records: Mapping[str, Run]) -> list[Run]:
-    """Return all runs that can tell how long epochs take: those on record, then those whose folders are here."""
-    return [*records.values(), *(recorded(run) for group in groups for run in group.runs)]
-
-
-def epoch_seconds(group: PlannedGroup, runs: Iterable[Run]) -> float | None:
-    """Return the seconds that an epoch of one student takes, by the latest of `runs` of the group's method and pair
-    with its batches and precision on this device; None where there is none.
+def epoch_seconds(group: PlannedGroup, records: Mapping[str, Run]) -> float | None:
+    """Return the seconds that an epoch of one student takes, by the latest run of the group's method and pair with its
+    batches and precision on this device: of those whose folders are here, else of those on record; None where there is
+    none.
     """
 
-    def kind(run: Run) -> tuple:
-        solver = run.cfg.SOLVER
-        return run.cell, run.cfg.DATASET.TYPE, solver.BATCH_SIZE, solver.AMP
-
     device = device_name(resolve_device(group.cfg.DEVICE))
-    found = [r for r in runs if r.rows and kind(r) == kind(group.first) and r.environment.get("device") == device]
-    return found[-1].seconds / found[-1].epochs / found[-1].students if found else None
+
+    def kind(run: Run) -> tuple:
+        return run.cell, *(config.get(run.cfg, key) for key in ("DATASET.TYPE", "SOLVER.BATCH_SIZE", "SOLVER.AMP"))
+
+    for run in (*reversed([recorded(run) for run in group.runs]), *reversed(records.values())):
+        if run.rows and kind(run) == kind(group.first) and run.environment.get("device") == device:
+            return run.seconds / run.epochs / run.students
+    return None
 
 
 class Running(NamedTuple):
@@ -166,7 +163,7 @@ class Conductor:
 
     def _fitting(self, group: PlannedGroup, runs: Sequence[Run]) -> list[Run]:
         """Return those of the runs that take their turns to an end before the deadline, as far as that is known."""
-        seconds = epoch_seconds(group, known_runs(self.groups, self.records))
+        seconds = epoch_seconds(group, self.records)
         fitting, end = [], time.monotonic()
         for run in runs:
             end += (run.cfg.SOLVER.EPOCHS - len(read_metrics(run.folder))) * (seconds or 0)
@@ -178,16 +175,16 @@ class Conductor:
 
     def _launch(self, group: PlannedGroup, runs: list[Run]) -> bool:
         """Return whether there is a job now. One that is refused beside others waits: a queue may be full."""
+        seeds = [run.seed for run in runs]
         try:
-            job = self.executor.start(group, [run.seed for run in runs])
+            job = self.executor.start(group, seeds)
         except UserError as error:
             if not self.jobs:
                 self._fail(runs, error.lines)
             return False
-        done = sum(self.is_done(run) for other in self.groups for run in other.runs)
-        total = sum(len(other.runs) for other in self.groups)
-        seeds = ", ".join(str(run.seed) for run in runs)
-        _say(f"start    {group.name}, seeds {seeds}; {done} of {total} runs are done")
+        done = [self.is_done(run) for other in self.groups for run in other.runs]
+        said = f"seeds {', '.join(map(str, seeds))}; {sum(done)} of {len(done)} runs are done"
+        _say(f"start    {group.name}, {said}")
         self.jobs.append(Running(group, runs, job, _epochs(runs)))
         return True
 

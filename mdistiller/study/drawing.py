@@ -107,7 +107,7 @@ def panel_spec(panel: Panel, figures: Sequence[str], names: dict[str, str], lege
     for kind in dict.fromkeys(s.kind for s in panel.series):
         rows = [row_of(number, s, figures) for number, s in enumerate(panel.series) if s.kind == kind]
         arrays = list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, list)))
-        marks = LAYERS[kind](y, arrays)
+        marks = layers_of(kind, y, arrays)
         layers.append({
             "data": {"values": [dict.fromkeys(arrays, []) | row for row in rows]},
             "transform": [{"filter": "indexof(hidden, datum.group) < 0"}, {"flatten": arrays}],
@@ -178,36 +178,27 @@ def tooltip(panel: Panel) -> dict:
     return {"value": {"expr": "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in told.items()) + "}"}}
 
 
-def line_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
-    line = {"mark": {"type": "line", "strokeWidth": 2, "point": {"size": 22}}, "encoding": {"strokeDash": DASHED}}
-    return [*bands({"type": "area", "opacity": 0.16}, y, arrays), line]
-
-
-def point_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
-    return [{"mark": {"type": "point", "filled": True, "size": 30, "opacity": 0.8}}]
-
-
-def bar_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
-    """Return bars side by side, with an error bar on each and its text above it."""
+def layers_of(kind: str, y: dict, arrays: Sequence[str]) -> list[dict]:
+    """Return the marks of all series of a kind, whose data have the columns `arrays`."""
+    if kind == "points":
+        return [{"mark": {"type": "point", "filled": True, "size": 30, "opacity": 0.8}}]
+    if kind == "line":
+        line = {"mark": {"type": "line", "strokeWidth": 2, "point": {"size": 22}}, "encoding": {"strokeDash": DASHED}}
+        return [*bands({"type": "area", "opacity": 0.16}, y, arrays), line]
+    if kind == "level":  # a line from edge to edge with its text at the right
+        text = {"x": {"value": "width"}, "text": {"field": "text"}, "color": {"value": INK}}
+        return [
+            *bands({"type": "rect", "opacity": 0.13}, y, arrays),
+            {"mark": "rule", "encoding": {"strokeDash": DASHED}},
+            {"mark": {"type": "text", "align": "right", "dy": -7}, "encoding": text},
+        ]
+    # bars side by side, with an error bar on each and its text above it
     layers = [{"mark": {"type": "bar", "clip": True}}, *bands({"type": "rule"}, y, arrays, {"color": {"value": INK}})]
     if "text" in arrays:
         text = {"y": y | {"field": "high0" if "high0" in arrays else "y"}, "text": {"field": "text"}}
         layers.append({"mark": {"type": "text", "dy": -7}, "encoding": text | {"color": {"value": INK}}})
     beside = {"xOffset": {"field": "number", "type": "ordinal"}}
     return [layer | {"encoding": layer.get("encoding", {}) | beside} for layer in layers]
-
-
-def level_layers(y: dict, arrays: Sequence[str]) -> list[dict]:
-    """Return a line from edge to edge with its text at the right."""
-    text = {"x": {"value": "width"}, "text": {"field": "text"}, "color": {"value": INK}}
-    return [
-        *bands({"type": "rect", "opacity": 0.13}, y, arrays),
-        {"mark": "rule", "encoding": {"strokeDash": DASHED}},
-        {"mark": {"type": "text", "align": "right", "dy": -7}, "encoding": text},
-    ]
-
-
-LAYERS = {"line": line_layers, "points": point_layers, "bars": bar_layers, "level": level_layers}
 
 
 def bands(mark: dict, y: dict, arrays: Sequence[str], more: dict | None = None) -> list[dict]:

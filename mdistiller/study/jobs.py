@@ -1,10 +1,14 @@
-"""Training a group's runs in another process, so that a crash costs that group alone."""
+"""Training a group's runs in another process, so that a crash costs that group alone: here, or as a job of Slurm."""
 
+import contextlib
+import importlib.util
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,3 +85,49 @@ class Local:
 
     def start(self, group: PlannedGroup, seeds: Sequence[int]) -> LocalJob:
         return LocalJob(group.file, group.opts, seeds)
+
+
+class SlurmJob:
+    """A job of submitit's."""
+
+    def __init__(self, job):
+        self.job = job
+
+    def ended(self) -> bool:
+        return self.job.done()
+
+    def stop(self, at_once: bool = False) -> None:
+        with contextlib.suppress(subprocess.SubprocessError, OSError):  # it may have ended
+            self.job.cancel(check=False)
+
+    def outcome(self) -> Outcome:
+        try:
+            return Outcome(True, self.job.result())
+        except Exception as error:  # cancelled, out of time, a node that failed, a crash: submitit has a class for each
+            return Outcome(False, [" ".join(str(error).split())[-300:] or type(error).__name__])
+
+
+class Slurm:
+    """Jobs of Slurm, whose files lie in `folder`; `parameters` are submitit's. `cluster` may be submitit's "local" or
+    "debug" too. Raises UserError where submitit is missing or refuses the parameters.
+    """
+
+    slots = 10_000
+
+    def __init__(self, folder: Path, parameters: Mapping[str, object], cluster: str = "slurm"):
+        if importlib.util.find_spec("submitit") is None:
+            raise UserError("--executor slurm needs submitit: pip install submitit")
+        import submitit
+
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder.resolve() / "%j", cluster=cluster)
+            self.executor.update_parameters(**parameters)
+        except (RuntimeError, NameError, TypeError, ValueError) as error:
+            raise UserError(f"--executor slurm: {error}") from None
+
+    def start(self, group: PlannedGroup, seeds: Sequence[int]) -> SlurmJob:
+        self.executor.update_parameters(name=re.sub(r"[^\w.-]", "_", group.name))
+        try:
+            return SlurmJob(self.executor.submit(train_group, group.file, group.opts, list(seeds)))
+        except (RuntimeError, OSError) as error:  # sbatch refuses, is missing, or finds no space
+            raise UserError(f"cannot be submitted: {' '.join(str(error).split())}") from None

@@ -8,35 +8,23 @@ from pathlib import Path
 
 import yaml
 
+from mdistiller.config.seeds import parse_seeds
 from mdistiller.dataset import load_dataset
 from mdistiller.errors import UserError
 from mdistiller.runs.folder import check_writable
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.study import plan
-from mdistiller.study.conduct import Conductor, epoch_seconds, known_runs, lost_teachers, state
-from mdistiller.study.jobs import Local
+from mdistiller.study.conduct import Conductor, epoch_seconds, lost_teachers, state
+from mdistiller.study.jobs import Local, Slurm
 from mdistiller.study.plan import PlannedGroup, Shipped
 from mdistiller.study.published import read_published
 from mdistiller.study.records import read_records
 from mdistiller.study.results import results_of
 from mdistiller.study.runs import Run
-from mdistiller.study.slurm import Slurm
 from mdistiller.study.tables import Table, counted, text_table
 from mdistiller.terminal import say
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Return the seeds of 0-4 or 0,2,5 or both. Raises UserError for other texts."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part.strip())
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if not first <= last < min(first + 1000, 2**32):
-            raise UserError(f"--seeds {text}: give a range such as 0-4, or seeds such as 0,2,5")
-        seeds += range(first, last + 1)
-    return list(dict.fromkeys(seeds))
 
 
 def parse_time(text: str) -> float:
@@ -68,7 +56,7 @@ def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
     """
     begin = time.monotonic()
     budget = None if words.budget is None else parse_time(words.budget)
-    seeds = None if words.seeds is None else parse_seeds(words.seeds)
+    seeds = None if words.seeds is None else parse_seeds([words.seeds])
     study = plan.load(plan.find(words.plan, folder), opts, seeds)
     groups = study.select(words.only)
     home = words.results or study.results
@@ -95,15 +83,12 @@ def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
     found = results_of(conductor.records.values(), figures, Shipped(folder.parent / "cifar100"), study)
     found.write(home)
     say(f"\n{found.text}\n")
-    for run in conductor.left():
+    left = conductor.left()
+    for run in left:
         say(": ".join(filter(None, [f"waiting  {run.label}", conductor.waiting.get(run.label)])))
     for label, reason in conductor.failed.items():
         say(f"failed   {label}: {reason}")
-    counts = {
-        "done": sum(map(conductor.is_done, runs)),
-        "failed": len(conductor.failed),
-        "waiting": len(conductor.left()),
-    }
+    counts = {"done": sum(map(conductor.is_done, runs)), "failed": len(conductor.failed), "waiting": len(left)}
     counts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     written = f"; tables and charts in {home / study.name}" if found.table.rows else ""
     say(f"{counts}, in {duration(time.monotonic() - begin)}{written}")
@@ -118,26 +103,29 @@ def duration(seconds: float | None) -> str:
 
 def forecast(groups: Sequence[PlannedGroup], records: Mapping[str, Run]) -> None:
     """Say what would run, and about how long it would take, by epochs that ran on this device."""
-    lost, known = lost_teachers(groups, records), known_runs(groups, records)
-    rows, total, unknown, epochs_left = [], 0.0, 0, 0
+    lost = lost_teachers(groups, records)
+    rows, todo = [], []
     for group in groups:
-        seconds = epoch_seconds(group, known)
+        seconds = epoch_seconds(group, records)
         for run in group.runs:
-            epochs = run.cfg.SOLVER.EPOCHS
             found = "done" if run.hash in records and run.label not in lost else state(run)
+            epochs, times = run.cfg.SOLVER.EPOCHS, ["", ""]
             if found in ("done", "finished"):
-                rows.append([run.label, found, f"{epochs}/{epochs}", "", ""])
-                continue
-            done = 0 if found in ("missing", "another") else len(read_metrics(run.folder))
-            left = None if seconds is None else seconds * (epochs - done)
-            rows.append([run.label, found, f"{done}/{epochs}", f"{seconds:.1f}" if seconds else "?", duration(left)])
-            total, unknown, epochs_left = total + (left or 0), unknown + (left is None), epochs_left + epochs - done
+                done = epochs
+            else:
+                done = 0 if found in ("missing", "another") else len(read_metrics(run.folder))
+                left = None if seconds is None else seconds * (epochs - done)
+                todo.append((epochs - done, left))
+                times = [f"{seconds:.1f}" if seconds else "?", duration(left)]
+            rows.append([run.label, found, f"{done}/{epochs}", *times])
     say(text_table(Table("forecast", "", "", ("run", "state", "epochs", "s/epoch", "time left"), rows)))
     for label in sorted(lost):
         say(f"{label} is on record, but its network is gone: its students need it trained again")
-    todo = sum(row[4] != "" for row in rows)
-    time_left = f"about {duration(total)} one after the other" if total or not unknown else ""
+    times = [left for _, left in todo if left is not None]
+    unknown = len(todo) - len(times)
+    time_left = f"about {duration(sum(times))} one after the other" if times or not unknown else ""
     if unknown:
         unsaid = f"{counted(unknown, 'run')} of unknown time: none like it has run on this device"
         time_left = ", and ".join(filter(None, [time_left, unsaid]))
-    say(f"{counted(todo, 'run')}, {counted(epochs_left, 'epoch')} left: {time_left}")
+    epochs_left = sum(epochs for epochs, _ in todo)
+    say(f"{counted(len(todo), 'run')}, {counted(epochs_left, 'epoch')} left: {time_left}")

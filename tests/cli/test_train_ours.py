@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
         (["--seeds", "3-1"], "the smaller one first"),
         (["--seeds", "4294967296"], "2**32"),
         (["--seeds=1.5"], "is no seed"),
-        (["--seeds", "0", "-1"], "--seeds: -1 is no seed; write --seeds 0 1 2"),
+        (["--seeds", "0", "-1"], "--seeds: -1 is no seed; write --seeds 0,1,2"),
         (["--seeds", "0-999", "1000-1999"], "2,000, and 1,000 at most"),
         (["--seeds", "0", "1", "SEED", "3"], "give one of them"),
         (["--seeds", "0", "LOG.WANDB", "True"], "LOG.WANDB False"),

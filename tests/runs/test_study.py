@@ -22,9 +22,8 @@ from mdistiller.errors import UserError
 from mdistiller.runs.folder import RunFolder
 from mdistiller.study import conduct, plan, results
 from mdistiller.study.conduct import Conductor, state
-from mdistiller.study.jobs import Outcome
+from mdistiller.study.jobs import Outcome, Slurm
 from mdistiller.study.records import record_of
-from mdistiller.study.slurm import Slurm
 
 RECORD = Path("results/runs.jsonl")
 
@@ -270,7 +269,7 @@ def test_a_plug_ins_method_can_be_in_a_plan(small_plan):
     [
         (["quik"], "unknown plan 'quik'; did you mean quick?"),
         (["gone.yaml"], "gone.yaml"),
-        (["small.yaml", "--seeds", "4-1"], "--seeds 4-1: give a range such as 0-4"),
+        (["small.yaml", "--seeds", "4-1"], "--seeds: 4-1: seeds are below 2**32, the smaller one first"),
         (["small.yaml", "--budget", "soon"], "--budget soon: give a time such as 2h"),
         (["small.yaml", "--only", "DKD"], "--only DKD: names nothing in the plan"),
         (["small.yaml", "SOLVER.LR", "1"], "SOLVER.LR: pairs of KEY VALUE say only where"),

@@ -8,11 +8,12 @@ import yaml
 from helpers import ROOT
 from studies import PLANS, PUBLISHED, change, write
 
+from mdistiller.config.seeds import parse_seeds
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.study import plan
 from mdistiller.study.published import departures
 from mdistiller.study.records import read_records
-from mdistiller.study.reproduce import parse_parameters, parse_seeds, parse_time
+from mdistiller.study.reproduce import parse_parameters, parse_time
 
 
 def runs_of(study):
@@ -176,11 +177,11 @@ def test_many_overrides_give_runs_a_short_name(small_plan):
 
 
 def test_seeds_times_and_parameters():
-    assert parse_seeds("0-2,5,1") == [0, 1, 2, 5]
+    assert parse_seeds(["0-2,5", "9"]) == [0, 1, 2, 5, 9]
     assert [parse_time(text) for text in ("2h", "90m", "1h30m", "0.5d", "45s")] == [7200, 5400, 5400, 43200, 45]
     assert parse_parameters(["timeout_min=5", "slurm_partition=gpu"]) == {"timeout_min": 5, "slurm_partition": "gpu"}
     for parse, bad in (
-        (parse_seeds, ("", "4-2", "a", "-1", "0-99999999", "1,,2")),
+        (lambda text: parse_seeds([text]), ("", "4-2", "a", "-1", "0-99999999", "0-999,1000", "1,1")),
         (parse_time, ("", "2", "h", "2 hours", "-1h")),
         (parse_parameters, (["x"],)),
     ):
