@@ -71,7 +71,7 @@ class Package:
         if self.root and (own or not rest):
             return self.execute(rest, own)
         if not rest:
-            return self.execute("", None)
+            return importlib.import_module("mdistiller")
         full = f"mdistiller.{rest}"
         if _exists(full):
             ours = importlib.import_module(full)

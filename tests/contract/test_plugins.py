@@ -89,6 +89,16 @@ def test_a_plugin_that_fails_is_one_line(tmp_path):
             load(None, ["EXPERIMENT.PLUGINS", f"['{plugin}']"])
 
 
+def test_a_plugin_imports_the_package_as_anybody_does(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import mdistiller as md\nimport mdistiller.losses\nfrom mdistiller import UserError\n"
+        "@md.register_model\ndef imported(num_classes):\n    raise UserError(mdistiller.losses.__name__)\n"
+    )
+    load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "mine.py")])
+    with pytest.raises(UserError, match="mdistiller.losses"):
+        cifar_model_dict["imported"][0](num_classes=2)
+
+
 @pytest.mark.parametrize("typed", ["[{0},{1}]", "[{0}, {1}]", "['{0}', '{1}']"])
 def test_a_list_of_plugins_needs_no_inner_quotes(tmp_path, typed):
     files = [str(tmp_path / name) for name in ("a.py", "b.py")]
