@@ -96,7 +96,7 @@ def test_a_plugin_imports_the_package_as_anybody_does(tmp_path):
     )
     load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "mine.py")])
     with pytest.raises(UserError, match="mdistiller.losses"):
-        cifar_model_dict["imported"][0](num_classes=2)
+        registry.cifar_models["imported"][0](num_classes=2)
 
 
 @pytest.mark.parametrize("typed", ["[{0},{1}]", "[{0}, {1}]", "['{0}', '{1}']"])
