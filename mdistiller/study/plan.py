@@ -4,9 +4,10 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -121,11 +122,19 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
     values = _checked(tree, problems)
     if seeds is not None:
         values["seeds"] = list(seeds)
-    grid = _Grid(file, values, opts, problems)
-    for teacher, student in _pairs(values, problems) if grid.shipped.folder.is_dir() else ():
-        for method in values["methods"]:
-            grid.add(method, teacher, student)
-    groups = list(grid.groups.values())
+    shipped, planned = Shipped(Path(os.path.normpath(file.parent / values["configs"]))), {}
+    wanted = _wanted(values, problems)
+    if not shipped.folder.is_dir():
+        problems.append(f"configs: there is no folder {shipped.folder}")
+        wanted = {}
+    for key, its_seeds in wanted.items():
+        alone = planned.get(("NONE", "", "", key[2]))
+        teacher = next((run for run in alone.runs if run.seed == values["teacher_seed"]), None) if alone else None
+        try:
+            planned[key] = _group(key, its_seeds, shipped, values["overrides"], opts, teacher)
+        except ConfigError as error:
+            problems += error.lines
+    groups = list(planned.values())
     folders = Counter(run.folder for group in groups for run in group.runs)
     problems += [
         f"{run.label}: is not alone in the folder {run.folder}"
@@ -163,13 +172,13 @@ def _checked(tree: CfgNode, problems: list[str]) -> dict:
     return values
 
 
-def _pairs(values: dict, problems: list[str]) -> list[tuple[str, str]]:
-    """Return (teacher, student): of a list, the students of a teacher one after the other; of a grid, all of a
-    student.
+def _wanted(values: dict, problems: list[str]) -> dict[tuple[str, ...], set[int]]:
+    """Return {(method, rule, teacher, student): seeds} in the order in which groups are run: a teacher before its
+    students; of a list of pairs, the students of a teacher one after the other; of a grid, all of a student.
     """
     if bool(values["pairs"]) == bool(values["teachers"] and values["students"]):
         problems.append("pairs: give either pairs: [teacher/student, ...], or teachers: and students:")
-        return []
+        return {}
     pairs = [tuple(text.split("/")) for text in values["pairs"] if text.count("/") == 1]
     problems += [
         f"pairs: must be teacher/student, such as resnet56/resnet20; got {text}"
@@ -177,7 +186,17 @@ def _pairs(values: dict, problems: list[str]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     order = [teacher for teacher, _ in pairs]
     pairs.sort(key=lambda pair: order.index(pair[0]))
-    return pairs + [(teacher, student) for student in values["students"] for teacher in values["teachers"]]
+    pairs += [(teacher, student) for student in values["students"] for teacher in values["teachers"]]
+    wanted: dict[tuple[str, ...], set[int]] = {}
+    for (teacher, student), method in product(pairs, values["methods"]):
+        if method == "NONE":
+            wanted.setdefault(("NONE", "", "", student), set()).update(values["seeds"])
+            continue
+        wanted.setdefault(("NONE", "", "", teacher), set()).add(values["teacher_seed"])
+        for rule in values["rules"] or [""]:
+            key = (method, "" if rule == own_rule(method) else rule, teacher, student)
+            wanted.setdefault(key, set()).update(values["seeds"])
+    return wanted
 
 
 class Shipped:
@@ -222,66 +241,42 @@ def words_of(pairs: dict[str, object]) -> list[str]:
     return [word for key, v in pairs.items() for word in (key, v if isinstance(v, str) else str(v).replace(" ", ""))]
 
 
-class _Grid:
-    """Groups as they come up; what is wrong with one of them is added to `problems`."""
-
-    def __init__(self, file: Path, values: dict, opts: Sequence[str], problems: list[str]):
-        self.values, self.opts, self.problems = values, list(opts), problems
-        self.groups: dict[tuple, PlannedGroup] = {}
-        self.shipped = Shipped(Path(os.path.normpath(file.parent / values["configs"])))
-        if not self.shipped.folder.is_dir():
-            problems.append(f"configs: there is no folder {self.shipped.folder}")
-
-    def add(self, method: str, teacher: str, student: str) -> None:
-        """Add the pair's groups for the method, one for each rule; before them the teacher, which all of them need."""
-        seeds, seed = self.values["seeds"], self.values["teacher_seed"]
-        if method == "NONE":
-            self._add_group(("NONE", "", "", student), seeds)
-            return
-        trained = self._add_group(("NONE", "", "", teacher), [seed])
-        source = next((run for run in trained if run.seed == seed), None)
-        for rule in self.values["rules"] or [""]:
-            self._add_group((method, "" if rule == own_rule(method) else rule, teacher, student), seeds, source)
-
-    def _add_group(self, key: tuple[str, ...], seeds: list[int], source: Run | None = None) -> list[Run]:
-        """Add the group `key` (method, rule, teacher, student), or the seeds that it lacks; return its runs."""
-        if key not in self.groups:
-            group = self._group(*key, source)
-            if group is None:
-                return []
-            self.groups[key] = group
-        group = self.groups[key]
-        for seed in seeds:
-            if seed not in [run.seed for run in group.runs]:
-                try:
-                    group.runs.append(planned(group, seed))
-                except UserError as error:
-                    self.problems += [line.replace("(command line)", "(overrides)") for line in error.lines]
-        group.runs.sort(key=lambda run: run.seed)
-        return group.runs
-
-    def _group(self, method: str, rule: str, teacher: str, student: str, source: Run | None) -> PlannedGroup | None:
-        """Return the group without its runs; None where there is no YAML for it."""
-        file, changes = self.shipped.file(method, teacher, student)
-        if file is None:
-            known = registry.cifar_models
-            lacks = f"configs: {self.shipped.folder}/none has no YAML for {student}; add one"
-            self.problems.append(lacks if student in known else f"pairs: {registry.unknown('model', student, known)}")
-            return None
-        changes |= {k: v for k, v in self.values["overrides"].items() if _reads(method, k)}
-        changes |= {"TEMPERATURE.RULE": rule} if rule else {}
-        words = words_of(changes)
-        tag = ",".join(filter(None, [re.sub(r"\W", "_", method.lower()), teacher, student]))
-        places = {"EXPERIMENT.PROJECT": f"campaign/{self.shipped.folder.name}", "EXPERIMENT.TAG": tag}
-        if source:
-            places["DISTILLER.TEACHER_CKPT"] = str(source.student_file)
-        if len(",".join([tag, *words, "SEED", str(2**32)])) > MOST_BYTES:  # the folder's name cannot hold the changes
-            digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
-            places["EXPERIMENT.NAME"] = f"{tag}+{digest}"
-        return PlannedGroup([], file=file, opts=[*words, *words_of(places), *self.opts], teacher=source)
+def _group(
+    key: tuple[str, ...], seeds: Iterable[int], shipped: Shipped, overrides: Mapping, opts: Sequence[str],
+    source: Run | None,
+) -> PlannedGroup:  # fmt: skip
+    """Return the group `key`, (method, rule, teacher, student), of the teacher that is trained by `source`. Raises
+    ConfigError where there is no YAML for it, or a run cannot be configured.
+    """
+    method, rule, teacher, student = key
+    file, changed = shipped.file(method, teacher, student)
+    if file is None:
+        known = registry.cifar_models
+        lacks = f"configs: {shipped.folder}/none has no YAML for {student}; add one"
+        raise ConfigError(lacks if student in known else f"pairs: {registry.unknown('model', student, known)}")
+    changed |= {k: v for k, v in overrides.items() if _reads(method, k)}
+    changed |= {"TEMPERATURE.RULE": rule} if rule else {}
+    words = words_of(changed)
+    tag = ",".join(filter(None, [re.sub(r"\W", "_", method.lower()), teacher, student]))
+    places = {"EXPERIMENT.PROJECT": f"campaign/{shipped.folder.name}", "EXPERIMENT.TAG": tag}
+    if source:
+        places["DISTILLER.TEACHER_CKPT"] = str(source.student_file)
+    if len(",".join([tag, *words, "SEED", str(2**32)])) > MOST_BYTES:  # the folder's name cannot hold the changes
+        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+        places["EXPERIMENT.NAME"] = f"{tag}+{digest}"
+    group = PlannedGroup([], file=file, opts=[*words, *words_of(places), *opts], teacher=source)
+    problems = []
+    for seed in sorted(seeds):
+        try:
+            group.runs.append(_run(group, seed))
+        except UserError as error:
+            problems += [line.replace("(command line)", "(overrides)") for line in error.lines]
+    if problems:
+        raise ConfigError(*problems)
+    return group
 
 
-def planned(group: PlannedGroup, seed: int) -> Run:
+def _run(group: PlannedGroup, seed: int) -> Run:
     """Return the group's run of the seed, with no row yet. Raises UserError where it cannot be configured."""
     opts = [*group.opts, "SEED", str(seed)]
     cfg = config.load(group.file, opts)
