@@ -60,8 +60,7 @@ class Comparison:
     @property
     def agreement(self) -> dict[str, float]:
         """Shares in percent of the images by who names their label."""
-        shares = st.agreement(self.student.logits, self.teacher.logits, self.labels)
-        return {name: 100 * share for name, share in shares.items()}
+        return st.agreement(self.student.logits, self.teacher.logits, self.labels)
 
     @property
     def correlation_difference(self) -> tuple[np.ndarray, np.ndarray]:

@@ -77,13 +77,13 @@ AGREEMENT = ("both right", "teacher alone", "student alone", "same mistake", "di
 
 
 def agreement(logits_student: np.ndarray, logits_teacher: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Shares of the samples, which add up to 1, by who names the label (N,). Student and teacher agree on the samples
-    of "both right" and "same mistake".
+    """Shares of the samples in percent by who names the label (N,). Student and teacher agree on the samples of "both
+    right" and "same mistake".
     """
     student, teacher = logits_student.argmax(1), logits_teacher.argmax(1)
     right, right_teacher = student == labels, teacher == labels
     cases = np.select([right & right_teacher, right_teacher, right, student == teacher], range(4), 4)
-    return dict(zip(AGREEMENT, (np.bincount(cases, minlength=5) / len(labels)).tolist(), strict=True))
+    return dict(zip(AGREEMENT, (100 * np.bincount(cases, minlength=5) / len(labels)).tolist(), strict=True))
 
 
 def class_means(values: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
