@@ -176,7 +176,8 @@ def evaluate(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Scores:
-    """Return top-1, top-5 (both in percent) and the mean cross entropy of `model` on test images.
+    """Return top-1, top-5 (both in percent) and the mean cross entropy of `model` on test images; top-5 is
+    None for five classes or fewer.
 
     `model`: a Result, whose student is meant; a name of cifar_model_dict, whose `weights` are needed; or an nn.Module
     as for `distill`. `data`: the name of a data set or an ImageSet, whose test part counts, or a pair (images, labels)

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -40,10 +42,30 @@ def shows_bars(stream: TextIO | None = None) -> bool:
     return not _silent and (stream or sys.stdout).isatty()
 
 
+def columns() -> int | None:
+    """Return how many letters fit on a line of the terminal behind stdout; None where it is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def fitted(text: str) -> str:
+    """Return `text` with line breaks between words where a terminal is too narrow for a line."""
+    width = columns()
+    if width is None:
+        return text
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapper.fill(line) if len(line) > width else line for line in text.split("\n"))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return 1 run, 2,000 runs, 2 classes."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def say(text: str) -> None:
     """Print a line on stdout, above a progress bar."""
     if _silent:
         return
     with unbroken():
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(fitted(text), file=sys.stdout)
         sys.stdout.flush()

@@ -1,4 +1,5 @@
-"""Figures, tables and a report of recorded runs: OUT/report.html, and OUT/figures/ as PNG, SVG and CSV.
+"""Figures, tables and a report of recorded runs: OUT/report.html, and
+OUT/figures/ as PNG, SVG and CSV.
 
 python3 tools/analyze.py output/digits/* -o output/report
 """

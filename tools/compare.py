@@ -20,9 +20,13 @@ def main() -> None:
 
     from mdistiller.study.runs import lacking_plugins, read_runs  # torch takes seconds to import, and --help needs none
     from mdistiller.study.tables import compared, text_table
+    from mdistiller.terminal import columns
 
     runs = read_runs(words.runs, plugins=words.plugins)
-    print(text_table(compared(runs)))
+    table = compared(runs)
+    if table.caption:
+        print(f"{table.caption}\n")
+    print(text_table(table, columns()))
     for line in lacking_plugins(runs):
         print(line, file=sys.stderr)
 

@@ -1,4 +1,5 @@
-"""Write the pages that come from the code: docs/api.md, docs/config.md and docs/methods.md.
+"""Write the pages that come from the code: docs/api.md, docs/config.md and
+docs/methods.md.
 
 python3 tools/document.py docs
 """

@@ -1,4 +1,5 @@
-"""Fetch mdistiller's released teachers, or CIFAR's official binary version: resumed, verified, unpacked.
+"""Fetch mdistiller's released teachers, or CIFAR's official binary version:
+resumed, verified, unpacked.
 
 python3 tools/download.py teachers                  into ./download_ckpts
 python3 tools/download.py cifar100                  into ./data

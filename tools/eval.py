@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint on a test set.
 
-python3 tools/eval.py -m resnet8x4 -c output/DTKD_Final/dtkd,res32x4,res8x4/student_best
+python3 tools/eval.py -m resnet8 -d digits -c RUN/student_best
 python3 tools/eval.py -m resnet32x4 -c pretrain -d cifar100 -bs 256
 """
 
@@ -35,13 +35,13 @@ def main(words: Sequence[str] | None = None) -> None:
     report = evaluate_checkpoint(a.model, a.ckpt, a.dataset, a.root, a.batch_size, device, a.amp)
     rows = (
         ("top-1", f"{report.scores.top1:.2f} %"),
-        ("top-5", f"{report.scores.top5:.2f} %"),
+        ("top-5", "" if report.scores.top5 is None else f"{report.scores.top5:.2f} %"),
         ("loss", f"{report.scores.loss:.4f}"),
         ("parameters", f"{report.parameters:,}"),
         ("images/s", f"{report.images_per_second:,.0f}"),
     )
     print(f"{a.model} from {a.ckpt} on {a.dataset}, {device}, {a.amp} autocast")
-    for name, value in rows:
+    for name, value in (row for row in rows if row[1]):
         print(f"  {name:<12}{value:>14}")
 
 

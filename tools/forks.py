@@ -1,9 +1,11 @@
-"""What of a checkout of another framework can be compared here: its methods and its YAML files, tried in seconds.
+"""What of a checkout of another framework can be compared here: its methods and
+its YAML files, tried in seconds.
 
 python3 tools/forks.py path/to/checkout [path/to/method.py ...]
 
-A checkout built as mdistiller is (a folder with distillers/__init__.py inside), or a file with a method. Each method is
-trained for one step on random images by a YAML file of its own. The code in it runs with your rights.
+A checkout built as mdistiller is (a folder with distillers/__init__.py
+inside), or a file with a method. Each method is trained for one step on random
+images by a YAML file of its own. The code in it runs with your rights.
 """
 
 import argparse

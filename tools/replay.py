@@ -1,8 +1,10 @@
-"""Run the step again whose loss was not finite, from the file that the stopped run kept.
+"""Run the step again whose loss was not finite, from the file that the stopped
+run kept.
 
 python3 tools/replay.py 'output/distill/run/bad_batch,epoch_2,step_13'
 
-Exit status: 1 where the step goes bad again, 0 where it does not, 2 for a file that cannot be used.
+Exit status: 1 where the step goes bad again, 0 where it does not, 2 for a file
+that cannot be used.
 """
 
 import argparse

@@ -1,11 +1,14 @@
 """Run a plan of configs/plans, or what is left of it, to its tables and charts.
 
 python3 tools/reproduce.py quick
-python3 tools/reproduce.py dtkd_charts --only KD,resnet20 --seeds 0-4 --budget 2h [LOG.PREFIX /scratch ...]
+python3 tools/reproduce.py dtkd_charts --only KD,resnet20 --seeds 0-4 \\
+    --budget 2h [LOG.PREFIX /scratch ...]
 
-The same command goes on after anything: finished runs are in RESULTS/runs.jsonl and are left alone, half-done ones go
-on where they were, a run that another process trains is waited for. Exit status: 0 all is done; 1 a run failed; 2 a
-mistake in the input; 75 stopped, or out of budget, with something left; 130 a second Ctrl-C.
+The same command goes on after anything: finished runs are in
+RESULTS/runs.jsonl and are left alone, half-done ones go on where they were, a
+run that another process trains is waited for. Exit status: 0 all is done; 1 a
+run failed; 2 a mistake in the input; 75 stopped, or out of budget, with
+something left; 130 a second Ctrl-C.
 """
 
 import argparse

@@ -1,8 +1,11 @@
 """Tables (Markdown, LaTeX, CSV) and bar charts (PNG, SVG) of the runs on record.
 
-python3 tools/results.py dtkd_charts                      the plan's, from results/runs.jsonl, into results/
-python3 tools/results.py mine/runs.jsonl --only 'KD,resnet8'   of whatever is on record there, by most runs' protocol
-python3 tools/results.py --page docs/reproduction.md       the tables between that page's markers
+python3 tools/results.py dtkd_charts
+    of a plan's runs in results/runs.jsonl, into results/
+python3 tools/results.py mine/runs.jsonl --only 'KD,resnet8'
+    of whatever is on record there, by the protocol of most runs
+python3 tools/results.py --page docs/reproduction.md
+    the tables between that page's markers
 """
 
 import argparse

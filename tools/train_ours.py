@@ -1,9 +1,11 @@
 """Train a student, by the method and with the teacher that a YAML file names.
 
-python3 tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml [--seeds 0 1 2] [--resume [auto]] [KEY VALUE ...]
+python3 tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml \\
+    [--seeds 0 1 2] [--resume [auto]] [KEY VALUE ...]
 
-Exit status: 0 done; 1 the run failed (no finite loss, memory, disk); 2 a mistake in the input; 75 stopped by SIGTERM,
-SIGINT, SIGUSR1 or SIGHUP after a step, to go on there with --resume; 130 stopped at once by a second Ctrl-C.
+Exit status: 0 done; 1 the run failed (no finite loss, memory, disk); 2 a
+mistake in the input; 75 stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP after a
+step, to go on there with --resume; 130 stopped at once by a second Ctrl-C.
 """
 
 import argparse

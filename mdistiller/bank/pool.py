@@ -17,6 +17,7 @@ from mdistiller.errors import UserError
 from mdistiller.files import expand
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable
+from mdistiller.terminal import counted
 
 BANK_VERSION = 2  # raised where a view or a row comes to another number than before, or files to another form
 BANK_PAYS_BELOW = 0.8  # auto makes a bank that leaves less than this share of the teacher's passes
@@ -45,8 +46,8 @@ def choose(wanted: str, views: int, draws: int, held: float, cuda: bool) -> Choi
     if wanted != "auto":
         return Choice(wanted, "")
     share = (1 - held) * expected_distinct_views(views, draws, cuda) / max(draws, 1)
-    text = f"{100 * share:.0f} % of the teacher's passes" if share <= 1 else f"{share:.1f} times the teacher's passes"
-    text = f"{draws} draws from an image's {views} views leave {text}"
+    text = f"it saves {100 * (1 - share):.0f} %" if share <= 1 else f"it takes {share:.1f} times"
+    text = f"{text} of the teacher's passes; an image has {counted(views, 'view')} and is used {counted(draws, 'time')}"
     if share >= BANK_PAYS_BELOW:
         return Choice("none", f"a bank would not pay: {text}")
     return Choice("full" if cuda else "lazy", text)

@@ -20,11 +20,12 @@ from mdistiller.dataset import Batch, Loader
 from mdistiller.device import resolve_device, seed_everything
 from mdistiller.engine.build import Workspace
 from mdistiller.engine.dot import DistillationOrientedTrainer
+from mdistiller.engine.evaluator import scores_on_loader
 from mdistiller.engine.run import Run, RunRequest, entered, failures
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.state import RunState
 from mdistiller.engine.step import Step
-from mdistiller.engine.utils import AverageMeter, accuracy, adjust_learning_rate, validate
+from mdistiller.engine.utils import AverageMeter, accuracy, adjust_learning_rate
 from mdistiller.errors import TrainingDiverged, UserError
 from mdistiller.runs.folder import RunFolder, run_folder
 from mdistiller.runs.keeper import Keeper
@@ -193,12 +194,12 @@ class BaseTrainer:
             self.train_loader.set_epoch(epoch)
         for data in self.train_loader:
             self.train_iter(data, epoch, meters)
-        test_acc, test_acc_top5, test_loss = validate(self.val_loader, self.distiller)
-        if not math.isfinite(test_loss):
-            raise TrainingDiverged(f"epoch {epoch}: the test loss is {test_loss}; lower SOLVER.LR")
+        scores = scores_on_loader(self.val_loader, self.distiller)
+        if not math.isfinite(scores.loss):
+            raise TrainingDiverged(f"epoch {epoch}: the test loss is {scores.loss}; lower SOLVER.LR")
         train = {"train_acc": meters["top1"].avg, "train_loss": meters["losses"].avg}
-        test = {"test_acc": test_acc, "test_acc_top5": test_acc_top5, "test_loss": test_loss}
-        self._count(epoch, test_acc)
+        test = {"test_acc": scores.top1, "test_acc_top5": scores.top5, "test_loss": scores.loss}
+        self._count(epoch, scores.top1)
         self.log(lr, epoch, train | test)
         self._end(epoch)
 
@@ -230,7 +231,7 @@ class BaseTrainer:
 
     def log(self, lr: float, epoch: int, log_dict: Mapping[str, float]) -> None:
         """Record an epoch: train_acc, train_loss, test_acc, test_acc_top5, test_loss, and what else there is."""
-        figures = {name: float(value) for name, value in log_dict.items()}
+        figures = {name: float(value) for name, value in log_dict.items() if value is not None}
         self._count(epoch, figures["test_acc"])
         seconds = time.monotonic() - self.began
         best = {"best_acc": self.state.best_acc, "best_epoch": self.state.best_epoch}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller import config
@@ -23,7 +23,7 @@ CLASSES = {"cifar10": 10, "cifar100": 100}  # of the data sets that are fetched 
 
 class Scores(NamedTuple):
     top1: float  # percent
-    top5: float  # percent; of all classes where there are fewer than five
+    top5: float | None  # percent; None for five classes or fewer, of which it is always 100
     loss: float  # mean cross entropy
 
 
@@ -40,7 +40,16 @@ def scores_of(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -
         counts = batch if counts is None else counts + batch
         samples += len(target)
     top1, top5, loss = counts.tolist()
-    return Scores(100 * top1 / samples, 100 * top5 / samples, loss / samples)
+    return Scores(100 * top1 / samples, 100 * top5 / samples if logits.shape[1] > 5 else None, loss / samples)
+
+
+@torch.no_grad()
+def scores_on_loader(val_loader: Iterable, distiller: nn.Module) -> Scores:
+    """Return the scores of `distiller(image=...)`, put into eval mode, on batches that begin with (image, target)."""
+    distiller.eval()
+    device = next(distiller.parameters()).device
+    batches = ((image.to(device), target.to(device), None) for image, target, *_ in val_loader)
+    return scores_of(lambda image: distiller(image=image), batches)
 
 
 def images_together(wanted: int, size: int, device: torch.device) -> int:

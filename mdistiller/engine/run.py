@@ -20,6 +20,7 @@ from mdistiller.errors import RunFailed, UserError
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import RunFolder, resumable, run_folder
 from mdistiller.runs.recorder import Recorder, require_wandb, start_wandb
+from mdistiller.terminal import counted
 
 
 def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None = None) -> dict:
@@ -131,7 +132,8 @@ class Run:
             self.trainer.keeper.restore(self.trainer.state.load)
             if self.trainer.state.epoch > cfg.SOLVER.EPOCHS:
                 raise UserError(
-                    f"--resume: {self.trainer.state.epoch} epochs are done, more than SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
+                    f"--resume: {counted(self.trainer.state.epoch, 'epoch')} done, more than SOLVER.EPOCHS "
+                    f"{cfg.SOLVER.EPOCHS}"
                 )
 
     def start(self) -> Recorder:
@@ -168,7 +170,7 @@ class Run:
             pair = f"{names.TEACHER} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
             recorder.say(
                 f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
-                f"images, {data.num_classes} classes), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
+                f"images, {counted(data.num_classes, 'class')}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
                 + (f", in {self.request.path}" if self.workspace.kept else "")
             )
             for line in data.doubts():
@@ -181,7 +183,7 @@ class Run:
             if self.request.teacher_file and self.workspace.kept:
                 say_once(f"teacher: {self.request.teacher_file}")
         else:
-            inside = f", {state.done} steps into the next" if state.done else ""
+            inside = f", {counted(state.done, 'step')} into the next" if state.done else ""
             recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}")
         stages = cfg.SOLVER.LR_DECAY_STAGES
         if stages and min(stages) >= cfg.SOLVER.EPOCHS:

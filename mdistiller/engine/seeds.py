@@ -18,7 +18,7 @@ from mdistiller.errors import FolderInUse, Preempted, RunFailed, TrainingDiverge
 from mdistiller.files import write_atomic
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
-from mdistiller.terminal import say
+from mdistiller.terminal import counted, say
 
 
 def seeds_of(seeds: int | Iterable[int] | None) -> list[int] | None:
@@ -147,7 +147,8 @@ def take_turns(students: Sequence[Student], workspace: Workspace) -> None:
     if stopped:
         goes_on = "the same command with --resume auto goes on there" if workspace.kept else "folder= would keep them"
         raise Preempted(
-            f"stopped by {workspace.stop.signal}: {len(stopped)} of {len(students)} students are not done; {goes_on}"
+            f"stopped by {workspace.stop.signal}: {len(stopped)} of {counted(len(students), 'student')} not done; "
+            f"{goes_on}"
         )
 
 

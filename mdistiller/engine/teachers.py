@@ -13,7 +13,7 @@ from mdistiller.files import expand
 from mdistiller.models import default_checkpoint
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
-from mdistiller.terminal import say
+from mdistiller.terminal import counted, say
 
 
 def find_teacher(
@@ -85,7 +85,7 @@ def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Pat
     """Train the teacher that `cfg` describes and store its last epoch at `target`, which is returned. An interrupted
     training goes on where it stopped; one that another process is at is waited for.
     """
-    say(f"the teacher {cfg.DISTILLER.STUDENT} comes first, for {cfg.SOLVER.EPOCHS} epochs, by method NONE")
+    say(f"the teacher {cfg.DISTILLER.STUDENT} comes first, for {counted(cfg.SOLVER.EPOCHS, 'epoch')}, by method NONE")
     while True:
         try:
             result = train(cfg, resume="auto")

@@ -25,6 +25,7 @@ from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import Recorder
 from mdistiller.runs.stop import Stop, StopRequested
 from mdistiller.runs.temperature import EpochBuffer, RecordFile
+from mdistiller.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Trainer:
             file = self.keeper.folder / "temperatures.bin"
             record = RecordFile(file, self.feed.batches.num_samples, state.epoch)
             if record.missing:
-                recorder.say(f"warning: {file.name} has nothing of {record.missing} finished epochs")
+                recorder.say(f"warning: {file.name} has nothing of {counted(record.missing, 'finished epoch')}")
         while state.epoch < self.options.epochs:
             begin = time.monotonic() - state.seconds
             try:
@@ -178,7 +179,7 @@ class Trainer:
         self.state.end_epoch(scores.top1)
         return {
             "test_acc": scores.top1,
-            "test_acc_top5": scores.top5,
+            **({} if scores.top5 is None else {"test_acc_top5": scores.top5}),
             "test_loss": scores.loss,
             "best_acc": self.state.best_acc,
             "best_epoch": self.state.best_epoch,

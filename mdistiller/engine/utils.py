@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import Config
-from mdistiller.engine.evaluator import scores_of
+from mdistiller.engine.evaluator import scores_on_loader
 from mdistiller.engine.solver import MultiStep, set_lr
 from mdistiller.files import find_above, write_atomic
 from mdistiller.runs import checkpoint
@@ -40,15 +40,12 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
     return [100 * hit[:, :k].any(1).float().mean(0, keepdim=True) for k in topk]
 
 
-@torch.no_grad()
 def validate(val_loader: Iterable, distiller: nn.Module) -> tuple[float, float, float]:
     """Return top-1 and top-5 in percent and the mean cross entropy of `distiller(image=...)`, put into eval mode, on
     batches that begin with (image, target).
     """
-    distiller.eval()
-    device = next(distiller.parameters()).device
-    batches = ((image.to(device), target.to(device), None) for image, target, *_ in val_loader)
-    return tuple(scores_of(lambda image: distiller(image=image), batches))
+    scores = scores_on_loader(val_loader, distiller)
+    return scores.top1, 100.0 if scores.top5 is None else scores.top5, scores.loss
 
 
 def adjust_learning_rate(epoch: int, cfg: Config, optimizer: torch.optim.Optimizer) -> float:

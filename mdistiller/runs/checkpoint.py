@@ -20,6 +20,7 @@ from mdistiller import files
 from mdistiller.errors import DamagedFile, OtherNetwork, UserError
 from mdistiller.files import link, write_atomic
 from mdistiller.models import cifar_model_dict
+from mdistiller.terminal import counted
 
 # Checkpoints of mdistiller and RepDistiller carry their accuracy as a numpy scalar, and some their command line. These
 # types hold data only; every other one in a pickle stays forbidden.
@@ -161,7 +162,7 @@ def find_weights(checkpoint: dict, own: dict[str, Tensor], wanted: str, path: st
         raise UserError(f"{path}: holds several weights that fit {wanted}: {names}; store the wanted ones alone")
     _, _, closest = max(parts, key=lambda part: sum(_fits(part[2], own, key) for key in own))
     found = identify(closest)
-    holds = f"holds {found[0]} with {found[1]} classes" if found else "holds no architecture of the zoo"
+    holds = f"holds {found[0]} with {counted(found[1], 'class')}" if found else "holds no architecture of the zoo"
     misfit = "" if found else f" (it has {_listed(checkpoint)}; the first that does not fit: {_misfit(closest, own)})"
     raise OtherNetwork(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits")
 

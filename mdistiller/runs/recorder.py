@@ -15,18 +15,29 @@ from mdistiller.errors import UserError
 from mdistiller.files import link, write_atomic
 from mdistiller.runs.events import Events
 from mdistiller.runs.temperature import EpochBuffer
-from mdistiller.terminal import say, shows_bars, unbroken
+from mdistiller.terminal import columns, counted, say, shows_bars, unbroken
 
 
-def line_of(row: dict, epochs: int, seconds_left: float) -> str:
-    """Return one epoch on one line; columns align from epoch to epoch."""
+def line_of(row: dict, epochs: int, seconds_left: float, columns: int | None = None) -> str:
+    """Return one epoch on one line, in so many `columns` what matters most; columns align from epoch to epoch."""
     width = len(str(epochs))
-    return (
-        f"epoch {row['epoch']:>{width}}/{epochs}  lr {row['lr']:<7.5g} loss {row['train_loss']:8.4f}  "
-        f"train {row['train_acc']:6.2f}  test {row['test_acc']:6.2f}  top-5 {row['test_acc_top5']:6.2f}  "
-        f"best {row['best_acc']:6.2f} @ {row['best_epoch']:<{width}}  {row['images_per_second']:>8,.0f} img/s  "
-        f"{row['epoch_seconds']:6.1f} s  left {timedelta(seconds=round(seconds_left))}"
-    )
+    parts = [  # each with its place among what is left out first
+        (0, f"epoch {row['epoch']:>{width}}/{epochs}"),
+        (7, f"lr {row['lr']:<7.5g}"),
+        (4, f"loss {row['train_loss']:6.3f}"),
+        (5, f"train {row['train_acc']:6.2f}"),
+        (1, f"test {row['test_acc']:6.2f}"),
+        (6, "" if row.get("test_acc_top5") is None else f"top-5 {row['test_acc_top5']:6.2f}"),
+        (2, f"best {row['best_acc']:6.2f} @ {row['best_epoch']:<{width}}"),
+        (9, f"{row['images_per_second']:>8,.0f} img/s"),
+        (8, f"{row['epoch_seconds']:6.1f} s"),
+        (3, f"left {timedelta(seconds=round(seconds_left))}"),
+        (1, f"skipped {counted(row['skipped_steps'], 'step')}" if row.get("skipped_steps") else ""),
+    ]
+    parts = [(rank, text) for rank, text in parts if text]
+    while columns and len(parts) > 1 and sum(len(text) + 2 for _, text in parts) - 2 > columns:
+        parts.remove(max(parts))
+    return "  ".join(text for _, text in parts)
 
 
 def temperature_lines(row: dict) -> list[str]:
@@ -59,7 +70,8 @@ class Recorder:
         self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
         self.rows = [row for row in read_metrics(folder) if row["epoch"] <= done]
         if len(self.rows) < done:
-            say(f"warning: {folder / 'metrics.jsonl'} lacks the rows of {done - len(self.rows)} finished epochs")
+            lost = counted(done - len(self.rows), "finished epoch")
+            say(f"warning: {folder / 'metrics.jsonl'} lacks the rows of {lost}")
             if (folder / "metrics.jsonl").exists():
                 link(folder / "metrics.jsonl", folder / "metrics.jsonl.damaged")
         worklog = folder / "worklog.txt"
@@ -128,11 +140,11 @@ class Recorder:
         self.rows.append(row)
         self._write_rows()
         lines = [line_of(row, self.epochs, seconds_left)]
+        width = columns()
+        say(self.label + line_of(row, self.epochs, seconds_left, width and width - len(self.label)))
         scalars = {k: v for k, v in row.items() if isinstance(v, float)} | row["train_losses"]
         if row.get("skipped_steps"):
             scalars["skipped_steps"] = row["skipped_steps"]
-            lines[0] += f"  skipped {row['skipped_steps']} steps"
-        say(self.label + lines[0])
         if row.get("temperature"):
             lines += temperature_lines(row)
             scalars |= {f"temperature/{k}": v for k, v in config.leaves(row["temperature"], "").items()}

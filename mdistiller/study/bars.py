@@ -8,6 +8,7 @@ import numpy as np
 from mdistiller.distillers import distiller_dict
 from mdistiller.study.charts import COLOURS, GREY, Chart, Panel, Series
 from mdistiller.study.runs import Group, own_rule
+from mdistiller.terminal import counted
 
 MOST_LABELS = 14  # bars that can have their figure above them
 Bar = tuple[str, str, Group]  # the series that it belongs to, its place on the axis, and its runs
@@ -50,7 +51,8 @@ def bar_chart(bars: Sequence[Bar], level: Group | None, title: str, name: str, a
     places = list(dict.fromkeys(place for _, place, _ in bars))
     methods = list(dict.fromkeys(method for method, _, _ in bars))
     counts = sorted({len(group.runs) for _, _, group in bars})
-    seeds = "1 seed" if counts[-1] == 1 else f"{'–'.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} seeds"
+    least = f"{counts[0]}–" if counts[0] != counts[-1] else ""
+    seeds = least + counted(counts[-1], "seed")
     chart = Chart(name, "", title, "", [], columns=1)
     for which in ("best", "last"):
         panel = Panel(f"{which} epoch, mean ± standard deviation over {seeds}", axis, "top-1 (%)")

@@ -19,7 +19,7 @@ from mdistiller.study.jobs import Local, LocalJob, Slurm, SlurmJob
 from mdistiller.study.plan import PlannedGroup
 from mdistiller.study.records import export, read_records, record_of, recorded
 from mdistiller.study.runs import Run
-from mdistiller.terminal import say
+from mdistiller.terminal import counted, say
 
 TRIES = 3  # starts in a row that finish no epoch, after which a group whose jobs die has failed
 IN_USE = "in use"
@@ -183,7 +183,7 @@ class Conductor:
                 self._fail(runs, error.lines)
             return False
         done = [self.is_done(run) for other in self.groups for run in other.runs]
-        said = f"seeds {', '.join(map(str, seeds))}; {sum(done)} of {len(done)} runs are done"
+        said = f"seeds {', '.join(map(str, seeds))}; done so far: {sum(done)} of {counted(len(done), 'run')}"
         _say(f"start    {group.name}, {said}")
         self.jobs.append(Running(group, runs, job, _epochs(runs)))
         return True

@@ -16,7 +16,7 @@ from mdistiller.engine.build import build_distiller, build_optimizer, refuse_unu
 from mdistiller.engine.solver import set_lr
 from mdistiller.engine.step import Step
 from mdistiller.errors import UserError
-from mdistiller.study.tables import counted
+from mdistiller.terminal import counted
 
 IMAGES, CLASSES, SIZE = 8, 100, 32
 

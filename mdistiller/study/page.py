@@ -12,7 +12,8 @@ from mdistiller import __version__
 from mdistiller.study.charts import Chart, colour
 from mdistiller.study.drawing import data_url, page_spec, printable
 from mdistiller.study.runs import Group
-from mdistiller.study.tables import Table, cells, counted, number
+from mdistiller.study.tables import Table, cells, number
+from mdistiller.terminal import counted
 
 GENERATOR = '<meta name="generator" content="mdistiller analyze">'
 

@@ -21,8 +21,8 @@ from mdistiller.study.published import read_published
 from mdistiller.study.records import read_records
 from mdistiller.study.results import results_of
 from mdistiller.study.runs import Run
-from mdistiller.study.tables import Table, counted, text_table
-from mdistiller.terminal import say
+from mdistiller.study.tables import Table, text_table
+from mdistiller.terminal import columns, counted, say
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -78,7 +78,8 @@ def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
     runs = [run for group in groups for run in group.runs]
     kept = sum(map(conductor.is_done, runs))
     if kept:
-        say(f"{kept} of {len(runs)} runs are on record in {conductor.file}; --results FOLDER starts another")
+        total, are = counted(len(runs), "run"), "is" if kept == 1 else "are"
+        say(f"{kept} of {total} {are} on record in {conductor.file}; --results FOLDER starts another")
     status = conductor.run()
     found = results_of(conductor.records.values(), figures, Shipped(folder.parent / "cifar100"), study)
     found.write(home)
@@ -118,7 +119,7 @@ def forecast(groups: Sequence[PlannedGroup], records: Mapping[str, Run]) -> None
                 todo.append((epochs - done, left))
                 times = [f"{seconds:.1f}" if seconds else "?", duration(left)]
             rows.append([run.label, found, f"{done}/{epochs}", *times])
-    say(text_table(Table("forecast", "", "", ("run", "state", "epochs", "s/epoch", "time left"), rows)))
+    say(text_table(Table("forecast", "", "", ("run", "state", "epochs", "s/epoch", "time left"), rows), columns()))
     for label in sorted(lost):
         say(f"{label} is on record, but its network is gone: its students need it trained again")
     times = [left for _, left in todo if left is not None]

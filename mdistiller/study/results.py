@@ -18,7 +18,8 @@ from mdistiller.study.plan import Shipped, Study
 from mdistiller.study.published import changes, departures, published_figure, read_published, verdict
 from mdistiller.study.records import read_records
 from mdistiller.study.runs import Group, Run, differing, group_runs
-from mdistiller.study.tables import CAPTION, Table, counted, latex, markdown, numbers, text_table
+from mdistiller.study.tables import CAPTION, Table, latex, markdown, numbers, text_table
+from mdistiller.terminal import columns, counted
 
 HEAD = ("pair", "method", "n", "seeds", "last (%)", "best (%)")
 BESIDE = ("published (%)", "best − published", "lies")
@@ -53,7 +54,7 @@ class StudyResults:
         end = 6 if len(self.table.head) > len(HEAD) else 5
         short = replace(self.table, head=("pair", "method", "n", "last", "best", "published")[:end])
         short.rows = [row[:end] for row in rows]
-        table = text_table(short) if rows else "Nothing of it is on record yet."
+        table = text_table(short, columns()) if rows else "Nothing of it is on record yet."
         notes = [textwrap.fill(line.replace("**", "").replace("`", ""), 80) for line in self.notes]
         return "\n\n".join(filter(None, [table, "\n".join(notes)]))
 
@@ -177,8 +178,8 @@ def _protocol_note(groups: Sequence[Group]) -> str:
     cfg, solver = groups[0].cfg, groups[0].cfg.SOLVER
     precision = "float32" if solver.AMP == "none" else f"{solver.AMP} autocast"
     return (
-        f"Protocol: {cfg.DATASET.TYPE}, {solver.EPOCHS} epochs, batches of {solver.BATCH_SIZE}, learning rate "
-        f"{' and '.join(texts)}, times {solver.LR_DECAY_RATE:g} after epochs "
+        f"Protocol: {cfg.DATASET.TYPE}, {counted(solver.EPOCHS, 'epoch')}, batches of {solver.BATCH_SIZE}, "
+        f"learning rate {' and '.join(texts)}, times {solver.LR_DECAY_RATE:g} after epochs "
         f"{', '.join(map(str, solver.LR_DECAY_STAGES))}, weight decay {solver.WEIGHT_DECAY:g}, {precision}."
     )
 

@@ -17,6 +17,7 @@ from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.study.statistics import Mean, mean_and_std
+from mdistiller.terminal import counted
 
 # The keys of a finished run that an analysis may be told anew, because files move.
 MOVABLE = ("DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DEVICE")
@@ -172,8 +173,8 @@ class Group:
     @property
     def schedule(self) -> str:
         """The number of epochs, as it must stand beside every figure of the group."""
-        planned = self.cfg.SOLVER.EPOCHS
-        return f"{planned} epochs" if self.first.epochs == planned else f"{self.first.epochs} of {planned} epochs"
+        done, planned = self.first.epochs, self.cfg.SOLVER.EPOCHS
+        return counted(done, "epoch") if done == planned else f"{done} of {counted(planned, 'epoch')}"
 
     @property
     def seeds(self) -> str:

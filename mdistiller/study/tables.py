@@ -1,13 +1,16 @@
 """Tables of results: last and best accuracy over seeds beside published figures, as Markdown, LaTeX, CSV and text."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import pandas as pd
 
 from mdistiller.study.published import EPOCHS, published_figure
 from mdistiller.study.runs import Group, Run
 from mdistiller.study.statistics import Mean
+from mdistiller.terminal import counted
 
 BESIDE = ("published (%)", "last − published", "best − published")
 HEAD = ("pair", "method", "rule", "data", "schedule", "seeds", "last (%)", "best (%)", *BESIDE)
@@ -16,7 +19,9 @@ CAPTION = (
     "run's best one, which is chosen on the test set and therefore flatters."
 )
 COMPARED = ("run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at epoch")
+SHARED = ("data", "seed", "epochs")
 TO_THE_RIGHT = ("%", "−", "seed", "epoch", "last", "best", "left")
+LEAST_WIDTH = 8  # of a column of texts that is made narrower
 SYMBOLS = {"→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--"}
 
 
@@ -41,7 +46,7 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
     for group in groups:
         figure, _ = published_figure(group, published) or (None, 0)
         same = figure is not None and group.first.epochs == epochs
-        beside = figure if same or figure is None else f"{figure:.2f} at {epochs} epochs"
+        beside = figure if same or figure is None else f"{figure:.2f} at {counted(epochs, 'epoch')}"
         off = [mean.mean - figure if same else None for mean in (group.last, group.best)]
         method = ", ".join(filter(None, [group.method, group.extra]))
         row = [group.pair, method, group.rule, group.cfg.DATASET.TYPE, group.schedule, group.seeds]
@@ -52,7 +57,7 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
 
 
 def compared(runs: Sequence[Run]) -> Table:
-    """Return a row for each run."""
+    """Return a row for each run. What all of them share of SHARED stands in the caption, not in a column."""
     rows = []
     for run in runs:
         names, last = run.cfg.DISTILLER, run.rows[-1]
@@ -60,12 +65,11 @@ def compared(runs: Sequence[Run]) -> Table:
         row = [run.name, names.TYPE, teacher, names.STUDENT, run.cfg.DATASET.TYPE, run.seed]
         row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}", float(last["test_acc"]), float(last["best_acc"])]
         rows.append([*row, last.get("best_epoch", "-")])
-    return Table("compared", "", "", COMPARED, rows)
-
-
-def counted(number: int, noun: str) -> str:
-    """Return 1 run, 2,000 runs."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    alike = [COMPARED.index(name) for name in SHARED if len({row[COMPARED.index(name)] for row in rows}) == 1]
+    caption = ", ".join(f"{COMPARED[place]} {rows[0][place]}" for place in alike)
+    kept = [place for place in range(len(COMPARED)) if place not in alike]
+    rows = [[row[place] for place in kept] for row in rows]
+    return Table("compared", "", caption, [COMPARED[place] for place in kept], rows)
 
 
 def text(cell: object, signed: bool = False) -> str:
@@ -92,12 +96,37 @@ def cells(table: Table) -> list[list[str]]:
 def markdown(table: Table) -> str:
     """Return the table and its caption as Markdown, columns aligned."""
     safe = _frame(table).map(lambda cell: cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;"))
-    return f"{_tabulated(safe, 'pipe')}\n\n{table.caption}\n"
+    aligns = ["right" if _to_the_right(name) else "left" for name in table.head]
+    lines = safe.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=aligns)
+    return f"{lines}\n\n{table.caption}\n"
 
 
-def text_table(table: Table) -> str:
-    """Return the table as aligned text for a terminal."""
-    return _tabulated(_frame(table), "simple")
+def text_table(table: Table, columns: int | None = None) -> str:
+    """Return the table as aligned text. Where it is wider than so many `columns`, its widest texts become several
+    lines.
+    """
+    rows = [list(table.head), *cells(table)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = [place for place, name in enumerate(table.head) if not _to_the_right(name)]
+    while columns and sum(widths) + 2 * len(widths) - 2 > columns:
+        widest = max(texts, key=lambda place: widths[place])
+        if widths[widest] <= LEAST_WIDTH:
+            break
+        widths[widest] -= 1
+    aligns = [str.ljust if place in texts else str.rjust for place in range(len(widths))]
+    lines = ["  ".join("-" * width for width in widths)]
+    for row in rows:
+        parts = [_broken(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for line in zip_longest(*parts, fillvalue=""):
+            cut = (align(part, width) for align, part, width in zip(aligns, line, widths, strict=True))
+            lines.append("  ".join(cut).rstrip())
+    heads = max(len(_broken(name, width)) for name, width in zip(table.head, widths, strict=True))
+    return "\n".join([*lines[1 : heads + 1], lines[0], *lines[heads + 1 :]])
+
+
+def _broken(cell: str, width: int) -> list[str]:
+    """Return the parts of a text that is longer than `width`, which end behind a comma, plus sign or space if any."""
+    return re.findall(rf".{{1,{width}}}(?:(?<=[,+ ])|$)|.{{1,{width}}}", cell) or [""]
 
 
 def latex(table: Table) -> str:
@@ -123,11 +152,6 @@ def numbers(table: Table) -> pd.DataFrame:
 
 def _frame(table: Table) -> pd.DataFrame:
     return pd.DataFrame(cells(table), columns=list(table.head), dtype=object)
-
-
-def _tabulated(frame: pd.DataFrame, style: str) -> str:
-    aligns = ["right" if _to_the_right(name) else "left" for name in frame.columns]
-    return frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=aligns)
 
 
 def _to_the_right(name: str) -> bool:

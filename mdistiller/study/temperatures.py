@@ -24,6 +24,7 @@ from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.runs import Group, Run
 from mdistiller.study.superclasses import class_names
 from mdistiller.study.tables import Table
+from mdistiller.terminal import counted
 
 RECORD = "temperatures.bin"
 SIDES = {"t_student": "student", "t_teacher": "teacher"}
@@ -200,7 +201,7 @@ def difficulty_chart(found: Sequence[Samples]) -> Chart:
         for s in found:
             if "learnt" in s.frame:
                 bins = st.binned(s.learnt["forgetting_events"], s.learnt[side], bins=None)
-                bands, text = {QUARTILES: (bins["low"], bins["high"])}, [f"{n:,} samples" for n in bins["count"]]
+                bands, text = {QUARTILES: (bins["low"], bins["high"])}, [counted(n, "sample") for n in bins["count"]]
                 panel.add(s.group, bins["x"].astype(int), bins["y"], bands=bands, text=text)
         panels.append(panel)
     caption = (
@@ -218,7 +219,9 @@ def persistence_chart(found: Sequence[Samples]) -> Chart:
     for epochs in sorted({s.epochs for s in found}):
         counts = np.arange(1, epochs + 1)
         chance = 100 * binom.sf(counts - 1, epochs, 0.1)
-        stay.series.append(Series(f"by chance, {epochs} epochs", None, 100 * counts / epochs, chance, dashed=True))
+        stay.series.append(
+            Series(f"by chance, {counted(epochs, 'epoch')}", None, 100 * counts / epochs, chance, dashed=True)
+        )
     for s in found:
         counts = np.arange(1, s.epochs + 1)
         hot = np.round(s.frame["hot_student"] * s.epochs)

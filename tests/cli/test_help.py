@@ -1,5 +1,6 @@
 """--help comes at once, and the pages that a command writes are current."""
 
+import os
 import subprocess
 import sys
 
@@ -21,9 +22,12 @@ finally:
     heavy = {{"torch", "pandas", "vl_convert", "sklearn", "tensorboardX"}} & sys.modules.keys()
     assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "80"}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_the_generated_pages_are_current(tmp_path):

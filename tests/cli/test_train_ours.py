@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -115,7 +116,7 @@ def test_a_pipe_that_breaks_changes_nothing(small, tmp_path, folder):
 def test_a_terminal_with_its_bar_changes_nothing(small, tmp_path, folder):
     expected = run(small, tmp_path / "plain")
     main_side, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 
     def work():
         sys.stdout = os.fdopen(side, "w", buffering=1)
@@ -129,4 +130,7 @@ def test_a_terminal_with_its_bar_changes_nothing(small, tmp_path, folder):
             shown += part
     assert status_of(child) == 0
     assert b"epoch 1/2:" in shown
+    lines = [re.sub(r"\x1b\[\w+", "", part) for part in re.split(r"[\r\n]+", shown.decode())]
+    words = [line for line in lines if max(map(len, line.split()), default=0) < 78]  # a path is not broken
+    assert max(map(len, words)) <= 80
     assert same(outcome(folder), outcome(expected))

@@ -55,7 +55,7 @@ def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(small, tmp
         patched.setattr(build, "Stop", Killed)
         assert killed(forked(lambda: run(opts, tmp_path / "killed")))
     folder = run(opts, tmp_path / "killed", resume="auto")
-    assert "resumed after epoch 1 of 2, 1 steps into the next" in (folder / "worklog.txt").read_text()
+    assert "resumed after epoch 1 of 2, 1 step into the next" in (folder / "worklog.txt").read_text()
     assert_same_run(run(opts, tmp_path / "whole"), folder)
 
 
@@ -89,7 +89,7 @@ def test_a_record_that_lacks_epochs_costs_no_run(small, tmp_path, capsys, change
         (folder / "temperatures.bin").write_bytes(b"junk" * 5000)
     for epochs in (2, 3):
         run(opts, tmp_path, resume=True, SOLVER__EPOCHS=epochs)
-    assert capsys.readouterr().out.count("has nothing of 1 finished epochs") == 1
+    assert capsys.readouterr().out.count("has nothing of 1 finished epoch") == 1
     values = read_record(folder / "temperatures.bin").values
     assert [bool(np.isnan(epoch).all()) for epoch in values] == [True, False, False]
 

@@ -19,6 +19,14 @@ def test_columns_align():
     late = row | {"epoch": 210, "best_epoch": 109, "test_acc": 71.25, "lr": 5e-4}
     lines = [line_of(one, 240, 5) for one in (row, late)]
     assert len({line.index("top-5") for line in lines}) == len({line.index("img/s") for line in lines}) == 1
+    skipped = late | {"skipped_steps": 1, "test_acc": 100.0, "train_loss": 999.0}
+    for label in (0, len("seed 4294967295  ")):
+        short = [line_of(one, 240, 90_000, 80 - label) for one in (row, late, skipped)]
+        assert max(map(len, short)) <= 80 - label, "a line of a terminal"
+        for part in ("epoch 210/240", "test 100.00", "best   7.00 @ 109", "skipped 1 step"):
+            assert part in short[-1]
+    assert "train" in line_of(row | {"epoch": 6, "best_epoch": 6}, 6, 5, 80)
+    assert "top-5" not in line_of({**row, "test_acc_top5": None}, 240, 5), "of five classes or fewer"
 
 
 def test_what_a_crash_left_behind_is_removed(tmp_path):

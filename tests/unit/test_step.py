@@ -36,7 +36,7 @@ def test_scores():
     assert scores.top1 == pytest.approx(100 * (table.argmax(1) == target).double().mean().item())
     assert scores.top5 == pytest.approx(100 * (top5 == target[:, None]).any(1).double().mean().item())
     assert scores.loss == pytest.approx(F.cross_entropy(table, target).item(), rel=1e-5)
-    assert scores_of(lambda image: image[:, :2], [(table, target % 2, None)]).top5 == 100
+    assert scores_of(lambda image: image[:, :2], [(table, target % 2, None)]).top5 is None
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])

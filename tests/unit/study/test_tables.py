@@ -10,6 +10,7 @@ from mdistiller.study.published import read_published, verdict
 from mdistiller.study.results import BESIDE_CAPTION
 from mdistiller.study.runs import group_runs, read_run
 from mdistiller.study.statistics import mean_and_std
+from mdistiller.terminal import counted
 
 PAIR = {"DISTILLER__TEACHER": "resnet20", "DATASET__TYPE": "cifar100"}
 PUBLISHED = {"KD": {"resnet20/resnet8": 60.5, "resnet56/resnet20": None}, "note": "text", "protocol": {"epochs": 2}}
@@ -23,7 +24,7 @@ def test_published_figures_stand_beside_runs_of_their_length_only(tmp_path):
     groups, _ = group_runs([read_run(folder) for folder in runs])
     table = tables.results_table(groups, PUBLISHED)
     short, full, ruled, digits = (dict(zip(table.head, row, strict=True)) for row in table.rows)
-    assert (short["schedule"], short["published (%)"]) == ("1 epochs", "60.50 at 2 epochs")
+    assert (short["schedule"], short["published (%)"]) == ("1 epoch", "60.50 at 2 epochs")
     assert (short["last − published"], short["best − published"]) == (None, None)
     assert (full["published (%)"], full["last − published"], full["best − published"]) == (60.5, -0.5, 0.5)
     assert ruled["published (%)"] is None, "not published with this rule"
@@ -65,6 +66,28 @@ def test_runs_side_by_side(tmp_path):
         ["a", "NONE", "-", "resnet8", "digits", "0", "2/2", "40.00", "50.00", "-"],
         ["long-name", "NONE", "-", "resnet8", "cifar100", "12", "1/1", "61.00", "61.00", "-"],
     ]
+
+
+def test_what_runs_share_stands_above_and_a_terminal_s_width_is_kept(tmp_path):
+    names = ["a" * 50, "dtkd,res20,res8+SOLVER.LR:0.1,SOLVER.EPOCHS:1"]
+    runs = [read_run(write_run(tmp_path, name, [61.0])) for name in names]
+    table = tables.compared(runs)
+    assert table.caption == "data digits, seed 0, epochs 1/1"
+    wide, narrow = tables.text_table(table).splitlines(), tables.text_table(table, 60).splitlines()
+    assert wide == [
+        "run" + " " * 49 + "method  teacher  student   last   best  at epoch",
+        "-" * 50 + "  ------  -------  -------  -----  -----  --------",
+        "a" * 50 + "  NONE    -        resnet8  61.00  61.00         -",
+        names[1].ljust(50) + "  NONE    -        resnet8  61.00  61.00         -",
+    ]
+    assert max(map(len, narrow)) <= 60
+    assert all(text in "".join(line[:10].strip() for line in narrow) for text in names), "nothing is cut"
+
+
+def test_counts_are_said_in_words():
+    assert [counted(*pair) for pair in ((1, "epoch"), (2000, "epoch"), (2, "class"))] == [
+        "1 epoch", "2,000 epochs", "2 classes",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
