@@ -227,6 +227,7 @@ def the_tools_know_what_it_brings(folder, run):
     assert done.returncode == 2 and "what a plug-in brings needs --plugins FILE" in done.stderr
     done = tool("eval", *words, "--plugins", folder / "small_net.py", folder / "squares.py", cwd=folder / "elsewhere")
     assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
+    assert "top-5" not in done.stdout and "test_acc_top5" not in (run / "metrics.jsonl").read_text(), "of four classes"
 
 
 @pytest.mark.parametrize(

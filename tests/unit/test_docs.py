@@ -5,7 +5,8 @@ import re
 
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, load_tool
+from studies import write_run
 
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import load
@@ -50,3 +51,22 @@ def test_the_page_on_speed_shows_what_was_measured():
         cells = [f"{rows[mode]['times_plain']:.1f}" for mode in modes]
         cells.append(f"{100 * rows['warm, bf16']['share_of_floor']:.0f} %")
         assert f"| {pair['teacher']} -> {pair['student']} | {' | '.join(cells)} |\n" in page
+
+
+def test_the_readme_s_table_is_what_compare_prints(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text()
+    (table,) = re.findall(r"ends with a table like this one.*?```\n(.*?)```", text, re.S)
+    runs = []
+    for line in table.splitlines()[4:]:
+        name, method, teacher, student, last, *_ = line.split()
+        keys = {
+            "DISTILLER__TYPE": method,
+            "DISTILLER__STUDENT": student,
+            "DISTILLER__TEACHER": teacher.replace("-", "resnet20"),
+        }
+        runs.append(write_run(tmp_path, name, [*range(5), float(last)], **keys))
+        rows = [json.loads(row) | {"best_epoch": 6} for row in (runs[-1] / "metrics.jsonl").read_text().splitlines()]
+        (runs[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("sys.argv", ["compare", *map(str, runs)])
+    load_tool("compare").main()
+    assert capsys.readouterr().out == table
