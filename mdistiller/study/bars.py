@@ -18,32 +18,35 @@ def bar_charts(groups: Sequence[Group], title: str) -> list[Chart]:
     """Return the charts: for temperature rules one for each pair, with a place for each rule; for students with several
     teachers one for each student, with a place for each teacher; else one with a place for each pair.
     """
-    taught = [group for group in groups if group.method != "NONE"]
+    shown = [group for group in groups if group.method != "NONE"]
     alone = {group.cfg.DISTILLER.STUDENT: group for group in groups if group.method == "NONE"}
     teachers: dict[str, set] = {}
-    for group in taught:
-        teachers.setdefault(group.cfg.DISTILLER.STUDENT, set()).add(group.cfg.DISTILLER.TEACHER)
-    ruled = any(group.rule != own_rule(group.cfg.DISTILLER.TYPE) for group in taught)
-    if not taught:
+    for group in shown:
+        teachers.setdefault(group.cfg.DISTILLER.STUDENT, set()).add(_teacher(group))
+    if not shown:
         return []
+    ruled = any(group.rule != own_rule(group.cfg.DISTILLER.TYPE) for group in shown)
     if not ruled and len(teachers) > 1 and min(map(len, teachers.values())) == 1:
-        bars = [(g.cfg.DISTILLER.TYPE, g.pair, g) for g in taught]
-        pairs = {group.pair: group.cfg.DISTILLER.STUDENT for group in taught}
+        bars = [(g.cfg.DISTILLER.TYPE, g.pair, g) for g in shown]
+        pairs = {group.pair: group.cfg.DISTILLER.STUDENT for group in shown}
         singles = [("alone", pair, alone[student]) for pair, student in pairs.items() if student in alone]
         return [bar_chart([*singles, *bars], None, title, "chart", "")]
     charts: dict[tuple, list[Bar]] = {}
-    for group in taught:
+    for group in shown:
         names = group.cfg.DISTILLER
-        key = (names.TEACHER, names.STUDENT) if ruled else (names.STUDENT,)
-        charts.setdefault(key, []).append((names.TYPE, group.rule if ruled else names.TEACHER, group))
-    if not ruled:
-        for bars in charts.values():
-            bars.sort(key=lambda bar: _natural(bar[1]))
+        key = (_teacher(group), names.STUDENT) if ruled else (names.STUDENT,)
+        charts.setdefault(key, []).append((names.TYPE, group.rule if ruled else _teacher(group), group))
+    axis = "rule" if ruled else "teacher"
+    for bars in charts.values() if not ruled else ():
+        bars.sort(key=lambda bar: _natural(bar[1]))
     return [
-        bar_chart(bars, alone.get(key[-1]), f"{title}: {' → '.join(key)}", "-".join(["chart", *key]),
-                  "rule" if ruled else "teacher")
+        bar_chart(bars, alone.get(key[-1]), f"{title}: {' → '.join(key)}", "-".join(["chart", *key]), axis)
         for key, bars in charts.items()
-    ]  # fmt: skip
+    ]
+
+
+def _teacher(group: Group) -> str:
+    return group.cfg.DISTILLER.TEACHER if group.first.taught else "none"
 
 
 def bar_chart(bars: Sequence[Bar], level: Group | None, title: str, name: str, axis: str) -> Chart:

@@ -178,6 +178,16 @@ def test_a_methods_colour_does_not_depend_on_what_else_is_shown(tmp_path):
     assert [s.colour for s in chart.panels[0].series] == [shade("DTKD"), shade("SP")]
 
 
+def test_a_method_without_a_teacher_is_not_the_student_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(distiller_dict["AT"], "needs_teacher", False)
+    runs = [record("NONE", best=59.0), record("KD", best=61.0), record("AT", best=60.0) | {"teacher": None}]
+    (chart,) = of(tmp_path, *runs).charts
+    assert [(s.name, list(s.x), s.text[-1]) for s in chart.panels[0].series] == [
+        ("AT", ["none", "resnet20"], "nan"), ("KD", ["none", "resnet20"], "61.0"),
+        ("resnet8 alone", ["teacher"], "59.0"),
+    ]  # fmt: skip
+
+
 def test_pairs_of_different_students_share_one_chart(tmp_path):
     runs = [record("NONE", student=s) for s in ("resnet8", "resnet20")]
     runs += [record("KD", "resnet56", s) for s in ("resnet8", "resnet20")]
