@@ -88,7 +88,7 @@ def test_skip_leaves_the_step_out_and_counts_it(small, tmp_path, harm, method, w
     rows = read_metrics(folder)
     assert [row["skipped_steps"] for row in rows] == [1, 0]
     assert all(np.isfinite(row["train_loss"]) for row in rows)
-    assert "skipped 1 steps" in (folder / "worklog.txt").read_text()
+    assert "skipped 1 step" in (folder / "worklog.txt").read_text()
     model = checkpoint.load(folder / "student_latest")["model"]
     assert all(value.isfinite().all() for value in model.values())
     assert int(model["bn1.num_batches_tracked"]) == 5, "BatchNorm has not seen the skipped batch"
