@@ -1,6 +1,6 @@
 """The configuration: its keys, and how files and KEY VALUE pairs become a checked tree. Imports no torch."""
 
-from mdistiller.config import core  # noqa: F401  (enters the keys)
+from mdistiller.config.core import DOT_TRAINERS, TWO_VIEWS
 from mdistiller.config.keys import (
     CFG,
     KEYS,
@@ -29,9 +29,11 @@ from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_bui
 __all__ = [
     "Absent",
     "CFG",
+    "DOT_TRAINERS",
     "KEYS",
     "PLUGINS",
     "SECTIONS",
+    "TWO_VIEWS",
     "Check",
     "Config",
     "Key",

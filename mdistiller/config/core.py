@@ -5,6 +5,9 @@ import re
 from mdistiller import registry
 from mdistiller.config.keys import Check, Key, add_keys, at_least, below, between, one_of, positive
 
+DOT_TRAINERS = ("dot", "crd_dot")  # whose optimizer keeps task and distillation apart
+TWO_VIEWS = ("ours", "aug")  # which give each sample in a weak and a strong view
+
 add_keys(
     {
         "EXPERIMENT.PROJECT": Key("distill", "Folder under LOG.PREFIX that groups runs.", role="where"),
@@ -59,7 +62,7 @@ add_keys(
             "base",
             "base; dot: task and distillation gradients keep separate momenta; ours, aug: each sample in a weak and a "
             "strong view; crd: same as base; crd_dot: same as dot.",
-            one_of(("base", "crd", "dot", "crd_dot", "ours", "aug")),
+            one_of(("base", "crd", *DOT_TRAINERS, *TWO_VIEWS)),
         ),
         "SOLVER.DOT.DELTA": Key(
             0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."

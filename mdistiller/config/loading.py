@@ -7,6 +7,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller import files, registry
+from mdistiller.config.core import DOT_TRAINERS
 from mdistiller.config.keys import CFG, KEYS, Config, leaves, meaning, needs_teacher, show
 from mdistiller.config.plugins import PLUGINS, Plugin, activate, find_plugin, load_plugin
 from mdistiller.config.reading import read_yaml
@@ -14,7 +15,6 @@ from mdistiller.config.values import coerce, decode, decode_tree, kind_of
 from mdistiller.errors import ConfigError, UserError
 
 MOST_LEVELS, MOST_PROBLEMS = 30, 20
-DOT_TRAINERS = ("dot", "crd_dot")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mdistiller import dataset, files
-from mdistiller.config import Config
+from mdistiller.config import TWO_VIEWS, Config
 from mdistiller.dataset._images import Batch, Batches, ImageSet
 from mdistiller.errors import UserError
 
@@ -110,7 +110,7 @@ def get_dataset(cfg: Config) -> tuple[Loader, Loader, int, int]:
     relative DATASET.ROOT is also looked for in the folders above this one. Raises UserError under the trainers ours and
     aug, whose two views only a run has.
     """
-    if cfg.SOLVER.TRAINER in ("ours", "aug"):
+    if cfg.SOLVER.TRAINER in TWO_VIEWS:
         raise UserError(
             f"get_dataset: gives one view of each image, and SOLVER.TRAINER {cfg.SOLVER.TRAINER} trains on two; train "
             "with tools/train.py"

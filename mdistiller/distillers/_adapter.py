@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mdistiller.config import Absent
+from mdistiller.config import TWO_VIEWS, Absent
 from mdistiller.distillers._registry import Declared
-from mdistiller.distillers.base import TWO_VIEWS, Distiller
+from mdistiller.distillers.base import Distiller
 from mdistiller.errors import UserError
 
 OFFERED = ("num_data", "labels")  # what `Distiller.needs` may ask for

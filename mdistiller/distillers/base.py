@@ -10,8 +10,6 @@ from mdistiller.distillers.losses import Temperatures, ce_loss
 from mdistiller.distillers.rules import build_rule
 from mdistiller.errors import UserError
 
-TWO_VIEWS = ("ours", "aug")  # SOLVER.TRAINERs that give each sample in a weak and a strong view
-
 
 class Distiller(nn.Module):
     """A student, a teacher and the loss between them.

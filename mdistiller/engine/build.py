@@ -10,10 +10,10 @@ from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
+from mdistiller.config import DOT_TRAINERS, TWO_VIEWS
 from mdistiller.dataset import Batches, ImageSet, dataset_dict
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, rule_name
-from mdistiller.distillers.base import TWO_VIEWS
 from mdistiller.distillers.features import images_of
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
@@ -214,6 +214,6 @@ def build_trainer(
 
 def build_optimizer(solver: CfgNode, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of the section SOLVER. The trainer sets its rate."""
-    if solver.TRAINER in ("dot", "crd_dot"):
+    if solver.TRAINER in DOT_TRAINERS:
         return DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
     return sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)

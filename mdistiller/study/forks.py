@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from mdistiller import config, registry
-from mdistiller.config import Config
+from mdistiller.config import TWO_VIEWS, Config
 from mdistiller.dataset import Batch, ImageSet, TwoViews, image_set
-from mdistiller.distillers.base import TWO_VIEWS
 from mdistiller.engine.build import build_distiller, build_optimizer, refuse_unused
 from mdistiller.engine.solver import set_lr
 from mdistiller.engine.step import Step
