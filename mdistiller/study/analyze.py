@@ -13,10 +13,11 @@ from mdistiller.errors import UserError
 from mdistiller.study import comparison, tables, temperatures
 from mdistiller.study.charts import Chart, write_numbers, write_table
 from mdistiller.study.drawing import save
+from mdistiller.study.groups import group_runs
 from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.page import GENERATOR, report_page
 from mdistiller.study.published import read_published
-from mdistiller.study.runs import Group, check_opts, group_runs, lacking_plugins, read_runs
+from mdistiller.study.runs import Group, check_opts, lacking_plugins, read_runs
 from mdistiller.study.tables import Table
 
 

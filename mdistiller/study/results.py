@@ -14,10 +14,11 @@ from mdistiller.study import plan
 from mdistiller.study.bars import bar_charts
 from mdistiller.study.charts import Chart, write_table
 from mdistiller.study.drawing import save
+from mdistiller.study.groups import differing, group_runs
 from mdistiller.study.plan import Shipped, Study
 from mdistiller.study.published import changes, departures, published_figure, read_published, verdict
 from mdistiller.study.records import read_records
-from mdistiller.study.runs import Group, Run, differing, group_runs
+from mdistiller.study.runs import Group, Run
 from mdistiller.study.tables import CAPTION, Table, latex, markdown, numbers, text_table
 from mdistiller.terminal import columns, counted
 

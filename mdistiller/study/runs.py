@@ -98,6 +98,16 @@ class Run:
         return own | {f"teacher {key}": value for key, value in (self.teacher or {}).items()}
 
     @cached_property
+    def inputs(self) -> dict[str, str]:
+        """What it was computed from, by digests of environment.json: "data", and "teacher checkpoint" where nothing
+        says how the teacher was trained.
+        """
+        digests = self.environment.get("sha256")
+        digests = digests if isinstance(digests, dict) else {}
+        teacher = {} if self.teacher or not self.taught else {"teacher checkpoint": str(digests.get("teacher", ""))}
+        return {"data": str(digests.get("data", ""))} | teacher
+
+    @cached_property
     def hash(self) -> str:
         """Hash of what the run computes, its teacher's run included: the same run has it in every folder."""
         text = json.dumps([self.settings, self.teacher], sort_keys=True, ensure_ascii=True)
@@ -299,40 +309,3 @@ def check_opts(opts: Sequence[str]) -> None:
     if wrong or len(opts) % 2:
         found = f"{wrong[0]!r} is none of them" if wrong else f"{opts[-1]} lacks its value"
         raise UserError(f"--opts: takes KEY VALUE pairs of {', '.join(MOVABLE)}; {found}")
-
-
-def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
-    """Return groups in the order of their first run, and a line for each run left out because it repeats a seed. Groups
-    that would bear one label have in `extra` what sets them apart.
-    """
-    groups: dict[str, Group] = {}
-    notes = []
-    for run in runs:
-        group = groups.setdefault(json.dumps([run.protocol, run.epochs], sort_keys=True), Group([]))
-        twin = next((other for other in group.runs if other.seed == run.seed), None)
-        if twin:
-            notes.append(f"{run.name}: left out, it repeats SEED {run.seed} of {twin.name}")
-        else:
-            group.runs.append(run)
-    by_label: dict[str, list[Group]] = {}
-    for number, group in enumerate(groups.values()):
-        group.number = number
-        group.runs.sort(key=lambda run: run.seed)
-        by_label.setdefault(group.label, []).append(group)
-        if len({run.cfg.DISTILLER.TEACHER_CKPT for run in group.runs}) > 1:
-            notes.append(f"{group.label}: its seeds name different teacher files, so their spread holds the teachers'")
-    for alike in by_label.values():
-        keys = list(differing([group.first.protocol for group in alike]))
-        for number, group in enumerate(alike, 1):
-            said = ", ".join(f"{key} {group.first.protocol.get(key, 'absent')}" for key in keys[:2])
-            group.extra = said if len(keys) <= 2 else f"{said}, ... ({number})"
-    return list(groups.values()), notes
-
-
-def differing(protocols: Sequence[Mapping]) -> dict[str, list]:
-    """Return {key: its values, each once, in the order of appearance} of the keys in which `protocols` differ."""
-    found: dict[str, list] = {}
-    for key in dict.fromkeys(key for protocol in protocols for key in protocol):
-        values = [protocol.get(key, "absent") for protocol in protocols]
-        found[key] = [value for place, value in enumerate(values) if value not in values[:place]]
-    return {key: values for key, values in found.items() if len(values) > 1}

@@ -8,7 +8,8 @@ from studies import write_run
 
 from mdistiller import config
 from mdistiller.errors import UserError
-from mdistiller.study.runs import differing, group_runs, read_run, rule_of
+from mdistiller.study.groups import differing, group_runs
+from mdistiller.study.runs import read_run, rule_of
 
 
 def test_seeds_are_averaged_and_nothing_else(tmp_path):
@@ -39,6 +40,33 @@ def test_seeds_are_averaged_and_nothing_else(tmp_path):
         "KD+LSKD, resnet20 → resnet8, 2 epochs",
     ]
     assert [groups[0].name, groups[4].name] == ["NONE,resnet8", "KD+std,resnet20,resnet8"]
+
+
+def test_other_data_and_other_teachers_are_other_groups(tmp_path):
+    def run(name, seed, data, teacher="", **keys):
+        folder = write_run(tmp_path, name, [50.0, 60.0], seed, **keys)
+        (folder / "environment.json").write_text(json.dumps({"sha256": {"data": data, "teacher": teacher}}))
+        return folder
+
+    pair = {"DISTILLER__TYPE": "KD", "DISTILLER__TEACHER": "resnet20"}
+    folders = [
+        run("a0", 0, "aaaaaaaaaa", DATASET__TYPE="npz", DATASET__ROOT="one.npz"),
+        run("a1", 1, "bbbbbbbbbb", DATASET__TYPE="npz", DATASET__ROOT="two.npz"),
+        run("a2", 0, "cccccccccc", DATASET__TYPE="npz", DATASET__ROOT="two.npz"),
+        run("a3", 3, "aaaaaaaaaa", DATASET__TYPE="npz", DATASET__ROOT="moved/one.npz"),
+        run("k0", 0, "d", "t1", DISTILLER__TEACHER_CKPT="short/student_best", **pair),
+        run("k1", 0, "d", "t2", DISTILLER__TEACHER_CKPT="long/student_best", **pair),
+        run("k2", 1, "d", "t2", DISTILLER__TEACHER_CKPT="long/student_best", **pair),
+    ]
+    groups, notes = group_runs([read_run(folder) for folder in folders])
+    assert [[run.name for run in group.runs] for group in groups] == [
+        ["a0", "a3"], ["a1"], ["a2"], ["k0"], ["k1", "k2"],
+    ]  # fmt: skip
+    assert not notes
+    assert [group.extra for group in groups] == [
+        "data one.npz", "data bbbbbbbb", "data cccccccc", "teacher checkpoint short/student_best",
+        "teacher checkpoint long/student_best",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

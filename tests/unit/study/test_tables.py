@@ -6,9 +6,10 @@ from studies import write_run
 
 from mdistiller.errors import UserError
 from mdistiller.study import tables
+from mdistiller.study.groups import group_runs
 from mdistiller.study.published import read_published, verdict
 from mdistiller.study.results import BESIDE_CAPTION
-from mdistiller.study.runs import group_runs, read_run
+from mdistiller.study.runs import read_run
 from mdistiller.study.statistics import mean_and_std
 from mdistiller.terminal import counted
 
