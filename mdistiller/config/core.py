@@ -67,7 +67,12 @@ add_keys(
         "SOLVER.DOT.DELTA": Key(
             0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."
         ),
-        "SOLVER.BATCH_SIZE": Key(64, "Images in a training batch; the last, smaller batch is kept.", at_least(1)),
+        "SOLVER.BATCH_SIZE": Key(
+            64, "Images in a training batch; the last, smaller one is kept unless DROP_LAST.", at_least(1)
+        ),
+        "SOLVER.DROP_LAST": Key(
+            False, "Leave out the images that are left over for a last, smaller batch, others in each epoch."
+        ),
         "SOLVER.EPOCHS": Key(240, "Training epochs.", between(1, 2**20 - 1)),
         "SOLVER.LR": Key(0.05, "Learning rate of the first epoch.", positive),
         "SOLVER.LR_DECAY_STAGES": Key(

@@ -113,10 +113,13 @@ class Batches:
 
     Training (`augment` given): each epoch shuffles the samples and gives each its own crop and flip, drawn from the
     distribution of torchvision's RandomCrop(H, padding=H // 8) and RandomHorizontalFlip. All of an epoch's decisions
-    are a function of (seed, epoch) alone, whatever ran before, on whatever device. The last, smaller batch is kept.
+    are a function of (seed, epoch) alone, whatever ran before, on whatever device. The last, smaller batch is kept
+    unless `drop_last` is set.
     `two_views`: each sample comes in a strong view besides, of its own crop and flip and then RandAugment; the weak one
     is what it is without. Evaluation (`augment` None): the samples in their order.
     """
+
+    drop_last = False  # whether an epoch leaves out the samples that fill no batch, others each time
 
     def __init__(
         self,
@@ -143,7 +146,12 @@ class Batches:
         return len(self.images)
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        return -(-self.samples_an_epoch // self.batch_size)
+
+    @property
+    def samples_an_epoch(self) -> int:
+        """How many samples an epoch gives: all, or those of its whole batches."""
+        return self.num_samples - (self.num_samples % self.batch_size if self.drop_last else 0)
 
     @property
     def views(self) -> int:
@@ -204,7 +212,7 @@ class Batches:
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch | TwoViews]:
         """Yield the training batches of `epoch`, but for its first `done`."""
         plan = self.plan(epoch).to(self.images.device)  # one transfer an epoch
-        for start in range(done * self.batch_size, self.num_samples, self.batch_size):
+        for start in range(done * self.batch_size, self.samples_an_epoch, self.batch_size):
             yield self.batch(plan[:, start : start + self.batch_size])
 
     def crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
-from mdistiller.config import DOT_TRAINERS, TWO_VIEWS
+from mdistiller.config import DOT_TRAINERS, PLUGINS, TWO_VIEWS, Config
 from mdistiller.dataset import Batches, ImageSet, dataset_dict
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, rule_name
@@ -116,19 +116,44 @@ def build_distiller(
     return prepare_parts(distiller, device)
 
 
-def rehearse(cfg: CfgNode, workspace: "Workspace") -> None:
-    """Train for one step with a teacher that has learned nothing, and throw it away. Raises UserError for what a run
-    would be refused for, so that no teacher is trained for it.
+def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
+    """Raise UserError where an epoch has no batch, or where its last one is a single image that the networks cannot
+    train on, as batch normalisation cannot where one image has one value of a channel.
+    """
+    images, solver = len(workspace.data.train_labels), cfg.SOLVER
+    if solver.DROP_LAST and images < solver.BATCH_SIZE:
+        raise UserError(
+            f"SOLVER.DROP_LAST: {images} training images fill no batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE}; take "
+            "smaller batches, or DROP_LAST False"
+        )
+    left = images % solver.BATCH_SIZE or solver.BATCH_SIZE
+    if left > 1 or (solver.DROP_LAST and solver.BATCH_SIZE > 1):
+        return
+    try:
+        rehearse(cfg, workspace, 1)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        instead = "take a larger one" if solver.BATCH_SIZE == 1 else "set SOLVER.DROP_LAST True, or take another"
+        raise UserError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of {images} images to the last batch, and batch "
+            f"normalisation cannot train on one alone in {cfg.DISTILLER.STUDENT} by {cfg.DISTILLER.TYPE}; {instead}"
+        ) from None
+
+
+def rehearse(cfg: CfgNode, workspace: "Workspace", images: int = 8) -> None:
+    """Train for one step on `images`, at most a batch, with a teacher that has learned nothing, and throw it away.
+    Raises UserError for what a run would be refused for, so that no teacher is trained for it.
     """
     data, solver = workspace.local, cfg.SOLVER
     distiller = build_distiller(cfg, workspace.data, None, workspace.device, workspace.networks).train()
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     batches = training_batches(cfg, data)
-    plan = batches.plan(1)[:, : min(8, solver.BATCH_SIZE)].to(workspace.device)
+    plan = batches.plan(1)[:, : min(images, solver.BATCH_SIZE)].to(workspace.device)
     Step(distiller, optimizer, workspace.device, solver.AMP)(batches.batch(plan), 1)
 
 
-def refuse_unused(cfg: CfgNode) -> None:
+def refuse_unused(cfg: Config) -> None:
     """Raise UserError where the configuration asks of the method what it does not do. (NONE may train a teacher, with
     its student's settings.)
     """
@@ -141,8 +166,11 @@ def refuse_unused(cfg: CfgNode) -> None:
         )
     if not cls.needs_teacher:
         return
-    rule = "EXPERIMENT.LOGIT_STAND" if cfg.EXPERIMENT.LOGIT_STAND else "TEMPERATURE.RULE"
-    if (cfg.TEMPERATURE.RULE or cfg.EXPERIMENT.LOGIT_STAND) and not issubclass(cls, RuleDistiller):
+    stand = cfg.EXPERIMENT.LOGIT_STAND
+    if stand and distiller_dict.own.get(method) is not cls:  # a method file may read the key itself, as LSKD's do
+        stand = not any("LOGIT_STAND" in PLUGINS[digest].text for digest in cfg.plugins)
+    rule = "EXPERIMENT.LOGIT_STAND" if stand else "TEMPERATURE.RULE"
+    if (cfg.TEMPERATURE.RULE or stand) and not issubclass(cls, RuleDistiller):
         takers = [name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller)]
         raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
     if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
@@ -182,7 +210,9 @@ def training_batches(cfg: CfgNode, data: ImageSet) -> Batches:
     """Return the batches of training images that `cfg` asks for."""
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
     given = data.train_images, data.train_labels, data.mean, data.std, cfg.SOLVER.BATCH_SIZE, augment, cfg.SEED
-    return Batches(*given, two_views=cfg.SOLVER.TRAINER in TWO_VIEWS)
+    batches = Batches(*given, two_views=cfg.SOLVER.TRAINER in TWO_VIEWS)
+    batches.drop_last = cfg.SOLVER.DROP_LAST
+    return batches
 
 
 def build_trainer(

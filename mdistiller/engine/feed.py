@@ -21,7 +21,7 @@ class Feed:
         """Yield the batches of `epoch` after its first `done`: the plan (4, B) and the teacher's logits (B, K) or None,
         on the device. The teacher is asked for some batches together; `check` is called after each of its passes.
         """
-        size, samples = self.batches.batch_size, self.batches.num_samples
+        size, samples = self.batches.batch_size, self.batches.samples_an_epoch
         plan = self.batches.plan(epoch)
         local = plan.to(self.batches.images.device)  # one transfer an epoch
         window = size * max(1, WINDOW // size)

@@ -12,7 +12,15 @@ from yacs.config import CfgNode
 from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
-from mdistiller.engine.build import Workspace, build_distiller, build_trainer, prepare_parts, refuse_unused, rehearse
+from mdistiller.engine.build import (
+    Workspace,
+    build_distiller,
+    build_trainer,
+    check_last_batch,
+    prepare_parts,
+    refuse_unused,
+    rehearse,
+)
 from mdistiller.engine.cfg import describe, unread_overrides
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.teachers import find_teacher
@@ -72,8 +80,10 @@ class RunRequest:
 
     def find_teacher(self, resume: bool | str, workspace: Workspace) -> None:
         """Find the teacher's checkpoint, or train it, unless the caller brings the teacher with its weights; those are
-        kept as DISTILLER.TEACHER_CKPT when the run begins.
+        kept as DISTILLER.TEACHER_CKPT when the run begins. Raises UserError before, where a batch cannot be trained on.
         """
+        with failures(self.cfg):
+            check_last_batch(self.cfg, workspace)
         if not needs_teacher(self.cfg.DISTILLER.TYPE):
             return
         if workspace.networks.teacher is not None:

@@ -124,7 +124,7 @@ class Trainer:
         lr = self.schedule.at(epoch)
         set_lr(step.optimizer, lr)
         step.temperatures = self.buffer
-        recorder.start_epoch(epoch, self.feed.batches.num_samples, meter.images)
+        recorder.start_epoch(epoch, self.feed.batches.samples_an_epoch, meter.images)
         begin = time.monotonic() - state.seconds
         for plan, logits in self.stop.watch(self.feed.plans(epoch, state.done, self.stop.check)):
             self.random = torch.get_rng_state()

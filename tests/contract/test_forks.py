@@ -13,7 +13,7 @@ from mdistiller.config import in_place_of_built_in, load
 from mdistiller.dataset import Batch, TwoViews, image_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers.KD import KD
-from mdistiller.engine.build import build_distiller
+from mdistiller.engine.build import build_distiller, refuse_unused
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import ConfigError, UserError
@@ -200,3 +200,28 @@ def test_files_of_the_originals_interface_behave_as_the_built_in_methods(method)
     for name, value in losses[1].items():
         if name != "loss/loss_kd" and name != "loss" or method in SAME_LOSS:
             assert value == pytest.approx(losses[0][name], rel=5e-3), name
+
+
+def test_a_method_file_may_read_logit_stand_itself(tmp_path):
+    text = """
+from ._base import Distiller
+import torch.nn.functional as F
+
+class Stand(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+        self.stand = cfg.EXPERIMENT.LOGIT_STAND
+
+    def forward_train(self, image, target, **kwargs):
+        logits = self.student(image)[0]
+        return logits, {"loss_ce": F.cross_entropy(logits / logits.std() if self.stand else logits, target)}
+"""
+    (tmp_path / "Stand.py").write_text(text)
+    (tmp_path / "Plain.py").write_text(text.replace("cfg.EXPERIMENT.LOGIT_STAND", "True").replace("Stand", "Plain"))
+    cfg = load(None, words(tmp_path / "Stand.py", "STAND", "EXPERIMENT.LOGIT_STAND", True))
+    refuse_unused(cfg)
+    assert step(cfg)[0].stand is True
+    with refused("Plain takes no temperature rule"):
+        refuse_unused(load(None, words(tmp_path / "Plain.py", "PLAIN", "EXPERIMENT.LOGIT_STAND", True)))
+    with refused("AT takes no temperature rule"):
+        refuse_unused(load(None, words(tmp_path / "Stand.py", "AT", "EXPERIMENT.LOGIT_STAND", True)))

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 import mdistiller as md
 from mdistiller import registry
+from mdistiller.config import load
 from mdistiller.dataset import image_set, load_dataset
 from mdistiller.distillers import Distiller, FeatureDistiller, LogitDistiller
+from mdistiller.engine.build import check_last_batch
+from mdistiller.engine.run import open_workspace, train
 from mdistiller.losses import Temperatures, ce_loss
 
 
@@ -310,3 +313,17 @@ def test_settings_without_effect_are_named(capsys):
     assert "no effect" not in capsys.readouterr().out, "CTKD reads KD's temperature"
     quick(None, nets()[1], method=None, epochs=1, TEACHER_BANK="off", TEMPERATURE__DETACH=True)
     assert "TEACHER_BANK (NONE has no teacher), TEMPERATURE.DETACH (NONE has no teacher)" in capsys.readouterr().out
+
+
+def test_a_last_batch_of_one_image_is_known_before_anything_is_written(tmp_path):
+    opts = digits_opts(LOG__PREFIX=tmp_path, DISTILLER__STUDENT="MobileNetV2", SOLVER__BATCH_SIZE=131)
+    for method, more, says in (
+        ("REVIEWKD", [], "131 leaves one of 1442 images to the last batch.*set SOLVER.DROP_LAST True"),
+        ("REVIEWKD", ["SOLVER.BATCH_SIZE", 1], "take a larger one"),
+        ("NONE", ["SOLVER.DROP_LAST", True, "SOLVER.BATCH_SIZE", 2000], "1442 training images fill no batch"),
+    ):
+        with pytest.raises(md.UserError, match=says):
+            train(load(None, [*opts, "DISTILLER.TYPE", method, *more]))
+    assert not list(tmp_path.iterdir())
+    cfg = load(None, [*opts, "DISTILLER.TYPE", "REVIEWKD", "SOLVER.DROP_LAST", True])
+    check_last_batch(cfg, open_workspace(cfg))

@@ -11,6 +11,7 @@ from torchvision.transforms import functional as TF
 
 from mdistiller.dataset import Batches, ImageSet, image_set, load_dataset
 from mdistiller.dataset._images import channel_statistics
+from mdistiller.engine.feed import Feed
 from mdistiller.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -34,6 +35,17 @@ def test_augmentation_equals_torchvisions_pixel_for_pixel():
         picture = TF.hflip(picture) if flip[i] else picture
         expected = TF.normalize(TF.to_tensor(picture), MEAN, STD)
         torch.testing.assert_close(image[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_drop_last_leaves_out_what_fills_no_batch():
+    whole, cut = batches(), batches()
+    cut.drop_last = True
+    assert (len(whole), len(cut)) == (3, 2) and (whole.samples_an_epoch, cut.samples_an_epoch) == (20, 16)
+    for kept, every in zip(cut.epoch(2), list(whole.epoch(2))[:2], strict=True):
+        assert torch.equal(kept.image, every.image) and torch.equal(kept.index, every.index)
+    fed = [plan for plan, _ in Feed(cut).plans(2, 1, lambda: None)]
+    assert [plan[0].tolist() for plan in fed] == [cut.plan(2)[0, 8:16].tolist()]
+    assert len({index for epoch in range(20) for batch in cut.epoch(epoch) for index in batch.index.tolist()}) == 20
 
 
 def test_decisions_follow_the_published_distribution():
