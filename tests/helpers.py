@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,12 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def evaluated(out: str) -> dict[str, str]:
+    """Return the figures of the one network that tools/eval.py has printed, by the heads of its table."""
+    _, _, head, _, cells = out.splitlines()
+    return dict(zip(re.split("  +", head), re.split("  +", cells), strict=True))
 
 
 def digits_opts(**changes: object) -> list[str]:

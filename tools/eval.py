@@ -1,48 +1,74 @@
-"""Accuracy of a checkpoint on a test set.
+"""What a checkpoint, or each network of a run, says of a test set.
 
+python3 tools/eval.py -r RUN
 python3 tools/eval.py -m resnet8 -d digits -c RUN/student_best
 python3 tools/eval.py -m resnet32x4 -c pretrain -d cifar100 -bs 256
 """
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mdistiller.config import KEYS, load
-from mdistiller.errors import run_command
+from mdistiller.errors import UserError, run_command
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", required=True, help="a name of cifar_model_dict")
-    parser.add_argument("-c", "--ckpt", default="pretrain", help="checkpoint; default: pretrain, the teacher's file")
+    parser.add_argument(
+        "-r", "--run", type=Path, help="a run's folder: its last and best student, and its teacher; beside -m: --root"
+    )
+    parser.add_argument("-m", "--model", help="a network: a name of cifar_model_dict, or of a plug-in's")
+    parser.add_argument("-c", "--ckpt", help="its checkpoint; default: pretrain, the teacher's file")
     default = "default: %(default)s"
-    parser.add_argument("-d", "--dataset", default="cifar100", help=default)
-    parser.add_argument("-r", "--root", default="./data", help=f"folder of the data set; for npz, the file; {default}")
+    parser.add_argument("-d", "--dataset", help="a name of dataset_dict, or of a plug-in's; default: cifar100")
+    parser.add_argument("--root", help="folder of the data set; for npz, the file; default: the run's, or ./data")
     parser.add_argument("-bs", "--batch-size", type=int, default=64, help=default)
     parser.add_argument("--device", default="auto", help=default)
     parser.add_argument("--amp", default="none", choices=KEYS["SOLVER.AMP"].check.names, help=default)
     parser.add_argument(
         "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins that bring the model or the data set"
     )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write accuracy by class and confusion matrices there (CSV, PNG)"
+    )
     a = parser.parse_args(words)
+    if a.run and a.model and not a.root:  # beside a model, -r has always been the data set's folder
+        a.run, a.root = None, str(a.run)
+    if a.run and (a.model or a.ckpt or a.dataset):
+        raise UserError("-r RUN says model, checkpoint and data set itself; leave out -m, -c and -d")
+    if not a.run and not a.model:
+        raise UserError("say what to evaluate: -r RUN, or -m MODEL -c CHECKPOINT -d DATASET")
 
     from mdistiller.device import check_amp, resolve_device  # torch takes seconds to import, and --help needs none
     from mdistiller.engine.evaluator import evaluate_checkpoint
+    from mdistiller.study import evaluation
+    from mdistiller.study.tables import text_table
+    from mdistiller.terminal import columns
 
     load(None, ["EXPERIMENT.PLUGINS", a.plugins])
     device = resolve_device(a.device)
     check_amp(a.amp, device)
-    report = evaluate_checkpoint(a.model, a.ckpt, a.dataset, a.root, a.batch_size, device, a.amp)
-    rows = (
-        ("top-1", f"{report.scores.top1:.2f} %"),
-        ("top-5", "" if report.scores.top5 is None else f"{report.scores.top5:.2f} %"),
-        ("loss", f"{report.scores.loss:.4f}"),
-        ("parameters", f"{report.parameters:,}"),
-        ("images/s", f"{report.images_per_second:,.0f}"),
-    )
-    print(f"{a.model} from {a.ckpt} on {a.dataset}, {device}, {a.amp} autocast")
-    for name, value in (row for row in rows if row[1]):
-        print(f"  {name:<12}{value:>14}")
+    notes: list[str] = []
+    if a.run:
+        reports, dataset, notes = evaluation.evaluate_run(a.run, a.root or "", a.plugins, a.batch_size, device, a.amp)
+        what = str(a.run)
+    else:
+        file, dataset = a.ckpt or "pretrain", a.dataset or "cifar100"
+        report = evaluate_checkpoint(a.model, file, dataset, a.root or "./data", a.batch_size, device, a.amp)
+        reports, what = {a.model: report}, f"{a.model} from {file}"
+    if a.json:
+        print(json.dumps({name: evaluation.figures(report) for name, report in reports.items()}, indent=2))
+    else:
+        print(f"{what} on {dataset}, {device}, {a.amp} autocast\n")
+        print(text_table(evaluation.evaluation_table(reports), columns()))
+    for line in notes:
+        print(line, file=sys.stderr)
+    if a.out:
+        evaluation.write_evaluation(a.out, reports, dataset)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,6 +86,8 @@ class Report(NamedTuple):
     scores: Scores
     parameters: int
     images_per_second: float
+    logits: np.ndarray  # (N, K) float32
+    labels: np.ndarray  # (N,)
 
 
 def evaluate_checkpoint(
@@ -113,6 +116,13 @@ def evaluate_checkpoint(
     prepare(network, device)
     batches = evaluation_batches(data.to(device), batch_size)
     begin = time.monotonic()
-    scores = scores_of(Inference(network, device, amp, data.test_images.shape[1]), batches)
+    inference, parts = Inference(network, device, amp, data.test_images.shape[1]), []
+
+    def logits_of(image: Tensor) -> Tensor:
+        parts.append(inference(image).float().clone())
+        return parts[-1]
+
+    scores = scores_of(logits_of, batches)
     rate = batches.num_samples / (time.monotonic() - begin)
-    return Report(scores, sum(p.numel() for p in network.parameters()), rate)
+    logits, labels = torch.cat(parts).cpu().numpy(), data.test_labels.cpu().numpy()
+    return Report(scores, sum(p.numel() for p in network.parameters()), rate, logits, labels)

@@ -213,6 +213,8 @@ def matrix_spec(panel: Panel) -> dict:
     axis = {"labels": len(ticks) <= MOST_NAMES, "ticks": False, "labelAngle": 0}
     named = {"type": "nominal", "sort": None, "title": None, "axis": axis}
     scale = {"scheme": "redblue", "reverse": True, "domain": [-limit, limit]}
+    if panel.matrix.min() >= 0:
+        scale = {"scheme": "blues", "domain": [0, limit]}
     legend = {"title": None, "gradientLength": 200, "tickCount": 5}
     return {
         "data": {"values": [table]},

@@ -84,7 +84,7 @@ class Networks:
 
     def teacher(self, run: Run, split: str) -> Predictions:
         """Return what the teacher says of a split: train or test."""
-        file, name = self._teacher_file(run), run.cfg.DISTILLER.TEACHER
+        file, name = self.teacher_file(run), run.cfg.DISTILLER.TEACHER
         key = (str(file), name, run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT, run.plugins, split)
         if key not in self._teachers:
             self.say(f"{run.name}: the teacher {name} on the {split} set")
@@ -109,7 +109,7 @@ class Networks:
             right.append(logits.argmax(1) == labels)
         return np.stack(right)
 
-    def _teacher_file(self, run: Run) -> Path:
+    def teacher_file(self, run: Run) -> Path:
         """Return the file that training would use: the named one, the released one, or the one that it trained."""
         names = run.cfg.DISTILLER
         candidates = [names.TEACHER_CKPT] if names.TEACHER_CKPT else teacher_files(run.cfg)

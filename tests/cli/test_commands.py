@@ -3,10 +3,11 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import changed, load_tool, tool
+from helpers import changed, evaluated, load_tool, tool
 
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
@@ -33,10 +34,22 @@ def test_train_then_eval_then_compare_then_train_again(small, tmp_path, monkeypa
 
     data = ["-d", "npz", "-r", small[small.index("DATASET.ROOT") + 1], "--device", "cpu"]
     type_in(monkeypatch, "eval", "-m", "resnet8", "-c", folder / "student_latest", *data)
-    figures = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
-    assert float(figures["top-1"]) == pytest.approx(row["test_acc"], abs=10.1)  # float32 here, bf16 there; 20 images
+    figures = evaluated(capsys.readouterr().out)
+    assert float(figures["top-1 (%)"]) == pytest.approx(
+        row["test_acc"], abs=10.1
+    )  # float32 here, bf16 there; 20 images
     parameters = cifar_model_dict["resnet8"][0](num_classes=10).parameters()
     assert figures["parameters"] == f"{sum(p.numel() for p in parameters):,}"
+
+    type_in(monkeypatch, "eval", "-r", folder, "--device", "cpu", "--json", "--out", tmp_path / "mistakes")
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["student, last", "student, best", "teacher"] and found["student, last"]["parameters"]
+    assert found["student, last"]["top1"] == pytest.approx(float(figures["top-1 (%)"]), abs=0.005)
+    assert json.loads((tmp_path / "mistakes" / "scores.json").read_text()) == found
+    named = np.genfromtxt(tmp_path / "mistakes" / "confusion,student_last.csv", delimiter=",", skip_header=1)[:, 1:]
+    assert named.sum() == 20 and np.trace(named) / 20 == pytest.approx(found["student, last"]["top1"] / 100)
+    by_class = np.genfromtxt(tmp_path / "mistakes" / "classes,student_last.csv", delimiter=",", skip_header=1)
+    assert by_class[:, 1] == pytest.approx(100 * np.diag(named) / 2) and (by_class[:, 3] == 2).all()
 
     type_in(monkeypatch, "compare", folder)
     assert f"{row['test_acc']:.2f}" in capsys.readouterr().out.splitlines()[-1]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from helpers import digits_opts, load_tool, save_teacher, small_run, tool
+from helpers import digits_opts, evaluated, load_tool, save_teacher, small_run, tool
 
 from mdistiller.config import get, load
 from mdistiller.dataset import get_dataset
@@ -50,13 +50,12 @@ def test_evaluation_of_a_pretrained_network(tmp_path, monkeypatch, capsys):
     file.parent.mkdir(parents=True)
     save_teacher(file)
     load_tool("eval").main(["-m", "resnet8", "-c", "pretrain", "-d", "digits", "-bs", "100"])
-    found = capsys.readouterr().out
+    figures = evaluated(capsys.readouterr().out)
     distiller = distiller_dict["NONE"](cifar_model_dict["resnet8"][0](num_classes=10))
     distiller.student.load_state_dict(load_checkpoint(file)["model"])
     top1, top5, _ = validate(get_dataset(load(None, ["DATASET.TYPE", "digits"]))[1], distiller)
-    figures = dict(line.split()[:2] for line in found.splitlines()[1:])
-    assert float(figures["top-1"]) == pytest.approx(top1, abs=0.3)
-    assert float(figures["top-5"]) == pytest.approx(top5, abs=0.3)
+    assert float(figures["top-1 (%)"]) == pytest.approx(top1, abs=0.3)
+    assert float(figures["top-5 (%)"]) == pytest.approx(top5, abs=0.3)
 
 
 def test_evaluation_on_data_of_other_classes_fetches_nothing(tmp_path, monkeypatch):

@@ -227,6 +227,8 @@ def the_tools_know_what_it_brings(folder, run):
     assert done.returncode == 2 and "what a plug-in brings needs --plugins FILE" in done.stderr
     done = tool("eval", *words, "--plugins", folder / "small_net.py", folder / "squares.py", cwd=folder / "elsewhere")
     assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
+    by_run = tool("eval", "-r", run, "--plugins", *sorted(folder.glob("*.py")), cwd=folder / "elsewhere")
+    assert by_run.returncode == 0 and "student, best" in by_run.stdout, by_run.stderr
     assert "top-5" not in done.stdout and "test_acc_top5" not in (run / "metrics.jsonl").read_text(), "of four classes"
 
 

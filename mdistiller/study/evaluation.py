@@ -1,0 +1,100 @@
+"""tools/eval.py: what a checkpoint, or each network that a run has left, says of a test set."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mdistiller import config
+from mdistiller.engine.evaluator import Report, evaluate_checkpoint
+from mdistiller.errors import UserError
+from mdistiller.study import statistics as st
+from mdistiller.study.charts import Chart, Panel, write_table
+from mdistiller.study.drawing import save
+from mdistiller.study.networks import Missing, Networks
+from mdistiller.study.runs import lacking_plugins, read_run
+from mdistiller.study.superclasses import class_names
+from mdistiller.study.tables import Table
+
+HEAD = ("network", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "parameters", "images/s")
+
+
+def evaluate_run(
+    folder: Path, root: str, plugins: Sequence[str], batch_size: int, device: torch.device, amp: str
+) -> tuple[dict[str, Report], str, list[str]]:
+    """Return the reports on the run's last student, its best one and its teacher; its data set; and lines on what is
+    not there. `root`: where its data are now; "" for where they were.
+
+    Raises UserError where `folder` is no run's, or holds no student.
+    """
+    run = read_run(folder, ["DATASET.ROOT", root] if root else [], plugins)
+    if notes := lacking_plugins([run]):
+        raise UserError(*notes)
+    config.activate(run.plugins)
+    names, data = run.cfg.DISTILLER, run.cfg.DATASET
+    students = {"student, last": folder / "student_latest", "student, best": folder / "student_best"}
+    asked = {what: (names.STUDENT, file) for what, file in students.items() if file.is_file()}
+    if not asked:
+        raise UserError(f"{folder}: holds no student_latest or student_best; is it a run's folder?")
+    if run.taught:
+        try:
+            asked["teacher"] = names.TEACHER, Networks().teacher_file(run)
+        except Missing:
+            notes.append(f"the teacher {names.TEACHER} is not there any more; name its file with -m and -c")
+    reports = {
+        what: evaluate_checkpoint(model, str(file), data.TYPE, data.ROOT, batch_size, device, amp)
+        for what, (model, file) in asked.items()
+    }
+    return reports, data.TYPE, notes
+
+
+def figures(report: Report) -> dict[str, float | int | None]:
+    """Return the figures of a report: accuracies and the expected calibration error (15 bins) in percent."""
+    ece = 100 * st.calibration(report.logits, report.labels).ece
+    scores = {"top1": report.scores.top1, "top5": report.scores.top5, "loss": report.scores.loss, "ece": ece}
+    return scores | {"parameters": report.parameters, "images_per_second": report.images_per_second}
+
+
+def evaluation_table(reports: Mapping[str, Report]) -> Table:
+    """Return a row of figures for each network; top-5 where there are more than five classes."""
+    rows, head = [], [name for name in HEAD if "top-5" not in name or any(r.scores.top5 for r in reports.values())]
+    for name, report in reports.items():
+        found = figures(report)
+        top5 = [] if found["top5"] is None else [f"{found['top5']:.2f}"]
+        texts = (f"{found['loss']:.4f}", f"{found['ece']:.2f}", f"{found['parameters']:,}")
+        rows.append([name, f"{found['top1']:.2f}", *top5, *texts, f"{found['images_per_second']:,.0f}"])
+    return Table("evaluation", "Evaluation", "", head, rows)
+
+
+def write_evaluation(folder: Path, reports: Mapping[str, Report], dataset: str) -> None:
+    """Write into `folder` for each network: classes,NAME.csv (accuracy, precision and number of images of each class),
+    confusion,NAME.csv (a row for each label, a column for each class that is named) and confusion,NAME.png; and
+    scores.json with the figures of all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = {name: figures(report) for name, report in reports.items()}
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    for name, report in reports.items():
+        tag, count = name.replace(", ", "_").replace(" ", "_"), report.logits.shape[1]
+        classes = class_names(dataset, count)
+        found = confusion(report.logits, report.labels)
+        frame = pd.DataFrame(found, columns=classes)
+        frame.insert(0, "label", classes)
+        write_table(folder / f"confusion,{tag}.csv", frame)
+        images, named, right = found.sum(1), found.sum(0), np.diag(found)
+        with np.errstate(invalid="ignore"):
+            parts = {"accuracy": 100 * right / images, "precision": 100 * right / named}
+        write_table(folder / f"classes,{tag}.csv", pd.DataFrame({"class": classes} | parts | {"images": images}))
+        shares = found / np.maximum(images, 1)[:, None]
+        caption = "Each row is a label: the share of its images that each class is named for."
+        panel = Panel("label (rows), class that is named (columns)", matrix=shares, ticks=classes)
+        save(Chart(f"confusion,{tag}", "Evaluation", f"Confusion matrix: {name}", caption, [panel]), folder)
+
+
+def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how many images of each label (rows) each class (columns) is named for, (K, K)."""
+    count = logits.shape[1]
+    return np.bincount(labels * count + logits.argmax(1), minlength=count**2).reshape(count, count)
