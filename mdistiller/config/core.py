@@ -55,6 +55,7 @@ add_keys(
         "DISTILLER.TEACHER_CKPT": Key(
             "", "Teacher checkpoint; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/.", role="where"
         ),
+        "DISTILLER.STUDENT_CKPT": Key("", "Checkpoint whose weights the student starts from; empty: new weights."),
         "DISTILLER.TRAIN_TEACHER": Key(
             False, "Train a missing teacher first, by method NONE with this SOLVER, and store it.", role="where"
         ),

@@ -302,7 +302,7 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
         if ".." in Path(flat[name]).parts or Path(flat[name]).is_absolute():
             yield f"{name}: must be a folder name below LOG.PREFIX; got {flat[name]!r}"
-    paths = ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT")
+    paths = ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT")
     for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", *paths):
         sizes = [len(part.encode(errors="replace")) for part in Path(flat[name]).parts]
         if max(sizes, default=0) > 255 or sum(sizes) > 2000:

@@ -23,6 +23,7 @@ from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError, check_signature, users_code
+from mdistiller.files import expand
 from mdistiller.models import build_model, given_parts, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
@@ -102,6 +103,8 @@ def build_distiller(
     if networks.student is not None and not any(part.requires_grad for part in networks.student.parameters()):
         raise UserError(f"student: {names.STUDENT} has no parameter that learns; student.requires_grad_() thaws all")
     student, teacher = network(names.STUDENT, networks.student, networks.student_layers), None
+    if names.STUDENT_CKPT:
+        checkpoint.load_weights(student, names.STUDENT, data.num_classes, expand(names.STUDENT_CKPT))
     if cls.needs_teacher:
         teacher = network(names.TEACHER, networks.teacher, networks.teacher_layers)
         if teacher_file and networks.teacher is None:

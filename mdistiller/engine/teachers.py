@@ -71,9 +71,12 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     own.defrost()
     own.overrides.clear()
     own.DISTILLER.TYPE, own.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
+    own.DISTILLER.STUDENT_CKPT = ""
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
     solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key != "STEP"}
+    if not solver["DROP_LAST"]:
+        del solver["DROP_LAST"]  # the names of teachers from before there was the key
     key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT])[:8]
     tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     own.EXPERIMENT.NAME = own.EXPERIMENT.TAG = tag

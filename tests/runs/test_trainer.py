@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from helpers import agree, gpu, make_trainer, on, outcome, run
+from helpers import agree, gpu, make_trainer, on, outcome, run, save_teacher
 from torch.nn import functional as F
 
+from mdistiller import config
 from mdistiller.engine import build, stepmode
 from mdistiller.engine import run as runs
 from mdistiller.engine.graph import GraphStep
+from mdistiller.engine.teachers import teacher_config
 from mdistiller.engine.trainer import Options
+from mdistiller.errors import UserError
+from mdistiller.runs import checkpoint
 from mdistiller.runs.recorder import Recorder, read_metrics
 
 
@@ -136,3 +140,17 @@ def test_an_epoch_on_cuda_is_that_on_the_cpu(tmp_path):
         trainer(tmp_path / device, epochs=1, device=torch.device(device)).fit(Recorder(tmp_path / device, 1))
         losses.append(read_metrics(tmp_path / device)[0]["train_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_student_starts_from_a_checkpoint(small, tmp_path):
+    """With a rate of next to nothing it keeps those weights; a teacher that is trained for it does not start there."""
+    file = save_teacher(tmp_path / "start.pth", "resnet8")
+    weights = checkpoint.load(file)["model"]
+    opts = [*small, "SOLVER.EPOCHS", "1", "SOLVER.LR", "1e-12", "DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT_CKPT"]
+    student = checkpoint.load(run([*opts, str(file)], tmp_path / "runs") / "student_latest")["model"]
+    for name, value in weights.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(student[name], value, rtol=0, atol=1e-8)
+    assert teacher_config(config.load(None, opts + [str(file)])).DISTILLER.STUDENT_CKPT == ""
+    with pytest.raises(UserError, match=r"start\.pthx"):
+        run([*opts, f"{file}x"], tmp_path / "runs")
