@@ -171,10 +171,10 @@ class Plugin:
 
     def enter_classes(self, module: ModuleType) -> None:
         """Enter each class that the module defines with a `forward_train`, by its name, unless the module did."""
-        entered = {base for cls in self.brought.get("method", {}).values() for base in cls.__mro__}
+        entered = {(cls.__module__, cls.__qualname__) for cls in self.brought.get("method", {}).values()}
         for name, cls in list(vars(module).items()):
             own = isinstance(cls, type) and cls.__module__ == module.__name__
-            if own and "forward_train" in dir(cls) and cls not in entered:
+            if own and "forward_train" in dir(cls) and (cls.__module__, cls.__qualname__) not in entered:
                 registry.distillers[name] = cls
 
     def defaults_for(self, method: str) -> dict[str, object]:
@@ -223,14 +223,23 @@ def activate(digests: Iterable[str]) -> None:
 
 
 def in_place_of_built_in(digests: Iterable[str], used: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Yield a line for each plug-in on what it brings of `used`, {kind: names}, and for one that brings nothing."""
-    for plugin in (PLUGINS[digest] for digest in digests):
+    """Yield a line for each plug-in on what it brings of `used`, {kind: names}, and for one of which nothing is."""
+    plugins = [PLUGINS[digest] for digest in digests]
+    for place, plugin in enumerate(plugins):
         if not any(plugin.brought.values()):
             yield f"plug-in {plugin.path.name}: brings no method, model, data set or temperature rule"
+        elif not any(name in plugin.brought.get(kind, {}) for kind, names in used.items() for name in names):
+            names = sorted(name for held in plugin.brought.values() for name in held)
+            yield f"plug-in {plugin.path.name}: nothing of it is used here; it brings {', '.join(names)}"
         for kind, names in used.items():
             found = [name for name in dict.fromkeys(names) if name in plugin.brought.get(kind, {})]
             replaced = [name for name in found if name in registry.REGISTRIES[kind].own]
-            if found:
+            later = [
+                name for name in found if any(name in other.brought.get(kind, {}) for other in plugins[place + 1 :])
+            ]
+            if later:
+                yield f"plug-in {plugin.path.name}: its {kind} {' and '.join(later)} gives way to a later plug-in's"
+            elif found:
                 instead = f", in place of the built-in {' and '.join(replaced)}" if replaced else ""
                 yield f"plug-in {plugin.path.name}: {kind} {' and '.join(found)}{instead}"
 
@@ -256,6 +265,8 @@ def _file_of(folder: Path, name: str) -> Path | None:
 
 
 def _exists(full: str) -> bool:
+    if full in sys.modules:  # mdistiller's import paths have no files of their own
+        return True
     try:
         return importlib.util.find_spec(full) is not None
     except (ImportError, ValueError):

@@ -79,10 +79,10 @@ class DIST(RuleDistiller):
         self.temperature = cfg.DIST.TEMPERATURE
         self.beta = cfg.DIST.BETA
         self.gamma = cfg.DIST.GAMMA
-        self.ce_weight = cfg.DIST.LOSS.CE_WEIGHT
-        self.kd_weight = cfg.DIST.LOSS.KD_WEIGHT
+        self.ce_loss_weight = cfg.DIST.LOSS.CE_WEIGHT
+        self.kd_loss_weight = cfg.DIST.LOSS.KD_WEIGHT
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
         temperatures = self.soften(logits_student, logits_teacher, self.temperature, **kwargs)
         dist = softened_dist(logits_student, logits_teacher, temperatures, self.beta, self.gamma)
-        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * dist}
+        return {"loss_ce": self.ce_loss_weight * ce_loss(logits_student, target), "loss_kd": self.kd_loss_weight * dist}

@@ -60,7 +60,7 @@ class DKD(RuleDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
-        self.ce_weight = cfg.DKD.CE_WEIGHT
+        self.ce_loss_weight = cfg.DKD.CE_WEIGHT
         self.alpha = cfg.DKD.ALPHA if self.part != "non_target" else 0.0
         self.beta = cfg.DKD.BETA if self.part != "target" else 0.0
         self.temperature = cfg.DKD.T
@@ -72,6 +72,6 @@ class DKD(RuleDistiller):
         temperatures = self.soften(logits_student, logits_teacher, self.temperature, epoch=epoch, **kwargs)
         dkd = softened_dkd(logits_student, logits_teacher, target, self.alpha, self.beta, temperatures)
         return {
-            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_ce": self.ce_loss_weight * ce_loss(logits_student, target),
             "loss_kd": warmup(epoch, self.warmup) * dkd,
         }

@@ -42,7 +42,7 @@ class DTKD(RuleDistiller):
         super().__init__(student, teacher, cfg)
         self.alpha = cfg.DTKD.ALPHA
         self.beta = cfg.DTKD.BETA
-        self.ce_weight = cfg.DTKD.CE_WEIGHT
+        self.ce_loss_weight = cfg.DTKD.CE_WEIGHT
         self.temperature = cfg.DTKD.T
         self.warmup = cfg.DTKD.WARMUP
 
@@ -54,6 +54,6 @@ class DTKD(RuleDistiller):
         reference = fixed(logits_student, logits_teacher, self.temperature)
         kd = softened_kl(logits_student, logits_teacher, reference, target, self.part)
         return {
-            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_ce": self.ce_loss_weight * ce_loss(logits_student, target),
             "loss_kd": warmup(epoch, self.warmup) * (self.alpha * dtkd + self.beta * kd),
         }

@@ -31,9 +31,9 @@ class KD(RuleDistiller):
         super().__init__(student, teacher, cfg)
         weights = cfg[self.section].LOSS
         self.temperature = cfg[self.section].get("TEMPERATURE", cfg.KD.TEMPERATURE)
-        self.ce_weight, self.kd_weight = weights.CE_WEIGHT, weights.KD_WEIGHT
+        self.ce_loss_weight, self.kd_loss_weight = weights.CE_WEIGHT, weights.KD_WEIGHT
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
         temperatures = self.soften(logits_student, logits_teacher, self.temperature, **kwargs)
         kd = softened_kl(logits_student, logits_teacher, temperatures, target, self.part)
-        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * kd}
+        return {"loss_ce": self.ce_loss_weight * ce_loss(logits_student, target), "loss_kd": self.kd_loss_weight * kd}

@@ -113,8 +113,8 @@ class MLKD(RuleDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
         self.temperatures = cfg.MLKD.TEMPERATURES
-        self.ce_weight = cfg.MLKD.LOSS.CE_WEIGHT
-        self.kd_weight = cfg.MLKD.LOSS.KD_WEIGHT
+        self.ce_loss_weight = cfg.MLKD.LOSS.CE_WEIGHT
+        self.kd_loss_weight = cfg.MLKD.LOSS.KD_WEIGHT
 
     def losses(
         self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, observe: bool = True, **kwargs
@@ -125,7 +125,7 @@ class MLKD(RuleDistiller):
             softened = self.soften(logits_student, logits_teacher, tau, observe=observe, **kwargs)
             mlkd = mlkd + level_losses(logits_student, logits_teacher, softened)
             observe = False
-        return {"loss_ce": self.ce_weight * ce_loss(logits_student, target), "loss_kd": self.kd_weight * mlkd}
+        return {"loss_ce": self.ce_loss_weight * ce_loss(logits_student, target), "loss_kd": self.kd_loss_weight * mlkd}
 
     def forward_train(
         self,
@@ -172,4 +172,4 @@ class MLKD(RuleDistiller):
             batch_level, class_level = correlation_losses(weak, teacher_weak, tau, tau)
             loss = loss + samples * (instance + batch_level) + again + classes * class_level
         ce = ce_loss(weak, target) + ce_loss(strong, target)
-        return weak, {"loss_ce": self.ce_weight * ce, "loss_kd": self.kd_weight * loss}
+        return weak, {"loss_ce": self.ce_loss_weight * ce, "loss_kd": self.kd_loss_weight * loss}

@@ -85,7 +85,7 @@ class RLD(LogitDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher)
-        self.ce_weight = cfg.RLD.CE_WEIGHT
+        self.ce_loss_weight = cfg.RLD.CE_WEIGHT
         self.alpha = cfg.RLD.ALPHA
         self.beta = cfg.RLD.BETA
         self.temperatures = cfg.RLD.T, cfg.RLD.ALPHA_T
@@ -96,6 +96,6 @@ class RLD(LogitDistiller):
     ) -> dict[str, Tensor]:
         rld = rld_loss(logits_student, logits_teacher, target, self.alpha, self.beta, *self.temperatures)
         return {
-            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_ce": self.ce_loss_weight * ce_loss(logits_student, target),
             "loss_kd": warmup(epoch, self.warmup) * rld,
         }

@@ -67,13 +67,13 @@ class TTM(LogitDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher)
-        self.ce_weight = cfg[self.section].CE_WEIGHT
+        self.ce_loss_weight = cfg[self.section].CE_WEIGHT
         self.beta = cfg[self.section].BETA
         self.temperature = cfg[self.section].T
 
     def losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, **kwargs) -> dict[str, Tensor]:
         return {
-            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
+            "loss_ce": self.ce_loss_weight * ce_loss(logits_student, target),
             "loss_kd": self.beta * self.loss(logits_student, logits_teacher, self.temperature),
         }
 

@@ -42,9 +42,12 @@ def adapt(name: str, cls: object) -> type:
     declared, cls = isinstance(cls, Declared), cls.cls if isinstance(cls, Declared) else cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "forward_train")):
         raise TypeError(f"the method {name} must be a class derived from mdistiller.distillers.Distiller")
-    own = {attribute for base in cls.__mro__ if not _is_ours(base) for attribute in vars(base)}
+    bases = [base for base in cls.__mro__ if not _is_ours(base)]
+    # what was read off a base's signatures, when that was entered, does not hold for a class derived from it
+    own = {attribute for base in bases for attribute in vars(base) if attribute not in vars(base).get("_adapted", ())}
     if not own:
         return cls
+    before = {*vars(cls)}
     init, step = _parameters(cls.__init__), _parameters(cls.forward_train)
     if "__init__" in own and "needs" not in own:
         cls.needs = tuple(word for word in OFFERED if word in init)
@@ -54,6 +57,7 @@ def adapt(name: str, cls: object) -> type:
         cls.takes_strong_view = bool({"image_weak", "image_strong"} & {*step})
     if "task_losses" not in own:
         cls.task_losses = NamedTaskLosses()
+    cls._adapted = ({*vars(cls)} - before) | vars(cls).get("_adapted", set())
     if unknown := {*cls.needs} - {*OFFERED}:
         raise TypeError(f"the method {name} needs {', '.join(sorted(unknown))}; there are {' and '.join(OFFERED)}")
     return _wrap(name, cls) if "forward_train" in own and not declared else cls
@@ -89,8 +93,11 @@ def _wrap(name: str, cls: type) -> type:
     are, and an exception becomes one line that names the file and the place.
     """
     init, step = _parameters(cls.__init__), _parameters(cls.forward_train)
-    by_place = len(init) == 3 and len(_missing(init, ())) == 3  # student, teacher, cfg under names of its own
-    if (unknown := _missing(init, ("student", "teacher", "cfg", *OFFERED))) and not by_place:
+    unknown, usual = _missing(init, ("student", "teacher", "cfg", *OFFERED)), ("student", "teacher", "cfg")
+    # student, teacher, cfg under names of its own, in that order as far as it has ours
+    in_order = all(word not in usual or word == place for word, place in zip(init, usual, strict=False))
+    by_place = bool(unknown) and len(init) == 3 and len(_missing(init, ())) == 3 and in_order
+    if unknown and not by_place:
         return _refuse(name, f"{name}: its constructor asks for {', '.join(unknown)}, which only its own program has")
     if unknown := _missing(step, (*IN_A_STEP, *ON_REQUEST)):
         asked = ", ".join(unknown)
@@ -118,7 +125,18 @@ def _wrap(name: str, cls: type) -> type:
 
                 labels = offered["labels"] if cfg.CRD.MODE == "exact" else None
                 self._negatives, self._draws = Negatives(offered["num_data"], labels), cfg.CRD.NCE.K
+            if not isinstance(getattr(self, "student", None), nn.Module):
+                raise UserError(f"{name}: its constructor leaves no network as self.student; call super().__init__")
+            if not hasattr(self, "teacher"):  # as mdistiller's Vanilla
+                self.teacher = None
             _give_contiguous_features(self)
+
+        def get_learnable_parameters(self) -> list[nn.Parameter]:
+            with _one_line(name, cls):
+                found = list(super().get_learnable_parameters())
+            if not all(isinstance(part, nn.Parameter) for part in found):
+                raise UserError(f"{name}: get_learnable_parameters must give a list of parameters, no groups of them")
+            return found
 
         def forward_train(self, image: Tensor, target: Tensor, **given) -> tuple[Tensor, dict[str, Tensor]]:
             image = image.contiguous()
@@ -214,7 +232,7 @@ def _one_line(name: str, cls: type) -> Iterator[None]:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "alloc" in str(error):
             raise
         folder = os.path.dirname(inspect.getfile(cls)) if cls.__module__ in sys.modules else ""

@@ -153,7 +153,7 @@ class FeatureDistiller(Distiller):
         """`ce_weight` is the configuration where a method leaves out a constructor of its own: both weights are 1."""
         cfg, ce_weight = (ce_weight, 1.0) if isinstance(ce_weight, Mapping) else (None, ce_weight)
         super().__init__(student, teacher, cfg)
-        self.ce_weight, self.feat_weight = ce_weight, feat_weight
+        self.ce_loss_weight, self.feat_loss_weight = ce_weight, feat_weight
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that are neither the student's nor the teacher's."""
@@ -181,6 +181,6 @@ class FeatureDistiller(Distiller):
             got = type(loss).__name__
             raise UserError(f"{type(self).__name__}: feature_loss must return the loss, a scalar tensor; got {got}")
         return logits_student, {
-            "loss_ce": self.ce_weight * ce_loss(logits_student, target),
-            "loss_kd": self.feat_weight * loss,
+            "loss_ce": self.ce_loss_weight * ce_loss(logits_student, target),
+            "loss_kd": self.feat_loss_weight * loss,
         }

@@ -186,6 +186,7 @@ class Run:
             for line in data.doubts():
                 say_once(line)
             used = {"method": [names.TYPE], "model": [names.TEACHER, names.STUDENT], "dataset": [cfg.DATASET.TYPE]}
+            used["temperature rule"] = [cfg.TEMPERATURE.RULE]
             for line in in_place_of_built_in(cfg.plugins, used):
                 say_once(line)
             if unread := unread_overrides(cfg):

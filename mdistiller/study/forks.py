@@ -85,7 +85,7 @@ def try_fork(path: Path) -> Fork:
 
 
 def try_method(name: str, files: Iterable[Path], plugin: list) -> Trial:
-    """Train the method for a step by the first YAML file of its own that is for small images, or without one."""
+    """Train the method for a step by the first YAML file of its own that loads, or without one."""
     pair, reason = "", ""
     for cfg in _configurations(name, files, plugin):
         if isinstance(cfg, UserError):
@@ -96,6 +96,8 @@ def try_method(name: str, files: Iterable[Path], plugin: list) -> Trial:
             one_step(cfg)
         except UserError as error:
             reason = error.lines[0]
+        except Exception as error:  # whatever a method does, the others have their rows
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
         else:
             reason = ""
         break

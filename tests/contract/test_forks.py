@@ -18,7 +18,7 @@ from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.models.resnet import resnet8
-from mdistiller.study.forks import find_all, try_fork
+from mdistiller.study.forks import find_all, random_images, try_fork
 
 
 @pytest.fixture(autouse=True)
@@ -225,3 +225,112 @@ class Stand(Distiller):
         refuse_unused(load(None, words(tmp_path / "Plain.py", "PLAIN", "EXPERIMENT.LOGIT_STAND", True)))
     with refused("AT takes no temperature rule"):
         refuse_unused(load(None, words(tmp_path / "Stand.py", "AT", "EXPERIMENT.LOGIT_STAND", True)))
+
+
+HEAD = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nfrom ._base import Distiller\n"
+STEP = """
+    def forward_train(self, image, target, **kwargs):
+        logits = self.student(image)[0]
+        return logits, {"loss_ce": F.cross_entropy(logits, target)}
+"""
+
+
+def written(tmp_path, name, text):
+    (tmp_path / f"{name}.py").write_text(HEAD + text)
+    return tmp_path / f"{name}.py"
+
+
+def test_a_constructor_may_name_its_parameters_in_any_order(tmp_path):
+    for number, names in enumerate(("teacher, student, cfg", "s, t, cfg", "student, cfg, num_data")):
+        given = "student, None" if "num_data" in names else "s, t" if "s, t" in names else "student, teacher"
+        text = f"class Order{number}(Distiller):\n    def __init__(self, {names}):\n        super().__init__({given})\n"
+        cfg = load(None, words(written(tmp_path, f"Order{number}", text + STEP), f"ORDER{number}"))
+        made = build_distiller(cfg, random_images(), None, torch.device("cpu"))
+        assert sum(p.numel() for p in made.student.parameters()) == sum(
+            p.numel() for p in resnet8(num_classes=100).parameters()
+        )
+
+
+def test_a_class_derived_from_another_method_says_itself_what_it_takes(tmp_path):
+    text = f"""
+class First(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+{STEP}
+class Second(First):
+    def __init__(self, student, teacher, cfg, num_data):
+        super().__init__(student, teacher, cfg)
+        self.memory = num_data
+
+    def forward_train(self, image_weak, image_strong, target, **kwargs):
+        return super().forward_train(image_strong, target)
+"""
+    cfg = load(None, words(written(tmp_path, "Derived", text), "SECOND", "SOLVER.TRAINER", "ours"))
+    refuse_unused(cfg)
+    assert step(cfg)[0].memory == 8
+
+
+def test_a_registered_class_hides_no_other_of_its_file(tmp_path):
+    text = f"""
+from mdistiller.distillers import register_distiller
+class KD(Distiller):
+    mine = True
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+{STEP}
+@register_distiller("Registered")
+class Registered(KD):
+    pass
+"""
+    file = written(tmp_path, "Both", text)
+    cfg = load(None, words(file, "KD"))
+    assert build_distiller(cfg, random_images(), None, torch.device("cpu")).mine
+    other = load(None, words(file, "DKD"))
+    assert [*in_place_of_built_in(other.plugins, {"method": ["DKD"]})] == [
+        "plug-in Both.py: nothing of it is used here; it brings KD, Registered"
+    ]
+    (tmp_path / "more").mkdir()
+    twice = load(None, ["EXPERIMENT.PLUGINS", [str(file), str(written(tmp_path / "more", "KD", text))]])
+    first, second = in_place_of_built_in(twice.plugins, {"method": ["KD"]})
+    assert first == "plug-in Both.py: its method KD gives way to a later plug-in's" and "in place of" in second
+
+
+def test_mdistillers_names_work_inside_a_method_file(tmp_path):
+    text = f"""
+from mdistiller.models.cifar.resnet import resnet8
+from mdistiller.models.imagenet.resnet import resnet34
+from mdistiller.distillers.KD import KD
+class Weights(KD):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.ce_loss_weight, self.kd_loss_weight = 0.0, 100.0
+class Alone(nn.Module):
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+    def forward_test(self, image):
+        return self.student(image)[0]
+{STEP}
+"""
+    file = written(tmp_path, "Names", text)
+    means = step(load(None, words(file, "WEIGHTS")))[1]
+    assert means["loss/loss_ce"] == 0 and means["loss/loss_kd"] > 2
+    made = build_distiller(load(None, words(file, "ALONE")), random_images(), None, torch.device("cpu"))
+    assert made.teacher is None
+
+
+def test_one_broken_method_leaves_the_others_their_rows(tmp_path):
+    parts = {
+        "Learn": "    def get_learnable_parameters(self):\n        return self.nowhere\n",
+        "Groups": "    def get_learnable_parameters(self):\n        return [{'params': self.student.parameters()}]\n",
+        "Exits": "    def get_extra_parameters(self):\n        return 0\n",
+        "Sound": "",
+    }
+    text = "import sys\n"
+    for name, part in parts.items():
+        last = "        sys.exit(3)\n" if name == "Exits" else ""
+        text += f"class {name}(Distiller):\n    def __init__(self, student, teacher, cfg):\n"
+        text += f"        super().__init__(student, teacher)\n{last}{part}{STEP}\n"
+    reasons = {trial.name: trial.reason for trial in try_fork(written(tmp_path, "Parts", text)).methods}
+    assert "nowhere" in reasons["Learn"] and "list of parameters" in reasons["Groups"]
+    assert "SystemExit" in reasons["Exits"] and not reasons["Sound"]

@@ -29,7 +29,7 @@ def test_readme_method_loads(tmp_path):
     (text,) = re.findall(r"```python\n(.*?MyKD.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "my_kd.py").write_text(text)
     cfg = load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "my_kd.py"), "DISTILLER.TYPE", "MYKD", "MYKD.FACTOR", "2"])
-    assert distiller_dict["MYKD"](torch.nn.Identity(), torch.nn.Identity(), cfg).kd_weight == 1.8
+    assert distiller_dict["MYKD"](torch.nn.Identity(), torch.nn.Identity(), cfg).kd_loss_weight == 1.8
 
 
 def test_readme_yaml_is_a_valid_configuration(tmp_path):
