@@ -131,6 +131,13 @@ add_keys(
         "LOG.TENSORBOARD_FREQ": Key(
             500, "Steps between TensorBoard points inside an epoch.", at_least(1), role="where"
         ),
+        "LOG.PRINT_FREQ": Key(
+            0,
+            "Steps between lines inside an epoch where stdout is no terminal, as in a batch job; 0: none. A terminal "
+            "has a bar.",
+            at_least(0),
+            role="where",
+        ),
         "LOG.SAVE_CHECKPOINT_FREQ": Key(
             40, "Epochs between the checkpoints epoch_N and student_N.", at_least(1), role="where"
         ),

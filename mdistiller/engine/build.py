@@ -233,13 +233,15 @@ def build_trainer(
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal = refusal
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
+    log, kept = cfg.LOG, workspace.kept
+    options = Options(solver.EPOCHS, log.TENSORBOARD_FREQ, log.TEMPERATURE, describe(cfg), kept, known, log.PRINT_FREQ)
     trainer = Trainer(
         RunStep(step, train, uses_graph(cfg, device, distiller.capturable), exclusive=workspace.students == 1),
         Feed(train, logits),
         test,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
-        Keeper(folder, origin, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.SAVE_EVERY_SECONDS, workspace.students),
-        Options(solver.EPOCHS, cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.TEMPERATURE, describe(cfg), workspace.kept, known),
+        Keeper(folder, origin, log.SAVE_CHECKPOINT_FREQ, log.SAVE_EVERY_SECONDS, workspace.students),
+        options,
         workspace.stop,
     )
     return trainer, bank

@@ -38,6 +38,7 @@ class Options:
     config: str = ""  # the configuration as text, for the dump of a batch whose loss is not finite
     kept: bool = True  # whether the run's folder stays
     known: bool = True  # whether tools/replay.py can build what is trained: the caller brings none of it
+    print_every: int = 0  # steps between lines inside an epoch where there is no bar; 0: none
 
 
 class Trainer:
@@ -138,6 +139,8 @@ class Trainer:
             if (not step.lazy or point or last or due) and step.bad_step() >= 0:
                 self.diverged(epoch)
             recorder.step(plan.shape[1], meter.read)
+            if self.options.print_every and state.done % self.options.print_every == 0 and not last:
+                recorder.progress(epoch, state.done, len(self.feed), meter.read)
             if point:
                 recorder.point(number, meter.read())
             if due:

@@ -122,6 +122,15 @@ class Recorder:
         with unbroken():
             self.bar.update(samples)
 
+    def progress(self, epoch: int, step: int, steps: int, read_means) -> None:
+        """Print how far the epoch is, where no bar shows it. `read_means()` waits for the device."""
+        if self.bar is None:
+            means, epochs, width = read_means(), self.epochs, len(str(steps))
+            say(
+                f"{self.label}epoch {epoch:>{len(str(epochs))}}/{epochs}  step {step:>{width}}/{steps}  "
+                f"loss {means['loss']:6.3f}  train {100 * means['correct']:6.2f}"
+            )
+
     def point(self, step: int, means: dict[str, float]) -> None:
         """Write a point inside an epoch, for TensorBoard alone: means from the epoch's start to here."""
         if math.isfinite(means["loss"]):  # NaN: every step so far was skipped

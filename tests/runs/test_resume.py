@@ -124,6 +124,7 @@ def test_nothing_that_looks_on_changes_the_student(small, tmp_path, save_every_s
         {"LOG__TEMPERATURE": "summary"},
         {"LOG__TEMPERATURE": "samples"},
         {"LOG__TENSORBOARD_FREQ": 1, "LOG__SAVE_CHECKPOINT_FREQ": 1},
+        {"LOG__PRINT_FREQ": 1},
         {key: often},
         {"DETERMINISTIC": True},
         {"SOLVER__NAN_POLICY": "skip"},

@@ -1,5 +1,7 @@
 """The loop against a plain PyTorch loop, what it leaves, and how its steps run."""
 
+import re
+
 import pytest
 import torch
 from helpers import agree, gpu, make_trainer, on, outcome, run, save_teacher
@@ -12,7 +14,7 @@ from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.teachers import teacher_config
 from mdistiller.engine.trainer import Options
 from mdistiller.errors import UserError
-from mdistiller.runs import checkpoint
+from mdistiller.runs import checkpoint, recorder
 from mdistiller.runs.recorder import Recorder, read_metrics
 
 
@@ -83,6 +85,21 @@ def test_a_kill_at_an_epochs_end_costs_no_row_and_doubles_none(tmp_path, monkeyp
     again.fit(Recorder(folder, 2, again.state.epoch, again.state.log_bytes))
     losses = [[(row["epoch"], row["train_loss"]) for row in read_metrics(tmp_path / n)] for n in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_log_has_a_line_every_few_steps_where_that_is_asked_for(small, tmp_path, capsys, monkeypatch):
+    """Three steps an epoch; the epoch's own line stands for its last one. A terminal has its bar instead."""
+
+    def lines(name, words):
+        folder = run([*small, "DISTILLER.TYPE", "NONE", *words], tmp_path / name)
+        assert "  step" not in (folder / "worklog.txt").read_text()
+        return re.findall(r"^epoch (\d/2  step \d/3)  loss +\d\.\d{3}  train +[\d.]+$", capsys.readouterr().out, re.M)
+
+    assert lines("default", []) == []
+    assert lines("two", ["LOG.PRINT_FREQ", "2"]) == ["1/2  step 2/3", "2/2  step 2/3"]
+    assert len(lines("one", ["LOG.PRINT_FREQ", "1"])) == 4
+    monkeypatch.setattr(recorder, "shows_bars", lambda: True)
+    assert lines("terminal", ["LOG.PRINT_FREQ", "1"]) == []
 
 
 def test_emulated_bfloat16_is_said(small, tmp_path, monkeypatch):
