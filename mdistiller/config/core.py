@@ -74,6 +74,12 @@ add_keys(
         "SOLVER.DROP_LAST": Key(
             False, "Leave out the images that are left over for a last, smaller batch, others in each epoch."
         ),
+        "SOLVER.FREEZE": Key(
+            [],
+            "Patterns, with * and ?, of the names of the student's parameters that do not learn, such as [layer1.*]. A "
+            "batch normalisation all of whose parameters are frozen keeps its statistics too.",
+            Check(lambda v: all(isinstance(p, str) for p in v), "must be patterns of names, such as [layer1.*]"),
+        ),
         "SOLVER.EPOCHS": Key(240, "Training epochs.", between(1, 2**20 - 1)),
         "SOLVER.LR": Key(0.05, "Learning rate of the first epoch.", positive),
         "SOLVER.LR_DECAY_STAGES": Key(

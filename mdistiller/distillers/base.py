@@ -9,6 +9,7 @@ from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.losses import Temperatures, ce_loss
 from mdistiller.distillers.rules import build_rule
 from mdistiller.errors import UserError
+from mdistiller.models import frozen_norms
 
 
 class Distiller(nn.Module):
@@ -37,8 +38,12 @@ class Distiller(nn.Module):
         self.cfg = cfg
 
     def train(self, mode: bool = True) -> "Distiller":
-        """Set the mode, but leave the teacher in eval mode: its BatchNorm statistics are part of what it knows."""
+        """Set the mode, but leave the teacher in eval mode, and the student's batch normalisations whose parameters do
+        not learn: their statistics are part of what they know.
+        """
         super().train(mode)
+        for norm in frozen_norms(self.student):
+            norm.eval()
         if self.teacher is not None:
             self.teacher.eval()
         return self

@@ -27,6 +27,7 @@ from mdistiller.engine.state import RunState
 from mdistiller.engine.step import Step
 from mdistiller.engine.utils import AverageMeter, accuracy, adjust_learning_rate
 from mdistiller.errors import TrainingDiverged, UserError
+from mdistiller.models import freeze
 from mdistiller.runs.folder import RunFolder, run_folder
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import Recorder
@@ -72,6 +73,7 @@ class BaseTrainer:
     ):
         self.cfg, self.train_loader, self.val_loader = cfg, train_loader, val_loader
         self.distiller = distiller if hasattr(distiller, "module") else Wrapped(distiller)
+        freeze(self.distiller.module.student, cfg.SOLVER.FREEZE, cfg.DISTILLER.STUDENT)
         self.run_cfg = cfg.clone()
         self.run_cfg.defrost()
         self.run_cfg.EXPERIMENT.PROJECT, self.run_cfg.EXPERIMENT.NAME = os.path.split(experiment_name)

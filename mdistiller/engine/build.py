@@ -24,7 +24,7 @@ from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.files import expand
-from mdistiller.models import build_model, given_parts, name_layers
+from mdistiller.models import build_model, freeze, given_parts, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
@@ -105,6 +105,7 @@ def build_distiller(
     student, teacher = network(names.STUDENT, networks.student, networks.student_layers), None
     if names.STUDENT_CKPT:
         checkpoint.load_weights(student, names.STUDENT, data.num_classes, expand(names.STUDENT_CKPT))
+    freeze(student, cfg.SOLVER.FREEZE, names.STUDENT)
     if cls.needs_teacher:
         teacher = network(names.TEACHER, networks.teacher, networks.teacher_layers)
         if teacher_file and networks.teacher is None:
@@ -249,6 +250,8 @@ def build_trainer(
 
 def build_optimizer(solver: CfgNode, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of the section SOLVER. The trainer sets its rate."""
+    if solver.FREEZE:
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if solver.TRAINER in DOT_TRAINERS:
         return DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
     return sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)

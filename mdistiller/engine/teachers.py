@@ -15,6 +15,8 @@ from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import counted, say
 
+LATER = ("DROP_LAST", "FREEZE")  # keys of SOLVER that are younger than the names of trained teachers
+
 
 def find_teacher(
     cfg: CfgNode, path: Path, resume: bool, train: Callable[..., dict], rehearse: Callable[[], None]
@@ -71,12 +73,11 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     own.defrost()
     own.overrides.clear()
     own.DISTILLER.TYPE, own.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
-    own.DISTILLER.STUDENT_CKPT = ""
+    own.DISTILLER.STUDENT_CKPT, own.SOLVER.FREEZE = "", []  # which are of the student
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
-    solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key != "STEP"}
-    if not solver["DROP_LAST"]:
-        del solver["DROP_LAST"]  # the names of teachers from before there was the key
+    unnamed = {"STEP"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}
+    solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key not in unnamed}
     key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT])[:8]
     tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     own.EXPERIMENT.NAME = own.EXPERIMENT.TAG = tag

@@ -8,6 +8,7 @@ import pkgutil
 from mdistiller.models import _paths
 from mdistiller.models._common import default_checkpoint, register_model
 from mdistiller.models._contract import build_model, given_parts, in_eval_mode
+from mdistiller.models._frozen import freeze, frozen_norms
 from mdistiller.models._layers import name_layers
 from mdistiller.registry import cifar_models as cifar_model_dict
 from mdistiller.registry import imagenet_models as imagenet_model_dict
@@ -30,6 +31,8 @@ __all__ = [
     "build_model",
     "cifar_model_dict",
     "default_checkpoint",
+    "freeze",
+    "frozen_norms",
     "given_parts",
     "imagenet_model_dict",
     "in_eval_mode",
