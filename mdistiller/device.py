@@ -10,6 +10,7 @@ from types import MethodType
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mdistiller.errors import UserError
 
@@ -176,3 +177,37 @@ def set_rng_state(state: dict) -> None:
     version, internal, gauss_next = state["python"]
     internal = internal.tolist() if isinstance(internal, torch.Tensor) else internal  # older checkpoints: a list
     random.setstate((version, tuple(internal), gauss_next))
+
+
+class _OnDevice(TorchFunctionMode):
+    """Lets `.cuda()`, `.to("cuda")` and device="cuda" mean `device`."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0].to(self.device)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = self.device
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], self.device, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+def without_cuda(device: str | torch.device) -> AbstractContextManager:
+    """Return the context in which code that says "cuda" runs on `device`; nothing where that is CUDA. Of DEVICE's text
+    "auto" and "mps" mean the CPU, where networks are before a method is moved.
+    """
+    kind = str(device).split(":")[0]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        return contextlib.nullcontext()
+    return _OnDevice(device if isinstance(device, torch.device) else torch.device("cpu"))

@@ -36,8 +36,8 @@ class Registry(UserDict):
 
     `own` holds what is built in or was entered by hand. What a plug-in brings, inside `collecting`, stands in its
     place while `use` says so. Names of a plug-in that is out of use stay readable, for those who look at its runs, but
-    are not `active`. `accept(name, object)`, where a room sets it, returns what is entered: the door for objects from
-    outside.
+    are not `active`. `accept(name, object)`, where a package sets it, returns what is entered: the door for objects
+    from outside.
     """
 
     def __init__(self, kind: str):
@@ -127,6 +127,6 @@ def use(brought: Iterable[Mapping[str, Mapping[str, object]]]) -> None:
 
 
 def fill() -> None:
-    """Import the rooms whose modules register themselves: models, methods with their sections and rules, data sets."""
-    for room in ("models", "distillers", "dataset"):
-        importlib.import_module(f"mdistiller.{room}")
+    """Import the packages that register themselves: models, methods with their sections and rules, data sets."""
+    for package in ("models", "distillers", "dataset"):
+        importlib.import_module(f"mdistiller.{package}")

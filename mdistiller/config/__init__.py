@@ -22,9 +22,10 @@ from mdistiller.config.keys import (
     one_of,
     positive,
     role,
+    used_names,
 )
 from mdistiller.config.loading import check, load, load_plugins, merge_pairs, misfit, read
-from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin
+from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin, used_code
 
 __all__ = [
     "Absent",
@@ -60,4 +61,6 @@ __all__ = [
     "positive",
     "read",
     "role",
+    "used_code",
+    "used_names",
 ]

@@ -225,6 +225,14 @@ def computed(cfg: Mapping) -> dict[str, object]:
     return kept
 
 
+def used_names(cfg: Mapping) -> dict[str, list[str]]:
+    """Return {kind of registry: the names that the configuration chooses there}."""
+    names, distils = cfg["DISTILLER"], needs_teacher(cfg["DISTILLER"]["TYPE"])
+    models = [names["STUDENT"], names["TEACHER"]] if distils else [names["STUDENT"]]
+    found = {"method": [names["TYPE"]], "model": models, "dataset": [cfg["DATASET"]["TYPE"]]}
+    return found | {"temperature rule": [cfg["TEMPERATURE"]["RULE"]]}
+
+
 def needs_teacher(method: str) -> bool:
     """Return whether the method learns from a teacher. One that nobody registered, as a plug-in's may be, does."""
     registry.fill()

@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from mdistiller import files, registry
 from mdistiller.config.core import DOT_TRAINERS
-from mdistiller.config.keys import CFG, KEYS, Config, leaves, meaning, needs_teacher, show
+from mdistiller.config.keys import CFG, KEYS, SECTIONS, Config, leaves, meaning, needs_teacher, show
 from mdistiller.config.plugins import PLUGINS, Plugin, activate, find_plugin, load_plugin
 from mdistiller.config.reading import read_yaml
 from mdistiller.config.values import coerce, decode, decode_tree, kind_of
@@ -129,9 +129,9 @@ def _merge_all(cfg: Config, sources: list[tuple[Mapping, str]], folder: Path, pr
                 _set_default(cfg, key, value)
     else:
         activate(cfg.plugins)
-    text = "".join(PLUGINS[digest].text for digest in cfg.plugins)
+    known = _Known(cfg.plugins)
     for tree, source in sources:
-        _merge(cfg, tree, source, "", text, problems)
+        _merge(cfg, tree, source, "", known, problems)
         cfg.came.update(dict.fromkeys(leaves(tree), source))
     cfg.DISTILLER.TYPE = registry.distillers.named(cfg.DISTILLER.TYPE)
 
@@ -208,7 +208,9 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
 
 
 def _set_default(cfg: CfgNode, key: str, value: object) -> None:
-    """Set a plug-in's default, in sections that are made where there are none; one of another kind than ours not."""
+    """Set a plug-in's default, in sections that are made where there are none; of a key of the engine's, only a value
+    of its kind.
+    """
     *sections, last = key.split(".")
     node = cfg
     for section in sections:
@@ -218,28 +220,60 @@ def _set_default(cfg: CfgNode, key: str, value: object) -> None:
     try:
         node[last] = coerce(value, node[last]) if last in node else decode(value)
     except (TypeError, OverflowError):
-        return
+        if sections and sections[0] in SECTIONS:
+            node[last] = decode(value)
 
 
-def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, plugin_text: str, problems: list[str]) -> None:
+class _Known:
+    """What is known of keys where the plug-ins `digests` are in use: `text`, theirs, in which keys of theirs are looked
+    for; `keys`, {full name: declaration}, without those of which a plug-in's default is of another kind; `sections`.
+    """
+
+    def __init__(self, digests: Iterable[str]):
+        plugins = [PLUGINS[digest] for digest in digests]
+        self.text = "".join(plugin.text for plugin in plugins)
+        self.keys, self.sections = dict(KEYS), {*CFG}
+        for name, value in (pair for plugin in plugins for pair in plugin.defaults.items()):
+            section = name.split(".")[0]
+            self.sections.add(section)
+            try:
+                if name in KEYS and section in SECTIONS:
+                    coerce(value, KEYS[name].default)
+            except (TypeError, OverflowError):
+                self.keys.pop(name, None)
+
+    def reads(self, name: str, is_section: bool) -> bool:
+        """Return whether a plug-in may read the key or section `name`: its words are in the text, or its section is
+        handed on as a whole, or nobody else has declared its section.
+        """
+        *sections, last = name.split(".")
+        if sections and sections[0] not in self.sections:
+            return True
+        if not all(re.search(rf"\b{re.escape(part)}\b", self.text) for part in (sections or [last])):
+            return False
+        whole = sections and re.search(rf"\bcfg\.{re.escape('.'.join(sections))}\b(?!\.\w)", self.text)
+        return bool(is_section or whole or re.search(rf"\b{re.escape(last)}\b", self.text))
+
+
+def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, known: _Known, problems: list[str]) -> None:
     for key, value in tree.items():
         full = f"{prefix}{key}"
         if key not in node:
-            unknown_section = prefix and prefix.split(".")[0] not in CFG
-            if unknown_section or re.search(rf"\b{re.escape(str(key))}\b", plugin_text):  # a plug-in reads it
-                value = decode_tree(value)
-                node[key] = _node(value) if isinstance(value, Mapping) else value
+            if known.reads(full, isinstance(value, Mapping)):
+                node[key] = CfgNode() if isinstance(value, Mapping) else decode_tree(value)
+                if isinstance(value, Mapping):
+                    _merge(node[key], value, source, f"{full}.", known, problems)
             else:
                 problems.append(f"{full}: {_unknown_key(full, isinstance(value, Mapping))} ({source})")
         elif isinstance(node[key], CfgNode):
             if isinstance(value, Mapping):
-                _merge(node[key], value, source, f"{full}.", plugin_text, problems)
+                _merge(node[key], value, source, f"{full}.", known, problems)
             else:
                 example = next(iter(leaves(node[key], f"{full}.")), f"{full}.KEY")
                 problems.append(f"{full}: is a section, not a value; set its keys, such as {example} ({source})")
         elif isinstance(value, Mapping):
             problems.append(f"{full}: is a single value ({kind_of(node[key])}), not a section ({source})")
-        elif full not in KEYS:  # a plug-in's, of which nobody knows what else than its default it may be
+        elif full not in known.keys:  # a plug-in's, of which nobody knows what else than its default it may be
             node[key] = decode_tree(value)
         else:
             try:
@@ -275,7 +309,7 @@ def _unknown_key(full: str, is_section: bool) -> str:
 def _value_problems(cfg: CfgNode) -> Iterable[str]:
     """Yield a line for each value that cannot be, with where it is from and what the key means."""
     came = cfg.came if isinstance(cfg, Config) else {}
-    flat = leaves(cfg)
+    flat, keys = leaves(cfg), _Known(getattr(cfg, "plugins", ())).keys
     for name, value in flat.items():
         parts = value if isinstance(value, (list, tuple)) else [value]
         numbers = [n for n in parts if isinstance(n, (int, float))]
@@ -286,8 +320,8 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
             problem = f"must be a finite number, below 1e38; got {show(value)}"
         elif any(isinstance(n, int) and not -(2**62) < n < 2**62 for n in numbers):  # a tensor's index, and room to add
             problem = f"must be a whole number below 2**62; got {show(value)}"
-        elif name in KEYS and KEYS[name].check:
-            problem = KEYS[name].check.problem(value)
+        elif name in keys and keys[name].check:
+            problem = keys[name].check.problem(value)
         if problem:
             yield f"{name}: {problem} ({came.get(name, 'the default, which the plug-in has to mend')}){meaning(name)}"
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]

@@ -5,11 +5,15 @@ means is decided here. What they bring is kept with them, for it stands in the r
 names them.
 """
 
+import __future__
+
 import ast
 import builtins
+import functools
 import hashlib
 import importlib
 import importlib.util
+import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +25,11 @@ from mdistiller.config.keys import collected_defaults, leaves, role
 from mdistiller.errors import UserError
 
 NOT_RUN = ("engine",)  # packages of a checkout whose __init__ would bring its trainer and what that requires
-MODEL_DICTS = {"cifar_model_dict": registry.cifar_models, "imagenet_model_dict": registry.imagenet_models}
+MODEL_DICTS = {
+    "tiny_imagenet_model_dict": registry.cifar_models,
+    "cifar_model_dict": registry.cifar_models,
+    "imagenet_model_dict": registry.imagenet_models,
+}
 
 
 class Absent:
@@ -35,14 +43,15 @@ class Package:
     """The modules of one plug-in: found, executed and kept.
 
     `root`: the folder of the package as the files name it (mdistiller), for a checkout; its files come before ours.
-    `folder`: that of a single file; there ours come first, unless they lack what is asked for.
+    `folder`: that of a single `file`; there a method beside it comes before ours if it has what is asked for, and a
+    module whose name begins with an underscore (_base) where ours lacks that.
     """
 
-    def __init__(self, alias: str, root: Path | None, folder: Path):
-        self.alias, self.root, self.folder = alias, root, folder
+    def __init__(self, alias: str, root: Path | None, file: Path):
+        self.alias, self.root, self.file, self.folder = alias, root, file, file.parent
         self.own_names = {"mdistiller"} | ({root.name} if root else set())
         self.modules: dict[str, ModuleType] = {}
-        self.text = ""  # of all files that were executed
+        self.texts: dict[str, str] = {}  # of the files that were executed, by their modules' names
         self.builtins = vars(builtins) | {"__import__": self.import_}
 
     def import_(self, name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> ModuleType:
@@ -73,6 +82,10 @@ class Package:
         if not rest:
             return importlib.import_module("mdistiller")
         full = f"mdistiller.{rest}"
+        if own and own != self.file and not own.name.startswith("_") and names:
+            beside = self.execute(rest, own)
+            if all(hasattr(beside, word) for word in names):
+                return beside
         if _exists(full):
             ours = importlib.import_module(full)
             lacks = [word for word in names if not hasattr(ours, word) and not _exists(f"{full}.{word}")]
@@ -121,11 +134,14 @@ class Package:
             tree = ast.parse(text, str(file))
             careful = is_package or rest == "engine.cfg"
             for part in tree.body if careful else [tree]:
-                _run(part, module, file, careful)
+                _run(part, module, file, careful, _future(tree))
         except BaseException:
             del self.modules[rest], sys.modules[name]
             raise
-        self.text += text
+        self.texts[name] = text
+        parent, _, last = rest.rpartition(".")
+        if last and parent in self.modules:
+            setattr(self.modules[parent], last, module)  # for `import a.b.c`, of which Python sees a
         return module
 
 
@@ -139,8 +155,10 @@ class Plugin:
     def __init__(self, path: Path, root: Path | None, digest: str):
         self.path, self.digest = path, digest
         self.defaults: dict[str, object] = {}
-        self.package = Package(f"mdistiller_plugin_{digest}", root, path if root else path.parent)
-        with registry.collecting() as self.brought, collected_defaults(self.defaults):
+        self.package = Package(f"mdistiller_plugin_{digest}", root, path)
+        from mdistiller.device import without_cuda  # which needs torch, as every plug-in does
+
+        with registry.collecting() as self.brought, collected_defaults(self.defaults), without_cuda("auto"):
             if root:
                 self.load_checkout()
             else:
@@ -148,7 +166,12 @@ class Plugin:
 
     @property
     def text(self) -> str:
-        return self.package.text
+        return "".join(self.package.texts.values())
+
+    @property
+    def code(self) -> str:
+        """Its text without that of engine/cfg.py, which only declares keys."""
+        return "".join(text for name, text in self.package.texts.items() if not name.endswith(".engine.cfg"))
 
     def load_checkout(self) -> None:
         """Enter the methods, models and defaults of a checkout."""
@@ -164,7 +187,8 @@ class Plugin:
             models = package.module("models")
             for name, held in MODEL_DICTS.items():
                 for model, entry in (getattr(models, name, None) or {}).items():
-                    held[model] = entry
+                    if self.brought.get(held.kind, {}).get(model) != entry:
+                        held[model] = entry
         if package.own_file("engine.cfg"):
             tree = getattr(package.module("engine.cfg"), "CFG", {})
             self.defaults |= {key: value for key, value in leaves(tree).items() if role(key) == "computes"}
@@ -178,11 +202,14 @@ class Plugin:
                 registry.distillers[name] = cls
 
     def defaults_for(self, method: str) -> dict[str, object]:
-        """Return the defaults without the sections of methods other than `method`, unless its code names them."""
-        cls = self.brought.get("method", {}).get(method)
-        names = {base.__module__ for base in cls.__mro__} if cls else ()
-        modules = [module for module in self.package.modules.values() if module.__name__ in names]
-        text = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+        """Return the defaults without the sections of methods other than `method`, unless its code names them, or that
+        of a module that holds no method.
+        """
+        methods = self.brought.get("method", {})
+        own = {base.__module__ for base in methods[method].__mro__} if method in methods else set()
+        others = {cls.__module__ for cls in methods.values()} - own
+        texts = self.package.texts.items()
+        text = "".join(text for name, text in texts if name not in others and not name.endswith(".engine.cfg"))
         others = {registry.fold(name) for name in registry.distillers} - {registry.fold(method)}
         return {
             key: value
@@ -222,33 +249,55 @@ def activate(digests: Iterable[str]) -> None:
     registry.use(PLUGINS[digest].brought for digest in digests)
 
 
+def used_code(digests: Iterable[str], used: Mapping[str, Sequence[str]]) -> str:
+    """Return a digest of the text of the plug-ins that bring something of `used`, {kind: names}; empty without one."""
+    texts = [
+        text for digest in digests if _found(digest, used) for text in sorted(PLUGINS[digest].package.texts.values())
+    ]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16] if texts else ""
+
+
+def _found(digest: str, used: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return {kind: those of its `used` names that the plug-in brings}, without kinds of which it brings none."""
+    brought = PLUGINS[digest].brought
+    found = {
+        kind: [name for name in dict.fromkeys(names) if name in brought.get(kind, {})] for kind, names in used.items()
+    }
+    return {kind: names for kind, names in found.items() if names}
+
+
 def in_place_of_built_in(digests: Iterable[str], used: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield a line for each plug-in on what it brings of `used`, {kind: names}, and for one of which nothing is."""
-    plugins = [PLUGINS[digest] for digest in digests]
-    for place, plugin in enumerate(plugins):
-        if not any(plugin.brought.values()):
+    digests = list(digests)
+    for place, digest in enumerate(digests):
+        plugin, found = PLUGINS[digest], _found(digest, used)
+        held = sorted(name for names in plugin.brought.values() for name in names)
+        if not held:
             yield f"plug-in {plugin.path.name}: brings no method, model, data set or temperature rule"
-        elif not any(name in plugin.brought.get(kind, {}) for kind, names in used.items() for name in names):
-            names = sorted(name for held in plugin.brought.values() for name in held)
-            yield f"plug-in {plugin.path.name}: nothing of it is used here; it brings {', '.join(names)}"
-        for kind, names in used.items():
-            found = [name for name in dict.fromkeys(names) if name in plugin.brought.get(kind, {})]
-            replaced = [name for name in found if name in registry.REGISTRIES[kind].own]
-            later = [
-                name for name in found if any(name in other.brought.get(kind, {}) for other in plugins[place + 1 :])
-            ]
+        elif not found:
+            yield f"plug-in {plugin.path.name}: nothing of it is used here; it brings {', '.join(held)}"
+        for kind, names in found.items():
+            replaced = [name for name in names if name in registry.REGISTRIES[kind].own]
+            later = [name for name in names if any(_found(other, {kind: [name]}) for other in digests[place + 1 :])]
             if later:
                 yield f"plug-in {plugin.path.name}: its {kind} {' and '.join(later)} gives way to a later plug-in's"
-            elif found:
+            else:
                 instead = f", in place of the built-in {' and '.join(replaced)}" if replaced else ""
-                yield f"plug-in {plugin.path.name}: {kind} {' and '.join(found)}{instead}"
+                yield f"plug-in {plugin.path.name}: {kind} {' and '.join(names)}{instead}"
 
 
-def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool) -> None:
+def _future(tree: ast.Module) -> int:
+    """Return the compiler's flags of the tree's `from __future__` imports."""
+    imports = [part for part in tree.body if isinstance(part, ast.ImportFrom) and part.module == "__future__"]
+    flags = [getattr(__future__, alias.name).compiler_flag for part in imports for alias in part.names]
+    return functools.reduce(operator.or_, flags, 0)
+
+
+def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool, flags: int) -> None:
     """Execute a statement or a tree in `module`. Where `careful`, names that cannot be imported become Absent."""
     tree = part if isinstance(part, ast.Module) else ast.Module([part], [])
     try:
-        exec(compile(tree, str(file), "exec", dont_inherit=True), module.__dict__)
+        exec(compile(tree, str(file), "exec", flags, dont_inherit=True), module.__dict__)
     except Exception as error:
         if not (careful and isinstance(part, (ast.Import, ast.ImportFrom))):
             raise

@@ -1,4 +1,4 @@
-"""How a data set enters the house."""
+"""How a data set is registered."""
 
 from collections.abc import Callable
 from pathlib import Path

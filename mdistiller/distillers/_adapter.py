@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mdistiller.config import TWO_VIEWS, Absent
+from mdistiller.device import without_cuda
 from mdistiller.distillers._registry import Declared
 from mdistiller.distillers.base import Distiller
 from mdistiller.errors import UserError
@@ -48,19 +48,19 @@ def adapt(name: str, cls: object) -> type:
     if not own:
         return cls
     before = {*vars(cls)}
-    init, step = _parameters(cls.__init__), _parameters(cls.forward_train)
+    init, step = _constructor(cls), _step(cls)
     if "__init__" in own and "needs" not in own:
         cls.needs = tuple(word for word in OFFERED if word in init)
     if "forward_train" in own and "takes_teacher_logits" not in own:
         cls.takes_teacher_logits = getattr(cls, "takes_teacher_logits", True) and "logits_teacher" in step
     if "forward_train" in own and "takes_strong_view" not in own:
-        cls.takes_strong_view = bool({"image_weak", "image_strong"} & {*step})
+        cls.takes_strong_view = bool({"image_weak", "image_strong"} & step)
     if "task_losses" not in own:
         cls.task_losses = NamedTaskLosses()
     cls._adapted = ({*vars(cls)} - before) | vars(cls).get("_adapted", set())
     if unknown := {*cls.needs} - {*OFFERED}:
         raise TypeError(f"the method {name} needs {', '.join(sorted(unknown))}; there are {' and '.join(OFFERED)}")
-    return _wrap(name, cls) if "forward_train" in own and not declared else cls
+    return _wrap(name, cls) if own & {"forward_train", "__init__"} and not declared else cls
 
 
 def _is_ours(cls: type) -> bool:
@@ -71,19 +71,33 @@ def _refuse(name: str, reason: str) -> type:
     return type(name, (Distiller,), {"refused": reason, "__module__": __name__})
 
 
-def _parameters(function) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a method without the first, `self`."""
-    return dict([*inspect.signature(function).parameters.items()][1:])
+def _parameters(function) -> tuple[dict[str, bool], set]:
+    """Return {name: whether it has a default} of a method's parameters without `self`, and the kinds of *args and
+    **kwargs among them.
+    """
+    parameters = [*inspect.signature(function).parameters.values()][1:]
+    rest = {p.kind for p in parameters} & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    return {p.name: p.default is not p.empty for p in parameters if p.kind not in rest}, rest
 
 
-def _missing(parameters: dict[str, inspect.Parameter], offered: tuple[str, ...]) -> list[str]:
-    """Return the names without a default that nobody offers."""
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [
-        name
-        for name, parameter in parameters.items()
-        if parameter.kind not in variable and parameter.default is parameter.empty and name not in offered
-    ]
+def _constructor(cls: type) -> dict[str, bool]:
+    """Return the parameters of a class's constructor, as `_parameters`; *args and **kwargs are its base's."""
+    found: dict[str, bool] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            named, rest = _parameters(base.__init__)
+            found = found | {name: default for name, default in named.items() if name not in found}
+            if not rest or _is_ours(base):
+                break
+    return found
+
+
+def _step(cls: type) -> set[str]:
+    """Return what `forward_train` asks for: its parameters, and what it looks up in **kwargs by name."""
+    named, rest = _parameters(cls.forward_train)
+    code = getattr(inspect.unwrap(cls.forward_train), "__code__", None)
+    looked_up = {*IN_A_STEP} | {word for word in ON_REQUEST if code and word in code.co_consts}
+    return {*named} | (looked_up if rest else set())
 
 
 def _wrap(name: str, cls: type) -> type:
@@ -92,19 +106,20 @@ def _wrap(name: str, cls: type) -> type:
     Inside, `.cuda()` and device="cuda" mean the run's device, the networks' features are contiguous, as mdistiller's
     are, and an exception becomes one line that names the file and the place.
     """
-    init, step = _parameters(cls.__init__), _parameters(cls.forward_train)
-    unknown, usual = _missing(init, ("student", "teacher", "cfg", *OFFERED)), ("student", "teacher", "cfg")
+    init, step, usual = _constructor(cls), _step(cls), ("student", "teacher", "cfg")
+    unknown = [word for word, default in init.items() if not default and word not in (*usual, *OFFERED)]
     # student, teacher, cfg under names of its own, in that order as far as it has ours
     in_order = all(word not in usual or word == place for word, place in zip(init, usual, strict=False))
-    by_place = bool(unknown) and len(init) == 3 and len(_missing(init, ())) == 3 and in_order
+    by_place = bool(unknown) and len(init) == 3 and not any(init.values()) and in_order
     if unknown and not by_place:
         return _refuse(name, f"{name}: its constructor asks for {', '.join(unknown)}, which only its own program has")
-    if unknown := _missing(step, (*IN_A_STEP, *ON_REQUEST)):
+    optional = {word for word, default in _parameters(cls.forward_train)[0].items() if default}
+    if unknown := sorted(step - optional - {*IN_A_STEP, *ON_REQUEST}):
         asked = ", ".join(unknown)
         return _refuse(name, f"{name}: its forward_train asks for {asked}, which only its own trainer gives")
-    contrasts, two_views = "contrastive_index" in step, bool({"image_weak", "image_strong"} & {*step})
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in step.values())
-    handed_on = [word for word in (*IN_A_STEP, *ON_REQUEST) if word in step or (takes_any and word in IN_A_STEP)]
+    by_place = by_place or _parameters(cls.__init__)[1] == {inspect.Parameter.VAR_POSITIONAL}
+    contrasts, two_views = "contrastive_index" in step, bool({"image_weak", "image_strong"} & step)
+    handed_on = [word for word in (*IN_A_STEP, *ON_REQUEST) if word in step]
 
     class Foreign(cls):
         capturable = False
@@ -115,13 +130,13 @@ def _wrap(name: str, cls: type) -> type:
             if two_views and cfg.SOLVER.TRAINER not in TWO_VIEWS:
                 raise UserError(f"{name} asks for a weak and a strong view of each image: set SOLVER.TRAINER ours")
             given = {"student": student, "teacher": teacher, "cfg": cfg}
-            with _one_line(name, cls), _without_cuda(cfg.DEVICE):
+            with _one_line(name, cls), without_cuda(cfg.DEVICE):
                 if by_place:
                     super().__init__(*given.values())
                 else:
                     super().__init__(**_chosen(given | offered, init))
             if contrasts:
-                from mdistiller.distillers.CRD import Negatives  # which needs this room
+                from mdistiller.distillers.CRD import Negatives  # which needs this package
 
                 labels = offered["labels"] if cfg.CRD.MODE == "exact" else None
                 self._negatives, self._draws = Negatives(offered["num_data"], labels), cfg.CRD.NCE.K
@@ -146,7 +161,7 @@ def _wrap(name: str, cls: type) -> type:
             if contrasts and "contrastive_index" not in given:
                 index = given["index"]
                 given["contrastive_index"] = torch.cat([index[:, None], self._negatives(index, target, self._draws)], 1)
-            with _one_line(name, cls), _without_cuda(image.device):
+            with _one_line(name, cls), without_cuda(image.device):
                 return super().forward_train(**_chosen(given, handed_on))
 
         if not issubclass(cls, Distiller):
@@ -189,40 +204,6 @@ def _contiguous(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_contiguous, value))
     return value.contiguous() if isinstance(value, Tensor) else value
-
-
-class _OnDevice(TorchFunctionMode):
-    """Lets `.cuda()`, `.to("cuda")` and device="cuda" mean `device`."""
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is Tensor.cuda:
-            return args[0].to(self.device)
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = self.device
-        if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], self.device, *args[2:])
-        return func(*args, **kwargs)
-
-
-def _is_cuda(device: object) -> bool:
-    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
-
-
-def _without_cuda(device: str | torch.device) -> contextlib.AbstractContextManager:
-    """Return the context in which code that says "cuda" runs on `device`; nothing where that is CUDA. Of DEVICE's text
-    "auto" and "mps" mean the CPU, where networks are before a method is moved.
-    """
-    kind = str(device).split(":")[0]
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        return contextlib.nullcontext()
-    return _OnDevice(device if isinstance(device, torch.device) else torch.device("cpu"))
 
 
 @contextlib.contextmanager

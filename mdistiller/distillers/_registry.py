@@ -1,4 +1,4 @@
-"""How a method enters the house: one decorator fills distiller_dict and the configuration."""
+"""How a method is registered: one decorator fills distiller_dict and the configuration."""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -20,7 +20,7 @@ NAMES: dict[str, list[str]] = {}  # module -> names
 
 
 def name_of(*modules: str) -> Callable:
-    """Enter the decorated object, under its own name, into `modules` of this room."""
+    """Enter the decorated object, under its own name, into `modules` of this package."""
 
     def enter(item: Callable) -> Callable:
         for module in modules:

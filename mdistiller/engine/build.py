@@ -10,7 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
-from mdistiller.config import DOT_TRAINERS, PLUGINS, TWO_VIEWS, Config
+from mdistiller.config import DOT_TRAINERS, PLUGINS, TWO_VIEWS, Config, used_code, used_names
 from mdistiller.dataset import Batches, ImageSet, dataset_dict
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, rule_name
@@ -227,6 +227,7 @@ def build_trainer(
     train = training_batches(cfg, data)
     test = evaluation_batches(data, cfg.DATASET.TEST.BATCH_SIZE)
     origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
+    origin["plugins"] = used_code(cfg.plugins, used_names(cfg))
     logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
     forward, refusal = compiled_form(cfg, distiller, device, solver.EPOCHS * len(train))
     later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once

@@ -33,14 +33,20 @@ def show_cfg(cfg: CfgNode) -> None:
 
 
 def unread_overrides(cfg: Config) -> str:
-    """Return a line on the KEY VALUE pairs of `cfg` that its run does not read, empty if there are none."""
+    """Return a line on the KEY VALUE pairs of `cfg` that its run does not read, and on the keys that came with plug-ins
+    whose methods and models do not; empty if there are none.
+    """
     method = cfg.DISTILLER.TYPE
     cls = distillers.distiller_dict[method]
     ruled = issubclass(cls, distillers.RuleDistiller)
     rule = distillers.rule_name(cfg, cls.own_rule) if ruled else ""
+    code = "".join(PLUGINS[digest].code for digest in cfg.plugins)
 
     def reason(key: str) -> str:
-        section = key.split(".")[0]
+        section, last = key.split(".")[0], key.rpartition(".")[2]
+        if key not in KEYS:
+            read = f"{re.escape(last)}|{re.escape(key.rpartition('.')[0] or last)}[^.\\w]"  # or its section as a whole
+            return "" if re.search(rf"\b({read})", code) else "no method or model reads it"
         if section in SECTIONS and section != method and not _reads(cfg, cls, section):
             return f"{method} does not read the section {section}"
         of_teacher = key.startswith(("DISTILLER.TEACHER", "DISTILLER.TRAIN_TEACHER"))
@@ -54,8 +60,8 @@ def unread_overrides(cfg: Config) -> str:
             return f"SOLVER.TRAINER is {cfg.SOLVER.TRAINER}"
         return ""
 
-    found = {key: reason(key) for key, _ in cfg.overrides}
-    unread = [f"{key} ({why})" for key, why in found.items() if why]
+    given = [key for key, _ in cfg.overrides] + [key for key in cfg.came if key not in KEYS]
+    unread = [f"{key} ({why})" for key, why in {key: reason(key) for key in given}.items() if why]
     return f"no effect here: {', '.join(unread)}" if unread else ""
 
 

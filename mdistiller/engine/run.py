@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher
+from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher, used_names
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.build import (
@@ -185,10 +185,6 @@ class Run:
             )
             for line in data.doubts():
                 say_once(line)
-            used = {"method": [names.TYPE], "model": [names.TEACHER, names.STUDENT], "dataset": [cfg.DATASET.TYPE]}
-            used["temperature rule"] = [cfg.TEMPERATURE.RULE]
-            for line in in_place_of_built_in(cfg.plugins, used):
-                say_once(line)
             if unread := unread_overrides(cfg):
                 say_once(unread)
             if self.request.teacher_file and self.workspace.kept:
@@ -196,6 +192,8 @@ class Run:
         else:
             inside = f", {counted(state.done, 'step')} into the next" if state.done else ""
             recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}")
+        for line in in_place_of_built_in(cfg.plugins, used_names(cfg)):
+            say_once(line)
         stages = cfg.SOLVER.LR_DECAY_STAGES
         if stages and min(stages) >= cfg.SOLVER.EPOCHS:
             say_once(f"SOLVER.LR_DECAY_STAGES {list(stages)} all lie behind SOLVER.EPOCHS: the rate never falls")

@@ -78,7 +78,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
     unnamed = {"STEP"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}
     solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key not in unnamed}
-    key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT])[:8]
+    code = config.used_code(cfg.plugins, {"model": [cfg.DISTILLER.TEACHER], "dataset": [cfg.DATASET.TYPE]})
+    key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT, *([code] if code else [])])[:8]
     tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     own.EXPERIMENT.NAME = own.EXPERIMENT.TAG = tag
     own.freeze()

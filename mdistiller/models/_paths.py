@@ -1,13 +1,13 @@
 """The module paths that mdistiller's models have, for files that import from there: models.cifar.*, models.imagenet.*.
 
-Each stands for a module of this room, with its names. VGG's constructors are called vgg8_bn and so on there, where
+Each stands for a module of this package, with its names. VGG's constructors are called vgg8_bn and so on there, where
 vgg8 is a network without BatchNorm, which is not here.
 """
 
 import sys
 from types import ModuleType
 
-ROOM = "mdistiller.models"
+PACKAGE = "mdistiller.models"
 PATHS = {
     "cifar.resnet": "resnet",
     "cifar.resnetv2": "resnetv2",
@@ -31,16 +31,16 @@ def enter(**dictionaries: dict) -> None:
     there.
     """
     for parent in ("cifar", "imagenet"):
-        package = sys.modules.setdefault(f"{ROOM}.{parent}", ModuleType(f"{ROOM}.{parent}"))
-        setattr(sys.modules[ROOM], parent, package)
+        package = sys.modules.setdefault(f"{PACKAGE}.{parent}", ModuleType(f"{PACKAGE}.{parent}"))
+        setattr(sys.modules[PACKAGE], parent, package)
         for name, models in dictionaries.items():
             if (parent == "imagenet") == (name == "imagenet_model_dict"):
                 setattr(package, name, models)
     for path, own in PATHS.items():
-        module, renamed = ModuleType(f"{ROOM}.{path}"), RENAMED.get(path, {})
-        for name, value in vars(sys.modules[f"{ROOM}.{own}"]).items():
+        module, renamed = ModuleType(f"{PACKAGE}.{path}"), RENAMED.get(path, {})
+        for name, value in vars(sys.modules[f"{PACKAGE}.{own}"]).items():
             if not name.startswith("__"):
                 setattr(module, renamed.get(name, name), value)
         parent, _, last = path.partition(".")
         sys.modules[module.__name__] = module
-        setattr(sys.modules[f"{ROOM}.{parent}"], last, module)
+        setattr(sys.modules[f"{PACKAGE}.{parent}"], last, module)

@@ -16,7 +16,8 @@ MOST_SHARE = 0.02  # of a run's time may go into checkpoints inside an epoch
 class Keeper:
     """Keeps the checkpoints of the run in `folder`.
 
-    `origin` holds digests of what the run starts from, "data" and "teacher", which a resumed run must share.
+    `origin` holds digests of what the run starts from, "data" and "teacher", which a resumed run must share, and
+    "plugins", of their code, which may change.
     `every_epochs`: epochs between the checkpoints epoch_N that stay. `every_seconds`: seconds between checkpoints
     inside an epoch, 0 for none; they are further apart where writing them would take more than 2 % of the time.
     `students`: how many runs of the process take turns, which share both.
@@ -88,4 +89,13 @@ class Keeper:
                 raise UserError(
                     f"--resume: the {name} in {key} is not what this run was started with; point {key} to that, or "
                     "start a new run without --resume"
+                )
+        before, now = state.get("origin", {}).get("plugins"), self.origin.get("plugins")
+        if before is not None and before != now:
+            if before and now:
+                say("warning: the code of the plug-ins has changed since this run began")
+            else:
+                with_it, do = ("with", "name it in") if before else ("without", "leave it out of")
+                raise UserError(
+                    f"--resume: this run began {with_it} a plug-in's method, model or data; {do} EXPERIMENT.PLUGINS"
                 )

@@ -106,6 +106,8 @@ def try_method(name: str, files: Iterable[Path], plugin: list) -> Trial:
 
 def _configurations(name: str, files: Iterable[Path], plugin: list) -> Iterator[Config | UserError]:
     pair = ["DISTILLER.TEACHER", "resnet20", "DISTILLER.STUDENT", "resnet8"]
+    if registry.distillers[name].takes_strong_view:
+        pair += ["SOLVER.TRAINER", "ours"]
     for file, words in [*((file, []) for file in files), (None, ["DISTILLER.TYPE", name, *pair])]:
         try:
             yield config.load(file, [*plugin, *words])

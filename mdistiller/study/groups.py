@@ -52,7 +52,7 @@ def _named_inputs(run: Run, others: Sequence[Run]) -> dict[str, str]:
     files_of = {"data": "DATASET.ROOT", "teacher checkpoint": "DISTILLER.TEACHER_CKPT"}
 
     def path(of: Run, name: str) -> str:
-        return str(config.leaves(of.cfg)[files_of[name]])
+        return str(config.leaves(of.cfg)[files_of[name]]) if name in files_of else ""
 
     named = {}
     for name, digest in run.inputs.items():

@@ -99,13 +99,14 @@ class Run:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """What it was computed from, by digests of environment.json: "data", and "teacher checkpoint" where nothing
-        says how the teacher was trained.
+        """What it was computed from, by digests of environment.json: "data", "teacher checkpoint" where nothing says
+        how the teacher was trained, and "code of plug-ins" where it used any.
         """
         digests = self.environment.get("sha256")
         digests = digests if isinstance(digests, dict) else {}
         teacher = {} if self.teacher or not self.taught else {"teacher checkpoint": str(digests.get("teacher", ""))}
-        return {"data": str(digests.get("data", ""))} | teacher
+        code = {"code of plug-ins": str(digests["plugins"])} if digests.get("plugins") else {}
+        return {"data": str(digests.get("data", ""))} | teacher | code
 
     @cached_property
     def hash(self) -> str:

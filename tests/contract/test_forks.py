@@ -14,6 +14,7 @@ from mdistiller.dataset import Batch, TwoViews, image_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers.KD import KD
 from mdistiller.engine.build import build_distiller, refuse_unused
+from mdistiller.engine.cfg import unread_overrides
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import ConfigError, UserError
@@ -172,13 +173,13 @@ def test_the_table_of_a_checkout(tmp_path, monkeypatch):
     text = find_all([root, lone, Path("lone")])
     assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
     fork = try_fork(root)
-    refused = {class_of(text).upper() for text, _ in REFUSED.values()} | {"HEAVY", "VIEWS"}
+    refused = {class_of(text).upper() for text, _ in REFUSED.values()} | {"HEAVY"}
     assert {trial.name for trial in fork.methods if trial.reason} == refused
     assert {trial.name: bool(trial.reason) for trial in fork.files} == {
         f"configs/cifar100/{name}.yaml": name in ("heavy", "lost", "typo")
         for name in ("heavy", "kd", "lost", "quiet", "typo")
     }
-    assert "12 methods, 6 of which run; 2 models" in text and "5 YAML files, 2 load" in text
+    assert "12 methods, 7 of which run; 2 models" in text and "5 YAML files, 2 load" in text
     assert "  Flat  runs on resnet20 -> resnet8" in text and "lone: refused:" in text
 
 
@@ -334,3 +335,98 @@ def test_one_broken_method_leaves_the_others_their_rows(tmp_path):
     reasons = {trial.name: trial.reason for trial in try_fork(written(tmp_path, "Parts", text)).methods}
     assert "nowhere" in reasons["Learn"] and "list of parameters" in reasons["Groups"]
     assert "SystemExit" in reasons["Exits"] and not reasons["Sound"]
+
+
+def test_a_method_beside_the_file_comes_before_ours(tmp_path):
+    sibling = "import torch.nn.functional as F\ndef kd_loss(v, u, t):\n    return 7 * F.mse_loss(v, v)\n"
+    (tmp_path / "KD.py").write_text(sibling + "def other():\n    pass\n")
+    (tmp_path / "DKD.py").write_text("x = 1\n")
+    text = "from .KD import kd_loss\nfrom .DKD import dkd_loss\nclass Both(Distiller):\n    losses = kd_loss, dkd_loss"
+    cfg = load(None, words(written(tmp_path, "Both", text + STEP), "BOTH"))
+    theirs, ours = distiller_dict["Both"].losses
+    assert (
+        cfg.plugins
+        and theirs.__module__.startswith("mdistiller_plugin_")
+        and ours.__module__ == "mdistiller.distillers.DKD"
+    )
+
+
+def test_constructors_and_steps_with_variable_arguments(tmp_path):
+    text = f"""
+class First(Distiller):
+    def __init__(self, student, teacher, cfg, num_data):
+        super().__init__(student, teacher)
+        self.memory = num_data
+{STEP}
+class Second(First):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+    def forward_train(self, image, target, **kwargs):
+        assert kwargs["index"].shape == kwargs["contrastive_index"][:, 0].shape and kwargs["epoch"]
+        return super().forward_train(kwargs["image_strong"], target)
+
+class Third(Distiller):
+    def __init__(self, *args):
+        super().__init__(*args[:2])
+        self.weight = args[2].KD.TEMPERATURE
+{STEP}"""
+    file = written(tmp_path, "Variable", text)
+    assert step(load(None, words(file, "SECOND", "SOLVER.TRAINER", "ours")))[0].memory == 8
+    assert step(load(None, words(file, "THIRD")))[0].weight == 4
+
+
+def test_cuda_is_the_runs_device_on_import_and_in_classes_of_ours(tmp_path):
+    text = """
+from __future__ import annotations
+from mdistiller.distillers.KD import KD
+WEIGHTS = torch.ones(4).cuda()
+class Warm(KD):
+    def __init__(self, student, teacher, cfg: NoSuchName):
+        super().__init__(student, teacher, cfg)
+        self.extra = nn.Linear(2, 2).cuda()
+"""
+    file = tmp_path / "Warm.py"
+    file.write_text(text.replace("from __future__ import annotations\n", "from __future__ import annotations\n" + HEAD))
+    assert step(load(None, words(file, "WARM")))[1]["loss/loss_kd"] > 0
+
+
+def test_a_checkouts_defaults_are_what_its_methods_read(tmp_path):
+    """Defaults of other methods that a helper reads, and those of another kind than ours."""
+    root = write_checkout(tmp_path)
+    cfg_file, kd_file = root / "mdistiller/engine/cfg.py", root / "mdistiller/distillers/KD.py"
+    cfg_file.write_text(
+        cfg_file.read_text() + "CFG.KD.TEMPERATURE = [1, 2, 4]\nCFG.AT = CN()\nCFG.AT.P = 3\nCFG.FREE = CN()\n"
+        "CFG.FREE.RATE = 1\n"
+    )
+    (root / "mdistiller/distillers/_common.py").write_text(
+        "def width():\n    return 8\ndef p(cfg):\n    return cfg.AT.P\n"
+    )
+    (root / "configs/cifar100/kd.yaml").write_text(
+        "DISTILLER: {TYPE: KD, TEACHER: tiny, STUDENT: tiny}\nFREE: {RATE: 2}\nKD: {TEMPERATURE: [1, 3]}\n"
+    )
+    plugin = ["EXPERIMENT.PLUGINS", f"['{root}']"]
+    assert load(None, [*plugin, "DISTILLER.TYPE", "KD"]).KD.TEMPERATURE == [1, 2, 4]
+    cfg = load(root / "configs/cifar100/kd.yaml", plugin)
+    assert (cfg.KD.TEMPERATURE, cfg.AT.P, cfg.FREE.RATE) == ([1, 3], 3, 2) and kd_file.exists()
+    assert "FREE.RATE (no method or model reads it)" in unread_overrides(cfg)
+    with pytest.raises(ConfigError, match="FREE.RATES: unknown key"):
+        load(root / "configs/cifar100/kd.yaml", [*plugin, "FREE.RATES", 1])
+    load(None, [])
+    assert load(None, ["DISTILLER.TYPE", "KD"]).KD.TEMPERATURE == 4
+    with pytest.raises(ConfigError, match="KD.TEMPERATURE: must be a number"):
+        load(None, ["KD.TEMPERATURE", "[1, 2]"])
+
+
+def test_a_checkout_may_import_by_dotted_names(tmp_path):
+    root = write_checkout(tmp_path)
+    for name, imports, text in (
+        ("distillers/QuietKD", "import mdistiller.distillers._base as base", "(base.Distiller)"),
+        ("models/cifar/tiny", "import mdistiller.distillers._common", "mdistiller.distillers._common.width()"),
+    ):
+        file = root / f"mdistiller/{name}.py"
+        lines = file.read_text().splitlines()
+        lines = [imports if "_base import" in line or "_common import" in line else line for line in lines]
+        file.write_text("\n".join(lines).replace("(Distiller)", text).replace("width()", text))
+    cfg = load(root / "configs/cifar100/quiet.yaml", ["EXPERIMENT.PLUGINS", f"['{root}']"])
+    assert step(cfg)[1]["loss"] > 0

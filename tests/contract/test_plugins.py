@@ -20,6 +20,7 @@ from mdistiller.distillers._adapter import adapt
 from mdistiller.distillers.CRD import CRD
 from mdistiller.distillers.KD import KD
 from mdistiller.engine.build import prepare_parts
+from mdistiller.engine.cfg import unread_overrides
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.runs.recorder import read_metrics
 
@@ -49,6 +50,9 @@ def test_pairs_reach_a_section_that_a_foreign_file_reads(tmp_path):
     pairs = ["READER.LOSS.WEIGHT", "2.5", "READER.SIZE", "(32,32)", "READER.LOSS.MORE", "1"]
     cfg = load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "reader.py"), *pairs])
     assert (cfg.READER.LOSS.WEIGHT, cfg.READER.SIZE, cfg.READER.LOSS.MORE) == (2.5, (32, 32), 1)
+    assert unread_overrides(cfg) == "no effect here: READER.LOSS.MORE (no method or model reads it)"
+    with pytest.raises(ConfigError, match="SOLVER.WEIGHT: unknown key"):  # a word of the file, in another section
+        load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "reader.py"), "SOLVER.WEIGHT", "1"])
 
 
 def test_a_plugin_declares_its_own_section(tmp_path):

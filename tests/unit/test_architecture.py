@@ -1,13 +1,13 @@
-"""The house rules that code can check: one-way imports, short modules, few parameters."""
+"""The rules of the code that a test can check: one-way imports, short modules, few parameters."""
 
 import ast
 
 from helpers import ROOT
 
 PACKAGE = ROOT / "mdistiller"
-BELOW = ["errors", "registry", "files", "terminal"]  # what every room may use
-ROOMS = ["config", "models", "distillers", "dataset", "device", "runs", "bank", "engine", "study"]
-MAY_IMPORT = {room: {*BELOW, *ROOMS[:place]} for place, room in enumerate(ROOMS)} | {
+BELOW = ["errors", "registry", "files", "terminal", "device"]  # what every package may use
+PACKAGES = ["config", "models", "distillers", "dataset", "runs", "bank", "engine", "study"]
+MAY_IMPORT = {package: {*BELOW, *PACKAGES[:place]} for place, package in enumerate(PACKAGES)} | {
     "errors": set(),
     "registry": {"errors"},
     "files": {"errors"},
@@ -15,7 +15,7 @@ MAY_IMPORT = {room: {*BELOW, *ROOMS[:place]} for place, room in enumerate(ROOMS)
     "download": {"errors", "files", "terminal"},
     "dataset": {*BELOW, "config", "download"},
     "device": {"errors"},
-    "api": {*BELOW, *ROOMS},
+    "api": {*BELOW, *PACKAGES},
     "losses": {"distillers"},
 }
 
@@ -25,7 +25,7 @@ MOST_LINES, MOST_PARAMETERS = 350, 8
 
 
 def imported(path):
-    """The rooms that the module at `path` imports."""
+    """The packages that the module at `path` imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -39,8 +39,8 @@ def imported(path):
 def test_imports_go_one_way():
     wrong = []
     for path in MODULES:
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        allowed = MAY_IMPORT.get(room, set()) | {room, "__version__"}
+        package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        allowed = MAY_IMPORT.get(package, set()) | {package, "__version__"}
         wrong += [f"{path.relative_to(PACKAGE)} imports {name}" for name in imported(path) if name not in allowed]
     assert not wrong
 

@@ -81,6 +81,20 @@ def test_a_damaged_latest_falls_back_to_the_one_before(tmp_path, capsys, damage)
         restored(tmp_path, data="d")
 
 
+def test_a_plugin_of_the_same_name_does_not_go_on_with_a_run(tmp_path, capsys):
+    Keeper(tmp_path, {"data": "d", "plugins": "one"}).save({"epoch": 1})
+    assert restored(tmp_path, data="d", plugins="one")["epoch"] == 1 and not capsys.readouterr().out
+    restored(tmp_path, data="d", plugins="two")
+    assert "the code of the plug-ins has changed" in capsys.readouterr().out
+    with pytest.raises(UserError, match="began with a plug-in's method, model or data; name it in EXPERIMENT.PLUGINS"):
+        restored(tmp_path, data="d", plugins="")
+    Keeper(tmp_path, {"data": "d", "plugins": ""}).save({"epoch": 1})
+    with pytest.raises(UserError, match="began without a plug-in's method, model or data; leave it out"):
+        restored(tmp_path, data="d", plugins="one")
+    Keeper(tmp_path, {"data": "d"}).save({"epoch": 1})  # of a version that did not look
+    assert restored(tmp_path, data="d", plugins="one")
+
+
 def test_auto_looks_again_when_it_holds_the_folder(tmp_path):
     def resumed(*names):
         for name in names:
