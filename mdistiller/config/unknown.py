@@ -1,0 +1,68 @@
+"""Keys that nobody here has declared: whether a plug-in reads one, and what to say of one that nobody reads."""
+
+import re
+from collections.abc import Iterable
+
+from mdistiller import registry
+from mdistiller.config.keys import CFG, KEYS, SECTIONS, leaves
+from mdistiller.config.plugins import PLUGINS
+from mdistiller.config.values import coerce
+
+# what exists for the purpose of a key that other frameworks have; by its last part, without underscores
+_NO_AVERAGE = "there is no average of weights here"
+PURPOSES = {
+    **dict.fromkeys(("SCHEDULER", "LRSCHEDULER", "SCHED", "MILESTONES"), "the rate falls at SOLVER.LR_DECAY_STAGES"),
+    **dict.fromkeys(("EMA", "EMADECAY", "MODELEMA", "SWA"), _NO_AVERAGE),
+    **dict.fromkeys(("GPU", "GPUS", "GPUID", "CUDA"), "DEVICE cuda, or cuda:N, chooses the device"),
+    **dict.fromkeys(("OPTIMIZER", "OPTIM"), "SOLVER.TYPE names the optimizer"),
+    **dict.fromkeys(("FP16", "MIXEDPRECISION", "USEAMP", "BF16"), "SOLVER.AMP bf16 or fp16 is half precision"),
+    **dict.fromkeys(("PRETRAINED", "TEACHERPATH", "TEACHERWEIGHTS"), "DISTILLER.TEACHER_CKPT names the teacher's file"),
+    **dict.fromkeys(("FREEZELAYERS", "FROZEN", "FROZENLAYERS"), "SOLVER.FREEZE names the parameters that do not learn"),
+    **dict.fromkeys(("PRINTFREQ", "LOGINTERVAL", "LOGFREQ"), "LOG.PRINT_FREQ is the steps between lines of a log"),
+    **dict.fromkeys(("OUTPUTDIR", "OUTPUT", "SAVEDIR", "WORKDIR"), "LOG.PREFIX is the root of all run folders"),
+}
+
+
+class Known:
+    """What is known of keys where the plug-ins `digests` are in use: `text`, theirs, in which keys of theirs are looked
+    for; `keys`, {full name: declaration}, without those of which a plug-in's default is of another kind; `sections`.
+    """
+
+    def __init__(self, digests: Iterable[str]):
+        plugins = [PLUGINS[digest] for digest in digests]
+        self.text = "".join(plugin.text for plugin in plugins)
+        self.keys, self.sections = dict(KEYS), {*CFG}
+        for name, value in (pair for plugin in plugins for pair in plugin.defaults.items()):
+            section = name.split(".")[0]
+            self.sections.add(section)
+            try:
+                if name in KEYS and section in SECTIONS:
+                    coerce(value, KEYS[name].default)
+            except (TypeError, OverflowError):
+                self.keys.pop(name, None)
+
+    def reads(self, name: str, is_section: bool) -> bool:
+        """Return whether a plug-in may read the key or section `name`: its words are in the text, or its section is
+        handed on as a whole, or nobody else has declared its section.
+        """
+        *sections, last = name.split(".")
+        if sections and sections[0] not in self.sections:
+            return True
+        if not all(re.search(rf"\b{re.escape(part)}\b", self.text) for part in (sections or [last])):
+            return False
+        whole = sections and re.search(rf"\bcfg\.{re.escape('.'.join(sections))}\b(?!\.\w)", self.text)
+        return bool(is_section or whole or re.search(rf"\b{re.escape(last)}\b", self.text))
+
+
+def unknown_key(full: str, is_section: bool) -> str:
+    if len(full) > 100:  # nothing is near it, and looking takes long
+        return f"unknown {'section' if is_section else 'key'}"
+    sections = {key[: match.start()] for key in leaves(CFG) for match in re.finditer(r"\.", key)}
+    if purpose := PURPOSES.get(re.sub(r".*\.|_", "", full).upper()):
+        return f"unknown {'section' if is_section else 'key'}; {purpose}"
+    close = registry.nearest(full, sections if is_section else leaves(CFG))
+    if not close and not is_section:  # the section may be what is wrong: look for the last part anywhere
+        last = full.rsplit(".", 1)[-1].casefold()
+        close = [key for key in leaves(CFG) if key.rsplit(".", 1)[-1].casefold() == last]
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown {'section' if is_section else 'key'}{hint}"
