@@ -42,9 +42,11 @@ class Result:
     mean: tuple[float, float, float]  # of the training images
     std: tuple[float, float, float]
     amp: str = "none"
+    stopped_early: bool = False  # by SOLVER.EARLY_STOP, after the last row of `history`
 
     def __repr__(self) -> str:
         best = f"best={self.best:.2f} in epoch {self.best_epoch} of {len(self.history)}"
+        best += ", stopped early" if self.stopped_early else ""
         folder = None if self.folder is None else str(self.folder)
         return f"Result(seed={self.seed}, last={self.last:.2f}, {best}, folder={folder!r})"
 
@@ -308,7 +310,7 @@ def _run(
     for seed, outcome in zip([cfg.SEED] if seeds is None else seeds, outcomes, strict=True):
         figures = (outcome["last_acc"], outcome["best_acc"], outcome["best_epoch"], outcome["history"])
         folder = Path(outcome["folder"]) if workspace is None or workspace.kept else None
-        fed = outcome["mean"], outcome["std"], cfg.SOLVER.AMP
+        fed = outcome["mean"], outcome["std"], cfg.SOLVER.AMP, outcome["stopped_early"]
         runs.append(Result(*figures, _network(outcome["student"], given), folder, seed, *fed))
     return runs[0] if seeds is None else Results(tuple(runs))
 

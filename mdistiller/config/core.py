@@ -81,6 +81,12 @@ add_keys(
             Check(lambda v: all(isinstance(p, str) for p in v), "must be patterns of names, such as [layer1.*]"),
         ),
         "SOLVER.EPOCHS": Key(240, "Training epochs.", between(1, 2**20 - 1)),
+        "SOLVER.EARLY_STOP": Key(
+            0,
+            "End the run after so many epochs without a new best test accuracy; 0: never. What is chosen by test "
+            "accuracy flatters: compare it with runs that stop by the same rule alone.",
+            at_least(0),
+        ),
         "SOLVER.LR": Key(0.05, "Learning rate of the first epoch.", positive),
         "SOLVER.LR_DECAY_STAGES": Key(
             [150, 180, 210],

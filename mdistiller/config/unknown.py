@@ -18,6 +18,9 @@ PURPOSES = {
     **dict.fromkeys(("FP16", "MIXEDPRECISION", "USEAMP", "BF16"), "SOLVER.AMP bf16 or fp16 is half precision"),
     **dict.fromkeys(("PRETRAINED", "TEACHERPATH", "TEACHERWEIGHTS"), "DISTILLER.TEACHER_CKPT names the teacher's file"),
     **dict.fromkeys(("FREEZELAYERS", "FROZEN", "FROZENLAYERS"), "SOLVER.FREEZE names the parameters that do not learn"),
+    **dict.fromkeys(
+        ("EARLYSTOP", "EARLYSTOPPING", "PATIENCE"), "SOLVER.EARLY_STOP ends a run without a new best for so many epochs"
+    ),
     **dict.fromkeys(("PRINTFREQ", "LOGINTERVAL", "LOGFREQ"), "LOG.PRINT_FREQ is the steps between lines of a log"),
     **dict.fromkeys(("OUTPUTDIR", "OUTPUT", "SAVEDIR", "WORKDIR"), "LOG.PREFIX is the root of all run folders"),
 }

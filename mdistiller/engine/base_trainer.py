@@ -31,6 +31,7 @@ from mdistiller.models import freeze
 from mdistiller.runs.folder import RunFolder, run_folder
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import Recorder
+from mdistiller.runs.stop import stops_early
 
 PARTS = ("init_optimizer", "train_epoch", "train_iter", "log")  # what a subclass may override
 METERS = ("training_time", "data_time", "losses", "top1", "top5")
@@ -141,12 +142,16 @@ class BaseTrainer:
                 f"{type(self).__name__} brings {own}: a plain loop, without the bank of the teacher's logits, compiled "
                 "steps and checkpoints inside an epoch"
             )
-            while self.state.epoch < solver.EPOCHS:
+            while self.state.epoch < solver.EPOCHS and not self._stops_early():
                 epoch = self.state.epoch + 1
                 self.train_epoch(epoch)
                 self._end(epoch)  # of an overridden one; else it is done already
-            self.recorder.finish(self.state.result())
+            early = self.state.epoch < solver.EPOCHS and self._stops_early()
+            self.recorder.finish(self.state.result() | {"stopped_early": early})
         return self.state.result()
+
+    def _stops_early(self) -> bool:
+        return stops_early(self.cfg.SOLVER.EARLY_STOP, self.state.epoch, self.state.best_epoch)
 
     def _end(self, epoch: int) -> None:
         """Keep what the epoch leaves, once."""

@@ -235,8 +235,11 @@ def build_trainer(
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal = refusal
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
-    log, kept = cfg.LOG, workspace.kept
-    options = Options(solver.EPOCHS, log.TENSORBOARD_FREQ, log.TEMPERATURE, describe(cfg), kept, known, log.PRINT_FREQ)
+    log = cfg.LOG
+    options = Options(
+        solver.EPOCHS, log.TENSORBOARD_FREQ, log.TEMPERATURE, describe(cfg), workspace.kept, known,
+        print_every=log.PRINT_FREQ, patience=solver.EARLY_STOP,
+    )  # fmt: skip
     trainer = Trainer(
         RunStep(step, train, uses_graph(cfg, device, distiller.capturable), exclusive=workspace.students == 1),
         Feed(train, logits),

@@ -174,7 +174,7 @@ def summarise(cfg: CfgNode, students: Sequence[Student]) -> dict:
     """
     runs = []
     for student in students:
-        run = {"seed": student.seed, "folder": str(student.folder), **student.trainer.state.result()}
+        run = {"seed": student.seed, "folder": str(student.folder), **student.trainer.result()}
         runs.append(run | ({"error": student.error.lines[0]} if student.error else {}))
     done = [run for run in runs if "error" not in run]
     return {
@@ -206,7 +206,9 @@ def table(summary: dict) -> list[str]:
         if "error" in run:
             lines.append(f"{run['seed']:<10}{'lost in epoch ' + str(run['epochs'] + 1):>28}")
         else:
-            lines.append(f"{run['seed']:<10}{run['last_acc']:>14.2f}{run['best_acc']:>14.2f}{run['best_epoch']:>13}")
+            early = f"  stopped early at epoch {run['epochs']}" if run["stopped_early"] else ""
+            figures = f"{run['last_acc']:>14.2f}{run['best_acc']:>14.2f}{run['best_epoch']:>13}"
+            lines.append(f"{run['seed']:<10}{figures}{early}")
     cells = []
     for key in ("last", "best"):
         mean, std = summary[key]["mean"], summary[key]["std"]

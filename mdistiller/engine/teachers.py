@@ -15,7 +15,7 @@ from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import counted, say
 
-LATER = ("DROP_LAST", "FREEZE")  # keys of SOLVER that are younger than the names of trained teachers
+LATER = ("DROP_LAST", "FREEZE", "EARLY_STOP")  # keys of SOLVER that are younger than the names of trained teachers
 
 
 def find_teacher(

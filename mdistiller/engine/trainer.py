@@ -23,7 +23,7 @@ from mdistiller.errors import Preempted, RunFailed, TrainingDiverged
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import Recorder
-from mdistiller.runs.stop import Stop, StopRequested
+from mdistiller.runs.stop import Stop, StopRequested, stops_early
 from mdistiller.runs.temperature import EpochBuffer, RecordFile
 from mdistiller.terminal import counted
 
@@ -39,6 +39,7 @@ class Options:
     kept: bool = True  # whether the run's folder stays
     known: bool = True  # whether tools/replay.py can build what is trained: the caller brings none of it
     print_every: int = 0  # steps between lines inside an epoch where there is no bar; 0: none
+    patience: int = 0  # epochs without a new best after which it stops; 0: never
 
 
 class Trainer:
@@ -65,7 +66,8 @@ class Trainer:
         self.random: torch.Tensor | None = None  # the host's generator before the latest step
 
     def fit(self, recorder: Recorder) -> dict:
-        """Train until the last epoch. Return last_acc, best_acc, best_epoch, epochs and the signal that came, if any.
+        """Train until the last epoch, or until no better one has come for long. Return `result`, and the signal that
+        came, if any.
 
         Raises Preempted when a signal has come and the run up to that step is kept, TrainingDiverged where a loss is
         no longer finite.
@@ -87,7 +89,7 @@ class Trainer:
             record = RecordFile(file, self.feed.batches.num_samples, state.epoch)
             if record.missing:
                 recorder.say(f"warning: {file.name} has nothing of {counted(record.missing, 'finished epoch')}")
-        while state.epoch < self.options.epochs:
+        while state.epoch < self.options.epochs and not self.stopped_early:
             begin = time.monotonic() - state.seconds
             try:
                 self.prepare_teacher()
@@ -107,8 +109,18 @@ class Trainer:
             state.start_epoch()
             self.save(recorder)
             seconds.append(time.monotonic() - begin)
-        recorder.finish(state.result())
-        return state.result() | {"signal": self.stop.signal}
+        recorder.finish(self.result())
+        return self.result() | {"signal": self.stop.signal}
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run is over before its last epoch. It follows from what a checkpoint holds."""
+        state, options = self.state, self.options
+        return state.epoch < options.epochs and stops_early(options.patience, state.epoch, state.best_epoch)
+
+    def result(self) -> dict:
+        """Return epochs, last_acc, best_acc, best_epoch and stopped_early."""
+        return self.state.result() | {"stopped_early": self.stopped_early}
 
     def prepare_teacher(self) -> None:
         """See to what has to be there before an epoch's first step: a bank that is to be filled beforehand."""

@@ -165,9 +165,10 @@ class Recorder:
             self.wandb.log(scalars, step=row["epoch"])
 
     def finish(self, result: dict) -> None:
+        early = f", stopped early at epoch {result['epochs']} of {self.epochs}" if result.get("stopped_early") else ""
         self.say(
             f"result: test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), {result['best_acc']:.2f} "
-            f"best (epoch {result['best_epoch']})" + (f", in {self.folder}" if self.kept else "")
+            f"best (epoch {result['best_epoch']}){early}" + (f", in {self.folder}" if self.kept else "")
         )
 
     def _close_bar(self) -> None:

@@ -11,6 +11,11 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+def stops_early(patience: int, epoch: int, best_epoch: int) -> bool:
+    """Return whether a run ends after `epoch`, `patience` epochs behind its best one; 0: never."""
+    return 0 < patience <= epoch - best_epoch
+
+
 class StopRequested(Exception):
     """Raised by `Stop.watch` at the first boundary after a signal."""
 

@@ -30,14 +30,15 @@ def curves_chart(groups: Sequence[Group]) -> Chart:
     for key, (title, axis) in CURVE_PANELS.items():
         panel = Panel(title, "epoch", axis)
         for group in groups:
-            values = np.array([[row[key] for row in run.rows] for run in group.runs])  # (seeds, E)
+            epochs = min(len(run.rows) for run in group.runs)  # some may have stopped early
+            values = np.array([[row[key] for row in run.rows[:epochs]] for run in group.runs])  # (seeds, E)
             mean, bands = values.mean(0), {}
             if len(values) > 1:
                 std = values.std(0, ddof=1)
                 bands = {("minus_std", "plus_std"): (mean - std, mean + std)}
             panel.add(group, range(1, len(mean) + 1), mean, bands=bands)
         panels.append(panel)
-    caption = "Mean over seeds; the band is one standard deviation to each side."
+    caption = "Mean over seeds, as far as all of them go; the band is one standard deviation to each side."
     return Chart("curves", CURVES, "Accuracy and loss by epoch", caption, panels)
 
 

@@ -37,8 +37,9 @@ def state(run: Run) -> str:
         if config.computed(config.read(run.folder / "config.yaml")) != run.settings:
             return "another"
         # the row of an epoch is written before its checkpoint
-        done = len(read_metrics(run.folder)) == run.cfg.SOLVER.EPOCHS
-        if done and checkpoint.load(run.folder / "latest").get("epoch") == run.cfg.SOLVER.EPOCHS:
+        found = recorded(run)
+        done = found.finished and len(found.rows) == found.epochs
+        if done and checkpoint.load(run.folder / "latest").get("epoch") == found.epochs:
             return "finished"
     except (UserError, TypeError):  # training says what is wrong with it
         pass
@@ -231,7 +232,10 @@ class Conductor:
             return
         self.records = read_records(self.file)
         self.lost.discard(run.label)
-        _say(f"done     {run.label}: last {record['last']:.2f}, best {record['best']:.2f} @ {record['best_epoch']}")
+        planned, done = run.cfg.SOLVER.EPOCHS, record["epochs"]
+        early = f", stopped early at epoch {done} of {planned}" if done < planned else ""
+        figures = f"last {record['last']:.2f}, best {record['best']:.2f} @ {record['best_epoch']}"
+        _say(f"done     {run.label}: {figures}{early}")
 
 
 def _epochs(runs: Sequence[Run]) -> int:

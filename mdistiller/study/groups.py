@@ -16,7 +16,8 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     groups: dict[str, Group] = {}
     notes = []
     for run in runs:
-        group = groups.setdefault(json.dumps([_question(run), run.epochs], sort_keys=True), Group([]))
+        length = run.cfg.SOLVER.EPOCHS if run.finished else run.epochs
+        group = groups.setdefault(json.dumps([_question(run), length], sort_keys=True), Group([]))
         twin = next((other for other in group.runs if other.seed == run.seed), None)
         if twin:
             notes.append(f"{run.name}: left out, it repeats SEED {run.seed} of {twin.name}")

@@ -18,7 +18,7 @@ from mdistiller.study.conduct import Conductor, epoch_seconds, lost_teachers, st
 from mdistiller.study.jobs import Local, Slurm
 from mdistiller.study.plan import PlannedGroup, Shipped
 from mdistiller.study.published import read_published
-from mdistiller.study.records import read_records
+from mdistiller.study.records import read_records, recorded
 from mdistiller.study.results import results_of
 from mdistiller.study.runs import Run
 from mdistiller.study.tables import Table, text_table
@@ -112,7 +112,7 @@ def forecast(groups: Sequence[PlannedGroup], records: Mapping[str, Run]) -> None
             found = "done" if run.hash in records and run.label not in lost else state(run)
             epochs, times = run.cfg.SOLVER.EPOCHS, ["", ""]
             if found in ("done", "finished"):
-                done = epochs
+                done = (records.get(run.hash) or recorded(run)).epochs
             else:
                 done = 0 if found in ("missing", "another") else len(read_metrics(run.folder))
                 left = None if seconds is None else seconds * (epochs - done)

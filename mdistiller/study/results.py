@@ -30,6 +30,7 @@ BESIDE_CAPTION = (
     "reproduced: with so few seeds an equally good run lies outside about half of the time (n = 3: 48 %, n = 2: 56 %)."
 )
 OTHER_PROTOCOL, OTHER_VALUES = "Not the published protocol", "Not the published hyperparameters"
+EARLY = "{} epochs behind the best test accuracy, which flatters"
 MARKERS = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.S)
 
 
@@ -116,6 +117,8 @@ def results_of(
         teachers = {run.environment["sha256"].get("teacher") for run in group.runs}
         if len(teachers) > 1:
             said.append(f"{group.name}: its seeds learnt from {len(teachers)} trainings of the teacher.")
+        if any(run.stopped_early for run in group.runs):
+            said.append(f"{group.name}: {group.schedule}, {EARLY.format(group.cfg.SOLVER.EARLY_STOP)}.")
     said += [*notes, *odd]
     if groups and study:
         said.append(f"Made by `python3 tools/reproduce.py {study.name}`.")

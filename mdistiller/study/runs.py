@@ -16,6 +16,7 @@ from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 from mdistiller.runs.recorder import read_metrics
+from mdistiller.runs.stop import stops_early
 from mdistiller.study.statistics import Mean, mean_and_std
 from mdistiller.terminal import counted
 
@@ -85,6 +86,17 @@ class Run:
     def epochs(self) -> int:
         """The number of epochs that are finished."""
         return self.rows[-1]["epoch"] if self.rows else 0
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it is finished before SOLVER.EPOCHS, by SOLVER.EARLY_STOP."""
+        solver = self.cfg.SOLVER
+        best = max(self.rows, key=lambda row: row.get("test_acc", 0), default={"epoch": 0})  # the first of equal ones
+        return self.epochs < solver.EPOCHS and stops_early(solver.EARLY_STOP, self.epochs, best["epoch"])
+
+    @property
+    def finished(self) -> bool:
+        return self.epochs == self.cfg.SOLVER.EPOCHS or self.stopped_early
 
     @cached_property
     def settings(self) -> dict[str, object]:
@@ -185,6 +197,10 @@ class Group:
     def schedule(self) -> str:
         """The number of epochs, as it must stand beside every figure of the group."""
         done, planned = self.first.epochs, self.cfg.SOLVER.EPOCHS
+        if any(run.stopped_early for run in self.runs):
+            ends = sorted({run.epochs for run in self.runs})
+            where = ", ".join(map(str, ends))
+            return f"stopped early at {'epoch' if len(ends) == 1 else 'epochs'} {where} of {planned}"
         return counted(done, "epoch") if done == planned else f"{done} of {counted(planned, 'epoch')}"
 
     @property

@@ -45,7 +45,7 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
     rows = []
     for group in groups:
         figure, _ = published_figure(group, published) or (None, 0)
-        same = figure is not None and group.first.epochs == epochs
+        same = figure is not None and all(run.epochs == epochs for run in group.runs)
         beside = figure if same or figure is None else f"{figure:.2f} at {counted(epochs, 'epoch')}"
         off = [mean.mean - figure if same else None for mean in (group.last, group.best)]
         method = ", ".join(filter(None, [group.method, group.extra]))
@@ -63,7 +63,8 @@ def compared(runs: Sequence[Run]) -> Table:
         names, last = run.cfg.DISTILLER, run.rows[-1]
         teacher = names.TEACHER if run.taught else "-"
         row = [run.name, names.TYPE, teacher, names.STUDENT, run.cfg.DATASET.TYPE, run.seed]
-        row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}", float(last["test_acc"]), float(last["best_acc"])]
+        early = ", stopped early" if run.stopped_early else ""
+        row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}{early}", float(last["test_acc"]), float(last["best_acc"])]
         rows.append([*row, last.get("best_epoch", "-")])
     alike = [COMPARED.index(name) for name in SHARED if len({row[COMPARED.index(name)] for row in rows}) == 1]
     caption = ", ".join(f"{COMPARED[place]} {rows[0][place]}" for place in alike)

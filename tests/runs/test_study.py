@@ -97,6 +97,27 @@ def test_a_study_runs_once_and_knows_it(small_plan, capsys):
     assert Path("results/small/table.md").exists()
 
 
+def test_a_run_that_stopped_early_is_finished(small_plan, curves, capsys):
+    change(
+        small_plan, methods=["NONE"], pairs=["resnet8/resnet8"],
+        overrides={"SOLVER": {"EPOCHS": 8, "EARLY_STOP": 3}},
+    )  # fmt: skip
+    status, conductor, first = conducted(small_plan)
+    assert (status, conductor.failed, first.asked) == (0, {}, [("NONE,resnet8", [0, 1])])
+    assert "done     NONE,resnet8,seed0: last 45.00, best 50.00 @ 2, stopped early at epoch 5 of 8" in (
+        capsys.readouterr().out
+    )
+    run = conductor.groups[0].runs[0]
+    assert state(run) == "finished"
+    RECORD.unlink()
+    assert conducted(small_plan)[2].asked == [], "what lies finished in folders is exported, not trained"
+    assert command("small.yaml", "--dry-run") == 0
+    assert re.search(r"NONE,resnet8,seed0 +done +5/8", capsys.readouterr().out)
+    assert command("small.yaml") == 0
+    table = Path("results/small/table.md").read_text()
+    assert "NONE,resnet8: stopped early at epochs 5, 8 of 8, 3 epochs behind the best test accuracy, which" in table
+
+
 def test_what_fails_does_not_stop_the_rest(small_plan):
     bad = {"TYPE": "KD", "TEACHER": "resnet14", "STUDENT": "resnet8"}
     write(Path("configs/kd/bad.yaml"), _BASE_="../none/resnet8.yaml", SOLVER={"LR": 1e18}, DISTILLER=bad)
