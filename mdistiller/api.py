@@ -20,6 +20,7 @@ from mdistiller.engine.run import train as train_run
 from mdistiller.engine.seeds import seeds_of, spread, train_seeds
 from mdistiller.errors import UserError
 from mdistiller.files import expand
+from mdistiller.models import Ensemble
 from mdistiller.runs import checkpoint
 from mdistiller.terminal import silence
 
@@ -100,7 +101,7 @@ def train(
 
 @callers_state()
 def distill(
-    teacher: str | nn.Module | None = None,
+    teacher: str | nn.Module | Sequence[str | nn.Module] | None = None,
     student: str | nn.Module = "resnet8",
     train: object = "digits",
     test: object = None,
@@ -121,6 +122,7 @@ def distill(
 
     Networks are names of cifar_model_dict (a teacher's checkpoint then lies where DISTILLER.TEACHER_CKPT says), or any
     nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats) for methods that compare features.
+    Of several teachers, [net1, net2] or ["resnet56", "resnet20"], the mean is distilled, DISTILLER.ENSEMBLE_MEAN.
     A module is copied: the student starts from its weights, under every seed. `method`: a name of
     distiller_dict; left out, DTKD, or NONE without a teacher.
     `layers`: for features of modules that return logits alone, the names of the teacher's and of the student's
@@ -141,6 +143,7 @@ def distill(
     """
     if folder is None and resume:
         raise UserError("distill: resume needs a folder; pass folder=")
+    teacher, beside = _teachers(teacher)
     for name, network in (("teacher", teacher), ("student", student)):
         check_network(name, network)
     numbers, named = seeds_of(seeds), layer_names(layers, teacher, student)
@@ -151,11 +154,16 @@ def distill(
     keys = {"DISTILLER.TYPE": method, "SOLVER.EPOCHS": epochs, "SOLVER.LR_DECAY_STAGES": stages}
     keys |= {"DATASET.AUGMENT": augment, "DISTILLER.STUDENT": student}
     keys |= {} if teacher is None else {"DISTILLER.TEACHER": teacher}
+    keys |= {"DISTILLER.ENSEMBLE": beside} if beside else {}
     keys |= {"DATASET.TYPE": train} if isinstance(train, str) else {}
     keys |= {key.replace("__", "."): value for key, value in overrides.items()}
     modules = {key: value for key, value in keys.items() if isinstance(value, nn.Module)}
     words = [word for key, value in keys.items() if key not in modules for word in (key, value)]
     cfg = load(None, words, origin="keyword of distill")
+    if isinstance(teacher, nn.Module) and cfg.DISTILLER.ENSEMBLE:
+        raise UserError("DISTILLER.ENSEMBLE: names teachers beside one by name; pass modules as teacher=[net1, net2]")
+    if isinstance(teacher, Ensemble):
+        teacher.mean = cfg.DISTILLER.ENSEMBLE_MEAN
     networks = Networks(modules.get("DISTILLER.STUDENT"), modules.get("DISTILLER.TEACHER"), *named)
     if "DISTILLER.TEACHER" not in keys and needs_teacher(cfg.DISTILLER.TYPE):
         raise UserError(f"distill: {cfg.DISTILLER.TYPE} needs a teacher; pass teacher=, or leave method out")
@@ -254,6 +262,17 @@ def load_config(
     return cfg
 
 
+def _teachers(given: object) -> tuple[object, list[str]]:
+    """Return the teacher, several modules as one, and the names of those beside one that is named."""
+    if not isinstance(given, (list, tuple)):
+        return given, []
+    if given and all(isinstance(one, nn.Module) for one in given):
+        return (Ensemble(given) if len(given) > 1 else given[0]), []
+    if given and all(isinstance(one, str) for one in given):
+        return given[0], list(given[1:])
+    raise UserError("teacher: several must be modules, [net1, net2], or names, ['resnet56', 'resnet20'], not both")
+
+
 def _image_set(train: object, test: object, num_classes: int) -> ImageSet | None:
     """Return the data that the caller brings, None for a data set by name."""
     if isinstance(train, (str, ImageSet)):
@@ -277,6 +296,8 @@ def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, objec
     for key, module in (("STUDENT", networks.student), ("TEACHER", networks.teacher)):
         if module is not None:
             cfg.DISTILLER[key] = type(module).__name__
+    if isinstance(networks.teacher, Ensemble):
+        cfg.DISTILLER.TEACHER, *cfg.DISTILLER.ENSEMBLE = (type(part).__name__ for part in networks.teacher.networks)
     if not isinstance(keys.get("DATASET.TYPE"), str):
         cfg.DATASET.TYPE = "arrays"
     if networks.teacher is not None and needs_teacher(cfg.DISTILLER.TYPE):

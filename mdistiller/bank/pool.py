@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
 from mdistiller.bank.teacher import Bank, TeacherLogits, takes_logits
+from mdistiller.config import teacher_names
 from mdistiller.dataset import Batches
 from mdistiller.errors import UserError
 from mdistiller.files import expand
@@ -171,8 +172,9 @@ def share_of_draws(rows: Segments, batches: Batches, epochs: int) -> float:
 
 def description(cfg: CfgNode, batches: Batches, teacher_digest: str, data_digest: str) -> dict[str, str | int]:
     """Return all that a row's number depends on, and what it is rounded to."""
-    return {
-        "teacher": cfg.DISTILLER.TEACHER,
+    mean = {"mean": cfg.DISTILLER.ENSEMBLE_MEAN} if cfg.DISTILLER.ENSEMBLE else {}
+    return mean | {
+        "teacher": "+".join(teacher_names(cfg)),
         "weights": teacher_digest,
         "data": data_digest,
         "version": BANK_VERSION,

@@ -22,6 +22,7 @@ from mdistiller.config.keys import (
     one_of,
     positive,
     role,
+    teacher_names,
     used_names,
 )
 from mdistiller.config.loading import check, load, load_plugins, merge_pairs, misfit, read
@@ -61,6 +62,7 @@ __all__ = [
     "positive",
     "read",
     "role",
+    "teacher_names",
     "used_code",
     "used_names",
 ]

@@ -55,6 +55,24 @@ add_keys(
         "DISTILLER.TEACHER_CKPT": Key(
             "", "Teacher checkpoint; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/.", role="where"
         ),
+        "DISTILLER.ENSEMBLE": Key(
+            [],
+            "Further teachers, for methods that compare logits: NAME, whose checkpoint lies where a teacher's does, or "
+            "NAME:checkpoint.",
+            Check(
+                lambda v: all(isinstance(t, str) and t.split(":")[0] in registry.cifar_models.active for t in v),
+                "",
+                registry.cifar_models,
+            ),
+            distils=True,
+            effect=lambda value: [text.split(":")[0] for text in value],
+        ),
+        "DISTILLER.ENSEMBLE_MEAN": Key(
+            "logits",
+            "What an ensemble is the mean of: logits, or probabilities (softmax at temperature 1).",
+            one_of(("logits", "probabilities")),
+            distils=True,
+        ),
         "DISTILLER.STUDENT_CKPT": Key("", "Checkpoint whose weights the student starts from; empty: new weights."),
         "DISTILLER.TRAIN_TEACHER": Key(
             False, "Train a missing teacher first, by method NONE with this SOLVER, and store it.", role="where"

@@ -24,7 +24,7 @@ from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.files import expand
-from mdistiller.models import build_model, freeze, given_parts, name_layers
+from mdistiller.models import Ensemble, build_model, freeze, given_parts, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
@@ -110,6 +110,8 @@ def build_distiller(
         teacher = network(names.TEACHER, networks.teacher, networks.teacher_layers)
         if teacher_file and networks.teacher is None:
             checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file)
+        if networks.teacher is None:
+            teacher = join_teachers(cfg, teacher, data.num_classes, size, loaded=teacher_file is not None)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
     offered, what = {name: offered[name] for name in cls.needs}, f"the method {names.TYPE}"
     check_signature(cls, (student, teacher, cfg), offered, what, ", ".join(["(student, teacher, cfg", *offered]) + ")")
@@ -118,6 +120,18 @@ def build_distiller(
     if isinstance(distiller, RuleDistiller):
         check_rule(distiller.rule, rule_name(cfg, distiller.own_rule), data.num_classes)
     return prepare_parts(distiller, device)
+
+
+def join_teachers(cfg: CfgNode, first: nn.Module, num_classes: int, size: int, loaded: bool = True) -> nn.Module:
+    """Return the teacher `first` together with those of DISTILLER.ENSEMBLE, `loaded` from their files or not."""
+    networks = [first]
+    for text in cfg.DISTILLER.ENSEMBLE:
+        name, _, file = text.partition(":")
+        networks.append(build_model(name, num_classes))
+        given_parts(networks[-1], name, num_classes, size)
+        if loaded:
+            checkpoint.load_weights(networks[-1], name, num_classes, expand(file))
+    return Ensemble(networks, cfg.DISTILLER.ENSEMBLE_MEAN) if len(networks) > 1 else first
 
 
 def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
@@ -170,6 +184,11 @@ def refuse_unused(cfg: Config) -> None:
         )
     if not cls.needs_teacher:
         return
+    if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
+        raise UserError(
+            f"DISTILLER.ENSEMBLE: {method} compares features, of which several teachers have no mean; name one, or "
+            "take a method that compares logits, such as KD"
+        )
     stand = cfg.EXPERIMENT.LOGIT_STAND
     if stand and distiller_dict.own.get(method) is not cls:  # a method file may read the key itself, as LSKD's do
         stand = not any("LOGIT_STAND" in PLUGINS[digest].text for digest in cfg.plugins)

@@ -91,9 +91,11 @@ class Report(NamedTuple):
 
 
 def evaluate_checkpoint(
-    model: str, file: str, dataset: str, root: str, batch_size: int, device: torch.device, amp: str = "none"
-) -> Report:
-    """Return scores of the weights in `file`, a path or "pretrain" (the model's default teacher checkpoint).
+    model: str, file: str, dataset: str, root: str, batch_size: int, device: torch.device, amp: str = "none",
+    join: Callable[[nn.Module, ImageSet], nn.Module] = lambda network, data: network,
+) -> Report:  # fmt: skip
+    """Return scores of the weights in `file`, a path or "pretrain" (the model's default teacher checkpoint). `join`
+    makes of their network what is to be scored.
 
     Raises UserError where the model, the checkpoint or the data set is missing or does not fit.
     """
@@ -113,7 +115,7 @@ def evaluate_checkpoint(
         other = "" if f"with {num_classes} classes, but" in str(error) else other_data(Path(path), dataset, num_classes)
         raise UserError(f"{error}{other}") from None
     data = data or load_dataset(dataset, root)
-    prepare(network, device)
+    network = prepare(join(network, data), device)
     batches = evaluation_batches(data.to(device), batch_size)
     begin = time.monotonic()
     inference, parts = Inference(network, device, amp, data.test_images.shape[1]), []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher, used_names
+from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher, teacher_names, used_names
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
 from mdistiller.engine.build import (
@@ -23,7 +23,7 @@ from mdistiller.engine.build import (
 )
 from mdistiller.engine.cfg import describe, unread_overrides
 from mdistiller.engine.stepmode import check_step
-from mdistiller.engine.teachers import find_teacher
+from mdistiller.engine.teachers import find_teacher, find_teachers
 from mdistiller.errors import RunFailed, UserError
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import RunFolder, resumable, run_folder
@@ -94,7 +94,10 @@ class RunRequest:
             with failures(self.cfg):
                 rehearse(self.cfg, workspace)
 
-        self.teacher_file = find_teacher(self.cfg, self.path, bool(resume), train, rehearsal)
+        def find(cfg: CfgNode, resume: bool) -> Path:
+            return find_teacher(cfg, self.path, resume, train, rehearsal)
+
+        self.teacher_file, self.cfg = find_teachers(self.cfg, self.path, bool(resume), find)
 
 
 def open_workspace(cfg: CfgNode, students: int = 1) -> Workspace:
@@ -177,7 +180,7 @@ class Run:
         say_once = recorder.log if recorder.bar_row else recorder.say
         if fresh:
             names = cfg.DISTILLER
-            pair = f"{names.TEACHER} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
+            pair = f"{'+'.join(teacher_names(cfg))} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
             recorder.say(
                 f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
                 f"images, {counted(data.num_classes, 'class')}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
@@ -188,7 +191,8 @@ class Run:
             if unread := unread_overrides(cfg):
                 say_once(unread)
             if self.request.teacher_file and self.workspace.kept:
-                say_once(f"teacher: {self.request.teacher_file}")
+                others = [text.partition(":")[2] for text in names.ENSEMBLE]
+                say_once(f"teacher: {', '.join(filter(None, [str(self.request.teacher_file), *others]))}")
         else:
             inside = f", {counted(state.done, 'step')} into the next" if state.done else ""
             recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from mdistiller.config import needs_teacher
+from mdistiller.config import needs_teacher, teacher_names
 from mdistiller.device import generators, set_generators, side_stream
 from mdistiller.engine.build import Workspace
 from mdistiller.engine.run import Run, RunRequest, entered, failures, open_workspace
@@ -179,7 +179,7 @@ def summarise(cfg: CfgNode, students: Sequence[Student]) -> dict:
     done = [run for run in runs if "error" not in run]
     return {
         "method": cfg.DISTILLER.TYPE,
-        "teacher": cfg.DISTILLER.TEACHER if needs_teacher(cfg.DISTILLER.TYPE) else None,
+        "teacher": "+".join(teacher_names(cfg)) if needs_teacher(cfg.DISTILLER.TYPE) else None,
         "student": cfg.DISTILLER.STUDENT,
         "dataset": cfg.DATASET.TYPE,
         "epochs": cfg.SOLVER.EPOCHS,

@@ -59,6 +59,37 @@ def find_teacher(
     return train_teacher(teacher_config(cfg), trained, train)
 
 
+def find_teachers(
+    cfg: CfgNode, path: Path, resume: bool, find: Callable[[CfgNode, bool], Path]
+) -> tuple[Path, CfgNode]:
+    """Return the teacher's checkpoint, and `cfg` with the checkpoint of each of DISTILLER.ENSEMBLE beside its name: the
+    one that is written there, under `resume` the one that the run in `path` was started with, else what `find` finds
+    for that teacher. `find(cfg, resume)` is `find_teacher`. Raises UserError where there is none.
+    """
+    before = config.leaves(config.read(path / "config.yaml")) if resume and resumable(path) else {}
+    started, places = before.get("DISTILLER.ENSEMBLE", []), []
+    for number, text in enumerate(cfg.DISTILLER.ENSEMBLE):
+        name, _, file = text.partition(":")
+        if not file and started[number : number + 1]:
+            name, _, file = started[number].partition(":")
+        own = cfg.clone()
+        own.defrost()
+        own.DISTILLER.TEACHER, own.DISTILLER.TEACHER_CKPT, own.DISTILLER.ENSEMBLE = name, file, []
+        own.freeze()
+        files = [expand(file)] if file else teacher_files(own)
+        if (file or not cfg.DISTILLER.TRAIN_TEACHER) and not os.path.isfile(files[0]):
+            raise UserError(
+                f"DISTILLER.ENSEMBLE: no checkpoint of the teacher {name} at {files[0]}; write "
+                f"{name}:path/to/checkpoint.pth{'' if file else ', or set DISTILLER.TRAIN_TEACHER True'}"
+            )
+        places.append((name, own))
+    first, found = find(cfg, resume), cfg.clone()
+    found.defrost()
+    found.DISTILLER.ENSEMBLE = [f"{name}:{find(own, False)}" for name, own in places]
+    found.freeze()
+    return first, found
+
+
 def teacher_files(cfg: CfgNode) -> tuple[Path, Path]:
     """Return where a teacher lies that no TEACHER_CKPT names: the published one; the one that TRAIN_TEACHER trains."""
     published = Path(default_checkpoint(cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE))
@@ -73,7 +104,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     own.defrost()
     own.overrides.clear()
     own.DISTILLER.TYPE, own.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
-    own.DISTILLER.STUDENT_CKPT, own.SOLVER.FREEZE = "", []  # which are of the student
+    own.DISTILLER.STUDENT_CKPT, own.DISTILLER.ENSEMBLE = "", []
+    own.SOLVER.FREEZE = []  # of the student's names
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
     unnamed = {"STEP"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}

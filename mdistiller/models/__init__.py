@@ -8,6 +8,7 @@ import pkgutil
 from mdistiller.models import _paths
 from mdistiller.models._common import default_checkpoint, register_model
 from mdistiller.models._contract import build_model, given_parts, in_eval_mode
+from mdistiller.models._ensemble import Ensemble
 from mdistiller.models._frozen import freeze, frozen_norms
 from mdistiller.models._layers import name_layers
 from mdistiller.registry import cifar_models as cifar_model_dict
@@ -28,6 +29,7 @@ _paths.enter(
 )
 
 __all__ = [
+    "Ensemble",
     "build_model",
     "cifar_model_dict",
     "default_checkpoint",

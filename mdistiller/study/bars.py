@@ -46,7 +46,7 @@ def bar_charts(groups: Sequence[Group], title: str) -> list[Chart]:
 
 
 def _teacher(group: Group) -> str:
-    return group.cfg.DISTILLER.TEACHER if group.first.taught else "none"
+    return group.first.teacher_name if group.first.taught else "none"
 
 
 def bar_chart(bars: Sequence[Bar], level: Group | None, title: str, name: str, axis: str) -> Chart:

@@ -91,7 +91,7 @@ def calibration_chart(found: Sequence[Comparison]) -> Chart:
     share = Panel("how often a confidence is given", "confidence", "samples (%)")
     shown = [(c.group.label, c.group.number, c, c.student) for c in found]
     teachers = {id(c.teacher): c for c in found if c.teacher is not None}  # one that several groups share is one line
-    shown += [(f"teacher {c.group.cfg.DISTILLER.TEACHER}", None, c, c.teacher) for c in teachers.values()]
+    shown += [(f"teacher {c.group.first.teacher_name}", None, c, c.teacher) for c in teachers.values()]
     for name, number, comparison, predictions in shown:
         c, dashed = st.calibration(predictions.logits, comparison.labels, BINS), number is None
         name, filled = f"{name}: ECE {100 * c.ece:.1f}%", c.share * len(comparison.labels) >= LEAST

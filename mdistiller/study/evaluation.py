@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from mdistiller import config
+from mdistiller.dataset import ImageSet
+from mdistiller.engine.build import join_teachers
 from mdistiller.engine.evaluator import Report, evaluate_checkpoint
 from mdistiller.errors import UserError
 from mdistiller.study import statistics as st
@@ -44,8 +47,14 @@ def evaluate_run(
             asked["teacher"] = names.TEACHER, Networks().teacher_file(run)
         except Missing:
             notes.append(f"the teacher {names.TEACHER} is not there any more; name its file with -m and -c")
+
+    def join(teacher: nn.Module, images: ImageSet) -> nn.Module:
+        return join_teachers(run.cfg, teacher, images.num_classes, images.test_images.shape[1])
+
     reports = {
-        what: evaluate_checkpoint(model, str(file), data.TYPE, data.ROOT, batch_size, device, amp)
+        what: evaluate_checkpoint(
+            model, str(file), data.TYPE, data.ROOT, batch_size, device, amp, *([join] if what == "teacher" else [])
+        )
         for what, (model, file) in asked.items()
     }
     return reports, data.TYPE, notes

@@ -1,7 +1,7 @@
 """What a run's networks say: logits and pooled features of its student and its teacher, from checkpoints."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdistiller import config, files
 from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare, resolve_device
-from mdistiller.engine.build import build_model
+from mdistiller.engine.build import build_model, join_teachers
 from mdistiller.engine.evaluator import CLASSES
 from mdistiller.engine.teachers import teacher_files
 from mdistiller.errors import UserError
@@ -84,11 +84,20 @@ class Networks:
 
     def teacher(self, run: Run, split: str) -> Predictions:
         """Return what the teacher says of a split: train or test."""
-        file, name = self.teacher_file(run), run.cfg.DISTILLER.TEACHER
-        key = (str(file), name, run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT, run.plugins, split)
+        file, name, names = self.teacher_file(run), run.teacher_name, run.cfg.DISTILLER
+        key = (
+            str(file),
+            *names.ENSEMBLE,
+            names.TEACHER,
+            names.ENSEMBLE_MEAN,
+            run.cfg.DATASET.TYPE,
+            run.cfg.DATASET.ROOT,
+            run.plugins,
+            split,
+        )
         if key not in self._teachers:
             self.say(f"{run.name}: the teacher {name} on the {split} set")
-            self._teachers[key] = self._predict(run, name, file, split)
+            self._teachers[key] = self._predict(run, names.TEACHER, file, split, names.ENSEMBLE)
         return self._teachers[key]
 
     def history(self, run: Run) -> np.ndarray:
@@ -121,11 +130,12 @@ class Networks:
             "DISTILLER.TEACHER_CKPT FILE, or work in the folder that training was started in"
         )
 
-    def _predict(self, run: Run, name: str, file: Path, split: str) -> Predictions:
+    def _predict(self, run: Run, name: str, file: Path, split: str, beside: Sequence[str] = ()) -> Predictions:
         data, device = self.data(run), resolve_device(run.cfg.DEVICE)  # which lets the run's plug-ins be known
         if name not in cifar_model_dict:
             raise Missing(f"model '{name}' is not known here; name its plug-in with --plugins FILE")
         model = build_model(name, data.num_classes)
         load_weights(model, name, data.num_classes, file)
+        model = join_teachers(run.cfg, model, data.num_classes, data.train_images.shape[1]) if beside else model
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         return predict(prepare(model, device).eval(), images, labels, data, device)

@@ -52,7 +52,7 @@ def published_figure(group: Group, published: Mapping) -> tuple[float, float] | 
     None where there is none, or where it is for another data set.
     """
     names, alone = group.cfg.DISTILLER, group.method == "NONE"
-    if group.cfg.DATASET.TYPE != published.get("dataset", DATA) or not group.usual:
+    if group.cfg.DATASET.TYPE != published.get("dataset", DATA) or not group.usual or names.ENSEMBLE:
         return None
     pair = names.STUDENT if alone else f"{names.TEACHER}/{names.STUDENT}"
     for section in (group.method, "teachers_and_students_alone") if alone else (group.method,):

@@ -69,6 +69,10 @@ class Run:
         return config.needs_teacher(self.cfg.DISTILLER.TYPE)
 
     @property
+    def teacher_name(self) -> str:
+        return "+".join(config.teacher_names(self.cfg))
+
+    @property
     def cell(self) -> str:
         """METHOD[+rule],teacher,student; NONE,student: what the run has in common with its other seeds in a study."""
         names = self.cfg.DISTILLER
@@ -76,7 +80,7 @@ class Run:
             return f"{names.TYPE},{names.STUDENT}"
         rule = rule_of(self.cfg)
         method = names.TYPE if rule == own_rule(names.TYPE) else f"{names.TYPE}+{rule}"
-        return f"{method},{names.TEACHER},{names.STUDENT}"
+        return f"{method},{self.teacher_name},{names.STUDENT}"
 
     @property
     def seed(self) -> int:
@@ -191,7 +195,7 @@ class Group:
     @property
     def pair(self) -> str:
         names = self.cfg.DISTILLER
-        return f"{names.TEACHER} → {names.STUDENT}" if self.first.taught else names.STUDENT
+        return f"{self.first.teacher_name} → {names.STUDENT}" if self.first.taught else names.STUDENT
 
     @property
     def schedule(self) -> str:

@@ -61,7 +61,7 @@ def compared(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         names, last = run.cfg.DISTILLER, run.rows[-1]
-        teacher = names.TEACHER if run.taught else "-"
+        teacher = run.teacher_name if run.taught else "-"
         row = [run.name, names.TYPE, teacher, names.STUDENT, run.cfg.DATASET.TYPE, run.seed]
         early = ", stopped early" if run.stopped_early else ""
         row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}{early}", float(last["test_acc"]), float(last["best_acc"])]
