@@ -171,7 +171,7 @@ def distill(
         cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
         own = {key.replace("__", ".") for key in overrides}
         cfg.overrides[:] = [pair for pair in cfg.overrides if pair[0] in own] + [("EXPERIMENT.NAME", "run")]
-        data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET)
         kept = folder is not None
         workspace = Workspace(data, resolve_device(cfg.DEVICE), len(numbers or [0]), networks, kept)
         return _run(cfg, numbers, resume, workspace)

@@ -112,6 +112,13 @@ class TeacherPool:
                 distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
             )
         logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
+        if batches.streamed or not batches.views:
+            if cfg.TEACHER_BANK != "auto":
+                raise UserError(
+                    f"TEACHER_BANK: {cfg.TEACHER_BANK} keeps views of images in memory, and these are streamed; "
+                    "set TEACHER_BANK auto"
+                )
+            return logits, "teacher bank: none (pictures are streamed)"
         views = description(cfg, batches, digest, self.data_digest)
         root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else file.absolute().parent
         stem = os.fsencode(file.stem)[:237].decode(errors="ignore")  # a name has 255 bytes at most

@@ -140,15 +140,27 @@ class TeacherLogits:
         for part in rows.split(self.chunk):
             padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
             plan = self.batches.plan_of(padded).to(self.device)
-            exact = self.inference(self.batches.batch(plan).image)[: len(part)]
-            logits = exact.to(self.dtype)
-            if self.dtype == torch.float16 and bool((logits.isinf() & exact.isfinite()).any()):
-                largest = float(exact[exact.isfinite()].abs().max())
-                raise RunFailed(
-                    f"the teacher's logits reach {largest:.3g}, more than float16 holds; set TEACHER_BANK_DTYPE float32"
-                )
-            yield logits
+            yield self.rounded(self.inference(self.batches.batch(plan).image)[: len(part)])
             check()
+
+    @torch.no_grad()
+    def of(self, images: Tensor) -> Tensor:
+        """Return the logits of `images` (B, 3, H, W), as `run_teacher` computes them, (B, K) float32."""
+        parts = []
+        for part in images.split(self.chunk):
+            padded = torch.cat([part, part[-1:].expand(self.chunk - len(part), -1, -1, -1)])
+            parts.append(self.rounded(self.inference(padded)[: len(part)]))
+        return torch.cat(parts).float()
+
+    def rounded(self, exact: Tensor) -> Tensor:
+        """Return logits in `dtype`. Raises RunFailed where it cannot hold one."""
+        logits = exact.to(self.dtype)
+        if self.dtype == torch.float16 and bool((logits.isinf() & exact.isfinite()).any()):
+            largest = float(exact[exact.isfinite()].abs().max())
+            raise RunFailed(
+                f"the teacher's logits reach {largest:.3g}, more than float16 holds; set TEACHER_BANK_DTYPE float32"
+            )
+        return logits
 
     def prepare(self, check: Callable[[], None]) -> None:
         """See to what has to be there before an epoch: on CUDA the bank's rows in device memory; all of its rows, where

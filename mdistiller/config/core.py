@@ -29,12 +29,14 @@ add_keys(
         ),
         "DATASET.AUGMENT": Key(
             "auto",
-            "Augmentation: auto (as the data set declares), crop_flip, crop or none.",
-            one_of(("auto", "crop_flip", "crop", "none")),
+            "Augmentation: auto (as the data set declares), crop_flip, crop, none, or, of picture files, resized_crop "
+            "(torchvision's RandomResizedCrop, and a flip).",
+            one_of(("auto", "crop_flip", "crop", "none", "resized_crop")),
         ),
         "DATASET.NUM_WORKERS": Key(
             2,
-            "Accepted for mdistiller's YAML files; images are held in memory and need no workers.",
+            "Processes that decode picture files ahead of the steps, for training and for tests each; images in memory "
+            "need none.",
             at_least(0),
             role="how",
         ),

@@ -1,10 +1,13 @@
 """The data sets, one a file: dataset_dict[NAME](root) -> ImageSet, and the batches that training draws from one."""
 
 import importlib
+import inspect
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from mdistiller import files
+from mdistiller.config import CFG
 from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
 from mdistiller.dataset._loaders import Loader, get_dataset
@@ -17,13 +20,16 @@ for _module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def load_dataset(name: str, root: str | Path) -> ImageSet:
-    """Return the data set `name`, read from `root`. Raises UserError with one line where the files are missing or
-    bad.
+def load_dataset(name: str, root: str | Path, options: Mapping | None = None) -> ImageSet:
+    """Return the data set `name`, read from `root`. `options`: the section DATASET of a configuration, its defaults
+    where it is left out, for a loader with a parameter of that name. Raises UserError with one line where the files are
+    missing or bad.
     """
+    load = dataset_dict[name]
+    given = (options or CFG.DATASET,) if "options" in inspect.signature(load).parameters else ()
     try:
         with users_code(f"the data set {name}"):
-            data = dataset_dict[name](files.expand(root))
+            data = load(files.expand(root), *given)
     except OSError as error:
         raise UserError(f"the data set {name}: {error}; set DATASET.ROOT to where its files are") from error
     if not isinstance(data, ImageSet):

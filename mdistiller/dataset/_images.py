@@ -11,27 +11,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.dataset import _strong
+from mdistiller.dataset._pictures import Pictures, Reader
 from mdistiller.errors import UserError
 from mdistiller.registry import unknown
 
-AUGMENTATIONS = ("crop_flip", "crop", "none")
+AUGMENTATIONS = ("crop_flip", "crop", "none", "resized_crop")
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set as plain tensors. Images are uint8 (N, H, W, 3), labels int64 (N,), from 0 and below num_classes.
+    """A data set as plain tensors. Images are uint8 (N, H, W, 3), or the files of so many `Pictures`, labels int64
+    (N,), from 0 and below num_classes.
 
     Raises UserError for other images or labels, and for an augmentation that there is not.
     """
 
-    train_images: Tensor
+    train_images: Tensor | Pictures
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | Pictures
     test_labels: Tensor
     num_classes: int
     mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
     std: tuple[float, float, float]
     augment: str = "crop_flip"  # what suits the images: one of AUGMENTATIONS
+    class_names: tuple[str, ...] = ()  # where they are known
+    source: str = ""  # digest of the files that the images are of, which stands for theirs
 
     def __post_init__(self):
         if self.augment not in AUGMENTATIONS:
@@ -75,7 +79,9 @@ class ImageSet:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def digest(self) -> str:
-        """Return the SHA-256 of images and labels."""
+        """Return the SHA-256 of images and labels, or that of their files."""
+        if self.source:
+            return self.source
         hasher = hashlib.sha256()
         for values in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             hasher.update(str(tuple(values.shape)).encode())
@@ -114,7 +120,7 @@ class Batches:
     Training (`augment` given): each epoch shuffles the samples and gives each its own crop and flip, drawn from the
     distribution of torchvision's RandomCrop(H, padding=H // 8) and RandomHorizontalFlip. All of an epoch's decisions
     are a function of (seed, epoch) alone, whatever ran before, on whatever device. The last, smaller batch is kept
-    unless `drop_last` is set.
+    unless `drop_last` is set. resized_crop: torchvision's RandomResizedCrop in the crop's place, of pictures alone.
     `two_views`: each sample comes in a strong view besides, of its own crop and flip and then RandAugment; the weak one
     is what it is without. Evaluation (`augment` None): the samples in their order.
     """
@@ -123,7 +129,7 @@ class Batches:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | Pictures,
         labels: Tensor,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
@@ -133,6 +139,16 @@ class Batches:
         two_views: bool = False,
     ):
         self.images, self.labels, device = images, labels, images.device
+        self.reader = Reader(images) if isinstance(images, Pictures) else None
+        if augment == "resized_crop" and (self.reader is None or two_views):
+            why = (
+                "the trainer's second view is a crop of the first one's picture"
+                if two_views
+                else "images are in memory"
+            )
+            raise UserError(
+                f"DATASET.AUGMENT: resized_crop needs picture files, one view of each, and {why}; set crop_flip"
+            )
         self.strong = _strong.StrongView(*images.shape[1:3], device) if two_views else None
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
         self.padding = images.shape[1] // 8  # 4 for 32 x 32
@@ -140,6 +156,27 @@ class Batches:
         self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
         self.rows = torch.arange(images.shape[1], device=device)
         self.columns = torch.arange(images.shape[2], device=device)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images are decoded as they are needed, in the order of a plan that `start` has announced."""
+        return self.reader is not None
+
+    @property
+    def plan_device(self) -> torch.device:
+        """Where plans are wanted: where the images are looked up."""
+        return torch.device("cpu") if self.streamed else self.images.device
+
+    def start(self, plan: Tensor, done: int = 0) -> None:
+        """Let pictures be decoded ahead for the batches of `plan`, (4, N), but for the first `done`."""
+        if self.streamed:
+            plan = self._decoded(plan)[:, done * self.batch_size : self.samples_an_epoch]
+            self.reader.expect(plan.split(self.batch_size, dim=1) if plan.shape[1] else ())
+
+    def _decoded(self, plan: Tensor) -> Tensor:
+        """Return what the reader has to know of `plan`: places, and what crops are drawn from or -1, (2, B)."""
+        drawn = plan[1] if self.augment == "resized_crop" else torch.full_like(plan[0], -1)
+        return torch.stack([plan[0], drawn])
 
     @property
     def num_samples(self) -> int:
@@ -155,14 +192,15 @@ class Batches:
 
     @property
     def views(self) -> int:
-        """Return how many different views of an image there are: crops times flips."""
+        """Return how many different views of an image there are: crops times flips; 0 for no end of them."""
         crops = (2 * self.padding + 1) ** 2
-        return {"crop_flip": 2 * crops, "crop": crops}.get(self.augment, 1)
+        return {"crop_flip": 2 * crops, "crop": crops, "resized_crop": 0}.get(self.augment, 1)
 
     def plan(self, epoch: int) -> Tensor:
         """Return the epoch's decisions on the CPU, (4, N) int64: order, crop row, crop column (0 .. 2 * padding), flip;
         the last three by place in the order. Under `two_views` as many rows more as the strong view has decisions: crop
-        row, crop column, flip and those of `_strong.draw`.
+        row, crop column, flip and those of `_strong.draw`. Under resized_crop the second row is what crops are drawn
+        from.
         """
         n = self.num_samples
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
@@ -178,7 +216,9 @@ class Batches:
         flip = torch.randint(0, 2, (1, n), generator=generator)
         if self.augment == "none":
             crops = torch.full_like(crops, self.padding)
-        return torch.cat([crops, flip if self.augment == "crop_flip" else torch.zeros_like(flip)])
+        if self.augment == "resized_crop":
+            crops[0] = torch.randint(0, 2**31, (n,), generator=generator)
+        return torch.cat([crops, flip if self.augment in ("crop_flip", "resized_crop") else torch.zeros_like(flip)])
 
     def row_numbers(self, plan: Tensor) -> Tensor:
         """Return a number for each (weak) view in `plan` (4 or more, B), below num_samples * views: (B,)."""
@@ -201,8 +241,12 @@ class Batches:
 
     def batch(self, plan: Tensor) -> Batch | TwoViews:
         """Return what `plan` (4, B), on the images' device, says; both views where it has the strong one's rows."""
+        images = self.reader.take(self._decoded(plan)) if self.streamed else None
+        plan = plan.to(self.labels.device, non_blocking=True)
         index, top, left, flip = plan[:4]
-        images, target = self.images[index], self.labels[index]
+        images, target = self.images[index] if images is None else images, self.labels[index]
+        if self.augment == "resized_crop":
+            top = left = torch.full_like(index, self.padding)
         weak = self.normalise(self.crop(images, top, left, flip))
         if len(plan) == 4:
             return Batch(weak, target, index)
@@ -211,7 +255,8 @@ class Batches:
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[Batch | TwoViews]:
         """Yield the training batches of `epoch`, but for its first `done`."""
-        plan = self.plan(epoch).to(self.images.device)  # one transfer an epoch
+        plan = self.plan(epoch).to(self.plan_device)  # one transfer an epoch
+        self.start(plan, done)
         for start in range(done * self.batch_size, self.samples_an_epoch, self.batch_size):
             yield self.batch(plan[:, start : start + self.batch_size])
 
@@ -233,7 +278,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the samples in their order, as they are."""
+        plan = torch.arange(self.num_samples)[None].expand(4, -1) if self.streamed else None
+        if self.streamed:
+            self.start(plan)
         for start in range(0, self.num_samples, self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, self.num_samples), device=self.images.device)
             rows = slice(start, start + self.batch_size)
-            yield Batch(self.normalise(self.images[rows]), self.labels[rows], index)
+            images = self.reader.take(self._decoded(plan[:, rows])) if self.streamed else self.images[rows]
+            yield Batch(self.normalise(images), self.labels[rows], index)

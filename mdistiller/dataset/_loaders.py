@@ -116,7 +116,7 @@ def get_dataset(cfg: Config) -> tuple[Loader, Loader, int, int]:
             "with tools/train.py"
         )
     contrastive = cfg.DISTILLER.TYPE == "CRD" or cfg.SOLVER.TRAINER.startswith("crd")
-    data = dataset.load_dataset(cfg.DATASET.TYPE, files.find_above(cfg.DATASET.ROOT))
+    data = dataset.load_dataset(cfg.DATASET.TYPE, files.find_above(cfg.DATASET.ROOT), cfg.DATASET)
     given = data, cfg.SOLVER.BATCH_SIZE, cfg.DATASET.TEST.BATCH_SIZE, cfg.DATASET.AUGMENT, cfg.SEED
     train, test = loaders(*given, (cfg.CRD.NCE.K, cfg.CRD.MODE) if contrastive else None)
     return train, test, len(data.train_labels), data.num_classes

@@ -253,6 +253,7 @@ def build_trainer(
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal = refusal
+    graph = uses_graph(cfg, device, distiller.capturable) and not train.streamed  # which no graph could wait for
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
     log = cfg.LOG
     options = Options(
@@ -260,7 +261,7 @@ def build_trainer(
         print_every=log.PRINT_FREQ, patience=solver.EARLY_STOP,
     )  # fmt: skip
     trainer = Trainer(
-        RunStep(step, train, uses_graph(cfg, device, distiller.capturable), exclusive=workspace.students == 1),
+        RunStep(step, train, graph, workspace.students == 1, logits if train.streamed else None),
         Feed(train, logits),
         test,
         MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),

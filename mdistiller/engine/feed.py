@@ -17,17 +17,23 @@ class Feed:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the teacher's logits are there before the step; of pictures that are streamed it sees the batch."""
+        return self.teacher is not None and not self.batches.streamed
+
     def plans(self, epoch: int, done: int, check: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the batches of `epoch` after its first `done`: the plan (4, B) and the teacher's logits (B, K) or None,
         on the device. The teacher is asked for some batches together; `check` is called after each of its passes.
         """
         size, samples = self.batches.batch_size, self.batches.samples_an_epoch
         plan = self.batches.plan(epoch)
-        local = plan.to(self.batches.images.device)  # one transfer an epoch
+        local = plan.to(self.batches.plan_device)  # one transfer an epoch
+        self.batches.start(plan, done)
         window = size * max(1, WINDOW // size)
         for start in range(done * size, samples, window):
             stop = min(start + window, samples)
-            logits = None if self.teacher is None else self.teacher(plan[:, start:stop], check)
+            logits = self.teacher(plan[:, start:stop], check) if self.ahead else None
             for batch in range(start, stop, size):
                 part = slice(batch, min(batch + size, stop))
                 yield local[:, part], None if logits is None else logits[part.start - start : part.stop - start]
@@ -36,4 +42,4 @@ class Feed:
         """Return plan and logits of one batch of `epoch`, counted from 0."""
         size = self.batches.batch_size
         plan = self.batches.plan(epoch)[:, number * size : (number + 1) * size]
-        return plan.to(self.batches.images.device), None if self.teacher is None else self.teacher(plan)
+        return plan.to(self.batches.plan_device), self.teacher(plan) if self.ahead else None

@@ -29,7 +29,7 @@ def replay(file: Path) -> tuple[str, str]:
         batch = TwoViews(**parts) if "image_strong" in parts else Batch(**parts)
         logits = kept.get("logits_teacher")
         device = resolve_device(cfg.DEVICE)
-        data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT)
+        data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET)
         distiller = build_distiller(cfg, data, None, device)
         distiller.load_state_dict(model)
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:

@@ -102,7 +102,9 @@ class RunRequest:
 
 def open_workspace(cfg: CfgNode, students: int = 1) -> Workspace:
     """Return what the runs of this process share, with the images that `cfg` names. Raises UserError without them."""
-    return Workspace(load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT), resolve_device(cfg.DEVICE), students)
+    return Workspace(
+        load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET), resolve_device(cfg.DEVICE), students
+    )
 
 
 @contextlib.contextmanager

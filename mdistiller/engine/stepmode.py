@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from mdistiller.bank.teacher import TeacherLogits
 from mdistiller.dataset import Batch, Batches
 from mdistiller.distillers import LogitDistiller, Vanilla
 from mdistiller.engine.graph import GraphStep
@@ -80,10 +81,18 @@ class RunStep:
     """Runs the training step of a plan: cuts the batch out of the images and trains on it.
 
     `graph`: as a CUDA graph, where the step can be one; `exclusive`: whether no other graph runs at the same time.
+    `teacher`: gives the logits of the batch, where they are not computed ahead.
     """
 
-    def __init__(self, step: Step, batches: Batches, graph: bool = False, exclusive: bool = True):
-        self.step, self.batches = step, batches
+    def __init__(
+        self,
+        step: Step,
+        batches: Batches,
+        graph: bool = False,
+        exclusive: bool = True,
+        teacher: TeacherLogits | None = None,
+    ):
+        self.step, self.batches, self.teacher = step, batches, teacher
         self.graph = GraphStep(self._run, step.distiller, step.device, exclusive) if graph else None
         self.batch: Batch | None = None  # of the latest step, with its logits; a graph's own tensors are no batch
         self.logits: Tensor | None = None
@@ -105,4 +114,6 @@ class RunStep:
 
     def _run(self, plan: Tensor, logits: Tensor | None, epoch: int | Tensor) -> None:
         self.batch, self.logits = self.batches.batch(plan), logits
+        if self.teacher is not None:
+            self.logits = logits = self.teacher.of(self.batch.image)
         self.step.update(self.batch, epoch, logits)

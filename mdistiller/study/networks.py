@@ -64,12 +64,12 @@ class Networks:
         config.activate(run.plugins)  # another run's may bear the same names
         if kind not in dataset_dict:
             raise Missing(f"data set '{kind}' is not known here; name its plug-in with --plugins FILE")
-        key = (kind, root, run.plugins)
+        key = (str(run.cfg.DATASET), run.plugins)
         if key not in self._data:
             try:
                 if kind in CLASSES and not files.expand(root).exists():  # which would be fetched
                     raise UserError(f"no data set {kind} at {root}")
-                self._data[key] = load_dataset(kind, root)
+                self._data[key] = load_dataset(kind, root, run.cfg.DATASET)
             except UserError as error:
                 raise Missing(f"{error.lines[0]}; point to it with --opts DATASET.ROOT PATH") from None
         return self._data[key]

@@ -71,8 +71,8 @@ def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
     check_writable(prefix, "LOG.PREFIX")
     check_writable(home, "--results")
     unfinished = [g for g in groups if any(run.hash not in records for run in g.runs)]
-    for kind, root in dict.fromkeys((g.cfg.DATASET.TYPE, g.cfg.DATASET.ROOT) for g in unfinished):
-        load_dataset(kind, root)  # what it lacks is said before anything runs
+    for wanted in {(g.cfg.DATASET.TYPE, g.cfg.DATASET.ROOT): g.cfg.DATASET for g in unfinished}.values():
+        load_dataset(wanted.TYPE, wanted.ROOT, wanted)  # what it lacks is said before anything runs
     executor = Local() if words.executor == "local" else Slurm(prefix / ".slurm", parameters)
     conductor = Conductor(study.name, groups, home / "runs.jsonl", executor, budget)
     runs = [run for group in groups for run in group.runs]

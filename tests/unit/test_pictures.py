@@ -1,0 +1,244 @@
+"""Folders of pictures: what is read, how it is cut and scaled, what is refused, and that a stream changes no number."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from helpers import refused, run, same
+from PIL import Image
+from torchvision import transforms
+
+from mdistiller.config import load
+from mdistiller.dataset import Batches, load_dataset
+from mdistiller.dataset import _pictures as pictures
+from mdistiller.errors import UserError
+from mdistiller.runs.recorder import read_metrics
+
+KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
+
+
+def photo(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    """A smooth picture, so that scaling and compression change it little."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_folder(root, classes=("cat", "dog"), count=4, size=(32, 32), splits=("train", "val")):
+    """Write an image folder of PNG files."""
+    for split in splits:
+        for number, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for place in range(count):
+                photo(10 * number + place + 100 * (split == "val"), *size).save(root / split / name / f"{place}.png")
+    return root
+
+
+def read(root, *pairs, kind="imagefolder"):
+    cfg = load(None, ["DATASET.TYPE", kind, "DATASET.SIZE", "32", *pairs])
+    return load_dataset(kind, root, cfg.DATASET)
+
+
+def batches(data, **more):
+    given = data.train_images, data.train_labels, data.mean, data.std, 3, data.augment
+    return Batches(*given, **more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_file_is_read(tmp_path, kind):
+    file = tmp_path / f"x.{KINDS[kind]}"
+    photo(0).save(file, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+    difference = np.abs(np.asarray(pictures.decode(file), int) - np.asarray(photo(0), int)).mean()
+    assert difference < 9 if kind in ("JPEG", "WEBP") else difference == 0
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    grey = photo(0).convert("L")
+    half = Image.merge("RGBA", [*photo(0).split(), Image.new("L", (40, 32), 0)])
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    palette = photo(0).quantize(16)
+    for image, wanted in (
+        (grey, grey.convert("RGB")),
+        (wide, grey.convert("RGB")),
+        (palette, palette.convert("RGB")),
+        (half, Image.new("RGB", (40, 32), (9, 8, 7))),
+        (half.convert("LA"), Image.new("RGB", (40, 32), (9, 8, 7))),
+        (grey.point(lambda value: 255 * (value > 99)).convert("1"), None),
+    ):
+        image.save(tmp_path / "x.png")
+        found = pictures.decode(tmp_path / "x.png", (9, 8, 7))
+        assert found.mode == "RGB" and (wanted is None or found.tobytes() == wanted.tobytes()), image.mode
+    photo(0).convert("CMYK").save(tmp_path / "x.jpg", quality=100)
+    assert np.abs(np.asarray(pictures.decode(tmp_path / "x.jpg"), int) - np.asarray(photo(0), int)).mean() < 12
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo(0).save(tmp_path / "x.jpg", exif=exif)
+    assert pictures.decode(tmp_path / "x.jpg").size == (32, 40)
+
+
+@pytest.mark.parametrize("size", [(40, 32), (37, 81), (300, 200), (20, 31), (32, 32)])
+def test_the_middle_is_torchvisions(size):
+    for side, crop in ((32, 0.875), (32, 1.0), (24, 0.5)):
+        short = round(side / crop)
+        wanted = transforms.Compose([transforms.Resize(short), transforms.CenterCrop(side)])(photo(1, *size))
+        assert pictures.fit(photo(1, *size), side, crop).tobytes() == wanted.tobytes()
+
+
+def test_random_crops_are_distributed_as_torchvisions():
+    image, boxes = Image.new("RGB", (60, 40)), []
+
+    class Recording(Image.Image):
+        pass
+
+    crop = Image.Image.crop
+    try:
+        Image.Image.crop = lambda self, box: boxes.append(box) or crop(self, box)
+        for draw in range(2000):
+            assert pictures.random_crop(image, 8, draw).size == (8, 8)
+    finally:
+        Image.Image.crop = crop
+    found = np.array([[(b[2] - b[0]) * (b[3] - b[1]) / 2400, (b[2] - b[0]) / (b[3] - b[1])] for b in boxes])
+    torch.manual_seed(0)
+    drawn = [transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(2000)]
+    theirs = np.array([[h * w / 2400, w / h] for _, _, h, w in drawn])
+    for ours, other in zip(found.T, theirs.T, strict=True):
+        for level in (0.1, 0.5, 0.9):
+            assert np.quantile(ours, level) == pytest.approx(np.quantile(other, level), rel=0.08)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    write_folder(tmp_path, ("b", "a", "ü"), 2)
+    (tmp_path / "train" / "a" / "deep").mkdir()
+    photo(5).save(tmp_path / "train" / "a" / "deep" / "UPPER.JPEG")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / ".hidden").mkdir()
+    data = read(tmp_path, "DATASET.AUGMENT", "none")
+    assert data.class_names == ("a", "b", "ü") and data.train_labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert data.train_images.shape == (7, 32, 32, 3) and data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.train_images[3].numpy().tobytes() == pictures.fit(photo(0, 32), 32, 0.875).tobytes()
+
+
+def test_tiny_imagenet_has_a_val_of_its_own(tmp_path):
+    root = write_folder(tmp_path / "tiny-imagenet-200", ("n1", "n2"), 2, splits=("train",))
+    (root / "val" / "images").mkdir(parents=True)
+    for place in range(3):
+        photo(place, 64, 64).save(root / "val" / "images" / f"val_{place}.JPEG")
+    lines = [f"val_{place}.JPEG\tn{1 + place % 2}\t0\t0\t63\t63\n" for place in range(3)]
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    data = load_dataset("tiny_imagenet", tmp_path)
+    assert data.train_images.shape[1:] == (64, 64, 3) and data.augment == "crop_flip"
+    assert data.test_labels.tolist() == [0, 0, 1]
+    (root / "val" / "val_annotations.txt").write_text("val_9.JPEG\tn1\n")
+    with refused("val_annotations.txt, line 1: names no picture"):
+        load_dataset("tiny_imagenet", tmp_path)
+
+
+ODD = {
+    "no train": (lambda r: os.rename(r / "train", r / "x"), "has no folder train"),
+    "no val": (lambda r: os.rename(r / "val", r / "x"), "has neither val nor test"),
+    "an empty class": (lambda r: (r / "train" / "eel").mkdir(), "eel: holds no picture"),
+    "an empty file": (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b""), "0.png: is empty"),
+    "a class of val alone": (lambda r: os.rename(r / "val" / "cat", r / "val" / "eel"), "has the class eel"),
+    "one class": (lambda r: os.rename(r / "train" / "cat", r / "cat"), "holds the one class dog"),
+    "text": (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"hello"), "0.png: is no picture"),
+    "cut off": (lambda r: cut(r / "train" / "cat" / "0.png"), "0.png: is no picture"),
+    "a link to nothing": (lambda r: os.symlink("nowhere", r / "train" / "cat" / "9.png"), "9.png: is no regular file"),
+    "a pipe": (lambda r: os.mkfifo(r / "train" / "cat" / "9.png"), "9.png: is no regular file"),
+    "floats": (lambda r: Image.new("F", (9, 9)).save(r / "train" / "cat" / "9.tif"), "9.tif: .* floating point"),
+    "no folders": (lambda r: clear(r / "val"), "val: holds no folder"),
+}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def clear(folder):
+    for name in os.listdir(folder):
+        os.rename(folder / name, folder.parent / f"was-{name}")
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_cannot_be_is_one_line_before_training(tmp_path, case):
+    change, says = ODD[case]
+    change(write_folder(tmp_path))
+    with refused(says):
+        read(tmp_path, "DATASET.AUGMENT", "crop_flip")
+
+
+def test_a_bomb_is_one_line(tmp_path):
+    write_folder(tmp_path)
+    text = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(text, "PNG")
+    (tmp_path / "train" / "cat" / "9.png").write_bytes(text.getvalue())
+    with refused("9.png: is no picture that can be read .*decompression bomb"):
+        read(tmp_path, "DATASET.AUGMENT", "crop_flip")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_the_images_of_memory(tmp_path, workers):
+    write_folder(tmp_path, size=(45, 38))
+    words = ["DATASET.AUGMENT", "crop_flip", "DATASET.NUM_WORKERS", str(workers)]
+    held, streamed = read(tmp_path, *words), read(tmp_path, *words, "DATASET.MEMORY", "0")
+    assert held.digest() == streamed.digest()
+    ours, theirs = batches(streamed, seed=3), batches(held, seed=3)
+    for epoch, done in ((1, 0), (2, 1)):
+        for one, other in zip(ours.epoch(epoch, done), theirs.epoch(epoch, done), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    next(ours.epoch(3))  # which nobody ends
+    plan = theirs.plan(7)[:, :5]  # and a batch out of turn
+    assert torch.equal(ours.batch(plan).image, theirs.batch(plan).image)
+    tests = [Batches(d.test_images, d.test_labels, d.mean, d.std, 3) for d in (streamed, held)]
+    for one, other in zip(*tests, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_random_crops_are_a_function_of_seed_and_epoch(tmp_path):
+    write_folder(tmp_path, size=(45, 38))
+    found = []
+    for workers in (0, 2):
+        data = read(tmp_path, "DATASET.NUM_WORKERS", str(workers))
+        assert data.augment == "resized_crop" and batches(data).streamed
+        found.append([list(batches(data, seed=1).epoch(epoch)) for epoch in (1, 2)])
+        late = list(batches(data, seed=1).epoch(2, 2))
+        assert len(late) == 1 and torch.equal(late[0].image, found[-1][1][2].image)
+    for one, other in zip(sum(found[0], []), sum(found[1], []), strict=True):
+        assert torch.equal(one.image, other.image)
+    assert not torch.equal(found[0][0][0].image, found[0][1][0].image)
+    with pytest.raises(UserError, match="resized_crop needs picture files"):
+        Batches(
+            torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4).long(), (0,) * 3, (1,) * 3, 2, "resized_crop"
+        )
+
+
+def test_a_file_that_breaks_while_training_ends_the_run_in_a_line(tmp_path):
+    write_folder(tmp_path)
+    data = read(tmp_path, "DATASET.NUM_WORKERS", "2")
+    (tmp_path / "train" / "dog" / "2.png").write_bytes(b"gone")
+    with refused("dog/2.png: is no picture that can be read .*--resume auto goes on then"):
+        list(batches(data).epoch(1))
+
+
+def test_a_streamed_run_is_the_run_from_memory(tmp_path, stop_after, monkeypatch):
+    root = write_folder(tmp_path / "data", ("a", "b", "c"), 5)
+    words = [
+        "DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root), "DATASET.SIZE", "32", "DATASET.AUGMENT", "crop_flip",
+        "DISTILLER.STUDENT", "resnet8", "DISTILLER.TEACHER", "resnet8", "DISTILLER.TRAIN_TEACHER", "True",
+        "DISTILLER.TYPE", "DTKD", "SOLVER.BATCH_SIZE", "4", "SOLVER.EPOCHS", "2",
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    whole = run(words, tmp_path / "memory")
+    words += ["DATASET.MEMORY", "0"]
+    streamed = run(words, tmp_path / "stream")
+    keys = ("train_loss", "train_acc", "test_acc", "test_loss")
+    rows = [[{key: row[key] for key in keys} for row in read_metrics(folder)] for folder in (whole, streamed)]
+    assert rows[0] == rows[1]
+    states = [torch.load(folder / "student_latest", weights_only=True)["model"] for folder in (whole, streamed)]
+    assert same(*states)
+    stop_after(5)
+    with pytest.raises(UserError, match="SIGTERM"):
+        run(words, tmp_path / "parts", resume="auto")
+    stop_after(0)
+    parts = run(words, tmp_path / "parts", resume=True)
+    assert same(torch.load(parts / "student_latest", weights_only=True)["model"], states[0])
