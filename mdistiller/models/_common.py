@@ -10,7 +10,7 @@ that ReLU, one for each stage after the stem.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,12 +42,16 @@ def features(feats: list[Tensor], preact_feats: list[Tensor], pooled_feat: Tenso
     return {"feats": feats, "preact_feats": preact_feats, "pooled_feat": pooled_feat}
 
 
-def run_stage(blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run blocks that leave their last ReLU to the caller; returns the stage's output and what entered its ReLU."""
-    for block in blocks:
-        preact = block(x)
-        x = F.relu(preact)
-    return x, preact
+class Stage(nn.Sequential):
+    """Blocks that leave their last ReLU to the caller, run one after the other. Returns, as mdistiller's stages do, the
+    output and what entered its ReLU; a hook on it sees both.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self:
+            preact = block(x)
+            x = F.relu(preact)
+        return x, preact
 
 
 class Network(nn.Module):

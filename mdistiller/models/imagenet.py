@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller.errors import UserError
-from mdistiller.models._common import Network, features, global_average, init_kaiming, run_stage
+from mdistiller.models._common import Network, Stage, features, global_average, init_kaiming
 from mdistiller.registry import imagenet_models
 
 
@@ -57,11 +57,11 @@ class ResNet(Network):
             for j in range(count):
                 stage.append(_Block(widths[-1] if j else self.channels[i], widths, 2 if i and not j else 1))
             self.channels.append(widths[-1])
-            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            self.add_module(f"layer{i + 1}", Stage(*stage))
         self.fc = nn.Linear(self.channels[-1], num_classes)
         init_kaiming(self)
 
-    def _stages(self) -> list[nn.Sequential]:
+    def _stages(self) -> list[Stage]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def get_stage_channels(self) -> list[int]:
@@ -74,7 +74,7 @@ class ResNet(Network):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         feats, preacts = [x], [x]
         for stage in self._stages():
-            x, preact = run_stage(stage, x)
+            x, preact = stage(x)
             feats.append(x)
             preacts.append(preact)
         pooled = global_average(x)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, init_kaiming, register_model, run_stage
+from mdistiller.models._common import Network, Stage, features, global_average, init_kaiming, register_model
 
 
 class BasicBlock(nn.Module):
@@ -43,9 +43,9 @@ class ResNet(Network):
         init_kaiming(self)
 
     @staticmethod
-    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> Stage:
         first = BasicBlock(in_channels, channels, stride)
-        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+        return Stage(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def get_stage_channels(self) -> list[int]:
         return list(self.channels)
@@ -55,9 +55,9 @@ class ResNet(Network):
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict]:
         f0 = F.relu(self.bn1(self.conv1(x)))
-        f1, p1 = run_stage(self.layer1, f0)
-        f2, p2 = run_stage(self.layer2, f1)
-        f3, p3 = run_stage(self.layer3, f2)
+        f1, p1 = self.layer1(f0)
+        f2, p2 = self.layer2(f1)
+        f3, p3 = self.layer3(f2)
         pooled = global_average(f3)
         return self.fc(pooled), features([f0, f1, f2, f3], [f0, p1, p2, p3], pooled)
 

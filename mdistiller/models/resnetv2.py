@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, init_kaiming, register_model, run_stage
+from mdistiller.models._common import Network, Stage, features, global_average, init_kaiming, register_model
 
 
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Sequential:
@@ -67,11 +67,11 @@ class ResNet(Network):
             width, out_channels = 64 * 2**i, self.channels[i + 1]
             stage = [block(self.channels[i], width, stride)]
             stage += [block(out_channels, width, 1) for _ in range(count - 1)]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            self.add_module(f"layer{i + 1}", Stage(*stage))
         self.linear = nn.Linear(self.channels[-1], num_classes)
         init_kaiming(self)
 
-    def _stages(self) -> list[nn.Sequential]:
+    def _stages(self) -> list[Stage]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def get_stage_channels(self) -> list[int]:
@@ -84,7 +84,7 @@ class ResNet(Network):
         x = F.relu(self.bn1(self.conv1(x)))
         feats, preacts = [x], [x]
         for stage in self._stages():
-            x, preact = run_stage(stage, x)
+            x, preact = stage(x)
             feats.append(x)
             preacts.append(preact)
         pooled = global_average(x)

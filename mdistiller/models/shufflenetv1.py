@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, register_model, run_stage
+from mdistiller.models._common import Network, Stage, features, global_average, register_model
 from mdistiller.models._shuffle import channel_shuffle
 
 
@@ -47,7 +47,7 @@ class ShuffleNet(Network):
             # the stem is too narrow to be grouped (section 3.2 of the paper)
             first = Bottleneck(in_channels, channels - in_channels, 2, self.GROUPS, 1 if i == 0 else self.GROUPS)
             rest = (Bottleneck(channels, channels, 1, self.GROUPS, self.GROUPS) for _ in range(count - 1))
-            self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
+            self.add_module(f"layer{i + 1}", Stage(first, *rest))
         self.linear = nn.Linear(self.channels[-1], num_classes)
 
     def get_stage_channels(self) -> list[int]:
@@ -58,9 +58,9 @@ class ShuffleNet(Network):
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict]:
         f0 = F.relu(self.bn1(self.conv1(x)))
-        f1, p1 = run_stage(self.layer1, f0)
-        f2, p2 = run_stage(self.layer2, f1)
-        f3, p3 = run_stage(self.layer3, f2)
+        f1, p1 = self.layer1(f0)
+        f2, p2 = self.layer2(f1)
+        f3, p3 = self.layer3(f2)
         pooled = global_average(f3)
         return self.linear(pooled), features([f0, f1, f2, f3], [f0, p1, p2, p3], pooled)
 

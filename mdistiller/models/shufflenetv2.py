@@ -57,6 +57,15 @@ class DownBlock(nn.Module):
         return channel_shuffle(F.relu(preact), 2), preact
 
 
+class Stage(nn.Sequential):
+    """Blocks that give output and pre-activation. Returns those of the last one."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self:
+            x, preact = block(x)
+        return x, preact
+
+
 class ShuffleNetV2(Network):
     COUNTS = (3, 7, 3)
 
@@ -68,7 +77,7 @@ class ShuffleNetV2(Network):
         for i, count in enumerate(self.COUNTS):
             channels = self.channels[i + 1]
             stage = [DownBlock(self.channels[i], channels), *(BasicBlock(channels) for _ in range(count))]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            self.add_module(f"layer{i + 1}", Stage(*stage))
         self.conv2 = nn.Conv2d(self.channels[-1], 1024, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
@@ -83,8 +92,7 @@ class ShuffleNetV2(Network):
         x = F.relu(self.bn1(self.conv1(x)))
         feats, preacts = [x], [x]
         for stage in (self.layer1, self.layer2, self.layer3):
-            for block in stage:
-                x, preact = block(x)
+            x, preact = stage(x)
             feats.append(x)
             preacts.append(preact)
         pooled = global_average(F.relu(self.bn2(self.conv2(x))))
