@@ -35,13 +35,13 @@ class Registry(UserDict):
     """A dict from name to object that refuses another object under a name it already holds.
 
     `own` holds what is built in or was entered by hand. What a plug-in brings, inside `collecting`, stands in its
-    place while `use` says so. Names of a plug-in that is out of use stay readable, for those who look at its runs, but
-    are not `active`. `accept(name, object)`, where a package sets it, returns what is entered: the door for objects
-    from outside.
+    place while `use` says so; with `any_case` also where case and underscores differ. Names of a plug-in that is out of
+    use stay readable, for those who look at its runs, but are not `active`. `accept(name, object)`, where a package
+    sets it, returns what is entered: the door for objects from outside.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, any_case: bool = False):
+        self.kind, self.any_case = kind, any_case
         self.own: dict[str, object] = {}
         self.brought: set[str] = set()  # names of plug-ins, in use or not
         self.out_of_use: set[str] = set()
@@ -51,7 +51,7 @@ class Registry(UserDict):
 
     def __setitem__(self, name: str, item: object) -> None:
         collected = None if _collected is None else _collected.setdefault(self.kind, {})
-        if collected is not None:
+        if collected is not None and self.any_case:
             name = next((known for known in (*self.own, *collected) if fold(known) == fold(name)), name)
         if self.accept is not None:
             item = self.accept(name, item)
@@ -94,7 +94,7 @@ def fold(name: str) -> str:
 REGISTRIES: dict[str, Registry] = {}  # by kind
 _collected: dict[str, dict[str, object]] | None = None  # of the plug-in that is being imported
 
-distillers = Registry("method")
+distillers = Registry("method", any_case=True)
 cifar_models = Registry("model")
 imagenet_models = Registry("ImageNet model")
 datasets = Registry("dataset")

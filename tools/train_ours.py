@@ -3,6 +3,9 @@
 python3 tools/train_ours.py --cfg configs/digits/dtkd/res20_res8.yaml \\
     [--seeds 0 1 2] [--resume [auto]] [KEY VALUE ...]
 
+KEY VALUE pairs, such as SOLVER.EPOCHS 12, override the file; docs/config.md
+lists every KEY.
+
 Exit status: 0 done; 1 the run failed (no finite loss, memory, disk); 2 a
 mistake in the input; 75 stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP after a
 step, to go on there with --resume; 130 stopped at once by a second Ctrl-C.
@@ -21,9 +24,10 @@ from mdistiller.errors import UserError, run_command
 def main(words: Sequence[str] | None = None) -> None:
     """Train as `words` say, those of the command line by default."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--cfg", default=None, help="YAML file; without it, every key has its default")
+        usage="%(prog)s [--cfg FILE] [options] [KEY VALUE ...]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--cfg", metavar="FILE", help="YAML file; without it, every key has its default")
     parser.add_argument("--version", action="version", version=f"mdistiller {__version__}")
     parser.add_argument(
         "--resume", nargs="?", choices=["auto", "last"],

@@ -25,9 +25,9 @@ from mdistiller.config.keys import collected_defaults, leaves, role
 from mdistiller.errors import UserError
 
 NOT_RUN = ("engine",)  # packages of a checkout whose __init__ would bring its trainer and what that requires
-MODEL_DICTS = {
-    "tiny_imagenet_model_dict": registry.cifar_models,
+MODEL_DICTS = {  # of two entries by one name in one registry the first counts
     "cifar_model_dict": registry.cifar_models,
+    "tiny_imagenet_model_dict": registry.cifar_models,
     "imagenet_model_dict": registry.imagenet_models,
 }
 
@@ -43,8 +43,7 @@ class Package:
     """The modules of one plug-in: found, executed and kept.
 
     `root`: the folder of the package as the files name it (mdistiller), for a checkout; its files come before ours.
-    `folder`: that of a single `file`; there a method beside it comes before ours if it has what is asked for, and a
-    module whose name begins with an underscore (_base) where ours lacks that.
+    `folder`: that of a single `file`; there a module beside it comes before ours if it has what is asked for.
     """
 
     def __init__(self, alias: str, root: Path | None, file: Path):
@@ -82,7 +81,7 @@ class Package:
         if not rest:
             return importlib.import_module("mdistiller")
         full = f"mdistiller.{rest}"
-        if own and own != self.file and not own.name.startswith("_") and names:
+        if own and own != self.file and names:
             beside = self.execute(rest, own)
             if all(hasattr(beside, word) for word in names):
                 return beside
@@ -179,7 +178,10 @@ class Plugin:
         distillers = package.module("distillers")
         methods = getattr(distillers, "distiller_dict", None)
         for name, cls in methods.items() if isinstance(methods, Mapping) else ():
-            registry.distillers[str(name)] = cls
+            try:
+                registry.distillers[str(name)] = cls
+            except TypeError as error:  # a function, say; the others can be chosen
+                registry.distillers[str(name)] = Absent(f"cannot be chosen: {error}")
         for module in list(package.modules.values()):
             if not isinstance(methods, Mapping):
                 self.enter_classes(module)
@@ -187,7 +189,7 @@ class Plugin:
             models = package.module("models")
             for name, held in MODEL_DICTS.items():
                 for model, entry in (getattr(models, name, None) or {}).items():
-                    if self.brought.get(held.kind, {}).get(model) != entry:
+                    if model not in self.brought.get(held.kind, {}):
                         held[model] = entry
         if package.own_file("engine.cfg"):
             tree = getattr(package.module("engine.cfg"), "CFG", {})
@@ -301,10 +303,17 @@ def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool, flags: in
     except Exception as error:
         if not (careful and isinstance(part, (ast.Import, ast.ImportFrom))):
             raise
-        reason = f"{type(error).__name__}: {error}"
-        for alias in part.names:
-            name = alias.asname or alias.name.split(".")[0]
-            module.__dict__.setdefault(name, Absent(f"fails on import: {reason}"))
+        for name in _bound(part, file):
+            module.__dict__.setdefault(name, Absent(f"fails on import: {type(error).__name__}: {error}"))
+
+
+def _bound(part: ast.Import | ast.ImportFrom, file: Path) -> list[str]:
+    """Return the names that an import statement in `file` binds; of `*`, the classes of the module beside it."""
+    if part.names[0].name != "*":
+        return [alias.asname or alias.name.split(".")[0] for alias in part.names]
+    source = _file_of(file.parent, (part.module or "").rpartition(".")[2])
+    tree = ast.parse(source.read_text(encoding="utf-8") if source else "")
+    return [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
 
 
 def _file_of(folder: Path, name: str) -> Path | None:

@@ -52,7 +52,7 @@ def check_output(distiller: nn.Module, output: object, samples: int) -> None:
     name, part = method_name(distiller), part_of(type(distiller))
     wanted = f"the method {name}: {part} must return {PARTS[part][-1]}"
     if not (isinstance(output, tuple) and len(output) == 2):
-        raise UserError(f"{wanted}; got {type(output).__name__}")
+        raise UserError(f"{wanted}; got {_shape(output)}")
     logits, losses = output
     if not (isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == samples):
         raise UserError(f"{wanted}; got logits {_shape(logits)} for {samples} images")
@@ -72,4 +72,6 @@ def method_name(distiller: nn.Module) -> str:
 
 
 def _shape(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} values"
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

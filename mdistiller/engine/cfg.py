@@ -103,7 +103,7 @@ def lskd_pairs(cfg: CfgNode, stand: bool, base_temp: str | None, kd_weight: str 
         elif method == "CTKD":
             pairs += ["KD.TEMPERATURE", base_temp]  # its reference under another rule than the learned one
         else:
-            raise UserError(f"--base-temp: {method} has no temperature; leave it out")
+            raise UserError(f"{'--logit-stand' if stand else '--base-temp'}: {method} has no temperature; leave it out")
     if kd_weight is not None:
         factor, factors = _number("--kd-weight", kd_weight), [f"{method}.ALPHA", f"{method}.BETA"]
         if f"{method}.LOSS.KD_WEIGHT" in own:

@@ -151,7 +151,7 @@ def _is_configuration(file: Path) -> bool:
 
 
 def _without_place(line: str, file: Path) -> str:
-    return line.removesuffix(f" ({file})").removeprefix(f"{file}: ")
+    return line.replace(f" ({file})", "").removeprefix(f"{file}: ")
 
 
 def find_all(paths: Iterable[Path]) -> str:

@@ -100,7 +100,7 @@ def test_what_lskds_options_set(method, options, expected):
         (["--kd-weight", "much"], "--kd-weight: must be a number; got 'much'"),
         (["--base-temp", "2", "DISTILLER.TYPE", "AT"], "--base-temp: AT has no temperature"),
         (["--kd-weight", "2", "DISTILLER.TYPE", "AT"], "--kd-weight: AT has no weight"),
-        (["--logit-stand", "DISTILLER.TYPE", "NONE"], "--base-temp: NONE has no temperature"),
+        (["--logit-stand", "DISTILLER.TYPE", "NONE"], "--logit-stand: NONE has no temperature"),
         (["--logit-stand", "TEMPERATURE.RULE", "norm"], "EXPERIMENT.LOGIT_STAND is the rule std"),
         (["--logit-stands"], "unknown option --logit-stands"),
     ],

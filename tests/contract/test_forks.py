@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import METHODS, REFUSED, SIBLINGS, class_of, write_checkout, write_file
+from forks import BASE, METHODS, REFUSED, SIBLINGS, class_of, write_checkout, write_file
 from helpers import refused
 from torch.nn import functional as F
 
@@ -430,3 +430,83 @@ def test_a_checkout_may_import_by_dotted_names(tmp_path):
         file.write_text("\n".join(lines).replace("(Distiller)", text).replace("width()", text))
     cfg = load(root / "configs/cifar100/quiet.yaml", ["EXPERIMENT.PLUGINS", f"['{root}']"])
     assert step(cfg)[1]["loss"] > 0
+
+
+def test_one_entry_that_is_no_class_or_fails_on_import_leaves_the_others(tmp_path):
+    root = write_checkout(tmp_path)
+    file = root / "mdistiller/distillers/__init__.py"
+    text = (
+        file.read_text()
+        .replace("from .Heavy import Heavy", "from .Heavy import *")
+        .replace("from .QuietKD import QuietKD", "from mdistiller.distillers.QuietKD import *")
+    )
+    file.write_text(text + "distiller_dict['MADE'] = lambda student, teacher, cfg: None\n")
+    plugin = ["EXPERIMENT.PLUGINS", f"['{root}']"]
+    assert step(load(root / "configs/cifar100/quiet.yaml", plugin))[1]["loss"] > 0
+    for name, says in (("HEAVY", "HEAVY fails on import: ModuleNotFoundError"), ("MADE", "MADE cannot be chosen: ")):
+        with refused(says, ConfigError):
+            load(None, [*plugin, "DISTILLER.TYPE", name])
+
+
+def test_a_checkouts_models_keep_their_names(tmp_path):
+    """Another data set's model of a name that is taken, and names that differ from ours in their case alone."""
+    root = write_checkout(tmp_path)
+    with open(root / "mdistiller/models/cifar/__init__.py", "a") as file:
+        file.write("cifar_model_dict |= {'resnet50': (tiny, None), 'ResNet50': (lambda num_classes: tiny(), None)}\n")
+        file.write("tiny_imagenet_model_dict = {'tiny': (lambda num_classes: None, None), 'other': (tiny, None)}\n")
+    (root / "mdistiller/models/__init__.py").write_text("from .cifar import *\n")
+    pair = ["DISTILLER.TEACHER", "resnet50", "DISTILLER.STUDENT", "tiny", "DISTILLER.TYPE", "QUIETKD"]
+    load(None, ["EXPERIMENT.PLUGINS", f"['{root}']", *pair])
+    assert [registry.cifar_models[name][0].__name__ for name in ("tiny", "resnet50", "ResNet50", "other")] == [
+        "tiny", "tiny", "<lambda>", "tiny",
+    ]  # fmt: skip
+
+
+def test_a_base_class_beside_the_file_is_its_own(tmp_path):
+    (tmp_path / "_base.py").write_text(BASE + "\n    def own(self):\n        return 0\n")
+    text = f"""
+class Own(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+        self.own()
+{STEP}"""
+    assert step(load(None, words(written(tmp_path, "Own", text), "OWN")))[1]["loss"] > 0
+
+
+def test_a_hook_on_a_stage_sees_its_output_and_pre_activation(tmp_path):
+    text = """
+class Hooked(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+        self.seen = []
+        student.layer3.register_forward_hook(lambda module, inputs, output: self.seen.append(output))
+
+    def forward_train(self, image, target, **kwargs):
+        logits, feats = self.student(image)
+        out, preact = self.seen[-1]
+        assert torch.equal(out, feats["feats"][-1]) and torch.equal(preact, feats["preact_feats"][-1])
+        return logits, {"loss_ce": F.cross_entropy(logits, target)}
+"""
+    file = written(tmp_path, "Hooked", text)
+    for student in ("resnet8", "ShuffleV1", "ShuffleV2"):
+        assert step(load(None, words(file, "HOOKED", "DISTILLER.STUDENT", student)))[1]["loss"] > 0
+
+
+def test_what_only_the_checkout_has_is_looked_for_there(tmp_path):
+    file = written(tmp_path, "Lone", f"from mdistiller.engine.utils import own_helper\nclass Lone(Distiller):\n{STEP}")
+    with pytest.raises(
+        ConfigError, match="own_helper.*; if the file is part of a checkout, name the checkout's folder"
+    ):
+        load(None, ["EXPERIMENT.PLUGINS", str(file)])
+    text = "class Three(Distiller):\n    def __init__(self, student, teacher, cfg):\n"
+    text += f"        super().__init__(student, teacher)\n{STEP.rstrip()}, {{}}\n"
+    with refused("got 3 values"):
+        step(load(None, words(written(tmp_path, "Three", text), "THREE")))
+
+
+def test_the_table_counts_files_by_what_is_wrong_with_them(tmp_path):
+    root = write_checkout(tmp_path)
+    for number in range(3):
+        (root / f"configs/{number}.yaml").write_text("DATASET: {TYPE: birds}\nDISTILLER: {TYPE: KD}\n")
+    reasons = [trial.reason for trial in try_fork(root).files if "birds" in trial.reason]
+    assert len(reasons) == 3 and len({*reasons}) == 1
