@@ -51,10 +51,13 @@ class Known:
         *sections, last = name.split(".")
         if sections and sections[0] not in self.sections:
             return True
-        if not all(re.search(rf"\b{re.escape(part)}\b", self.text) for part in (sections or [last])):
+        if not all(self._says(part) for part in sections or [last]):
             return False
         whole = sections and re.search(rf"\bcfg\.{re.escape('.'.join(sections))}\b(?!\.\w)", self.text)
-        return bool(is_section or whole or re.search(rf"\b{re.escape(last)}\b", self.text))
+        return bool(is_section or whole or self._says(last))
+
+    def _says(self, word: str) -> bool:
+        return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", self.text))  # no \b: a name may be KD++
 
 
 def unknown_key(full: str, is_section: bool) -> str:

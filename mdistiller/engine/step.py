@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -117,7 +118,14 @@ class Step:
             losses = {name: value.float().mean() for name, value in losses.items()}
             loss = sum(losses.values())
         extra = (self.distillation_gradients(losses),) if isinstance(self.optimizer, DOT) else ()
-        self.scaler.scale(loss).backward()
+        try:
+            self.scaler.scale(loss).backward()
+        except RuntimeError as error:  # what the method did wrong shows only here, where no line of it is left to name
+            if not re.search("inplace operation|through the graph a second time", str(error)):
+                raise
+            raise RunFailed(
+                f"{method_name(self.distiller)}: no gradient of its losses: {error}".split("\n")[0]
+            ) from error
         with torch.no_grad():
             sound = self._change_parameters(loss, extra)
             for buffer, value in before:

@@ -17,7 +17,7 @@ from mdistiller.engine.build import build_distiller, refuse_unused
 from mdistiller.engine.cfg import unread_overrides
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
-from mdistiller.errors import ConfigError, UserError
+from mdistiller.errors import ConfigError, RunFailed, UserError
 from mdistiller.models.resnet import resnet8
 from mdistiller.study.forks import find_all, random_images, try_fork
 
@@ -502,6 +502,23 @@ def test_what_only_the_checkout_has_is_looked_for_there(tmp_path):
     text += f"        super().__init__(student, teacher)\n{STEP.rstrip()}, {{}}\n"
     with refused("got 3 values"):
         step(load(None, words(written(tmp_path, "Three", text), "THREE")))
+
+
+@pytest.mark.parametrize("mistake", ["logits = logits.exp().add_(1)", "logits = self.kept = logits + self.kept"])
+def test_losses_without_a_gradient_are_one_line(tmp_path, mistake):
+    text = f"""
+class Wrong(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+        self.kept = 0
+{STEP.replace("        return", f"        {mistake}{chr(10)}        return")}"""
+    cfg = load(None, words(written(tmp_path, "Wrong", text), "WRONG"))
+    distiller = build_distiller(cfg, random_images(), None, torch.device("cpu")).train()
+    run = Step(distiller, sgd(distiller.get_learnable_parameters(), 0.0, 0), torch.device("cpu"))
+    set_lr(run.optimizer, 0.01)
+    with pytest.raises(RunFailed, match="Wrong: no gradient of its losses: .*(inplace operation|second time)"):
+        for _ in range(2):
+            run(Batch(torch.rand(8, 3, 32, 32), torch.arange(8), torch.arange(8)), 1)
 
 
 def test_the_table_counts_files_by_what_is_wrong_with_them(tmp_path):
