@@ -55,6 +55,44 @@ def test_yaml_then_overrides(tmp_path):
         cfg.SOLVER.LR = 3.0  # frozen
 
 
+ITS_METHODS = "NONE KD DKD AT NST PKT RKD SP FITNET VID OFD KDSVD CRD REVIEWKD".split()
+
+
+@pytest.mark.parametrize("method", ITS_METHODS)
+def test_mdistillers_files_for_cifar100_load_as_they_are(tmp_path, method):
+    """Files of its form, for each of its methods and trainers."""
+    more = {
+        "CRD": ['  TRAINER: "crd" '],
+        "KD": ['  TRAINER: "dot"', "  DOT:", "    DELTA: 0.075"],
+        "DKD": ["DKD:", "  BETA: 6.0"],
+        "REVIEWKD": ["REVIEWKD:", "  REVIEWKD_WEIGHT: 5.0"],
+    }.get(method, [])
+    lines = f"""
+EXPERIMENT:
+  NAME: ""
+  TAG: "{method.lower()},res32x4,res8x4"
+  PROJECT: "cifar100_baselines"
+DISTILLER:
+  TYPE: "{method}"
+  TEACHER: "resnet32x4"
+  STUDENT: "resnet8x4"
+SOLVER:
+  BATCH_SIZE: 64
+  EPOCHS: 240
+  LR: 0.05
+  LR_DECAY_STAGES: [150, 180, 210]
+  LR_DECAY_RATE: 0.1
+  WEIGHT_DECAY: 0.0005
+  MOMENTUM: 0.9
+  TYPE: "SGD"
+"""
+    cfg = load(write(tmp_path, lines + "\n".join(more)))
+    assert cfg.DISTILLER.TYPE.upper() == method and cfg.SOLVER.WEIGHT_DECAY == 5e-4
+    given = {"KD": cfg.SOLVER.DOT.DELTA, "DKD": cfg.DKD.BETA, "REVIEWKD": cfg.REVIEWKD.REVIEWKD_WEIGHT}
+    assert given.get(method) == {"KD": 0.075, "DKD": 6.0, "REVIEWKD": 5.0}.get(method)
+    assert cfg.SOLVER.TRAINER == {"KD": "dot", "CRD": "crd"}.get(method, "base")
+
+
 def test_off_is_a_word_where_it_is_a_choice(tmp_path):
     path = write(tmp_path, "TEACHER_BANK: off\nLOG: {TEMPERATURE: OFF, WANDB: off}\n")
     cfg = load(path)
