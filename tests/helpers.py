@@ -27,7 +27,7 @@ from mdistiller.engine.feed import Feed
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
-from mdistiller.engine.solver import DOT, MultiStep, set_lr, sgd
+from mdistiller.engine.solver import DOT, Schedule, set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep
 from mdistiller.engine.trainer import Options, Trainer
@@ -160,7 +160,7 @@ def make_trainer(
     if capture:
         run_step.graph = GraphStep(run_step._run, distiller, device, True, capture)
     return Trainer(
-        run_step, Feed(data, logits), Batches(*given), MultiStep(0.02, (2,)), Keeper(folder, every_epochs=2), options
+        run_step, Feed(data, logits), Batches(*given), Schedule(0.02, (2,)), Keeper(folder, every_epochs=2), options
     )
 
 

@@ -111,6 +111,8 @@ class TeacherPool:
             self.inferences[digest] = Inference(
                 distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
             )
+        if batches.mixing is not None and batches.mixing.mixes:
+            return None, "teacher bank: none (images are mixed)"
         logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
         if batches.streamed or not batches.views:
             if cfg.TEACHER_BANK != "auto":

@@ -33,6 +33,10 @@ add_keys(
             "(torchvision's RandomResizedCrop, and a flip).",
             one_of(("auto", "crop_flip", "crop", "none", "resized_crop")),
         ),
+        "DATASET.MIXUP": Key(0.0, "Alpha of mixup, of all images of a batch with each other; 0: none.", at_least(0)),
+        "DATASET.CUTMIX": Key(
+            0.0, "Alpha of CutMix; with MIXUP each batch is mixed by one of them; 0: none.", at_least(0)
+        ),
         "DATASET.NUM_WORKERS": Key(
             2,
             "Processes that decode picture files ahead of the steps, for training and for tests each; images in memory "
@@ -119,7 +123,30 @@ add_keys(
         "SOLVER.LR_DECAY_RATE": Key(0.1, "Factor of each fall.", Check(lambda v: 0 < v <= 1, "must be in (0, 1]")),
         "SOLVER.WEIGHT_DECAY": Key(0.0001, "L2 penalty on every parameter.", at_least(0)),
         "SOLVER.MOMENTUM": Key(0.9, "SGD momentum.", below(1)),
-        "SOLVER.TYPE": Key("SGD", "Optimizer: SGD.", one_of(("SGD",))),
+        "SOLVER.SCHEDULE": Key(
+            "multistep",
+            "multistep: the rate falls at LR_DECAY_STAGES; cosine: to 0 along half a wave over EPOCHS.",
+            one_of(("multistep", "cosine")),
+        ),
+        "SOLVER.WARMUP": Key(0.0, "Epochs in which the rate rises linearly from 0.", at_least(0)),
+        "SOLVER.TYPE": Key("SGD", "Optimizer: SGD or AdamW (torch's, with its betas).", one_of(("SGD", "AdamW"))),
+        "SOLVER.DECAY_NORMS": Key(True, "WEIGHT_DECAY on norms and biases too, the parameters of one dimension."),
+        "SOLVER.CLIP": Key(
+            0.0, "Largest norm of the whole gradient, which a larger one is scaled to; 0: none.", at_least(0)
+        ),
+        "SOLVER.LABEL_SMOOTHING": Key(0.0, "Share of a label that all classes have alike.", below(1)),
+        "SOLVER.ACCUMULATE": Key(
+            1,
+            "Parts in which a batch goes through the networks, whose gradients are added: less memory, and statistics "
+            "of a batch that are a part's.",
+            at_least(1),
+        ),
+        "SOLVER.EMA": Key(
+            0.0,
+            "Decay of an exponential average of the student's weights and statistics, such as 0.999; its accuracy is "
+            "reported beside the student's; 0: none.",
+            below(1),
+        ),
         "SOLVER.AMP": Key(
             "none",
             "Autocast of the forward pass: none, bf16 or fp16 (CUDA only). Losses stay in float32.",

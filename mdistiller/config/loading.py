@@ -273,6 +273,8 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
         yield f"SOLVER.DOT.DELTA: SOLVER.MOMENTUM ({momentum}) +- DELTA must lie in [0, 1); got {delta!r}"
     if refused := getattr(registry.distillers.get(method), "refused", ""):
         yield f"DISTILLER.TYPE: {refused}"
+    if trainer in DOT_TRAINERS and flat["SOLVER.TYPE"] != "SGD":
+        yield f"SOLVER.TYPE: {trainer} is SGD with two momenta; set SOLVER.TYPE SGD, or SOLVER.TRAINER base"
     if trainer in DOT_TRAINERS and not needs_teacher(method):
         yield (
             f"SOLVER.TRAINER: {trainer} separates task from distillation; {method} does not distil; set SOLVER.TRAINER "

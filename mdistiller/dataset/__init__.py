@@ -11,6 +11,7 @@ from mdistiller.config import CFG
 from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
 from mdistiller.dataset._loaders import Loader, get_dataset
+from mdistiller.dataset._mixing import Mixing
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.errors import UserError, users_code
 from mdistiller.registry import datasets as dataset_dict
@@ -42,6 +43,7 @@ __all__ = [
     "Batches",
     "ImageSet",
     "Loader",
+    "Mixing",
     "TwoViews",
     "dataset_dict",
     "get_dataset",

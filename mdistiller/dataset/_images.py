@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.dataset import _strong
+from mdistiller.dataset._mixing import Mixing
 from mdistiller.dataset._pictures import Pictures, Reader
 from mdistiller.errors import UserError
 from mdistiller.registry import unknown
@@ -91,7 +92,7 @@ class ImageSet:
 
 class Batch(NamedTuple):
     image: Tensor  # (B, 3, H, W) float32, normalised, channels-last in memory
-    target: Tensor  # (B,) int64
+    target: Tensor  # (B,) int64, or (B, K) float32 where labels are smoothed or images mixed
     index: Tensor  # (B,) int64: the samples' places in the set
 
 
@@ -126,6 +127,7 @@ class Batches:
     """
 
     drop_last = False  # whether an epoch leaves out the samples that fill no batch, others each time
+    mixing: Mixing | None = None  # makes soft targets, and mixed images
 
     def __init__(
         self,
@@ -206,6 +208,8 @@ class Batches:
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
         order = torch.randperm(n, generator=generator)[None]
         weak = self._crops(n, generator)
+        if self.mixing is not None and self.mixing.mixes:
+            return torch.cat([order, weak, self.mixing.draw(n, (self.seed << 20) + epoch)])
         if self.strong is None:
             return torch.cat([order, weak])
         return torch.cat([order, weak, self._crops(n, generator), _strong.draw(n, generator)])
@@ -248,7 +252,9 @@ class Batches:
         if self.augment == "resized_crop":
             top = left = torch.full_like(index, self.padding)
         weak = self.normalise(self.crop(images, top, left, flip))
-        if len(plan) == 4:
+        if self.mixing is not None:
+            weak, target = self.mixing(weak, target, plan[4:] if self.mixing.mixes and len(plan) > 4 else None)
+        if self.strong is None or len(plan) == 4:
             return Batch(weak, target, index)
         strong = self.strong(self.crop(images, *plan[4:7]), plan[7:])
         return TwoViews(weak, target, index, self.normalise(strong))

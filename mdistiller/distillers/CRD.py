@@ -107,6 +107,7 @@ class CRD(FeatureDistiller):
     """
 
     needs = ("num_data", "labels")
+    needs_labels = True
     needs_features = ("pooled_feat",)
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg, num_data: int, labels: Tensor | None = None):

@@ -57,6 +57,7 @@ class DKD(RuleDistiller):
     """CE_WEIGHT * cross entropy + min(epoch / WARMUP, 1) * dkd_loss. TEMPERATURE.PART leaves one of its terms."""
 
     has_parts = True
+    needs_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)

@@ -83,6 +83,8 @@ def rld_loss(
 class RLD(LogitDistiller):
     """CE_WEIGHT * cross entropy + min(epoch / WARMUP, 1) * rld_loss at ALPHA, BETA, T and ALPHA_T."""
 
+    needs_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.RLD.CE_WEIGHT

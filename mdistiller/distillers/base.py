@@ -26,6 +26,7 @@ class Distiller(nn.Module):
     takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass
     takes_strong_view = False  # `forward_train` may be given image_strong (B, 3, H, W), by SOLVER.TRAINER ours or aug
     has_parts = False  # whether TEMPERATURE.PART applies
+    needs_labels = False  # more than `ce_loss` reads the labels, so that they cannot be mixed or smoothed
     capturable = True  # a step draws nothing and decides nothing on the host, so that it can be a CUDA graph
     refused = ""  # why it cannot be chosen, where it cannot
     task_losses: Container[str] = ("loss_ce",)  # names of the losses that learn from labels; the others distil

@@ -10,15 +10,15 @@ from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
-from mdistiller.config import DOT_TRAINERS, PLUGINS, TWO_VIEWS, Config, used_code, used_names
-from mdistiller.dataset import Batches, ImageSet, dataset_dict
+from mdistiller.config import DOT_TRAINERS, PLUGINS, TWO_VIEWS, Config, get, used_code, used_names
+from mdistiller.dataset import Batches, ImageSet, Mixing, dataset_dict
 from mdistiller.device import prepare
 from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, rule_name
 from mdistiller.distillers.features import images_of
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
-from mdistiller.engine.solver import DOT, MultiStep, sgd
+from mdistiller.engine.solver import DOT, Schedule, adamw, by_decay, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
@@ -182,6 +182,7 @@ def refuse_unused(cfg: Config) -> None:
             f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} gives a second, strong view, which {method} does not take; set "
             f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
         )
+    refuse_soft_labels(cfg, cls)
     if not cls.needs_teacher:
         return
     if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
@@ -198,6 +199,18 @@ def refuse_unused(cfg: Config) -> None:
         raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
     if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
         raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
+
+
+def refuse_soft_labels(cfg: Config, cls: type) -> None:
+    """Raise UserError where labels are to be smoothed or images mixed, and the method or trainer cannot have that."""
+    soft = [key for key in ("DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING") if get(cfg, key)]
+    if soft and (cls.needs_labels or cfg.TEMPERATURE.PART != "all"):
+        what = cfg.DISTILLER.TYPE if cls.needs_labels else f"TEMPERATURE.PART {cfg.TEMPERATURE.PART}"
+        raise UserError(f"{soft[0]}: {what} needs the one label of each image, which is none then; leave it out")
+    if cfg.SOLVER.TRAINER in TWO_VIEWS and (cfg.DATASET.MIXUP or cfg.DATASET.CUTMIX):
+        raise UserError(
+            f"{soft[0]}: SOLVER.TRAINER {cfg.SOLVER.TRAINER} has two views of each image, which are not mixed"
+        )
 
 
 def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
@@ -235,6 +248,8 @@ def training_batches(cfg: CfgNode, data: ImageSet) -> Batches:
     given = data.train_images, data.train_labels, data.mean, data.std, cfg.SOLVER.BATCH_SIZE, augment, cfg.SEED
     batches = Batches(*given, two_views=cfg.SOLVER.TRAINER in TWO_VIEWS)
     batches.drop_last = cfg.SOLVER.DROP_LAST
+    soft = cfg.SOLVER.LABEL_SMOOTHING, cfg.DATASET.MIXUP, cfg.DATASET.CUTMIX
+    batches.mixing = Mixing(data.num_classes, *soft) if any(soft) else None
     return batches
 
 
@@ -252,19 +267,19 @@ def build_trainer(
     later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
-    step.refusal = refusal
+    step.refusal, step.clip, step.parts = refusal, solver.CLIP, solver.ACCUMULATE
     graph = uses_graph(cfg, device, distiller.capturable) and not train.streamed  # which no graph could wait for
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
     log = cfg.LOG
     options = Options(
         solver.EPOCHS, log.TENSORBOARD_FREQ, log.TEMPERATURE, describe(cfg), workspace.kept, known,
-        print_every=log.PRINT_FREQ, patience=solver.EARLY_STOP,
+        print_every=log.PRINT_FREQ, patience=solver.EARLY_STOP, average=solver.EMA,
     )  # fmt: skip
     trainer = Trainer(
         RunStep(step, train, graph, workspace.students == 1, logits if train.streamed else None),
         Feed(train, logits),
         test,
-        MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
+        schedule_of(solver),
         Keeper(folder, origin, log.SAVE_CHECKPOINT_FREQ, log.SAVE_EVERY_SECONDS, workspace.students),
         options,
         workspace.stop,
@@ -274,8 +289,15 @@ def build_trainer(
 
 def build_optimizer(solver: CfgNode, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of the section SOLVER. The trainer sets its rate."""
-    if solver.FREEZE:
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = by_decay(parameters, solver.DECAY_NORMS)
     if solver.TRAINER in DOT_TRAINERS:
-        return DOT(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
-    return sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
+        return DOT(groups, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
+    if solver.TYPE == "AdamW":
+        return adamw(groups, solver.WEIGHT_DECAY)
+    return sgd(groups, solver.MOMENTUM, solver.WEIGHT_DECAY)
+
+
+def schedule_of(solver: CfgNode) -> Schedule:
+    """Return the learning rate that the section SOLVER describes."""
+    falls = tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE
+    return Schedule(solver.LR, *falls, solver.SCHEDULE, solver.EPOCHS, solver.WARMUP)

@@ -56,6 +56,10 @@ def unread_overrides(cfg: Config) -> str:
             return f"{method} takes no temperature rule"
         if key.rpartition(".")[0] in SECTIONS and section == "TEMPERATURE" and key.split(".")[1] != rule.upper():
             return f"the temperature rule is {rule}"
+        if key.startswith("SOLVER.LR_DECAY") and cfg.SOLVER.SCHEDULE != "multistep":
+            return f"SOLVER.SCHEDULE is {cfg.SOLVER.SCHEDULE}"
+        if key == "SOLVER.MOMENTUM" and cfg.SOLVER.TYPE != "SGD":
+            return f"SOLVER.TYPE is {cfg.SOLVER.TYPE}"
         if key.startswith("SOLVER.DOT.") and "dot" not in cfg.SOLVER.TRAINER:
             return f"SOLVER.TRAINER is {cfg.SOLVER.TRAINER}"
         return ""

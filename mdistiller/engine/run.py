@@ -200,7 +200,7 @@ class Run:
             recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}")
         for line in in_place_of_built_in(cfg.plugins, used_names(cfg)):
             say_once(line)
-        stages = cfg.SOLVER.LR_DECAY_STAGES
+        stages = cfg.SOLVER.LR_DECAY_STAGES if cfg.SOLVER.SCHEDULE == "multistep" else ()
         if stages and min(stages) >= cfg.SOLVER.EPOCHS:
             say_once(f"SOLVER.LR_DECAY_STAGES {list(stages)} all lie behind SOLVER.EPOCHS: the rate never falls")
         if cfg.SOLVER.AMP == "bf16" and not has_bf16(device):

@@ -1,5 +1,6 @@
-"""Optimizer and learning-rate schedule of the published protocol."""
+"""Optimizers and learning-rate schedules: the published protocol's, and those of networks that need others."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,31 +9,71 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class MultiStep:
-    """The rate falls by `decay_rate` after each epoch of `stages` (epochs count from 1)."""
+class Schedule:
+    """The learning rate over the `epochs`, which count from 1.
+
+    multistep: it falls by `decay_rate` after each epoch of `stages`, and stays the same within an epoch. cosine: it
+    falls to 0 along half a wave, from step to step. In the first `warmup` epochs it rises linearly to what it is then.
+    """
 
     lr: float
     stages: tuple[int, ...] = ()
     decay_rate: float = 0.1
+    kind: str = "multistep"
+    epochs: int = 1
+    warmup: float = 0.0
 
-    def at(self, epoch: int) -> float:
-        """Return the learning rate of `epoch`."""
+    def at(self, epoch: int, step: int = 0, steps: int = 1) -> float:
+        """Return the learning rate of a step, the number `step` (from 0) of the `steps` of `epoch`."""
+        past = epoch - 1 + step / steps
+        if past < self.warmup:
+            return self.lr * min(1.0, (past + 1 / steps) / self.warmup)
+        if self.kind == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (past - self.warmup) / (self.epochs - self.warmup)))
         return self.lr * self.decay_rate ** sum(epoch > stage for stage in self.stages)
 
+    def changes_within(self, epoch: int) -> bool:
+        """Return whether the rate differs from step to step of the epoch."""
+        return self.kind == "cosine" or epoch - 1 < self.warmup
 
-def sgd(parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """Return SGD with weight decay on every parameter, BatchNorm's too, as published. The trainer sets the rate.
+
+def by_decay(parameters: Iterable[nn.Parameter], norms_too: bool = True) -> list:
+    """Return what an optimizer takes: all parameters, or two groups, of which the second, norms and biases, those of
+    one dimension, has no weight decay.
+    """
+    parameters = list(parameters)
+    if norms_too:
+        return parameters
+    groups = [[p for p in parameters if (p.ndim > 1) == wide] for wide in (True, False)]
+    return [{"params": group} | ({} if group is groups[0] else {"weight_decay": 0.0}) for group in groups if group]
+
+
+def _first(parameters: list) -> nn.Parameter:
+    return parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+
+
+def sgd(parameters: Iterable[nn.Parameter | dict], momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """Return SGD, its weight decay on every parameter, BatchNorm's too, as published, or as groups say. The trainer
+    sets the rate.
 
     On CUDA the fused kernel, whose momenta start at zero: its own first step would leave them undefined if the step
     is skipped. Its rate is a tensor, so that a captured step sees the rate of now.
     """
     parameters = list(parameters)
-    fused = True if parameters[0].is_cuda else None  # None: torch's own choice
-    lr = torch.zeros((), device=parameters[0].device) if fused else 0.0
+    fused = True if _first(parameters).is_cuda else None  # None: torch's own choice
+    lr = torch.zeros((), device=_first(parameters).device) if fused else 0.0
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
     if fused:
         zero_momenta(optimizer)
     return optimizer
+
+
+def adamw(parameters: Iterable[nn.Parameter | dict], weight_decay: float) -> torch.optim.AdamW:
+    """Return torch's AdamW. The trainer sets the rate; on CUDA as of `sgd`."""
+    parameters = list(parameters)
+    fused = True if _first(parameters).is_cuda else None
+    lr = torch.zeros((), device=_first(parameters).device) if fused else 0.0
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused, capturable=bool(fused))
 
 
 def zero_momenta(optimizer: torch.optim.SGD) -> None:
@@ -53,9 +94,9 @@ class DOT(torch.optim.Optimizer):
     `found_inf`, a 0-dim tensor, where it is set and not 0, leaves a step out without a look from the host.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float, delta: float):
+    def __init__(self, parameters: Iterable[nn.Parameter | dict], momentum: float, weight_decay: float, delta: float):
         parameters = list(parameters)
-        lr = torch.zeros((), device=parameters[0].device) if parameters[0].is_cuda else 0.0
+        lr = torch.zeros((), device=_first(parameters).device) if _first(parameters).is_cuda else 0.0
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "delta": delta})
         self.found_inf: Tensor | None = None
 
@@ -102,10 +143,13 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict:
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Take over what `state_of` gave; which kernels run, and that the rate is a tensor, stays this optimizer's."""
-    own = [{key: group[key] for key in ("lr", "fused", "foreach") if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    names = ("lr", "fused", "foreach", "capturable")
+    own = [{key: group[key] for key in names if key in group} for group in optimizer.param_groups]
+    groups = [group | kept for group, kept in zip(state["param_groups"], own, strict=True)]  # say where states lie
+    optimizer.load_state_dict(state | {"param_groups": groups})
     for group, kept in zip(optimizer.param_groups, own, strict=True):
         group |= kept
-        for parameter in group["params"] if group.get("fused") else ():  # none yet: the state was an eager one's
+        fused = group.get("fused") and isinstance(optimizer, torch.optim.SGD)
+        for parameter in group["params"] if fused else ():  # none yet: the state was an eager one's
             if optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

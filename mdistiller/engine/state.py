@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.device import rng_state, set_rng_state
 from mdistiller.engine.solver import load_state, state_of
@@ -45,8 +46,9 @@ class FrozenTeacher:
 class RunState:
     """A run's progress, and with `dump` and `load` all that a checkpoint holds of it."""
 
-    def __init__(self, step: Step, buffer: EpochBuffer | None = None):
-        self.step, self.buffer = step, buffer
+    def __init__(self, step: Step, buffer: EpochBuffer | None = None, average: AveragedModel | None = None):
+        self.step, self.buffer, self.average = step, buffer, average
+        self.ema_acc: float | None = None  # test accuracy of the average of weights
         self.teacher = FrozenTeacher(step.distiller, step.parameters)
         self.epoch = 0  # epochs that are finished
         self.last_acc = self.best_acc = -1.0
@@ -72,11 +74,15 @@ class RunState:
     def result(self) -> dict:
         """Return epochs, last_acc, best_acc and best_epoch; accuracies in percent, -1 before the first epoch."""
         figures = {"last_acc": self.last_acc, "best_acc": self.best_acc, "best_epoch": self.best_epoch}
-        return {"epochs": self.epoch} | figures
+        return {"epochs": self.epoch} | figures | ({} if self.ema_acc is None else {"ema_acc": self.ema_acc})
 
     def student(self) -> dict:
         """Return what the student's own checkpoints hold."""
         return {"model": self.step.distiller.student.state_dict(), "epoch": self.epoch, "acc": self.last_acc}
+
+    def averaged(self) -> dict:
+        """Return what the checkpoint of the average holds."""
+        return {"model": self.average.module.state_dict(), "epoch": self.epoch, "acc": self.ema_acc}
 
     def dump(self) -> dict:
         """Return the checkpoint. A teacher whose parameters have stayed is not in it: its digest tells whether it is
@@ -95,6 +101,7 @@ class RunState:
                 "sums": meter.sums,
                 "temperatures": buffer.values if buffer is not None and self.done else None,
             },
+            **({} if self.average is None else {"average": self.average.state_dict(), "ema_acc": self.ema_acc}),
             **{key: getattr(self, key) for key in KEPT},
         }
 
@@ -131,6 +138,9 @@ class RunState:
                 self.buffer.reset()
             if self.buffer is not None and progress["temperatures"] is not None:
                 self.buffer.values.copy_(progress["temperatures"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+                self.ema_acc = state["ema_acc"]
             for key in KEPT:
                 setattr(self, key, state[key])
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:

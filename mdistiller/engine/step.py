@@ -3,7 +3,8 @@
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,21 @@ class Meter:
         return {name: value / samples if samples else math.nan for name, value in values.items()} | {"skipped": skipped}
 
 
+class Part(NamedTuple):
+    """What a part of a batch has come to; losses and loss are its share of the batch's."""
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    correct: Tensor
+    extra: list[Tensor | None]  # gradients of distillation, under DOT
+
+
+def sum_of(values: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the sum of the values, where there are some."""
+    there = [value for value in values if value is not None]
+    return functools.reduce(torch.add, there) if there else None
+
+
 class Step:
     """Trains a distiller on batches, in the precision `amp`.
 
@@ -79,6 +95,8 @@ class Step:
         self.device, self.amp = device, amp
         self.forward, self.compiled_from, self.refusal = forward, compiled_from, ""
         self.skip = nan_policy == "skip"
+        self.clip = 0.0  # largest norm of the gradient; 0: none
+        self.parts = 1  # of a batch, that go through the networks one after the other
         fp16 = AMP_DTYPES[amp] is torch.float16
         self.meter = Meter()
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
@@ -104,9 +122,36 @@ class Step:
     def update(self, batch: Batch, epoch: int | Tensor, logits_teacher: Tensor | None = None) -> None:
         """Do all of a step that happens on the device. Every tensor that outlives it stays the same tensor."""
         self.optimizer.zero_grad(set_to_none=True)
+        before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
+        parts = [self._backward(*part, epoch) for part in self._parts(batch, logits_teacher)]
+        extra = [sum_of(gradients) for gradients in zip(*(part.extra for part in parts), strict=True)]
+        with torch.no_grad():
+            loss = sum_of([part.loss for part in parts])
+            sound = self._change_parameters(loss, (extra,) if isinstance(self.optimizer, DOT) else ())
+            for buffer, value in before:
+                buffer.copy_(torch.where(sound, buffer, value))
+            n = len(batch.target)
+            correct = sum_of([part.correct for part in parts])
+            terms = {f"loss/{name}": n * sum_of([part.losses[name] for part in parts]) for name in parts[0].losses}
+            self.meter.add(n, sound, loss=n * loss, correct=correct, **terms)
+            self._number += 1
+
+    def _parts(self, batch: Batch, logits: Tensor | None) -> Iterator[tuple[Batch, Tensor | None, float]]:
+        """Yield the parts of `batch` with the teacher's logits and the share of the batch that each is."""
+        n = len(batch.target)
+        size = -(-n // self.parts)
+        if size >= n:
+            yield batch, logits, 1.0
+            return
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            given = None if logits is None else logits[part]
+            yield type(batch)(*(values[part] for values in batch)), given, (part.stop - start) / n
+
+    def _backward(self, batch: Batch, logits_teacher: Tensor | None, share: float, epoch: int | Tensor) -> Part:
+        """Add the gradients of a part of a batch, of which it is the `share`."""
         if self.temperatures is not None:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
-        before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
         given |= batch._asdict() | {"epoch": epoch}
         with autocast(self.device, self.amp):
@@ -116,8 +161,10 @@ class Step:
             logits, losses = output
             # a method may return terms of any shape, as mdistiller's loop allows
             losses = {name: value.float().mean() for name, value in losses.items()}
+            if share != 1:
+                losses = {name: share * value for name, value in losses.items()}
             loss = sum(losses.values())
-        extra = (self.distillation_gradients(losses),) if isinstance(self.optimizer, DOT) else ()
+        extra = self.distillation_gradients(losses) if isinstance(self.optimizer, DOT) else []
         try:
             self.scaler.scale(loss).backward()
         except RuntimeError as error:  # what the method did wrong shows only here, where no line of it is left to name
@@ -126,15 +173,9 @@ class Step:
             raise RunFailed(
                 f"{method_name(self.distiller)}: no gradient of its losses: {error}".split("\n")[0]
             ) from error
-        with torch.no_grad():
-            sound = self._change_parameters(loss, extra)
-            for buffer, value in before:
-                buffer.copy_(torch.where(sound, buffer, value))
-            n = len(batch.target)
-            correct = (logits.argmax(1) == batch.target).sum()
-            terms = {f"loss/{name}": n * value.detach() for name, value in losses.items()}
-            self.meter.add(n, sound, loss=n * loss.detach(), correct=correct, **terms)
-            self._number += 1
+        label = batch.target if batch.target.ndim == 1 else batch.target.argmax(1)
+        losses = {name: value.detach() for name, value in losses.items()}
+        return Part(loss.detach(), losses, (logits.argmax(1) == label).sum(), extra)
 
     def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:
         epoch = given["epoch"]
@@ -157,9 +198,13 @@ class Step:
     def _change_parameters(self, loss: Tensor, extra: tuple) -> Tensor:
         """Update the parameters where loss and gradients are finite. Return whether they are, a 0-dim bool."""
         sound = loss.isfinite()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not self.scaler.is_enabled():  # scaled gradients overflow at times, which the scaler is there for
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
             sound = sound & get_total_norm(gradients, torch.inf).isfinite()
+        if self.clip and (self.lazy or sound):  # on the device the norm of what is not sound scales nothing
+            self.scaler.unscale_(self.optimizer)  # nothing where it is not enabled
+            factor = (self.clip / (get_total_norm(gradients) + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+            torch._foreach_mul_([*gradients, *(g for part in extra for g in part if g is not None)], factor)
         if not self.skip:
             self._first_bad.copy_(torch.where(sound | (self._first_bad >= 0), self._first_bad, self._number))
             sound = self._first_bad < 0

@@ -15,7 +15,11 @@ from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import counted, say
 
-LATER = ("DROP_LAST", "FREEZE", "EARLY_STOP")  # keys of SOLVER that are younger than the names of trained teachers
+# keys of SOLVER that are younger than the names of trained teachers
+LATER = (
+    "DROP_LAST", "FREEZE", "EARLY_STOP", "SCHEDULE", "WARMUP", "DECAY_NORMS", "CLIP", "LABEL_SMOOTHING", "ACCUMULATE",
+    "EMA",
+)  # fmt: skip
 
 
 def find_teacher(

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batches
@@ -16,7 +17,7 @@ from mdistiller.distillers import Distiller, RuleDistiller
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import Scores, scores_of
 from mdistiller.engine.feed import Feed
-from mdistiller.engine.solver import MultiStep, set_lr
+from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.engine.state import RunState
 from mdistiller.engine.stepmode import RunStep
 from mdistiller.errors import Preempted, RunFailed, TrainingDiverged
@@ -39,6 +40,7 @@ class Options:
     kept: bool = True  # whether the run's folder stays
     known: bool = True  # whether tools/replay.py can build what is trained: the caller brings none of it
     print_every: int = 0  # steps between lines inside an epoch where there is no bar; 0: none
+    average: float = 0.0  # decay of the average of the student's weights; 0: none
     patience: int = 0  # epochs without a new best after which it stops; 0: never
 
 
@@ -50,7 +52,7 @@ class Trainer:
         run_step: RunStep,
         feed: Feed,
         test: Batches,
-        schedule: MultiStep,
+        schedule: Schedule,
         keeper: Keeper,
         options: Options,
         stop: Stop | None = None,
@@ -62,7 +64,8 @@ class Trainer:
         samples = feed.batches.num_samples
         self.buffer = EpochBuffer(samples, self.step.device) if temperature != "off" else None
         self.records_samples = temperature == "samples"
-        self.state = RunState(self.step, self.buffer)
+        self.average = average_of(self.distiller.student, options.average) if options.average else None
+        self.state = RunState(self.step, self.buffer, self.average)
         self.random: torch.Tensor | None = None  # the host's generator before the latest step
 
     def fit(self, recorder: Recorder) -> dict:
@@ -95,9 +98,12 @@ class Trainer:
                 self.prepare_teacher()
                 row = yield from self.train_epoch(state.epoch + 1, recorder)
                 scores = self.evaluate()
+                averaged = self.scores_of_network(self.average.module) if self.average is not None else None
             except StopRequested:
                 self.leave(recorder)
             row |= self.score(scores) | {"epoch_seconds": time.monotonic() - begin}
+            if averaged is not None:
+                row["ema_acc"] = state.ema_acc = averaged.top1
             left = (self.options.epochs - state.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
             if self.buffer is not None:
                 row["temperature"] = self.buffer.summary()
@@ -134,15 +140,21 @@ class Trainer:
         """Pass once over the training set, or over what is left of it. Return the training figures of the row."""
         self.distiller.train()
         state, step, meter = self.state, self.step, self.step.meter
-        lr = self.schedule.at(epoch)
+        lr = self.schedule.at(epoch, state.done, len(self.feed))
+        varies = self.schedule.changes_within(epoch)
         set_lr(step.optimizer, lr)
         step.temperatures = self.buffer
         recorder.start_epoch(epoch, self.feed.batches.samples_an_epoch, meter.images)
         begin = time.monotonic() - state.seconds
         for plan, logits in self.stop.watch(self.feed.plans(epoch, state.done, self.stop.check)):
             self.random = torch.get_rng_state()
+            if varies:
+                lr = self.schedule.at(epoch, state.done, len(self.feed))
+                set_lr(step.optimizer, lr)
             for line in self.run_step(plan, logits, epoch):
                 recorder.say(line)
+            if self.average is not None:
+                self.average.update_parameters(self.distiller.student)
             state.done += 1
             state.seconds = time.monotonic() - begin
             number = (epoch - 1) * len(self.feed) + state.done
@@ -184,8 +196,12 @@ class Trainer:
         if not has_default_test(self.distiller):
             with autocast(self.step.device, self.step.amp):
                 return scores_of(lambda image: self.distiller(image=image), batches)
+        return self.scores_of_network(self.distiller.student)
+
+    def scores_of_network(self, network: nn.Module) -> Scores:
+        """Return the scores of a network on the test set."""
         size = self.test.images.shape[1]
-        return scores_of(Inference(self.distiller.student, self.step.device, self.step.amp, size), batches)
+        return scores_of(Inference(network, self.step.device, self.step.amp, size), self.stop.watch(self.test))
 
     def score(self, scores: Scores) -> dict:
         """Close the epoch with its test scores. Return the test figures of its row."""
@@ -208,6 +224,8 @@ class Trainer:
         if self.feed.teacher is not None:
             self.feed.teacher.commit()
         if state.epoch and not state.done:
+            if self.average is not None:
+                self.keeper.save_average(state.averaged())
             self.keeper.save_epoch(state.epoch, state.best_epoch == state.epoch, state.dump(), state.student())
         else:
             self.keeper.save(state.dump())
@@ -269,3 +287,9 @@ def __getattr__(name: str) -> object:
 
         return getattr(base_trainer, name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def average_of(network: nn.Module, decay: float) -> AveragedModel:
+    """Return the exponential average of a network's weights and statistics, which begins as a copy of the network."""
+    with torch.random.fork_rng(devices=[]):
+        return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False)

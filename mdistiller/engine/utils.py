@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mdistiller.config import Config
 from mdistiller.engine.evaluator import scores_on_loader
-from mdistiller.engine.solver import MultiStep, set_lr
+from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.files import find_above, write_atomic
 from mdistiller.runs import checkpoint
 
@@ -51,7 +51,7 @@ def validate(val_loader: Iterable, distiller: nn.Module) -> tuple[float, float, 
 def adjust_learning_rate(epoch: int, cfg: Config, optimizer: torch.optim.Optimizer) -> float:
     """Set the learning rate of `epoch`, which counts from 1, and return it."""
     solver = cfg.SOLVER
-    lr = MultiStep(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE).at(epoch)
+    lr = Schedule(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE).at(epoch)
     set_lr(optimizer, lr)
     return lr
 

@@ -63,6 +63,10 @@ class Keeper:
         checkpoint.save(student, *(self.folder / name for name in students))
         self.save(state, *names)
 
+    def save_average(self, average: dict) -> None:
+        """Write the average of the student's weights after an epoch, student_ema."""
+        checkpoint.save(average, self.folder / "student_ema")
+
     def restore(self, load: Callable[[dict, Path], None]) -> None:
         """Call `load(state, its path)` with the newest whole checkpoint: `latest`, else `previous`.
 

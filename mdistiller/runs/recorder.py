@@ -28,6 +28,7 @@ def line_of(row: dict, epochs: int, seconds_left: float, columns: int | None = N
         (5, f"train {row['train_acc']:6.2f}"),
         (1, f"test {row['test_acc']:6.2f}"),
         (6, "" if row.get("test_acc_top5") is None else f"top-5 {row['test_acc_top5']:6.2f}"),
+        (3, f"ema {row['ema_acc']:6.2f}" if "ema_acc" in row else ""),
         (2, f"best {row['best_acc']:6.2f} @ {row['best_epoch']:<{width}}"),
         (9, f"{row['images_per_second']:>8,.0f} img/s"),
         (8, f"{row['epoch_seconds']:6.1f} s"),
@@ -166,6 +167,7 @@ class Recorder:
 
     def finish(self, result: dict) -> None:
         early = f", stopped early at epoch {result['epochs']} of {self.epochs}" if result.get("stopped_early") else ""
+        early += f", {result['ema_acc']:.2f} of the average of weights" if "ema_acc" in result else ""
         self.say(
             f"result: test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), {result['best_acc']:.2f} "
             f"best (epoch {result['best_epoch']}){early}" + (f", in {self.folder}" if self.kept else "")

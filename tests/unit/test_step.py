@@ -16,13 +16,13 @@ from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.build import build_model
 from mdistiller.engine.evaluator import scores_of
-from mdistiller.engine.solver import DOT, MultiStep, load_state, set_lr, state_of, zero_momenta
+from mdistiller.engine.solver import DOT, Schedule, load_state, set_lr, state_of, zero_momenta
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import compiled_form
 
 
 def test_the_rate_falls_after_each_stages_epoch():
-    schedule = MultiStep(0.05, (150, 180, 210), 0.1)
+    schedule = Schedule(0.05, (150, 180, 210), 0.1)
     rates = {1: 0.05, 150: 0.05, 151: 0.005, 180: 0.005, 181: 5e-4, 211: 5e-5}
     assert {epoch: schedule.at(epoch) for epoch in rates} == pytest.approx(rates)
 
