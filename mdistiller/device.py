@@ -97,7 +97,10 @@ def side_stream(device: torch.device) -> AbstractContextManager:
 
 
 def logits_in_float32(_model: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> tuple:
-    """Return (logits in float32, feats): the hook of every model. One that returns logits alone has no feats."""
+    """Return (logits in float32, feats): the hook of every model. One that returns logits alone has no feats,
+    nor has one that in training gives a named tuple of `logits` and the outputs of auxiliary classifiers.
+    """
+    output = getattr(output, "logits", output)
     if isinstance(output, torch.Tensor):
         return output.float(), {}
     return output[0].float(), *output[1:]

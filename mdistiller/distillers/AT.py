@@ -44,6 +44,8 @@ def at_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], p: int) ->
 class AT(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * at_loss over every stage after the stem."""
 
+    least_maps = 2
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.AT.LOSS.CE_WEIGHT, cfg.AT.LOSS.FEAT_WEIGHT)
         self.p = cfg.AT.P

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mdistiller.config import Key, at_least, one_of, positive
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers.features import probe_logits
 from mdistiller.distillers.KD import KD
 from mdistiller.distillers.losses import Temperatures, bounded, full_precision, warmup
 from mdistiller.distillers.rules import register_rule
@@ -41,7 +42,9 @@ def learned_temperature(theta: Tensor, start: float, span: float) -> Tensor:
 
 
 def num_classes(model: nn.Module) -> int:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1].out_features
+    """Return the outputs of the last nn.Linear, or, without one, of a pass on one image."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].out_features if linear else probe_logits(model).shape[1]
 
 
 LEARNED = {

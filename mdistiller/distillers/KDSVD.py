@@ -87,6 +87,8 @@ def kdsvd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], k: int)
 class KDSVD(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * kdsvd_loss over the stages after the stem that both models have."""
 
+    least_maps = 2
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.KDSVD.LOSS.CE_WEIGHT, cfg.KDSVD.LOSS.FEAT_WEIGHT)
         self.k = cfg.KDSVD.K

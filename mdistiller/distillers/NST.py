@@ -34,6 +34,8 @@ def nst_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor
 class NST(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * nst_loss over every stage after the stem."""
 
+    least_maps = 2
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.NST.LOSS.CE_WEIGHT, cfg.NST.LOSS.FEAT_WEIGHT)
 

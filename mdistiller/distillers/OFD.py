@@ -65,6 +65,7 @@ class OFD(FeatureDistiller):
     """
 
     needs_features = ("preact_feats", "get_stage_channels")
+    least_maps = 2
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT)

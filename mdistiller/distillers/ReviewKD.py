@@ -8,7 +8,7 @@ from mdistiller.config import Key, at_least
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import FeatureDistiller
-from mdistiller.distillers.features import pooled_width, refuse
+from mdistiller.distillers.features import image_size, pooled_width, probe, refuse
 from mdistiller.distillers.losses import in_float32, warmup
 
 SIZES, WIDTHS = [1, 8, 16, 32], [64, 128, 256, 256]  # published: those of resnet8x4
@@ -102,13 +102,7 @@ class ReviewKD(FeatureDistiller):
         for name, typed, own in zip(("IN_CHANNELS", "OUT_CHANNELS"), given, read, strict=True):
             if typed and typed != own:
                 refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} {typed} must be {own}, or [] to read it")
-        self.sizes = []
-        for name, sizes in (("SHAPES", cfg.SHAPES), ("OUT_SHAPES", cfg.OUT_SHAPES)):
-            sizes = [] if list(sizes) == SIZES else sizes
-            whole = all(type(n) is int and n > 0 for n in sizes)
-            if sizes and not (whole and len(sizes) == self.stages):
-                refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} needs {self.stages} sizes, or [] to read them")
-            self.sizes.append([torch.Size((n, n)) for n in sizes])
+        self.sizes = [self.sizes_of(student, cfg, "SHAPES"), self.sizes_of(teacher, cfg, "OUT_SHAPES")]
         in_channels, out_channels = read
         mid_channels = min(cfg.MAX_MID_CHANNEL, in_channels[-1])
         abfs = [
@@ -116,6 +110,22 @@ class ReviewKD(FeatureDistiller):
             for i, (s, t) in enumerate(zip(in_channels, out_channels, strict=True))
         ]
         self.abfs = nn.ModuleList(abfs[::-1])
+
+    def sizes_of(self, model: nn.Module, cfg, name: str) -> list[torch.Size]:
+        """Return the sizes of the model's stages that the key `name` gives, none where they are to be read."""
+        sizes = [] if list(cfg[name]) == SIZES else list(cfg[name])
+        whole = all(type(n) is int and n > 0 for n in sizes)
+        if sizes and not (whole and len(sizes) == self.stages):
+            reason = f"REVIEWKD.{name} needs {self.stages} sizes, or [] to read them"
+            refuse("REVIEWKD", self.student, self.teacher, reason)
+        if sizes and image_size():
+            feats = probe(model)
+            own = [tuple(f.shape[2:]) for f in self.last_stages(feats["feats"], feats["pooled_feat"])]
+            if own != [(n, n) for n in sizes]:
+                read = [h if h == w else (h, w) for h, w in own]
+                reason = f"REVIEWKD.{name} {sizes} must be {read} for these images, or [] to read it"
+                refuse("REVIEWKD", self.student, self.teacher, reason)
+        return [torch.Size((n, n)) for n in sizes]
 
     def feature_loss(self, feats_student: dict, feats_teacher: dict, *, epoch: int, **kwargs) -> Tensor:
         kind = "preact_feats" if self.stu_preact else "feats"

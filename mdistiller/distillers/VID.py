@@ -52,6 +52,8 @@ class VID(FeatureDistiller):
     INIT_PRED_VAR.
     """
 
+    least_maps = 2
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.VID.LOSS.CE_WEIGHT, cfg.VID.LOSS.FEAT_WEIGHT)
         self.eps = cfg.VID.EPS

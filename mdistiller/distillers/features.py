@@ -25,6 +25,11 @@ def images_of(size: tuple[int, int]) -> Iterator[None]:
         _size.reset(token)
 
 
+def image_size() -> tuple[int, int] | None:
+    """Return the size (H, W) inside `images_of`, None outside."""
+    return _size.get()
+
+
 def unit(x: Tensor, dim: int) -> Tensor:
     """Return x divided by its L2 norm along `dim`. A vector shorter than 1e-12 stays as it is, so that no gradient is
     scaled by the inverse of nothing.
@@ -45,14 +50,23 @@ def sum_over_stages(loss: Callable, feats_student: Sequence[Tensor], feats_teach
     return sum(loss(f_s, f_t) for f_s, f_t in zip(feats_student, feats_teacher, strict=False))
 
 
-@torch.no_grad()
 def probe(model: nn.Module, input_size: tuple[int, int] = (32, 32)) -> dict:
     """Return the features of one black image (3, *input_size), inside `images_of` of its size. The probe leaves no
     trace: it runs in eval mode, so that it does not shift BatchNorm statistics, and draws no random numbers.
     """
+    return _of_one_image(model, input_size)[1]
+
+
+def probe_logits(model: nn.Module) -> Tensor:
+    """Return the logits (1, K) of such an image, of a model that may have no features."""
+    output = _of_one_image(model, (32, 32))
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def _of_one_image(model: nn.Module, input_size: tuple[int, int]) -> tuple | Tensor:
     with in_eval_mode(model):
-        _, feats = model(next(model.parameters()).new_zeros(1, 3, *(_size.get() or input_size)))
-    return feats
+        return model(next(model.parameters()).new_zeros(1, 3, *(_size.get() or input_size)))
 
 
 def get_feat_shapes(

@@ -24,7 +24,7 @@ from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.files import expand
-from mdistiller.models import Ensemble, build_model, freeze, given_parts, name_layers
+from mdistiller.models import Ensemble, build_model, check_parts, freeze, given_parts, name_layers
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
@@ -98,6 +98,8 @@ def build_distiller(
                 f"{names.TYPE} compares features, and the model {name} does not give {', '.join(missing)}; take a "
                 f"method that compares logits, such as KD, or let the model give them (docs/plugins.md){layers_help}"
             )
+        if cls.__module__.startswith("mdistiller."):  # others may have a contract of their own
+            check_parts(model, name, size, cls.needs_features, cls.least_maps)
         return model
 
     if networks.student is not None and not any(part.requires_grad for part in networks.student.parameters()):

@@ -7,7 +7,7 @@ import pkgutil
 
 from mdistiller.models import _paths
 from mdistiller.models._common import default_checkpoint, register_model
-from mdistiller.models._contract import build_model, given_parts, in_eval_mode
+from mdistiller.models._contract import build_model, check_parts, given_parts, in_eval_mode
 from mdistiller.models._ensemble import Ensemble
 from mdistiller.models._frozen import freeze, frozen_norms
 from mdistiller.models._layers import name_layers
@@ -31,6 +31,7 @@ _paths.enter(
 __all__ = [
     "Ensemble",
     "build_model",
+    "check_parts",
     "cifar_model_dict",
     "default_checkpoint",
     "freeze",

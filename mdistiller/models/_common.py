@@ -15,6 +15,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistiller.errors import UserError
 from mdistiller.registry import cifar_models
 
 
@@ -25,14 +26,30 @@ def default_checkpoint(name: str, dataset: str = "cifar100") -> str:
 
 
 def register_model(constructor: Callable) -> Callable:
-    """Enter `constructor(num_classes=...)`, a class or function, under its own name into cifar_model_dict."""
+    """Enter `constructor(num_classes=...)`, a class or function, under its own name into cifar_model_dict. Raises
+    UserError for anything else.
+    """
+    if not hasattr(constructor, "__name__") or isinstance(constructor, nn.Module):
+        raise UserError(
+            f"register_model: takes a class or a function, called with num_classes=...; got {_said(constructor)}"
+        )
     cifar_models[constructor.__name__] = constructor
     return constructor
 
 
 def entry(name: str, constructor: object) -> object:
-    """Return what cifar_model_dict holds for a bare constructor: the pair with its default teacher checkpoint."""
-    return (constructor, default_checkpoint(name)) if callable(constructor) else constructor
+    """Return what cifar_model_dict holds for a bare constructor: the pair with its default teacher checkpoint. Raises
+    UserError where there is none.
+    """
+    first = constructor[0] if isinstance(constructor, (tuple, list)) and constructor else constructor
+    if not callable(first) or isinstance(first, nn.Module):
+        raise UserError(f"the model '{name}': must be a class or a function of num_classes; got {_said(first)}")
+    return constructor if first is not constructor else (constructor, default_checkpoint(name))
+
+
+def _said(value: object) -> str:
+    made = isinstance(value, nn.Module)
+    return f"an object, {type(value).__name__}(...): pass the class itself" if made else f"{value!r:.100}"
 
 
 cifar_models.accept = entry

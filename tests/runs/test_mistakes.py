@@ -1,6 +1,7 @@
 """What people get wrong in methods, rules, models and data of their own: a line that says what to write instead."""
 
 import contextlib
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -178,6 +179,81 @@ def test_models():
     line = refusal(method="AT")
     assert "the model Net does not give feats" in line and "layers=([the teacher's], [the student's])" in line
     assert "layers=" not in refusal(method="OFD", layers=(["conv"], ["conv"]))  # which give no preact_feats
+
+
+def test_networks_under_methods_that_need_more_of_them(tmp_path, monkeypatch):
+    """Each of them is a line, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+
+    class Staged(Net):
+        def forward(self, x):
+            x = self.bn(self.conv(x)).relu()
+            return self.fc(x.mean((2, 3))), {"feats": [x], "preact_feats": [x], "pooled_feat": x.mean((2, 3), True)}
+
+        def get_stage_channels(self):
+            return [8]
+
+    for method, says in (
+        *((name, "'feats' must be a list of 2 or more maps (B, C, H, W)") for name in ("AT", "KDSVD", "NST", "VID")),
+        *((name, "'pooled_feat' must be features (B, C)") for name in ("CRD", "PKT", "RKD", "REVIEWKD")),
+        ("OFD", "'preact_feats' must be a list of 2 or more maps"),
+    ):
+        assert says in refusal(Staged(8), Staged(8), method=method, folder=tmp_path / "mine"), method
+    assert "'feats' must be a list of 2 or more maps" in refusal(*nets(), method="AT", layers=(["conv"], ["conv"]))
+    for key, value in (("SHAPES", [2, 8, 16, 32]), ("OUT_SHAPES", [1, 4, 8, 64])):
+        line = refusal(
+            "resnet8", "resnet8", method="REVIEWKD", **{f"REVIEWKD__{key}": value, "DISTILLER__TRAIN_TEACHER": True}
+        )
+        assert f"REVIEWKD.{key} {value} must be [1, 4, 8, 16] for these images, or [] to read it" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sequence_of_convolutions_has_classes_too():
+    """CTKD asks for them by the last nn.Linear, where there is one."""
+    teacher, student = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()) for _ in range(2))
+    quick(teacher, student, method="CTKD", epochs=1, TEMPERATURE__LEARNED__MODE="instance")
+
+
+def test_auxiliary_classifiers_in_training_are_left_alone():
+    class Outputs(NamedTuple):
+        logits: torch.Tensor
+        aux: torch.Tensor
+        more: torch.Tensor
+
+    class Auxiliary(Net):
+        def forward(self, x):
+            logits = super().forward(x)
+            return Outputs(logits, logits, logits) if self.training else logits
+
+    plain, auxiliary = nets()[1], Auxiliary(8)
+    auxiliary.load_state_dict(plain.state_dict())
+    runs = [quick(nets()[0], student, method="KD", epochs=1).history[0] for student in (plain, auxiliary)]
+    assert runs[0]["train_loss"] == runs[1]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("register_model(Net(4))", "got an object, Net(...): pass the class itself"),
+        (
+            "register_model('net')",
+            "register_model: takes a class or a function, called with num_classes=...; got 'net'",
+        ),
+        (
+            "cifar_model_dict['net'] = Net(4)",
+            "the model 'net': must be a class or a function of num_classes; got an obj",
+        ),
+        ("cifar_model_dict['net'] = (Net(4), '')", "the model 'net': must be a class or a function of num_classes"),
+        ("cifar_model_dict['net'] = None", "the model 'net': must be a class or a function of num_classes; got None"),
+    ],
+)
+def test_what_is_registered_as_a_model(tmp_path, line, says):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\nfrom mdistiller.models import cifar_model_dict, register_model\n"
+        f"class Net(nn.Linear):\n    def __init__(self, num_classes): super().__init__(3, num_classes)\n{line}\n"
+    )
+    assert says in refused(lambda: load(None, ["EXPERIMENT.PLUGINS", str(file), "DISTILLER.STUDENT", "net"]))
 
 
 def test_data():

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers import refused
 from methods import model
 from torch import nn
 
 from mdistiller.distillers.features import ConvReg, get_feat_shapes, pooled_width, unit
 from mdistiller.errors import UserError
-from mdistiller.models import given_parts
+from mdistiller.models import check_parts, given_parts
 
 
 def test_probing_leaves_no_trace():
@@ -61,3 +62,47 @@ def test_what_a_network_gives_is_found_out_by_one_image():
         with pytest.raises(UserError, match=says):
             given_parts(net, "net", 3, 8)
         assert net.training and net.dropout.training
+
+
+class Given(nn.Module):
+    """Returns logits of three classes and these features."""
+
+    def __init__(self, channels=(4, 4), **feats):
+        super().__init__()
+        self.feats, self.channels = feats, channels
+
+    def forward(self, x):
+        return x.mean((2, 3)), self.feats
+
+    def get_stage_channels(self):
+        return self.channels
+
+
+MAP, TOKENS = torch.zeros(1, 4, 2, 2), torch.zeros(1, 17, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed", "says"),
+    [
+        ({"pooled_feat": MAP}, "pooled_feat", r"'pooled_feat' must be features \(B, C\);.* it gives \(1, 4, 2, 2\)"),
+        ({"pooled_feat": None}, "pooled_feat", "it gives NoneType"),
+        ({"feats": [TOKENS] * 5}, "feats", r"list of 2 or more maps \(B, C, H, W\).*\[\(1, 17, 4\), .*, \.\.\.\]"),
+        ({"feats": [MAP]}, "feats", r"list of 2 or more maps \(B, C, H, W\), the stem's first; .* \[\(1, 4, 2, 2\)\]"),
+        ({"feats": torch.stack([MAP, MAP])}, "feats", r"it gives \(2, 1, 4, 2, 2\)"),
+        ({"preact_feats": [MAP] * 2, "channels": [4, 8]}, "preact_feats", r"must give \[4, 4\], .* it gives \[4, 8\]"),
+        ({"preact_feats": [MAP] * 2, "channels": "44"}, "preact_feats", "it gives '44'"),
+    ],
+)
+def test_features_of_another_form_are_refused(given, needed, says):
+    with refused(says):
+        check_parts(Given(**given), "net", 8, (needed, "get_stage_channels"), 2)
+
+
+def test_features_of_the_contract_pass():
+    given = {"feats": [MAP, MAP], "preact_feats": (MAP, MAP), "pooled_feat": torch.zeros(1, 4)}
+    check_parts(Given(**given), "net", 8, (*given, "get_stage_channels"), 2)
+    check_parts(Given(channels=None, feats=[MAP]), "net", 8, ("feats",))
+    with refused("missing a required argument: 'x'; it is called as get_stage_channels()"):
+        net = Given(feats=[MAP])
+        net.get_stage_channels = lambda x: x
+        check_parts(net, "net", 8, ("get_stage_channels",))
