@@ -20,15 +20,16 @@ MOST_BYTES = 200  # of a run's name: what is made of it has to fit 255
 
 
 def run_folder(cfg: config.Config) -> Path:
-    """Return LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides]; a NAME that is an override stands alone.
+    """Return LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides]; a NAME that is an override stands alone. Names keep
+    their spaces, overrides lose theirs.
 
     Raises UserError where that is no name for a folder.
     """
-    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
+    name = (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG).strip()
     if all(key != "EXPERIMENT.NAME" for key, _ in cfg.overrides):
-        changed = [f"{key}:{value}" for key, value in cfg.overrides if config.role(key) == "computes"]
+        changed = [f"{key}:{value}".replace(" ", "") for key, value in cfg.overrides if config.role(key) == "computes"]
         name = "+".join([name, ",".join(changed)]) if changed else name
-    name = "".join("_" if c in "/\\\0" else c for c in name.replace(" ", ""))
+    name = "".join("_" if c in "/\\\0" else c for c in name)
     if name.strip(".") == "" or not name.isprintable():
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
     if len(name.encode()) > MOST_BYTES:

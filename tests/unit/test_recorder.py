@@ -82,3 +82,11 @@ def test_a_run_is_named_by_what_was_typed():
     )
     assert str(run_folder(cfg)) == "out/distill/x+SOLVER.LR:0.1,SOLVER.LR_DECAY_STAGES:[1,2]"
     assert str(run_folder(load(None, ["SEED", "3", "EXPERIMENT.NAME", "y"]))) == "output/distill/y"
+
+
+def test_names_keep_their_spaces():
+    """Else `my run` and `myrun` were one folder, and a project's spaces alone stayed."""
+    named = load(None, ["EXPERIMENT.NAME", " my first  run ", "EXPERIMENT.PROJECT", "my pairs"])
+    assert str(run_folder(named)) == "output/my pairs/my first  run"
+    tagged = load(None, ["EXPERIMENT.TAG", "dtkd, res20, res8", "SOLVER.LR_DECAY_STAGES", "[1, 2]"])
+    assert str(run_folder(tagged)) == "output/distill/dtkd, res20, res8+SOLVER.LR_DECAY_STAGES:[1,2]"
