@@ -291,6 +291,8 @@ def build_trainer(
 
 def build_optimizer(solver: CfgNode, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of the section SOLVER. The trainer sets its rate."""
+    if solver.FREEZE:
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups = by_decay(parameters, solver.DECAY_NORMS)
     if solver.TRAINER in DOT_TRAINERS:
         return DOT(groups, solver.MOMENTUM, solver.WEIGHT_DECAY, solver.DOT.DELTA)
