@@ -18,6 +18,7 @@ setup(
     install_requires=requirements,
     extras_require={
         "slurm": ["submitit>=1.5"],
-        "dev": ["pytest>=8", "pytest-xdist", "ruff>=0.6", "hypothesis", "selenium>=4.15", "submitit>=1.5"],
+        "pictures": ["timm>=1.0"],
+        "dev": ["pytest>=8", "pytest-xdist", "ruff>=0.6", "hypothesis", "selenium>=4.15", "submitit>=1.5", "timm>=1.0"],
     },
 )

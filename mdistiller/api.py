@@ -20,7 +20,7 @@ from mdistiller.engine.run import train as train_run
 from mdistiller.engine.seeds import seeds_of, spread, train_seeds
 from mdistiller.errors import UserError
 from mdistiller.files import expand
-from mdistiller.models import Ensemble
+from mdistiller.models import Ensemble, fit_inputs
 from mdistiller.runs import checkpoint
 from mdistiller.terminal import silence
 
@@ -120,11 +120,11 @@ def distill(
     """Distil `teacher` into `student` by the same loop as `train`, and return the Result, or Results where `seeds` are
     given.
 
-    Networks are names of cifar_model_dict (a teacher's checkpoint then lies where DISTILLER.TEACHER_CKPT says), or any
-    nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats) for methods that compare features.
-    Of several teachers, [net1, net2] or ["resnet56", "resnet20"], the mean is distilled, DISTILLER.ENSEMBLE_MEAN.
-    A module is copied: the student starts from its weights, under every seed. `method`: a name of
-    distiller_dict; left out, DTKD, or NONE without a teacher.
+    Networks are names of cifar_model_dict, timm:NAME or tv:NAME (a teacher's checkpoint then lies where
+    DISTILLER.TEACHER_CKPT says), or any nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats)
+    for methods that compare features. Of several teachers, [net1, net2] or ["resnet56", "resnet20"], the mean is
+    distilled, DISTILLER.ENSEMBLE_MEAN. A module is copied: the student starts from its weights, under every seed.
+    `method`: a name of distiller_dict; left out, DTKD, or NONE without a teacher.
     `layers`: for features of modules that return logits alone, the names of the teacher's and of the student's
     submodules whose outputs are compared, in the order of the forward pass, the stem first: (["stem", "layer1"],
     ["stem", "layer1"]).
@@ -189,7 +189,7 @@ def evaluate(
     """Return top-1, top-5 (both in percent) and the mean cross entropy of `model` on test images; top-5 is
     None for five classes or fewer.
 
-    `model`: a Result, whose student is meant; a name of cifar_model_dict, whose `weights` are needed; or an nn.Module
+    `model`: a Result, whose student is meant; a name as for `distill`, whose `weights` are needed; or an nn.Module
     as for `distill`. `data`: the name of a data set or an ImageSet, whose test part counts, or a pair (images, labels)
     or a torch Dataset. `mean` and `std`, three numbers each, normalise the images; left out they are those of the
     Result, of the data set, or, for a network on a pair or a Dataset, of these images: give what it was trained with.
@@ -205,18 +205,22 @@ def evaluate(
     check_network("model", model)
     if isinstance(model, str) and weights is None:
         raise UserError(f"evaluate: {model} is the name of a network without weights; pass weights=, a checkpoint")
-    if isinstance(data, str):
-        data = load_dataset(data, "./data")
+    given_name = data if isinstance(data, str) else ""
+    if given_name:
+        data = load_dataset(given_name, "./data")
     elif not isinstance(data, ImageSet):
         data = image_set(data, data)
     given = {"mean": mean, "std": std}
     data = replace(data, **{name: _per_channel(name, values) for name, values in given.items() if values is not None})
-    network = copy.deepcopy(model) if isinstance(model, nn.Module) else build_model(model, data.num_classes)
+    size = data.test_images.shape[1]
+    network = copy.deepcopy(model) if isinstance(model, nn.Module) else build_model(model, data.num_classes, given_name)
+    if isinstance(model, str):
+        fit_inputs(network, data.mean, data.std, size)
     if weights is not None:
         name = type(model).__name__ if isinstance(model, nn.Module) else model
         checkpoint.load_weights(network, name, data.num_classes, weights)
     prepare(network, where).eval()
-    infer = Inference(network, where, amp, data.test_images.shape[1])
+    infer = Inference(network, where, amp, size)
 
     def logits_of(image: Tensor) -> Tensor:
         logits = infer(image)

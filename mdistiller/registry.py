@@ -37,7 +37,9 @@ class Registry(UserDict):
     `own` holds what is built in or was entered by hand. What a plug-in brings, inside `collecting`, stands in its
     place while `use` says so; with `any_case` also where case and underscores differ. Names of a plug-in that is out of
     use stay readable, for those who look at its runs, but are not `active`. `accept(name, object)`, where a package
-    sets it, returns what is entered: the door for objects from outside.
+    sets it, returns what is entered: the door for objects from outside. `libraries`, {prefix: function}, answer names
+    such as prefix:NAME, which are listed nowhere: the function returns the object that NAME means, or raises
+    UnknownName.
     """
 
     def __init__(self, kind: str, any_case: bool = False):
@@ -46,6 +48,7 @@ class Registry(UserDict):
         self.brought: set[str] = set()  # names of plug-ins, in use or not
         self.out_of_use: set[str] = set()
         self.accept: Callable[[str, object], object] | None = None
+        self.libraries: dict[str, Callable[[str], object]] = {}
         super().__init__()
         REGISTRIES[kind] = self
 
@@ -63,7 +66,18 @@ class Registry(UserDict):
         super().__setitem__(name, item)
 
     def __missing__(self, name: str) -> object:
+        prefix, colon, rest = str(name).partition(":")
+        if colon and prefix in self.libraries:
+            return self.libraries[prefix](rest)
         raise UnknownName(unknown(self.kind, name, self.data))
+
+    def refusal(self, name: str) -> str | None:
+        """Return the line on why `name` is nobody's, None where it is somebody's."""
+        try:
+            self[name]
+        except UnknownName as error:
+            return str(error)
+        return None
 
     @property
     def active(self) -> list[str]:
@@ -99,6 +113,32 @@ cifar_models = Registry("model")
 imagenet_models = Registry("ImageNet model")
 datasets = Registry("dataset")
 temperature_rules = Registry("temperature rule")
+
+
+def constructor(name: str, dataset: str = "") -> Callable:
+    """Return the constructor(num_classes=...) of the network that `name` means on that data set, DATASET.TYPE: on
+    imagenet the names of imagenet_models come first. Raises UnknownName.
+    """
+    if dataset == "imagenet" and name in imagenet_models:
+        return imagenet_models[name]
+    return cifar_models[name][0]
+
+
+def name_and_file(text: str) -> tuple[str, str]:
+    """Return (name, file) of a network that is written NAME or NAME:file; NAME may have a library's prefix."""
+    prefix, _, rest = text.partition(":")
+    name, _, file = rest.partition(":") if prefix in cifar_models.libraries else (prefix, "", rest)
+    return (f"{prefix}:{name}" if prefix in cifar_models.libraries else name), file
+
+
+def model_refusal(name: str, dataset: str) -> str | None:
+    """Return the line on why a configuration may not choose the network `name` on that data set, None where it may."""
+    here = [*cifar_models.active, *(imagenet_models.active if dataset == "imagenet" else [])]
+    if name in here:
+        return None
+    if name.partition(":")[0] in cifar_models.libraries:
+        return cifar_models.refusal(name)
+    return unknown(cifar_models.kind, name, here)
 
 
 @contextlib.contextmanager

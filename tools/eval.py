@@ -20,8 +20,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-r", "--run", type=Path, help="a run's folder: its last and best student, and its teacher; beside -m: --root"
     )
-    parser.add_argument("-m", "--model", help="a network: a name of cifar_model_dict, or of a plug-in's")
-    parser.add_argument("-c", "--ckpt", help="its checkpoint; default: pretrain, the teacher's file")
+    parser.add_argument(
+        "-m", "--model", help="a network: a name of cifar_model_dict or of a plug-in's, timm:NAME, tv:NAME"
+    )
+    parser.add_argument("-c", "--ckpt", help="its checkpoint, or pretrained; default: pretrain, the teacher's file")
+    parser.add_argument(
+        "--size", type=int, default=0, help="pixels for a timm: or tv: network; default: as the data are"
+    )
     default = "default: %(default)s"
     parser.add_argument("-d", "--dataset", help="a name of dataset_dict, or of a plug-in's; default: cifar100")
     parser.add_argument("--root", help="folder of the data set; for npz, the file; default: the run's, or ./data")
@@ -58,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
         what = str(a.run)
     else:
         file, dataset = a.ckpt or "pretrain", a.dataset or "cifar100"
-        report = evaluate_checkpoint(a.model, file, dataset, a.root or "./data", a.batch_size, device, a.amp)
+        report = evaluate_checkpoint((a.model, a.size), file, dataset, a.root or "./data", a.batch_size, device, a.amp)
         reports, what = {a.model: report}, f"{a.model} from {file}"
     if a.json:
         print(json.dumps({name: evaluation.figures(report) for name, report in reports.items()}, indent=2))

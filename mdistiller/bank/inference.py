@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mdistiller.bank.onednn import PackedConv, can_fuse, fuse, module_of, mutates
 from mdistiller.device import AMP_DTYPES, autocast, logits_in_float32
-from mdistiller.models import in_eval_mode
+from mdistiller.models import give_features, in_eval_mode
 
 
 class Inference:
@@ -43,7 +43,7 @@ class Inference:
     def _build(self, image: Tensor) -> None:
         try:
             # a trace leaves its proxies in a module that keeps what it computes: a copy is traced, not the model
-            plain = copy.deepcopy(self.model).eval()
+            plain = give_features(copy.deepcopy(self.model).eval(), False)
             exact, rounded = self._call(plain, "none")(image), self._call(plain, self.amp)(image)
             # a sound graph's error is that of its roundings, which folding only moves; CUDA convolves in TF32
             rounding = 2e-4 if self.device.type == "cpu" else 1e-2

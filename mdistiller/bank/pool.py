@@ -16,6 +16,7 @@ from mdistiller.config import teacher_names
 from mdistiller.dataset import Batches
 from mdistiller.errors import UserError
 from mdistiller.files import expand
+from mdistiller.models import default_checkpoint
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable
 from mdistiller.terminal import counted
@@ -122,8 +123,11 @@ class TeacherPool:
                 )
             return logits, "teacher bank: none (pictures are streamed)"
         views = description(cfg, batches, digest, self.data_digest)
-        root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else file.absolute().parent
-        stem = os.fsencode(file.stem)[:237].decode(errors="ignore")  # a name has 255 bytes at most
+        beside = file
+        if checkpoint.is_source(file):  # which lies nowhere
+            beside = Path(default_checkpoint(cfg.DISTILLER.TEACHER, cfg.DATASET.TYPE)).with_name(f"{file}.pth")
+        root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else beside.absolute().parent
+        stem = os.fsencode(beside.stem)[:237].decode(errors="ignore")  # a name has 255 bytes at most
         folder = root / f"{stem}.bank-{checkpoint.digest(views)[:12]}"
         try:
             mode, reason = self.open_bank(cfg, logits, folder, views, max(1, self.files.count(file)))
@@ -194,4 +198,5 @@ def description(cfg: CfgNode, batches: Batches, teacher_digest: str, data_digest
         "precision": cfg.SOLVER.AMP,
         "stored": cfg.TEACHER_BANK_DTYPE,
         "device": batches.images.device.type,
+        **({"size": cfg.DISTILLER.TEACHER_SIZE} if cfg.DISTILLER.TEACHER_SIZE else {}),
     }

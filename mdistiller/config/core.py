@@ -55,23 +55,25 @@ add_keys(
             "NONE", "Method: a name of distiller_dict. NONE trains the student alone.", one_of(registry.distillers)
         ),
         "DISTILLER.TEACHER": Key(
-            "ResNet50", "Teacher: a name of cifar_model_dict.", one_of(registry.cifar_models), distils=True
+            "ResNet50",
+            "Teacher: a name of cifar_model_dict, timm:NAME or tv:NAME (torchvision's), with DATASET.TYPE imagenet one "
+            "of imagenet_model_dict too.",
+            distils=True,
         ),
-        "DISTILLER.STUDENT": Key("resnet32", "Student: a name of cifar_model_dict.", one_of(registry.cifar_models)),
+        "DISTILLER.STUDENT": Key("resnet32", "Student: a name as for TEACHER."),
         "DISTILLER.TEACHER_CKPT": Key(
-            "", "Teacher checkpoint; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/.", role="where"
+            "",
+            "Teacher checkpoint, .pth or .safetensors; pretrained: the library's own weights; pkg:NAME: those in an "
+            "installed package; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/.",
+            role="where",
         ),
         "DISTILLER.ENSEMBLE": Key(
             [],
             "Further teachers, for methods that compare logits: NAME, whose checkpoint lies where a teacher's does, or "
             "NAME:checkpoint.",
-            Check(
-                lambda v: all(isinstance(t, str) and t.split(":")[0] in registry.cifar_models.active for t in v),
-                "",
-                registry.cifar_models,
-            ),
+            Check(lambda v: all(isinstance(t, str) for t in v), "must be a list of NAME or NAME:checkpoint"),
             distils=True,
-            effect=lambda value: [text.split(":")[0] for text in value],
+            effect=lambda value: [registry.name_and_file(text)[0] for text in value],
         ),
         "DISTILLER.ENSEMBLE_MEAN": Key(
             "logits",
@@ -79,9 +81,36 @@ add_keys(
             one_of(("logits", "probabilities")),
             distils=True,
         ),
-        "DISTILLER.STUDENT_CKPT": Key("", "Checkpoint whose weights the student starts from; empty: new weights."),
+        "DISTILLER.STUDENT_CKPT": Key(
+            "", "Weights that the student starts from: a checkpoint, pretrained or pkg:NAME; empty: new weights."
+        ),
+        "DISTILLER.NEW_HEAD": Key(
+            False,
+            "Where weights are for another number of classes, take all but the last layer, which is new: in the "
+            "student, in a teacher that is trained, and in one of which a method compares features alone.",
+        ),
+        "DISTILLER.TEACHER_SIZE": Key(
+            0,
+            "Pixels to which a timm: or tv: teacher brings its images; 0: as the data are, or the one size that the "
+            "network takes.",
+            between(0, 1024),
+            distils=True,
+        ),
+        "DISTILLER.STUDENT_SIZE": Key(0, "The same of the student.", between(0, 1024)),
         "DISTILLER.TRAIN_TEACHER": Key(
-            False, "Train a missing teacher first, by method NONE with this SOLVER, and store it.", role="where"
+            False,
+            "Train a missing teacher first, by method NONE with this SOLVER, and store it; fine-tune it where "
+            "TEACHER_CKPT is pretrained or pkg:NAME, or a file under NEW_HEAD.",
+            role="where",
+        ),
+        "DISTILLER.TEACHER_LR": Key(
+            0.0, "Learning rate of the teacher that is trained; 0: SOLVER.LR.", at_least(0), distils=True
+        ),
+        "DISTILLER.TEACHER_EPOCHS": Key(
+            0,
+            "Epochs of the teacher that is trained, with LR_DECAY_STAGES at the same shares of them; 0: SOLVER.EPOCHS.",
+            between(0, 2**20 - 1),
+            distils=True,
         ),
         "SOLVER.TRAINER": Key(
             "base",

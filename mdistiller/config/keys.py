@@ -24,8 +24,6 @@ class Check(NamedTuple):
         except Exception as error:  # a plug-in's test may be of another kind of value
             return f"{self.wanted}; got {show(value)}, at which its check fails: {type(error).__name__}: {error}"
         if self.names is not None:
-            if isinstance(value, list):  # the first that is wrong
-                value = next(str(part).split(":")[0] for part in value if not self.test([part]))
             known = getattr(self.names, "active", self.names)
             return registry.unknown(getattr(self.names, "kind", "value"), value, known)
         return f"{self.wanted}; got {show(value)}"
@@ -238,7 +236,7 @@ def used_names(cfg: Mapping) -> dict[str, list[str]]:
 def teacher_names(cfg: Mapping) -> list[str]:
     """Return the names of the teacher and of those beside it; joined by + they are the teacher's in labels."""
     names = cfg["DISTILLER"]
-    return [names["TEACHER"], *(text.split(":")[0] for text in names.get("ENSEMBLE", ()))]
+    return [names["TEACHER"], *(registry.name_and_file(text)[0] for text in names.get("ENSEMBLE", ()))]
 
 
 def needs_teacher(method: str) -> bool:

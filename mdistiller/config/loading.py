@@ -16,6 +16,7 @@ from mdistiller.config.values import coerce, decode, decode_tree, kind_of
 from mdistiller.errors import ConfigError, UserError
 
 MOST_LEVELS, MOST_PROBLEMS = 30, 20
+NETWORKS = ("DISTILLER.TEACHER", "DISTILLER.STUDENT", "DISTILLER.ENSEMBLE")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
 
 
@@ -265,6 +266,10 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
             problem = f"must be a whole number below 2**62; got {show(value)}"
         elif name in keys and keys[name].check:
             problem = keys[name].check.problem(value)
+        if not problem and name in NETWORKS:  # whose names depend on the data set
+            found = [registry.name_and_file(text)[0] for text in parts] if name == "DISTILLER.ENSEMBLE" else parts
+            refusals = (registry.model_refusal(text, flat["DATASET.TYPE"]) for text in found)
+            problem = next(filter(None, refusals), None)
         if problem:
             yield f"{name}: {problem} ({came.get(name, 'the default, which the plug-in has to mend')}){meaning(name)}"
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]

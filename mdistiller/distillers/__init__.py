@@ -5,7 +5,7 @@ import pkgutil
 
 from mdistiller.config import load_plugin
 from mdistiller.distillers._adapter import adapt
-from mdistiller.distillers._contract import check_method, check_output, method_name
+from mdistiller.distillers._contract import check_method, check_output, method_name, part_of
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller, RuleDistiller, Vanilla
 from mdistiller.distillers.rules import check_rule, register_rule, rule_name
@@ -32,6 +32,7 @@ __all__ = [
     "distiller_dict",
     "load_plugin",
     "method_name",
+    "part_of",
     "register_distiller",
     "register_method",
     "register_rule",

@@ -13,7 +13,7 @@ from mdistiller.bank.pool import TeacherPool
 from mdistiller.config import DOT_TRAINERS, PLUGINS, TWO_VIEWS, Config, get, used_code, used_names
 from mdistiller.dataset import Batches, ImageSet, Mixing, dataset_dict
 from mdistiller.device import prepare
-from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, rule_name
+from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, part_of, rule_name
 from mdistiller.distillers.features import images_of
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
@@ -24,7 +24,17 @@ from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.files import expand
-from mdistiller.models import Ensemble, build_model, check_parts, freeze, given_parts, name_layers
+from mdistiller.models import (
+    Ensemble,
+    build_model,
+    check_parts,
+    fit_inputs,
+    freeze,
+    give_features,
+    given_parts,
+    name_layers,
+)
+from mdistiller.registry import name_and_file
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
@@ -50,7 +60,9 @@ def check_network(name: str, network: object) -> None:
         return
     if isinstance(network, type):
         raise UserError(f"{name}: is the class {network.__name__}; pass an object of it, {network.__name__}(...)")
-    raise UserError(f"{name}: must be a name of cifar_model_dict or an nn.Module; got {type(network).__name__}")
+    raise UserError(
+        f"{name}: must be a name of cifar_model_dict, timm:NAME, tv:NAME or an nn.Module; got {type(network).__name__}"
+    )
 
 
 def layer_names(
@@ -77,6 +89,12 @@ def copy_model(given: nn.Module, layers: Sequence[str], size: int) -> nn.Module:
     return name_layers(model, layers, size) if layers else model
 
 
+def reads_features(cls: type) -> bool:
+    """Return whether the method `cls` may read features; one from outside may, unless its base says no."""
+    built_in = cls.__module__.startswith("mdistiller.")
+    return bool(cls.needs_features) or not (built_in or part_of(cls) == "losses")
+
+
 def build_distiller(
     cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device, networks: Networks = NO_NETWORKS
 ) -> nn.Module:
@@ -87,8 +105,13 @@ def build_distiller(
     cls, names, size = distiller_dict[cfg.DISTILLER.TYPE], cfg.DISTILLER, data.train_images.shape[1]
     check_method(names.TYPE, cls)
 
-    def network(name: str, given: nn.Module | None, layers: Sequence[str]) -> nn.Module:
-        model = build_model(name, data.num_classes) if given is None else copy_model(given, layers, size)
+    def network(side: str, given: nn.Module | None, layers: Sequence[str]) -> nn.Module:
+        name = names[side]
+        if given is None:
+            model = build_model(name, data.num_classes, cfg.DATASET.TYPE, names[f"{side}_SIZE"])
+            fit_inputs(give_features(model, reads_features(cls)), data.mean, data.std, size)
+        else:
+            model = copy_model(given, layers, size)
         parts = given_parts(model, name, data.num_classes, size)
         missing = [part for part in cls.needs_features if part not in parts]
         if missing:
@@ -104,16 +127,18 @@ def build_distiller(
 
     if networks.student is not None and not any(part.requires_grad for part in networks.student.parameters()):
         raise UserError(f"student: {names.STUDENT} has no parameter that learns; student.requires_grad_() thaws all")
-    student, teacher = network(names.STUDENT, networks.student, networks.student_layers), None
+    student, teacher = network("STUDENT", networks.student, networks.student_layers), None
     if names.STUDENT_CKPT:
-        checkpoint.load_weights(student, names.STUDENT, data.num_classes, expand(names.STUDENT_CKPT))
+        source, head = expand(names.STUDENT_CKPT), names.NEW_HEAD
+        checkpoint.load_weights(student, names.STUDENT, data.num_classes, source, head)
     freeze(student, cfg.SOLVER.FREEZE, names.STUDENT)
     if cls.needs_teacher:
-        teacher = network(names.TEACHER, networks.teacher, networks.teacher_layers)
+        teacher = network("TEACHER", networks.teacher, networks.teacher_layers)
         if teacher_file and networks.teacher is None:
-            checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file)
+            head = names.NEW_HEAD and bool(cls.needs_features)  # logits of a new one are nothing to learn from
+            checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file, head)
         if networks.teacher is None:
-            teacher = join_teachers(cfg, teacher, data.num_classes, size, loaded=teacher_file is not None)
+            teacher = join_teachers(cfg, teacher, data, loaded=teacher_file is not None)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
     offered, what = {name: offered[name] for name in cls.needs}, f"the method {names.TYPE}"
     check_signature(cls, (student, teacher, cfg), offered, what, ", ".join(["(student, teacher, cfg", *offered]) + ")")
@@ -124,15 +149,17 @@ def build_distiller(
     return prepare_parts(distiller, device)
 
 
-def join_teachers(cfg: CfgNode, first: nn.Module, num_classes: int, size: int, loaded: bool = True) -> nn.Module:
+def join_teachers(cfg: CfgNode, first: nn.Module, data: ImageSet, loaded: bool = True) -> nn.Module:
     """Return the teacher `first` together with those of DISTILLER.ENSEMBLE, `loaded` from their files or not."""
-    networks = [first]
+    networks, size, num_classes = [first], data.test_images.shape[1], data.num_classes
     for text in cfg.DISTILLER.ENSEMBLE:
-        name, _, file = text.partition(":")
-        networks.append(build_model(name, num_classes))
-        given_parts(networks[-1], name, num_classes, size)
+        name, file = name_and_file(text)
+        network = give_features(build_model(name, num_classes, cfg.DATASET.TYPE), False)
+        fit_inputs(network, data.mean, data.std, size)
+        given_parts(network, name, num_classes, size)
         if loaded:
-            checkpoint.load_weights(networks[-1], name, num_classes, expand(file))
+            checkpoint.load_weights(network, name, num_classes, expand(file))
+        networks.append(network)
     return Ensemble(networks, cfg.DISTILLER.ENSEMBLE_MEAN) if len(networks) > 1 else first
 
 

@@ -15,8 +15,8 @@ from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batch, Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
 from mdistiller.errors import OtherNetwork, UserError
-from mdistiller.models import build_model, cifar_model_dict, default_checkpoint
-from mdistiller.registry import unknown
+from mdistiller.models import build_model, default_checkpoint, fit_inputs, give_features
+from mdistiller.registry import model_refusal
 from mdistiller.runs.checkpoint import load_weights
 
 CLASSES = {"cifar10": 10, "cifar100": 100}  # of the data sets that are fetched where they are missing
@@ -91,30 +91,34 @@ class Report(NamedTuple):
 
 
 def evaluate_checkpoint(
-    model: str, file: str, dataset: str, root: str, batch_size: int, device: torch.device, amp: str = "none",
+    model: str | tuple[str, int], file: str, dataset: str, root: str, batch_size: int, device: torch.device,
+    amp: str = "none",
     join: Callable[[nn.Module, ImageSet], nn.Module] = lambda network, data: network,
 ) -> Report:  # fmt: skip
-    """Return scores of the weights in `file`, a path or "pretrain" (the model's default teacher checkpoint). `join`
+    """Return scores of the weights in `file`: a path, another source of weights, or "pretrain", the model's default
+    teacher checkpoint. `model`: its name, or (name, the size to which a library's network brings its images). `join`
     makes of their network what is to be scored.
 
     Raises UserError where the model, the checkpoint or the data set is missing or does not fit.
     """
-    for registry, name in ((cifar_model_dict, model), (dataset_dict, dataset)):
-        if name not in registry:
-            raise UserError(f"{unknown(registry.kind, name, registry)}; what a plug-in brings needs --plugins FILE")
+    model, size = (model, 0) if isinstance(model, str) else model
+    for refusal in (model_refusal(model, dataset), dataset_dict.refusal(dataset)):
+        if refusal:
+            raise UserError(f"{refusal}; what a plug-in brings needs --plugins FILE")
     if not 1 <= batch_size < 2**31:
         raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
     path = default_checkpoint(model, dataset) if file == "pretrain" else file
     # before the files of a data set are fetched that the weights do not fit
     data = None if dataset in CLASSES else load_dataset(dataset, root)
     num_classes = CLASSES[dataset] if data is None else data.num_classes
-    network = build_model(model, num_classes)
+    network = give_features(build_model(model, num_classes, dataset, size), False)
     try:
         load_weights(network, model, num_classes, path)
     except OtherNetwork as error:
         other = "" if f"with {num_classes} classes, but" in str(error) else other_data(Path(path), dataset, num_classes)
         raise UserError(f"{error}{other}") from None
     data = data or load_dataset(dataset, root)
+    fit_inputs(network, data.mean, data.std, data.test_images.shape[1])
     network = prepare(join(network, data), device)
     batches = evaluation_batches(data.to(device), batch_size)
     begin = time.monotonic()

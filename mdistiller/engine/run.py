@@ -25,6 +25,7 @@ from mdistiller.engine.cfg import describe, unread_overrides
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.teachers import find_teacher, find_teachers
 from mdistiller.errors import RunFailed, UserError
+from mdistiller.registry import name_and_file
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import RunFolder, resumable, run_folder
 from mdistiller.runs.recorder import Recorder, require_wandb, start_wandb
@@ -193,7 +194,7 @@ class Run:
             if unread := unread_overrides(cfg):
                 say_once(unread)
             if self.request.teacher_file and self.workspace.kept:
-                others = [text.partition(":")[2] for text in names.ENSEMBLE]
+                others = [name_and_file(text)[1] for text in names.ENSEMBLE]
                 say_once(f"teacher: {', '.join(filter(None, [str(self.request.teacher_file), *others]))}")
         else:
             inside = f", {counted(state.done, 'step')} into the next" if state.done else ""

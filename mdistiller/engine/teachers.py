@@ -10,7 +10,8 @@ from yacs.config import CfgNode
 from mdistiller import config
 from mdistiller.errors import FolderInUse, Preempted, UserError
 from mdistiller.files import expand
-from mdistiller.models import default_checkpoint
+from mdistiller.models import default_checkpoint, imagenet_model_dict
+from mdistiller.registry import name_and_file
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import counted, say
@@ -33,6 +34,10 @@ def find_teacher(
     """
     name = cfg.DISTILLER.TEACHER
     published, trained = teacher_files(cfg)
+    if fine_tunes(cfg):
+        return trained if trained.is_file() else _train(cfg, path, trained, train, rehearse)
+    if checkpoint.is_source(cfg.DISTILLER.TEACHER_CKPT):
+        return Path(cfg.DISTILLER.TEACHER_CKPT)
     chosen = expand(cfg.DISTILLER.TEACHER_CKPT) if cfg.DISTILLER.TEACHER_CKPT else None
     if chosen and os.path.isdir(chosen):
         raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
@@ -44,6 +49,8 @@ def find_teacher(
     for file in files:
         if os.path.isfile(file):
             return file
+    if is_torchvisions(cfg) and not (chosen or train_it):
+        return Path(checkpoint.PRETRAINED)
     if chosen and train_it:
         raise UserError(
             f"DISTILLER.TEACHER_CKPT: there is no file {chosen}; name one that is there, or leave it out: "
@@ -57,10 +64,27 @@ def find_teacher(
             f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
             "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
         )
+    return _train(cfg, path, trained, train, rehearse)
+
+
+def _train(cfg: CfgNode, path: Path, target: Path, train: Callable[..., dict], rehearse: Callable[[], None]) -> Path:
     check_writable(path, "LOG.PREFIX")
-    check_writable(trained, "DISTILLER.TEACHER_CKPT")
+    check_writable(target, "DISTILLER.TEACHER_CKPT")
     rehearse()
-    return train_teacher(teacher_config(cfg), trained, train)
+    return train_teacher(teacher_config(cfg), target, train)
+
+
+def fine_tunes(cfg: CfgNode) -> bool:
+    """Return whether the teacher is trained from weights that TEACHER_CKPT names."""
+    names = cfg.DISTILLER
+    given = checkpoint.is_source(names.TEACHER_CKPT) or (names.NEW_HEAD and names.TEACHER_CKPT)
+    return bool(names.TRAIN_TEACHER and given)
+
+
+def is_torchvisions(cfg: CfgNode) -> bool:
+    """Return whether the teacher is an ImageNet ResNet, of which mdistiller takes torchvision's weights."""
+    name = cfg.DISTILLER.TEACHER
+    return cfg.DATASET.TYPE == "imagenet" and name.startswith("ResNet") and name in imagenet_model_dict
 
 
 def find_teachers(
@@ -73,15 +97,17 @@ def find_teachers(
     before = config.leaves(config.read(path / "config.yaml")) if resume and resumable(path) else {}
     started, places = before.get("DISTILLER.ENSEMBLE", []), []
     for number, text in enumerate(cfg.DISTILLER.ENSEMBLE):
-        name, _, file = text.partition(":")
+        name, file = name_and_file(text)
         if not file and started[number : number + 1]:
-            name, _, file = started[number].partition(":")
+            name, file = name_and_file(started[number])
         own = cfg.clone()
         own.defrost()
         own.DISTILLER.TEACHER, own.DISTILLER.TEACHER_CKPT, own.DISTILLER.ENSEMBLE = name, file, []
         own.freeze()
         files = [expand(file)] if file else teacher_files(own)
-        if (file or not cfg.DISTILLER.TRAIN_TEACHER) and not os.path.isfile(files[0]):
+        if (file or not cfg.DISTILLER.TRAIN_TEACHER) and not (
+            os.path.isfile(files[0]) or checkpoint.is_source(files[0])
+        ):
             raise UserError(
                 f"DISTILLER.ENSEMBLE: no checkpoint of the teacher {name} at {files[0]}; write "
                 f"{name}:path/to/checkpoint.pth{'' if file else ', or set DISTILLER.TRAIN_TEACHER True'}"
@@ -108,15 +134,23 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     own.defrost()
     own.overrides.clear()
     own.DISTILLER.TYPE, own.DISTILLER.STUDENT = "NONE", cfg.DISTILLER.TEACHER
-    own.DISTILLER.STUDENT_CKPT, own.DISTILLER.ENSEMBLE = "", []
+    names = cfg.DISTILLER
+    start = names.TEACHER_CKPT if fine_tunes(cfg) else ""
+    own.DISTILLER.STUDENT_CKPT, own.DISTILLER.ENSEMBLE = start, []
     own.SOLVER.FREEZE = []  # of the student's names
+    own.DISTILLER.STUDENT_SIZE = names.TEACHER_SIZE
+    own.SOLVER.LR = names.TEACHER_LR or own.SOLVER.LR
+    if names.TEACHER_EPOCHS:
+        own.SOLVER.EPOCHS, share = names.TEACHER_EPOCHS, names.TEACHER_EPOCHS / cfg.SOLVER.EPOCHS
+        own.SOLVER.LR_DECAY_STAGES = sorted({max(1, round(epoch * share)) for epoch in cfg.SOLVER.LR_DECAY_STAGES})
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
     unnamed = {"STEP"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}
     solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key not in unnamed}
     code = config.used_code(cfg.plugins, {"model": [cfg.DISTILLER.TEACHER], "dataset": [cfg.DATASET.TYPE]})
-    key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT, *([code] if code else [])])[:8]
-    tag = f"none,{cfg.DISTILLER.TEACHER},{cfg.DATASET.TYPE},{cfg.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
+    begins = [start, names.TEACHER_SIZE] if start or names.TEACHER_SIZE else []
+    key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT, *([code] if code else []), *begins])[:8]
+    tag = f"none,{names.TEACHER},{cfg.DATASET.TYPE},{own.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     own.EXPERIMENT.NAME = own.EXPERIMENT.TAG = tag
     own.freeze()
     return own
@@ -126,7 +160,10 @@ def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Pat
     """Train the teacher that `cfg` describes and store its last epoch at `target`, which is returned. An interrupted
     training goes on where it stopped; one that another process is at is waited for.
     """
-    say(f"the teacher {cfg.DISTILLER.STUDENT} comes first, for {counted(cfg.SOLVER.EPOCHS, 'epoch')}, by method NONE")
+    say(
+        f"the teacher {cfg.DISTILLER.STUDENT} comes first, for {counted(cfg.SOLVER.EPOCHS, 'epoch')}, by method NONE"
+        + (f", from {cfg.DISTILLER.STUDENT_CKPT}" if cfg.DISTILLER.STUDENT_CKPT else "")
+    )
     while True:
         try:
             result = train(cfg, resume="auto")

@@ -11,6 +11,7 @@ from mdistiller.models._contract import build_model, check_parts, given_parts, i
 from mdistiller.models._ensemble import Ensemble
 from mdistiller.models._frozen import freeze, frozen_norms
 from mdistiller.models._layers import name_layers
+from mdistiller.models.libraries import fit_inputs, give_features, library_weights
 from mdistiller.registry import cifar_models as cifar_model_dict
 from mdistiller.registry import imagenet_models as imagenet_model_dict
 
@@ -34,11 +35,14 @@ __all__ = [
     "check_parts",
     "cifar_model_dict",
     "default_checkpoint",
+    "fit_inputs",
     "freeze",
     "frozen_norms",
+    "give_features",
     "given_parts",
     "imagenet_model_dict",
     "in_eval_mode",
+    "library_weights",
     "name_layers",
     "register_model",
     "tiny_imagenet_model_dict",

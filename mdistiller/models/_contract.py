@@ -7,15 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import UserError, check_signature, users_code
-from mdistiller.registry import cifar_models
+from mdistiller.registry import cifar_models, constructor
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
-    """Return the model `name` of cifar_model_dict, freshly initialised. Raises UserError where that fails."""
-    constructor, what = cifar_models[name][0], f"the model {name}"
-    check_signature(constructor, (), {"num_classes": num_classes}, what, f"{name}(num_classes=...)")
+def build_model(name: str, num_classes: int, dataset: str = "", size: int = 0) -> nn.Module:
+    """Return the model `name` as DATASET.TYPE `dataset` knows it, freshly initialised. `size`: to which a library's
+    network brings its images, 0 for as they are. Raises UserError where that fails.
+    """
+    build, what = constructor(name, dataset), f"the model {name}"
+    given = {"num_classes": num_classes}
+    if name.partition(":")[0] in cifar_models.libraries:
+        given["size"] = size
+    elif size:
+        raise UserError(
+            f"{what}: sees images as the data are; TEACHER_SIZE and STUDENT_SIZE are for timm: and tv: names"
+        )
+    check_signature(build, (), given, what, f"{name}(num_classes=...)")
     with users_code(what):
-        model = constructor(num_classes=num_classes)
+        model = build(**given)
     if not isinstance(model, nn.Module):
         raise UserError(f"{what}: its constructor must give an nn.Module; it gives {type(model).__name__}")
     return model

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import get_weight
 
-from mdistiller.errors import UserError
 from mdistiller.models._common import Network, Stage, features, global_average, init_kaiming
+from mdistiller.models.libraries import library_weights
 from mdistiller.registry import imagenet_models
 
 
@@ -126,13 +127,22 @@ class MobileNet(Network):
 
 
 def _register(constructor: Callable) -> Callable:
-    """Enter `constructor` into imagenet_model_dict. It takes mdistiller's `pretrained` as well, which must be False."""
+    """Enter `constructor` into imagenet_model_dict. It takes mdistiller's `pretrained` as well. A ResNet's weights are
+    torchvision's first ones, as mdistiller's were.
+    """
+    name = constructor.__name__
+
+    def fetch() -> dict[str, Tensor]:
+        return get_weight(f"{name}_Weights.IMAGENET1K_V1").get_state_dict(progress=True)
 
     @functools.wraps(constructor)
     def build(num_classes: int = 1000, pretrained: bool = False) -> nn.Module:
+        network = constructor(num_classes)
+        if name.startswith("ResNet"):
+            network.fetch = fetch
         if pretrained:
-            raise UserError(f"{constructor.__name__}: no pretrained weights are here; load a checkpoint's into it")
-        return constructor(num_classes)
+            network.load_state_dict(library_weights(network, name))
+        return network
 
     imagenet_models[constructor.__name__] = build
     return build

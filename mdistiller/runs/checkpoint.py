@@ -4,12 +4,13 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import re
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from mdistiller import files
 from mdistiller.errors import DamagedFile, OtherNetwork, UserError
 from mdistiller.files import link, write_atomic
-from mdistiller.models import cifar_model_dict
+from mdistiller.models import cifar_model_dict, library_weights
 from mdistiller.terminal import counted
 
 # Checkpoints of mdistiller and RepDistiller carry their accuracy as a numpy scalar, and some their command line. These
@@ -32,6 +33,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older release
 torch.serialization.add_safe_globals(_SAFE)
 
 MOST_DEPTH = 3  # of dicts around the weights of a checkpoint
+PRETRAINED, PACKAGE = "pretrained", "pkg:"  # weights that are no file: a library's own, those in an installed package
+ENDINGS = (".pth", ".pt", ".safetensors")
 
 
 def digest(value: object) -> str:
@@ -65,7 +68,7 @@ def save(state: dict, *paths: Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Return what the checkpoint `path` holds, on the CPU, without running anything that lies in it.
+    """Return what the checkpoint `path`, torch's or .safetensors, holds, on the CPU, without running what lies in it.
 
     Raises UserError where it cannot be read or is no checkpoint, DamagedFile where its bytes are not plain data or not
     what was saved.
@@ -74,11 +77,14 @@ def load(path: str | Path) -> dict:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                if Path(path).suffix == ".safetensors":
+                    state = _safetensors(path)(file.read())
+                else:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
             checksum = state.pop("checksum", None) if isinstance(state, dict) else None
             if isinstance(checksum, str) and checksum != digest(state):  # files of other frameworks have none
                 raise ValueError("its checksum is not that of its contents")
-        except MemoryError:
+        except (MemoryError, UserError):
             raise
         except Exception as error:  # no list of what torch raises for foreign bytes is complete
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
@@ -89,6 +95,51 @@ def load(path: str | Path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a checkpoint: {{'model': state_dict}}")
     return state
+
+
+def _safetensors(path: str | Path) -> Callable[[bytes], dict[str, Tensor]]:
+    try:
+        from safetensors.torch import load as read
+    except ImportError:
+        raise UserError(f"{path}: is read by the package safetensors: pip install safetensors") from None
+    return read
+
+
+def is_source(text: str | Path) -> bool:
+    """Return whether `text` names weights that are no file: pretrained, or pkg:PACKAGE."""
+    return str(text) == PRETRAINED or str(text).startswith(PACKAGE)
+
+
+def weights_at(source: str | Path, model: nn.Module, name: str) -> dict:
+    """Return what a file or another source of weights holds for `model`, which is called `name`.
+
+    The tensors in an installed package, whose networks have names of their own for their parts, are taken in their
+    order. Raises UserError where there is nothing of the kind.
+    """
+    if str(source) == PRETRAINED:
+        return {"model": library_weights(model, name)}
+    if not is_source(source):
+        return load(source)
+    path = _packaged(str(source).removeprefix(PACKAGE))
+    tensors = [v for _, state in _states(load(path)) for k, v in state.items() if not k.endswith("num_batches_tracked")]
+    keys = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
+    if len(tensors) != len(keys):
+        raise OtherNetwork(f"{source}: holds {len(tensors)} tensors, and {name} has {len(keys)}; name its own network")
+    return {"model": dict(zip(keys, tensors, strict=True))}
+
+
+def _packaged(package: str) -> Path:
+    """Return the one file of weights in an installed package. Nothing of the package is run."""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{PACKAGE}{package}: is not installed; pip install {package.replace('_', '-')}")
+    found = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*"))]
+    found = [file for file in found if file.suffix in ENDINGS]
+    if len(found) != 1:
+        raise UserError(
+            f"{PACKAGE}{package}: has {counted(len(found), 'file')} of weights, not one; name a file's path"
+        )
+    return found[0]
 
 
 def refuse_other_kinds(path: str | Path, error: str) -> None:
@@ -115,14 +166,16 @@ def _is_archive(path: str | Path) -> bool:
     return False
 
 
-def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path) -> dict:
-    """Load the weights in `path` into `model`, the architecture `name` for `num_classes`; returns the checkpoint.
+def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path, new_head: bool | None = None) -> dict:
+    """Load the weights in `path`, or of another source, into `model`, the architecture `name` for `num_classes`;
+    returns the checkpoint. `new_head`: whether, where only the number of classes differs, the model keeps its own last
+    layer; None where that cannot be asked for.
 
     Raises UserError that names both sides where the checkpoint is of another architecture or number of classes, or
     holds a weight of another kind or one that is not finite.
     """
-    checkpoint, own = load(path), model.state_dict()
-    state = own | find_weights(checkpoint, own, f"{name} with {num_classes} classes", path)
+    checkpoint, own = weights_at(path, model, name), model.state_dict()
+    state = own | find_weights(checkpoint, own, (name, num_classes), path, new_head)
     for key, value in state.items():
         if value.is_floating_point() != own[key].is_floating_point():
             raise UserError(f"{path}: weight '{key}' is {value.dtype}, expected {own[key].dtype}; wrong file?")
@@ -134,14 +187,16 @@ def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path
     return checkpoint
 
 
-def find_weights(checkpoint: dict, own: dict[str, Tensor], wanted: str, path: str | Path) -> dict[str, Tensor]:
-    """Return the weights in `checkpoint` that have the keys and shapes of `own`, the state_dict of a network that is
-    called `wanted`: under whatever key, inside other dicts, and with whatever prefix their names begin.
+def find_weights(
+    checkpoint: dict, own: dict[str, Tensor], network: tuple[str, int], path: str | Path, new_head: bool | None
+) -> dict[str, Tensor]:
+    """Return the weights in `checkpoint` that have the keys and shapes of `own`, the state_dict of a `network`, (name,
+    number of classes): under whatever key, inside other dicts, and with whatever prefix their names begin.
 
     Where several fit, those under "model" or "state_dict" are taken, of a distiller the student's. The counters that
     checkpoints older than PyTorch 0.4.1 lack may be missing. Raises UserError where none fits, or several do.
     """
-    states = dict(_states(checkpoint))
+    states, wanted = dict(_states(checkpoint)), f"{network[0]} with {network[1]} classes"
     if not states:
         raise UserError(f"{path}: holds no weights ({_listed(checkpoint)}); expected {{'model': state_dict}}")
     parts = [(where, prefix, part) for where, state in states.items() for prefix, part in _parts(state, own)]
@@ -161,10 +216,30 @@ def find_weights(checkpoint: dict, own: dict[str, Tensor], wanted: str, path: st
         names = ", ".join(".".join(filter(None, (where, prefix.rstrip(".")))) for where, prefix in fits)
         raise UserError(f"{path}: holds several weights that fit {wanted}: {names}; store the wanted ones alone")
     _, _, closest = max(parts, key=lambda part: sum(_fits(part[2], own, key) for key in own))
-    found = identify(closest)
+    classes, rest = _other_head(closest, own, network[1])
+    if classes and new_head:
+        return rest
+    found = (network[0], classes) if classes else identify(closest)
     holds = f"holds {found[0]} with {counted(found[1], 'class')}" if found else "holds no architecture of the zoo"
     misfit = "" if found else f" (it has {_listed(checkpoint)}; the first that does not fit: {_misfit(closest, own)})"
-    raise OtherNetwork(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits")
+    ask = ", or set DISTILLER.NEW_HEAD True for a new last layer (a teacher's with DISTILLER.TRAIN_TEACHER True)"
+    ask = ask if classes and new_head is not None else ""
+    raise OtherNetwork(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits{ask}")
+
+
+def _other_head(part: dict[str, Tensor], own: dict[str, Tensor], num_classes: int) -> tuple[int, dict[str, Tensor]]:
+    """Return (number of classes, all but the last layer) of weights that differ from `own` in that number alone; (0,
+    {}) for others.
+    """
+    heads = {key: value for key, value in part.items() if key in own and not _fits(part, own, key)}
+    rest = {key: value for key, value in part.items() if key not in heads}
+    counts = {len(value) if value.ndim and len(value) < 2**31 else 0 for value in heads.values()}
+    same = all(value.shape[1:] == own[key].shape[1:] for key, value in heads.items())
+    layers = {key.rpartition(".")[0] for key in heads}
+    same = same and all(key in heads for key in own if key.rpartition(".")[0] in layers)
+    wanted = {len(own[key]) for key in heads if own[key].ndim}
+    fits = _misfit(rest, {key: value for key, value in own.items() if key not in heads}) is None
+    return (counts.pop(), rest) if len(counts) == 1 and same and fits and wanted == {num_classes} else (0, {})
 
 
 def _states(node: Mapping, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:

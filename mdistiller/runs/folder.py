@@ -117,10 +117,11 @@ class RunFolder:
             )
 
     def write_config(self, cfg: CfgNode, teacher_file: Path | None) -> None:
-        """Write config.yaml, which names the teacher's file that was found."""
+        """Write config.yaml, which names the teacher's file that was found: none is to be trained."""
         found = cfg.clone()
         found.defrost()
         found.DISTILLER.TEACHER_CKPT = str(teacher_file or "")
+        found.DISTILLER.TRAIN_TEACHER = False
         write_atomic(self.path / "config.yaml", found.dump().encode())
 
     def write_environment(

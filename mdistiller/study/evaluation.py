@@ -39,23 +39,30 @@ def evaluate_run(
     config.activate(run.plugins)
     names, data = run.cfg.DISTILLER, run.cfg.DATASET
     students = {"student, last": folder / "student_latest", "student, best": folder / "student_best"}
-    asked = {what: (names.STUDENT, file) for what, file in students.items() if file.is_file()}
+    asked = {what: ("STUDENT", file) for what, file in students.items() if file.is_file()}
     if not asked:
         raise UserError(f"{folder}: holds no student_latest or student_best; is it a run's folder?")
     if run.taught:
         try:
-            asked["teacher"] = names.TEACHER, Networks().teacher_file(run)
+            asked["teacher"] = "TEACHER", Networks().teacher_file(run)
         except Missing:
             notes.append(f"the teacher {names.TEACHER} is not there any more; name its file with -m and -c")
 
     def join(teacher: nn.Module, images: ImageSet) -> nn.Module:
-        return join_teachers(run.cfg, teacher, images.num_classes, images.test_images.shape[1])
+        return join_teachers(run.cfg, teacher, images)
 
     reports = {
         what: evaluate_checkpoint(
-            model, str(file), data.TYPE, data.ROOT, batch_size, device, amp, *([join] if what == "teacher" else [])
-        )
-        for what, (model, file) in asked.items()
+            (names[side], names[f"{side}_SIZE"]),
+            str(file),
+            data.TYPE,
+            data.ROOT,
+            batch_size,
+            device,
+            amp,
+            *([join] if what == "teacher" else []),
+        )  # fmt: skip
+        for what, (side, file) in asked.items()
     }
     return reports, data.TYPE, notes
 

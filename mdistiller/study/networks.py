@@ -17,8 +17,9 @@ from mdistiller.engine.build import build_model, join_teachers
 from mdistiller.engine.evaluator import CLASSES
 from mdistiller.engine.teachers import teacher_files
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict
-from mdistiller.runs.checkpoint import load_weights
+from mdistiller.models import cifar_model_dict, fit_inputs
+from mdistiller.registry import model_refusal
+from mdistiller.runs.checkpoint import is_source, load_weights
 from mdistiller.study.runs import Run
 
 BATCH = 256
@@ -80,7 +81,7 @@ class Networks:
         if file is None:
             raise Missing("no student_latest or student_best in its folder")
         self.say(f"{run.name}: the student on the {split} set")
-        return self._predict(run, run.cfg.DISTILLER.STUDENT, file, split)
+        return self._predict(run, "STUDENT", file, split)
 
     def teacher(self, run: Run, split: str) -> Predictions:
         """Return what the teacher says of a split: train or test."""
@@ -89,6 +90,7 @@ class Networks:
             str(file),
             *names.ENSEMBLE,
             names.TEACHER,
+            names.TEACHER_SIZE,
             names.ENSEMBLE_MEAN,
             run.cfg.DATASET.TYPE,
             run.cfg.DATASET.ROOT,
@@ -97,7 +99,7 @@ class Networks:
         )
         if key not in self._teachers:
             self.say(f"{run.name}: the teacher {name} on the {split} set")
-            self._teachers[key] = self._predict(run, names.TEACHER, file, split, names.ENSEMBLE)
+            self._teachers[key] = self._predict(run, "TEACHER", file, split, names.ENSEMBLE)
         return self._teachers[key]
 
     def history(self, run: Run) -> np.ndarray:
@@ -114,7 +116,7 @@ class Networks:
         right = []
         for epoch in epochs:
             self.say(f"{run.name}: the student of epoch {epoch} on the train set")
-            logits = self._predict(run, run.cfg.DISTILLER.STUDENT, found[epoch], "train").logits
+            logits = self._predict(run, "STUDENT", found[epoch], "train").logits
             right.append(logits.argmax(1) == labels)
         return np.stack(right)
 
@@ -123,19 +125,23 @@ class Networks:
         names = run.cfg.DISTILLER
         candidates = [names.TEACHER_CKPT] if names.TEACHER_CKPT else teacher_files(run.cfg)
         for file in map(files.expand, candidates):
-            if file.is_file():
+            if file.is_file() or is_source(file):
                 return file
         raise Missing(
             f"no checkpoint of the teacher {names.TEACHER} at {candidates[0]}; point to it with --opts "
             "DISTILLER.TEACHER_CKPT FILE, or work in the folder that training was started in"
         )
 
-    def _predict(self, run: Run, name: str, file: Path, split: str, beside: Sequence[str] = ()) -> Predictions:
+    def _predict(self, run: Run, side: str, file: Path, split: str, beside: Sequence[str] = ()) -> Predictions:
+        name, size = run.cfg.DISTILLER[side], run.cfg.DISTILLER[f"{side}_SIZE"]
         data, device = self.data(run), resolve_device(run.cfg.DEVICE)  # which lets the run's plug-ins be known
-        if name not in cifar_model_dict:
-            raise Missing(f"model '{name}' is not known here; name its plug-in with --plugins FILE")
-        model = build_model(name, data.num_classes)
+        if refusal := model_refusal(name, run.cfg.DATASET.TYPE):
+            is_library = name.partition(":")[0] in cifar_model_dict.libraries
+            other = f"model '{name}' is not known here; name its plug-in with --plugins FILE"
+            raise Missing(refusal if is_library else other)
+        model = build_model(name, data.num_classes, run.cfg.DATASET.TYPE, size)
+        fit_inputs(model, data.mean, data.std, data.test_images.shape[1])
         load_weights(model, name, data.num_classes, file)
-        model = join_teachers(run.cfg, model, data.num_classes, data.train_images.shape[1]) if beside else model
+        model = join_teachers(run.cfg, model, data) if beside else model
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         return predict(prepare(model, device).eval(), images, labels, data, device)

@@ -251,9 +251,9 @@ def _group(
     method, rule, teacher, student = key
     file, changed = shipped.file(method, teacher, student)
     if file is None:
-        known = registry.cifar_models
+        refusal = registry.model_refusal(student, shipped.folder.name)
         lacks = f"configs: {shipped.folder}/none has no YAML for {student}; add one"
-        raise ConfigError(lacks if student in known else f"pairs: {registry.unknown('model', student, known)}")
+        raise ConfigError(f"pairs: {refusal}" if refusal else lacks)
     changed |= {k: v for k, v in overrides.items() if _reads(method, k)}
     changed |= {"TEMPERATURE.RULE": rule} if rule else {}
     words = words_of(changed)

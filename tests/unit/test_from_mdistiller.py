@@ -293,8 +293,8 @@ def test_dictionaries_of_models():
         assert constructor(num_classes=200)(torch.zeros(1, 3, 64, 64))[0].shape == (1, 200)
         assert imagenet_model_dict["ResNet18"](pretrained=False).fc.out_features == 1000
     assert path == "download_ckpts/tiny_imagenet_teachers/ResNet18_vanilla/ckpt_epoch_240.pth"
-    with pytest.raises(UserError, match="ResNet18: no pretrained weights"):
-        imagenet_model_dict["ResNet18"](pretrained=True)
+    with pytest.raises(UserError, match="no weights of a library for MobileNetV1"):
+        imagenet_model_dict["MobileNetV1"](pretrained=True)
 
 
 def test_the_page_lists_what_there_is():

@@ -1,0 +1,259 @@
+"""Networks of timm and torchvision, by the names timm:NAME and tv:NAME, under the feature contract (_common.py).
+
+They are the library's own objects, with its keys, made to return (logits, feats) and to see images as the library's
+weights expect them: of their own mean, deviation and, where they take one size alone, size.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller.errors import UserError
+from mdistiller.models._common import default_checkpoint
+from mdistiller.models._contract import in_eval_mode
+from mdistiller.registry import UnknownName, cifar_models, nearest
+
+MOST_STAGES = 4  # of a network whose maps are all of one size, as a ViT's are
+HEADS = ("avgpool", "classifier", "fc", "head", "heads", "permute", "flatten")  # what follows torchvision's trunks
+FIXED = {"vit": "image_size", "maxvit": "input_size"}  # families of torchvision for one size, and their word for it
+WITH_AUX = ("googlenet", "inception_v3")  # with heads that only training has, and inputs of their own
+
+
+class LibraryNetwork(nn.Module):
+    """What a library's network is beside itself. It maps images (B, 3, H, W), normalised as `fit_inputs` was told, to
+    (logits, feats); there are no preact_feats.
+
+    `fetch()`: the state_dict of the library's own weights. `own_size`: the one that the images are brought to, 0 for
+    any; `gives_features`: whether feats are asked for, {} where not.
+    """
+
+    fetch: Callable[[], dict[str, Tensor]]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    own_size = 0
+    probe_size = 224
+    resized = False
+    gives_features = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
+        if self.resized:
+            size = (self.own_size, self.own_size)
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+        x = x * self.input_scale + self.input_shift
+        return self.with_features(x) if self.gives_features else (super().forward(x), {})
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, dict]:
+        """Return (logits, feats) of images as the library's weights expect them."""
+        raise NotImplementedError
+
+    def get_stage_channels(self) -> list[int]:
+        size = self.own_size or self.probe_size
+        image = next(self.parameters()).new_zeros(1, 3, size, size)
+        with torch.no_grad(), in_eval_mode(self):
+            return [value.shape[1] for value in self.with_features(image)[1].get("feats", [])]
+
+
+class TimmNetwork(LibraryNetwork):
+    def with_features(self, x: Tensor) -> tuple[Tensor, dict]:
+        if not hasattr(self, "forward_intermediates"):
+            return super(LibraryNetwork, self).forward(x), {}
+        last, maps = self.forward_intermediates(x, indices=self.taken, output_fmt="NCHW")
+        pooled, classifier = self.forward_head(last, pre_logits=True), self.get_classifier()
+        # not forward_head again: its dropout would draw twice
+        logits = classifier(pooled) if isinstance(classifier, nn.Module) else self.forward_head(last)
+        return logits, {"feats": maps, "pooled_feat": pooled.flatten(1)}
+
+    @functools.cached_property
+    def taken(self) -> list[int] | None:
+        """The numbers of the maps that are features; None for all."""
+        found = [stage["reduction"] for stage in self.feature_info]
+        return spread(len(found)) if len({*found}) == 1 else None
+
+
+class TorchvisionNetwork(LibraryNetwork):
+    def with_features(self, x: Tensor) -> tuple[Tensor, dict]:
+        seen: dict[str, Tensor] = {}
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        with contextlib.ExitStack() as hooks:
+            for name in self.taken:
+                hooks.enter_context(self.get_submodule(name).register_forward_hook(_keep(seen, name)))
+            if linear:
+                enters = linear[-1].register_forward_pre_hook(lambda _, given: seen.__setitem__("", given[0]))
+                hooks.enter_context(enters)
+            logits = super(LibraryNetwork, self).forward(x)
+        feats = {"pooled_feat": seen.pop("").flatten(1)} if linear else {}
+        return logits, {"feats": [self.as_map(seen[name]) for name in self.taken]} | feats
+
+    def as_map(self, value: Tensor) -> Tensor:
+        """Return a part's output as (B, C, H, W): Swin's are (B, H, W, C), ViT's (B, 1 + H W, C)."""
+        if value.ndim == 3:
+            side = int((value.shape[1] - 1) ** 0.5)
+            value = value[:, 1:].unflatten(1, (side, side))
+        return value.permute(0, 3, 1, 2) if value.ndim == 4 and self.channels_last else value
+
+    @functools.cached_property
+    def channels_last(self) -> bool:
+        return type(self).__name__ in ("SwinTransformer", "VisionTransformer")
+
+    @functools.cached_property
+    def taken(self) -> list[str]:
+        """The names of the parts whose outputs are features: of the trunk's, the last one of each resolution."""
+        if type(self).__name__ == "VisionTransformer":
+            blocks = [f"encoder.layers.{name}" for name, _ in self.encoder.layers.named_children()]
+            return [blocks[i] for i in spread(len(blocks))]
+        seen: dict[str, Tensor] = {}
+        size = self.own_size or self.probe_size
+        image = next(self.parameters()).new_zeros(1, 3, size, size)
+        with torch.no_grad(), in_eval_mode(self), contextlib.ExitStack() as hooks:
+            for name, part in trunk(self):
+                hooks.enter_context(part.register_forward_hook(_keep(seen, name)))
+            super(LibraryNetwork, self).forward(image)
+        maps = {name: self.as_map(value) for name, value in seen.items() if value.ndim == 4}
+        last = {value.shape[2]: name for name, value in maps.items() if value.shape[2] > 1}
+        return [*last.values()]
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable:
+    return lambda _module, _inputs, output: seen.__setitem__(name, output)
+
+
+def spread(count: int) -> list[int]:
+    """Return MOST_STAGES of the numbers below `count`, evenly spread, the last one among them."""
+    stages = min(count, MOST_STAGES)
+    return [count * (i + 1) // stages - 1 for i in range(stages)]
+
+
+def trunk(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, part) of what comes before the head: children, in place of a sequence its own."""
+    for name, child in network.named_children():
+        if name in HEADS:
+            continue
+        if isinstance(child, (nn.Sequential, nn.ModuleList)):
+            yield from ((f"{name}.{inner}", part) for inner, part in child.named_children())
+        else:
+            yield name, child
+
+
+@functools.cache
+def _adapted(base: type, kind: type) -> type:
+    return type(base.__name__, (kind, base), {"__module__": base.__module__})
+
+
+def fit_inputs(model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int) -> None:
+    """Tell a library's network that its images, of `size` pixels, will be normalised by `mean` and `std`; any other
+    network sees them as they are.
+    """
+    if isinstance(model, LibraryNetwork):
+        own_mean, own_std, mean, std = map(torch.tensor, (model.mean, model.std, mean, std))
+        model.input_scale = (std / own_std)[:, None, None]
+        model.input_shift = ((mean - own_mean) / own_std)[:, None, None]
+        model.resized = model.own_size not in (0, size)
+
+
+def give_features(model: nn.Module, wanted: bool) -> nn.Module:
+    """Let a library's network give features or, as costs less, logits alone; any other is as it is. Return it."""
+    if isinstance(model, LibraryNetwork):
+        model.gives_features = wanted
+    return model
+
+
+def library_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the state_dict of the library's own weights for `model`, which is called `name`; they may be fetched.
+
+    Raises UserError where there are none, or where they cannot be fetched.
+    """
+    fetch = getattr(model, "fetch", None)
+    if fetch is None:
+        raise UserError(
+            f"pretrained: there are no weights of a library for {name}; name a file, or a timm: or tv: network"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return fetch()
+    except Exception as error:  # of a network, a hub or a library
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"pretrained: the weights of {name} cannot be fetched ({reason}); fetch them where there is a network, or "
+            "name a file that you have, path/to/weights.safetensors"
+        ) from None
+
+
+def _finish(network: nn.Module, kind: type, fetch: Callable, normal: tuple, size: int) -> nn.Module:
+    network.__class__ = _adapted(type(network), kind)
+    network.fetch, (network.mean, network.std), network.own_size = fetch, normal, size
+    for name, value in (("input_scale", 1.0), ("input_shift", 0.0)):
+        network.register_buffer(name, torch.full((3, 1, 1), value), persistent=False)
+    return network
+
+
+def _build(name: str, make: Callable[..., nn.Module], **given) -> nn.Module:
+    try:
+        return make(**given)
+    except Exception as error:  # a library's refusal of a size or a number of classes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: cannot be built with {given}: {reason}") from None
+
+
+def _known(prefix: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        near = ", ".join(f"{prefix}:{close}" for close in nearest(name, names, 3))
+        library = {"timm": "timm", "tv": "torchvision.models"}[prefix]
+        raise UnknownName(
+            f"unknown model '{prefix}:{name}'; "
+            + (f"near it: {near}" if near else f"{library}.list_models() has them all")
+        )
+
+
+def _import(package: str) -> ModuleType:
+    try:
+        return __import__(package)
+    except ImportError:
+        raise UnknownName(f"timm: networks need the package {package}: pip install timm") from None
+
+
+def _timm(name: str) -> tuple[Callable, str]:
+    timm = _import("timm")
+    _known("timm", name, [*timm.list_models(), *timm.list_pretrained()])
+
+    def constructor(num_classes: int, size: int = 0) -> nn.Module:
+        cfg = timm.get_pretrained_cfg(name)
+        fixed = {"img_size": size} if cfg.fixed_input_size and size else {}
+        network = _build(f"timm:{name}", functools.partial(timm.create_model, name), num_classes=num_classes, **fixed)
+        own = size or (cfg.input_size[-1] if cfg.fixed_input_size else 0)
+
+        def fetch() -> dict[str, Tensor]:
+            return timm.create_model(name, pretrained=True, **fixed).state_dict()
+
+        return _finish(network, TimmNetwork, fetch, (cfg.mean, cfg.std), own)
+
+    return constructor, default_checkpoint(f"timm:{name}")
+
+
+def _torchvision(name: str) -> tuple[Callable, str]:
+    from torchvision import models
+
+    _known("tv", name, [known for known in models.list_models(module=models) if known not in WITH_AUX])
+
+    def constructor(num_classes: int, size: int = 0) -> nn.Module:
+        weights = models.get_model_weights(name).DEFAULT
+        preset = weights.transforms()
+        word, own = FIXED.get(name.split("_")[0]), size
+        if word:
+            own = size or preset.crop_size[0]
+        fixed = {word: (own, own) if word == "input_size" else own} if word else {}
+        network = _build(f"tv:{name}", functools.partial(models.get_model, name), num_classes=num_classes, **fixed)
+
+        def fetch() -> dict[str, Tensor]:
+            return models.get_model(name, weights=weights).state_dict()
+
+        return _finish(network, TorchvisionNetwork, fetch, (tuple(preset.mean), tuple(preset.std)), own)
+
+    return constructor, default_checkpoint(f"tv:{name}")
+
+
+cifar_models.libraries |= {"timm": _timm, "tv": _torchvision}
