@@ -216,6 +216,7 @@ def _import(package: str) -> ModuleType:
         raise UnknownName(f"timm: networks need the package {package}: pip install timm") from None
 
 
+@functools.cache
 def _timm(name: str) -> tuple[Callable, str]:
     timm = _import("timm")
     _known("timm", name, [*timm.list_models(), *timm.list_pretrained()])
@@ -234,6 +235,7 @@ def _timm(name: str) -> tuple[Callable, str]:
     return constructor, default_checkpoint(f"timm:{name}")
 
 
+@functools.cache
 def _torchvision(name: str) -> tuple[Callable, str]:
     from torchvision import models
 
