@@ -132,16 +132,20 @@ class Networks:
             "DISTILLER.TEACHER_CKPT FILE, or work in the folder that training was started in"
         )
 
-    def _predict(self, run: Run, side: str, file: Path, split: str, beside: Sequence[str] = ()) -> Predictions:
-        name, size = run.cfg.DISTILLER[side], run.cfg.DISTILLER[f"{side}_SIZE"]
-        data, device = self.data(run), resolve_device(run.cfg.DEVICE)  # which lets the run's plug-ins be known
-        if refusal := model_refusal(name, run.cfg.DATASET.TYPE):
+    def network(self, run: Run, side: str, file: Path, beside: Sequence[str] = ()) -> nn.Module:
+        """Return the run's STUDENT or TEACHER with the weights of `file`; of an ensemble the mean with those `beside`."""
+        name, size, data = run.cfg.DISTILLER[side], run.cfg.DISTILLER[f"{side}_SIZE"], self.data(run)
+        if refusal := model_refusal(name, run.cfg.DATASET.TYPE):  # now that the run's plug-ins are known
             is_library = name.partition(":")[0] in cifar_model_dict.libraries
             other = f"model '{name}' is not known here; name its plug-in with --plugins FILE"
             raise Missing(refusal if is_library else other)
         model = build_model(name, data.num_classes, run.cfg.DATASET.TYPE, size)
         fit_inputs(model, data.mean, data.std, data.test_images.shape[1])
         load_weights(model, name, data.num_classes, file)
-        model = join_teachers(run.cfg, model, data) if beside else model
+        return join_teachers(run.cfg, model, data) if beside else model
+
+    def _predict(self, run: Run, side: str, file: Path, split: str, beside: Sequence[str] = ()) -> Predictions:
+        data, device = self.data(run), resolve_device(run.cfg.DEVICE)
+        model = self.network(run, side, file, beside)
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         return predict(prepare(model, device).eval(), images, labels, data, device)

@@ -20,7 +20,7 @@ CAPTION = (
 )
 COMPARED = ("run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at epoch")
 SHARED = ("data", "seed", "epochs")
-TO_THE_RIGHT = ("%", "−", "seed", "epoch", "last", "best", "left", "loss", "parameters", "images/s")
+TO_THE_RIGHT = ("%", "−", "seed", "epoch", "last", "best", "left", "loss", "parameters", "images/s", "ms", "p95", "MB")
 LEAST_WIDTH = 8  # of a column of texts that is made narrower
 SYMBOLS = {"→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--"}
 

@@ -1,0 +1,40 @@
+"""Write a run's student in forms to deploy, and measure each beside the teacher.
+
+python3 tools/export.py RUN/student_best --to onnx torch openvino
+python3 tools/export.py RUN/student_best --to onnx int8 --out deploy
+
+Into the folder go the files, the weights as safetensors, export.json and a model
+card. onnx and int8 need pip install onnx onnxscript onnxruntime, openvino needs
+pip install openvino.
+"""
+
+import argparse
+from pathlib import Path
+
+from mdistiller.errors import run_command
+
+FORMS = ("torch", "onnx", "openvino", "int8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="RUN/student_best, RUN/student_latest, RUN/student_ema")
+    parser.add_argument(
+        "--to", nargs="+", choices=FORMS, default=["torch"], help="default: torch (torch.export's .pt2)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export")
+    parser.add_argument("--root", default="", help="where the run's data are now")
+    parser.add_argument(
+        "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins that bring the model or the data"
+    )
+    a = parser.parse_args()
+    from mdistiller.study.export import export, text_of  # torch takes seconds to import, and --help needs none
+    from mdistiller.terminal import say
+
+    found = export(a.checkpoint, a.to, a.out, a.plugins, a.root)
+    say("\n" + text_of(found))
+    say(f"\nwritten to {found.folder}: README.md is the model card")
+
+
+if __name__ == "__main__":
+    run_command(main)
