@@ -106,8 +106,8 @@ def export(file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence
         raise UserError(str(error)) from None
     if run.taught:
         try:
-            file = networks.teacher_file(run)
-            models["teacher"] = networks.network(run, "TEACHER", file, run.cfg.DISTILLER.ENSEMBLE)
+            theirs = networks.teacher_file(run)
+            models["teacher"] = networks.network(run, "TEACHER", theirs, run.cfg.DISTILLER.ENSEMBLE)
         except Missing as error:
             say(f"without the teacher: {error}")
     found = Exported(run, file.name, out or file.parent / "export")

@@ -133,7 +133,7 @@ class Networks:
         )
 
     def network(self, run: Run, side: str, file: Path, beside: Sequence[str] = ()) -> nn.Module:
-        """Return the run's STUDENT or TEACHER with the weights of `file`; of an ensemble the mean with those `beside`."""
+        """Return the run's STUDENT or TEACHER with the weights of `file`; an ensemble has more `beside` the first."""
         name, size, data = run.cfg.DISTILLER[side], run.cfg.DISTILLER[f"{side}_SIZE"], self.data(run)
         if refusal := model_refusal(name, run.cfg.DATASET.TYPE):  # now that the run's plug-ins are known
             is_library = name.partition(":")[0] in cifar_model_dict.libraries
