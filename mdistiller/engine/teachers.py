@@ -144,16 +144,26 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         own.SOLVER.EPOCHS, share = names.TEACHER_EPOCHS, names.TEACHER_EPOCHS / cfg.SOLVER.EPOCHS
         own.SOLVER.LR_DECAY_STAGES = sorted({max(1, round(epoch * share)) for epoch in cfg.SOLVER.LR_DECAY_STAGES})
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
-    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE == "npz" else ""
+    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE in ("npz", "imagefolder") else ""
     unnamed = {"STEP"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}
     solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key not in unnamed}
     code = config.used_code(cfg.plugins, {"model": [cfg.DISTILLER.TEACHER], "dataset": [cfg.DATASET.TYPE]})
-    begins = [start, names.TEACHER_SIZE] if start or names.TEACHER_SIZE else []
-    key = checkpoint.digest([solver, root, cfg.DATASET.AUGMENT, *([code] if code else []), *begins])[:8]
+    parts = [solver, root, cfg.DATASET.AUGMENT, code, _younger(cfg, start)]
+    key = checkpoint.digest(parts[:3] + list(filter(None, parts[3:])))[:8]
     tag = f"none,{names.TEACHER},{cfg.DATASET.TYPE},{own.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     own.EXPERIMENT.NAME = own.EXPERIMENT.TAG = tag
     own.freeze()
     return own
+
+
+def _younger(cfg: CfgNode, start: str) -> dict[str, object]:
+    """Return what decides of a teacher, is younger than the names of trained ones and is not at its default."""
+    old = ("DATASET.TYPE", "DATASET.AUGMENT")
+    found = {name: value for name, value in config.leaves(cfg.DATASET, "DATASET.").items() if name not in old}
+    found = {name: value for name, value in found.items() if name in config.KEYS and config.role(name) == "computes"}
+    found = {name: value for name, value in found.items() if value != config.KEYS[name].default}
+    begins = {"start": start, "size": cfg.DISTILLER.TEACHER_SIZE}
+    return found | {name: value for name, value in begins.items() if value}
 
 
 def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Path:

@@ -262,6 +262,18 @@ def test_a_teacher_is_fine_tuned_by_a_rate_and_epochs_of_its_own(tmp_path, monke
     assert train(cfg, resume="auto")["epochs"] == 2
 
 
+def test_a_trained_teacher_s_name_tells_what_decided(package):
+    pair = ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "timm:test_resnet"]
+    start = ["DISTILLER.TRAIN_TEACHER", "True", "DISTILLER.TEACHER_CKPT", "pkg:some_weights"]
+    folder = ["DATASET.TYPE", "imagefolder"]
+    changes = [
+        [], ["DISTILLER.TEACHER_LR", "0.2"], ["DISTILLER.TEACHER_EPOCHS", "3"], ["DISTILLER.TEACHER_SIZE", "64"], start,
+        [*start, "DISTILLER.NEW_HEAD", "True"], ["DATASET.MIXUP", "0.5"], folder, [*folder, "DATASET.ROOT", "other"],
+    ]  # fmt: skip
+    names = [teacher_files(config.load(None, [*pair, *change]))[1].name for change in changes]
+    assert len({*names}) == len(names) - 1 and names[4] == names[5]  # the head's shape says as much
+
+
 def test_names_on_imagenet_are_mdistillers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     pair = ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "ResNet34", "DISTILLER.STUDENT", "MobileNetV1"]
