@@ -104,7 +104,7 @@ def evaluate_checkpoint(
     model, size = (model, 0) if isinstance(model, str) else model
     for refusal in (model_refusal(model, dataset), dataset_dict.refusal(dataset)):
         if refusal:
-            raise UserError(f"{refusal}; what a plug-in brings needs --plugins FILE")
+            raise UserError(f"{refusal}; what a plug-in brings needs --plugins FILE" if ":" not in model else refusal)
     if not 1 <= batch_size < 2**31:
         raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
     path = default_checkpoint(model, dataset) if file == "pretrain" else file

@@ -32,17 +32,15 @@ def find_teacher(
     `path` is the student's run folder, which has to be writable before a teacher is trained for it, and which under
     `resume` may name the teacher that the run was started with. Raises UserError where there is no teacher.
     """
-    name = cfg.DISTILLER.TEACHER
     published, trained = teacher_files(cfg)
-    if fine_tunes(cfg):
-        return trained if trained.is_file() else _train(cfg, path, trained, train, rehearse)
-    if checkpoint.is_source(cfg.DISTILLER.TEACHER_CKPT):
-        return Path(cfg.DISTILLER.TEACHER_CKPT)
-    chosen = expand(cfg.DISTILLER.TEACHER_CKPT) if cfg.DISTILLER.TEACHER_CKPT else None
+    given, tuned = cfg.DISTILLER.TEACHER_CKPT, fine_tunes(cfg)
+    if checkpoint.is_source(given) and not tuned:
+        return Path(given)
+    chosen = expand(given) if given and not tuned else None
     if chosen and os.path.isdir(chosen):
         raise UserError(f"DISTILLER.TEACHER_CKPT: {chosen} is a folder; name the checkpoint's file")
     train_it = cfg.DISTILLER.TRAIN_TEACHER
-    files = [chosen] if chosen else [published, trained] if train_it else [published]
+    files = [chosen] if chosen else [*([] if tuned else [published]), *([trained] if train_it else [])]
     if resume and resumable(path) and not chosen:
         before = config.leaves(config.read(path / "config.yaml")).get("DISTILLER.TEACHER_CKPT", "")
         files.insert(0, Path(before))
@@ -51,27 +49,32 @@ def find_teacher(
             return file
     if is_torchvisions(cfg) and not (chosen or train_it):
         return Path(checkpoint.PRETRAINED)
-    if chosen and train_it:
-        raise UserError(
+    if chosen or not train_it:
+        raise _missing(cfg, chosen, published, trained)
+    check_writable(path, "LOG.PREFIX")
+    check_writable(trained, "DISTILLER.TEACHER_CKPT")
+    rehearse()
+    return train_teacher(teacher_config(cfg), trained, train)
+
+
+def _missing(cfg: CfgNode, chosen: Path | None, published: Path, trained: Path) -> UserError:
+    """Return what to raise where there is no teacher's checkpoint, neither the `chosen` one nor another."""
+    name = cfg.DISTILLER.TEACHER
+    if chosen and cfg.DISTILLER.TRAIN_TEACHER:
+        return UserError(
             f"DISTILLER.TEACHER_CKPT: there is no file {chosen}; name one that is there, or leave it out: "
             f"DISTILLER.TRAIN_TEACHER stores the teacher at {trained}"
         )
-    if not train_it:
-        near = [] if chosen else sorted(str(file) for file in published.parent.glob("*.pth"))
-        raise UserError(
-            f"no checkpoint of the teacher {name} at {chosen or published}; do one of these:",
-            "  download  python3 tools/download.py teachers   (mdistiller's released ones, for cifar100)",
-            f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
-            "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
-        )
-    return _train(cfg, path, trained, train, rehearse)
-
-
-def _train(cfg: CfgNode, path: Path, target: Path, train: Callable[..., dict], rehearse: Callable[[], None]) -> Path:
-    check_writable(path, "LOG.PREFIX")
-    check_writable(target, "DISTILLER.TEACHER_CKPT")
-    rehearse()
-    return train_teacher(teacher_config(cfg), target, train)
+    near = [] if chosen else sorted(str(file) for file in published.parent.glob("*.pth"))
+    fetch = "  download  python3 tools/download.py teachers   (mdistiller's released ones, for cifar100)"
+    if ":" in name:
+        fetch = "  fetch     DISTILLER.TEACHER_CKPT pretrained   (the library's own weights)"
+    return UserError(
+        f"no checkpoint of the teacher {name} at {chosen or published}; do one of these:",
+        fetch,
+        f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
+        "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
+    )
 
 
 def fine_tunes(cfg: CfgNode) -> bool:
