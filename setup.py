@@ -17,6 +17,7 @@ setup(
     python_requires=">=3.10",
     install_requires=requirements,
     extras_require={
+        "export": ["onnx", "onnxscript", "onnxruntime", "openvino"],
         "slurm": ["submitit>=1.5"],
         "pictures": ["timm>=1.0"],
         "dev": ["pytest>=8", "pytest-xdist", "ruff>=0.6", "hypothesis", "selenium>=4.15", "submitit>=1.5", "timm>=1.0"],

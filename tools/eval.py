@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdistiller.config import KEYS, load
+from mdistiller.config import CFG, KEYS, load
 from mdistiller.errors import UserError, run_command
 
 
@@ -63,7 +63,9 @@ def main(words: Sequence[str] | None = None) -> None:
         what = str(a.run)
     else:
         file, dataset = a.ckpt or "pretrain", a.dataset or "cifar100"
-        report = evaluate_checkpoint((a.model, a.size), file, dataset, a.root or "./data", a.batch_size, device, a.amp)
+        section = CFG.DATASET.clone()
+        section.TYPE, section.ROOT = dataset, a.root or "./data"
+        report = evaluate_checkpoint((a.model, a.size), file, section, a.batch_size, device, a.amp)
         reports, what = {a.model: report}, f"{a.model} from {file}"
     if a.json:
         print(json.dumps({name: evaluation.figures(report) for name, report in reports.items()}, indent=2))

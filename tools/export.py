@@ -3,8 +3,8 @@
 python3 tools/export.py RUN/student_best --to onnx torch openvino
 python3 tools/export.py RUN/student_best --to onnx int8 --out deploy
 
-Into the folder go the files, the weights as safetensors, export.json and a model
-card. onnx and int8 need pip install onnx onnxscript onnxruntime, openvino needs
+Into the folder go the files, the weights as safetensors, export.json and a
+model card. torch is torch.export's .pt2. onnx and int8 need pip install onnx onnxscript onnxruntime, openvino needs
 pip install openvino.
 """
 
@@ -20,7 +20,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="RUN/student_best, RUN/student_latest, RUN/student_ema")
     parser.add_argument(
-        "--to", nargs="+", choices=FORMS, default=["torch"], help="default: torch (torch.export's .pt2)"
+        "--to",
+        nargs="+",
+        choices=FORMS,
+        default=["torch"],
+        metavar="FORM",
+        help=f"of {', '.join(FORMS)}; default: torch",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export")
     parser.add_argument("--root", default="", help="where the run's data are now")

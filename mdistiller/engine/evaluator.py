@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yacs.config import CfgNode
 
 from mdistiller import config
 from mdistiller.bank.inference import Inference
@@ -88,20 +89,20 @@ class Report(NamedTuple):
     images_per_second: float
     logits: np.ndarray  # (N, K) float32
     labels: np.ndarray  # (N,)
+    classes: tuple[str, ...] = ()  # their names, where the data have some
 
 
 def evaluate_checkpoint(
-    model: str | tuple[str, int], file: str, dataset: str, root: str, batch_size: int, device: torch.device,
-    amp: str = "none",
+    model: str | tuple[str, int], file: str, section: CfgNode, batch_size: int, device: torch.device, amp: str = "none",
     join: Callable[[nn.Module, ImageSet], nn.Module] = lambda network, data: network,
 ) -> Report:  # fmt: skip
     """Return scores of the weights in `file`: a path, another source of weights, or "pretrain", the model's default
-    teacher checkpoint. `model`: its name, or (name, the size to which a library's network brings its images). `join`
-    makes of their network what is to be scored.
+    teacher checkpoint. `model`: its name, or (name, the size to which a library's network brings its images).
+    `section`: DATASET. `join` makes of their network what is to be scored.
 
     Raises UserError where the model, the checkpoint or the data set is missing or does not fit.
     """
-    model, size = (model, 0) if isinstance(model, str) else model
+    (model, size), dataset = (model, 0) if isinstance(model, str) else model, section.TYPE
     for refusal in (model_refusal(model, dataset), dataset_dict.refusal(dataset)):
         if refusal:
             raise UserError(f"{refusal}; what a plug-in brings needs --plugins FILE" if ":" not in model else refusal)
@@ -109,7 +110,7 @@ def evaluate_checkpoint(
         raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
     path = default_checkpoint(model, dataset) if file == "pretrain" else file
     # before the files of a data set are fetched that the weights do not fit
-    data = None if dataset in CLASSES else load_dataset(dataset, root)
+    data = None if dataset in CLASSES else load_dataset(dataset, section.ROOT, section)
     num_classes = CLASSES[dataset] if data is None else data.num_classes
     network = give_features(build_model(model, num_classes, dataset, size), False)
     try:
@@ -117,7 +118,7 @@ def evaluate_checkpoint(
     except OtherNetwork as error:
         other = "" if f"with {num_classes} classes, but" in str(error) else other_data(Path(path), dataset, num_classes)
         raise UserError(f"{error}{other}") from None
-    data = data or load_dataset(dataset, root)
+    data = data or load_dataset(dataset, section.ROOT, section)
     fit_inputs(network, data.mean, data.std, data.test_images.shape[1])
     network = prepare(join(network, data), device)
     batches = evaluation_batches(data.to(device), batch_size)
@@ -131,4 +132,4 @@ def evaluate_checkpoint(
     scores = scores_of(logits_of, batches)
     rate = batches.num_samples / (time.monotonic() - begin)
     logits, labels = torch.cat(parts).cpu().numpy(), data.test_labels.cpu().numpy()
-    return Report(scores, sum(p.numel() for p in network.parameters()), rate, logits, labels)
+    return Report(scores, sum(p.numel() for p in network.parameters()), rate, logits, labels, data.class_names)

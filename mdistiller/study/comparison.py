@@ -77,7 +77,7 @@ def compare(group: Group, networks: Networks) -> Comparison:
     """Return the comparison of the group's first run. Raises Missing where it lacks its student or its data."""
     run = group.first
     data = networks.data(run)
-    names = class_names(run.cfg.DATASET.TYPE, data.num_classes)
+    names = class_names(run.cfg.DATASET.TYPE, data.num_classes, data.class_names)
     comparison = Comparison(group, data.test_labels.numpy(), names, networks.student(run, "test"))
     try:
         comparison.teacher = networks.teacher(run, "test") if run.taught else None

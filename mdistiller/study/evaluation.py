@@ -55,8 +55,7 @@ def evaluate_run(
         what: evaluate_checkpoint(
             (names[side], names[f"{side}_SIZE"]),
             str(file),
-            data.TYPE,
-            data.ROOT,
+            data,
             batch_size,
             device,
             amp,
@@ -95,7 +94,7 @@ def write_evaluation(folder: Path, reports: Mapping[str, Report], dataset: str) 
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     for name, report in reports.items():
         tag, count = name.replace(", ", "_").replace(" ", "_"), report.logits.shape[1]
-        classes = class_names(dataset, count)
+        classes = class_names(dataset, count, report.classes)
         found = confusion(report.logits, report.labels)
         frame = pd.DataFrame(found, columns=classes)
         frame.insert(0, "label", classes)

@@ -23,6 +23,7 @@ from mdistiller.runs import checkpoint
 from mdistiller.runs.environment import device_name
 from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.runs import Run, read_run
+from mdistiller.study.superclasses import class_names
 from mdistiller.study.tables import Table, markdown, text_table
 from mdistiller.terminal import columns, say
 
@@ -261,7 +262,7 @@ def card(found: Exported, data: ImageSet) -> str:
     run, names = found.run, found.run.cfg.DISTILLER
     taught = f", distilled from {names.TEACHER} by {names.TYPE}" if run.taught else ""
     height, width = data.test_images.shape[1:3]
-    classes = ", ".join(data.class_names) or f"0 to {data.num_classes - 1}, as {run.cfg.DATASET.TYPE} has them"
+    classes = ", ".join(class_names(run.cfg.DATASET.TYPE, data.num_classes, data.class_names))
     last = run.rows[-1] if run.rows else {}
     figures = (
         f"last {last['test_acc']:.2f}, best {last['best_acc']:.2f} (epoch {last['best_epoch']})" if last else "unknown"

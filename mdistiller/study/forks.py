@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +60,9 @@ class Fork:
         return "\n".join(lines)
 
 
-def try_fork(path: Path) -> Fork:
+def try_fork(path: Path, pairs: Sequence[str] = ()) -> Fork:
     """Import the checkout or method file at `path`, train each of its methods for a step on random images, and load
-    each of its YAML files. Raises UserError where it cannot be imported at all.
+    each of its YAML files. `pairs`: KEYs and VALUEs for its methods. Raises UserError where it cannot be imported.
     """
     plugin = ["EXPERIMENT.PLUGINS", [str(path.resolve())]]
     (digest,) = config.load(None, plugin).plugins
@@ -79,7 +79,7 @@ def try_fork(path: Path) -> Fork:
             continue
         files.append(Trial(str(file.relative_to(folder)), "", ""))
         examples.setdefault(cfg.DISTILLER.TYPE, []).append(file)
-    methods = [try_method(name, examples.get(name, []), plugin) for name in brought.get("method", {})]
+    methods = [try_method(name, examples.get(name, []), [*plugin, *pairs]) for name in brought.get("method", {})]
     models = sum(len(brought.get(kind, {})) for kind in ("model", "ImageNet model"))
     return Fork(path, methods, files, models)
 
@@ -154,12 +154,12 @@ def _without_place(line: str, file: Path) -> str:
     return line.replace(f" ({file})", "").removeprefix(f"{file}: ")
 
 
-def find_all(paths: Iterable[Path]) -> str:
+def find_all(paths: Iterable[Path], pairs: Sequence[str] = ()) -> str:
     """Return the tables of all checkouts and method files at `paths`, one below the other."""
     texts = []
     for path in paths:
         try:
-            texts.append(try_fork(path).text)
+            texts.append(try_fork(path, pairs).text)
         except UserError as error:
             texts.append("\n".join(textwrap.wrap(f"{path}: refused: {error}", 80, subsequent_indent="  ")))
         registry.use([])

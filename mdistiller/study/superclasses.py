@@ -1,5 +1,7 @@
 """What the classes are called, and CIFAR-100's superclasses (Krizhevsky, 2009, Table 1)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -29,9 +31,11 @@ CIFAR100 = {
 FINE = sorted(name for names in CIFAR100.values() for name in names.split())
 
 
-def class_names(dataset: str, num_classes: int) -> list[str]:
-    """Return the names of the labels 0 .. num_classes - 1; their numbers where the data set is not known here."""
-    known = {"cifar10": CIFAR10, "cifar100": FINE}.get(dataset, ())
+def class_names(dataset: str, num_classes: int, own: Sequence[str] = ()) -> list[str]:
+    """Return the names of the labels 0 .. num_classes - 1: the data set's `own`, or those that are known here; else
+    their numbers.
+    """
+    known = own or {"cifar10": CIFAR10, "cifar100": FINE}.get(dataset, ())
     names = known if len(known) == num_classes else [str(label) for label in range(num_classes)]
     return [name.replace("_", " ") for name in names]
 

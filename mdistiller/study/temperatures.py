@@ -140,7 +140,7 @@ def add_difficulty(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
             f"{len(labels):,}; point to the data it was recorded on with --opts DATASET.ROOT PATH"
         )
     frame.insert(1, "label", labels)
-    frame.insert(2, "class", np.array(class_names(run.cfg.DATASET.TYPE, data.num_classes))[labels])
+    frame.insert(2, "class", np.array(class_names(run.cfg.DATASET.TYPE, data.num_classes, data.class_names))[labels])
     logits = networks.student(run, "train").logits
     frame["right"] = logits.argmax(1) == labels
     frame["loss"], frame["margin"] = st.cross_entropy(logits, labels), st.margin(logits, labels)

@@ -320,6 +320,12 @@ class Alone(nn.Module):
     assert made.teacher is None
 
 
+def test_the_table_takes_the_keys_of_a_method_file(tmp_path):
+    file = write_file(tmp_path, METHODS["never registers"])
+    reasons = [try_fork(file, pairs).methods[0].reason for pairs in ((), ("QUIET.WEIGHT", "0.5"))]
+    assert "reads the key QUIET" in reasons[0] and not reasons[1]
+
+
 def test_one_broken_method_leaves_the_others_their_rows(tmp_path):
     parts = {
         "Learn": "    def get_learnable_parameters(self):\n        return self.nowhere\n",
