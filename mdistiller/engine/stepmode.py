@@ -15,6 +15,7 @@ from mdistiller.distillers import LogitDistiller, Vanilla
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.step import Step
 from mdistiller.errors import UserError
+from mdistiller.models.libraries import LibraryNetwork
 from mdistiller.models.vgg import VGG
 
 COMPILE_FROM_STEPS = 20_000  # in which compiled steps save three times what compiling costs (docs/performance.md)
@@ -34,7 +35,7 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
 
     auto compiles on a CPU what needs no features, whose storing costs as much as compiling gains, for so many `steps`
     that faster ones make up for the compiling; not VGG, whose max-pooling's compiled backward pass costs more than all
-    the rest gains.
+    the rest gains; not a library's network, whose compiling may take longer than any zoo's.
     """
     own = [
         f"{path}.{name}".lstrip(".")
@@ -45,7 +46,7 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
     if cfg.SOLVER.STEP == "auto":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
         pays = device.type == "cpu" and steps >= COMPILE_FROM_STEPS and isinstance(distiller, (LogitDistiller, Vanilla))
-        pays = pays and not isinstance(distiller.student, VGG)
+        pays = pays and not isinstance(distiller.student, (VGG, LibraryNetwork))
         if own or not pays or shutil.which(compiler) is None:
             return None, ""
     elif cfg.SOLVER.STEP != "compile":
