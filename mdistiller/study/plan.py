@@ -32,6 +32,7 @@ KEYS = {
     "rules": ([], "temperature rules under each of the methods; none: the method's own"),
     "seeds": ([], "of every student"),
     "teacher_seed": (0, "of the one training of each teacher"),
+    "teacher_ckpt": ("", "of every teacher, which is then not trained: pretrained, or what TEACHER_CKPT takes"),
     "overrides": ({}, "configuration keys over those of the YAML files, for teachers and students alike"),
 }
 KINDS = {str: "text", int: "a whole number", list: "a list, [...]", dict: "a mapping of configuration keys"}
@@ -129,9 +130,11 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
         wanted = {}
     for key, its_seeds in wanted.items():
         alone = planned.get(("NONE", "", "", key[2]))
+        alone = None if values["teacher_ckpt"] else alone
         teacher = next((run for run in alone.runs if run.seed == values["teacher_seed"]), None) if alone else None
         try:
-            planned[key] = _group(key, its_seeds, shipped, values["overrides"], opts, teacher)
+            given = ["DISTILLER.TEACHER_CKPT", values["teacher_ckpt"]] if values["teacher_ckpt"] and key[2] else []
+            planned[key] = _group(key, its_seeds, shipped, values["overrides"], [*opts, *given], teacher)
         except ConfigError as error:
             problems += error.lines
     groups = list(planned.values())
@@ -192,7 +195,8 @@ def _wanted(values: dict, problems: list[str]) -> dict[tuple[str, ...], set[int]
         if method == "NONE":
             wanted.setdefault(("NONE", "", "", student), set()).update(values["seeds"])
             continue
-        wanted.setdefault(("NONE", "", "", teacher), set()).add(values["teacher_seed"])
+        if not values["teacher_ckpt"]:
+            wanted.setdefault(("NONE", "", "", teacher), set()).add(values["teacher_seed"])
         for rule in values["rules"] or [""]:
             key = (method, "" if rule == own_rule(method) else rule, teacher, student)
             wanted.setdefault(key, set()).update(values["seeds"])
@@ -288,6 +292,10 @@ def _run(group: PlannedGroup, seed: int) -> Run:
 
 
 def _reads(method: str, key: str) -> bool:
-    """Return whether the method reads the key: sections of others are left out, so that they stand in no run's name."""
+    """Return whether the method reads the key: sections of others are left out, so that they stand in no run's name.
+    The student alone has no distillation for a trainer to keep apart.
+    """
+    if method == "NONE" and key.startswith(("SOLVER.TRAINER", "SOLVER.DOT.")):
+        return False
     own, other = distiller_dict.get(method), distiller_dict.get(key.split(".")[0])
     return own is None or other is None or issubclass(own, other)

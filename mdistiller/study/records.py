@@ -90,6 +90,9 @@ def record_of(group: PlannedGroup, run: Run, study: str) -> dict:
     run, teacher = recorded(run), group.teacher
     digests, last = run.environment.get("sha256", {}), run.rows[-1]
     student = checkpoint.digest(checkpoint.load(run.student_file)["model"])
+    sources = {"data": digests.get("data", "unknown"), "student": student}
+    if run.taught and not teacher:  # by weights that the plan has not trained
+        sources["teacher"] = digests.get("teacher", "unknown")
     return {
         "plan": study,
         "cell": run.cell,
@@ -106,7 +109,7 @@ def record_of(group: PlannedGroup, run: Run, study: str) -> dict:
         "threads": run.environment.get("threads"),
         "versions": {key: run.environment.get(key, "unknown") for key in VERSIONS},
         "git": run.commits,
-        "sha256": {"data": digests.get("data", "unknown"), "student": student},
+        "sha256": sources,
         "config": run.settings,
         "teacher": teacher and {
             "run": teacher.label, "hash": teacher.hash, "sha256": digests.get("teacher", "unknown"),

@@ -16,7 +16,7 @@ from mdistiller.study.charts import Chart, write_table
 from mdistiller.study.drawing import save
 from mdistiller.study.groups import differing, group_runs
 from mdistiller.study.plan import Shipped, Study
-from mdistiller.study.published import changes, departures, published_figure, read_published, verdict
+from mdistiller.study.published import DATA, changes, departures, published_figure, read_published, verdict
 from mdistiller.study.records import read_records
 from mdistiller.study.runs import Group, Run
 from mdistiller.study.tables import CAPTION, Table, latex, markdown, numbers, text_table
@@ -125,6 +125,11 @@ def results_of(
     return StudyResults(name, title, Table("table", title, caption, head, rows), said, charts)
 
 
+def shipped_for(published: Mapping, folder: Path) -> Shipped:
+    """Return the YAML files for the data that the figures are of; `folder`: where plans lie, beside them."""
+    return Shipped(folder.parent / str(published.get("dataset", DATA)))
+
+
 def _groups_of(study: Study, runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     """Return what is on record of each of the study's groups, and lines on what is not, or by another protocol."""
     groups, missing, notes = [], [], []
@@ -145,7 +150,7 @@ def _groups_of(study: Study, runs: Sequence[Run]) -> tuple[list[Group], list[str
 
 def _alike(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
     """Return the groups that can stand in one table with most of the runs, and a line on each that cannot: data and
-    solver have to be the same, but for the learning rate, which is the student's.
+    solver have to be the same, but for the learning rate, which is the student's, and the trainer, the method's.
     """
     found = [[_shared(run) for run in group.runs] for group in groups]
     every = [shared for some in found for shared in some]
@@ -160,7 +165,8 @@ def _alike(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
 
 
 def _shared(run: Run) -> dict[str, object]:
-    kept = {k: v for k, v in run.settings.items() if k.startswith(("SOLVER.", "DATASET.")) and k != "SOLVER.LR"}
+    own = ("SOLVER.LR", "SOLVER.TRAINER", "SOLVER.DOT.DELTA")
+    kept = {k: v for k, v in run.settings.items() if k.startswith(("SOLVER.", "DATASET.")) and k not in own}
     return kept | {"sha256 of the data": run.environment["sha256"]["data"]}
 
 
@@ -208,7 +214,8 @@ def show(
 
     `folder`: where plans lie, beside the pairs' YAML files. `home`: where a plan's runs.jsonl lies.
     """
-    figures, shipped = read_published(published), Shipped(folder.parent / "cifar100")
+    figures = read_published(published)
+    shipped = shipped_for(figures, folder)
     study = None
     if what.endswith(".jsonl"):
         file = Path(what)
@@ -234,7 +241,8 @@ def fill(page: Path, folder: Path, published: Path | None, home: Path, write: bo
     """Return the page with a plan's table and charts of today wherever it has `<!-- results of PLAN -->` and
     `<!-- end of results -->`; with `write` it is written, and the plans' files into `home`.
     """
-    figures, shipped = read_published(published), Shipped(folder.parent / "cifar100")
+    figures = read_published(published)
+    shipped = shipped_for(figures, folder)
     if not page.is_file():
         raise UserError(f"--page {page}: is no file; give a Markdown page")
     runs = read_records(home / "runs.jsonl").values()

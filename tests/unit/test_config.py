@@ -4,11 +4,13 @@ import os
 import re
 
 import pytest
+import torch
 from helpers import ROOT
 
 from mdistiller.config import KEYS, computed, leaves
 from mdistiller.engine.cfg import CFG, describe, load
 from mdistiller.errors import ConfigError
+from mdistiller.models import build_model
 from mdistiller.registry import Registry
 
 OWN = dict(KEYS)  # before a test's plug-in adds some
@@ -353,7 +355,17 @@ def test_every_config_loads_and_begins_with_its_command(path):
     special = "lskd" if cfg.EXPERIMENT.LOGIT_STAND else "dot" if cfg.SOLVER.TRAINER == "dot" else ""
     method = special or cfg.DISTILLER.TYPE.lower()
     assert method == relative.parts[2]
-    assert cfg.DATASET.TYPE == relative.parts[1]
+    assert cfg.DATASET.TYPE == {"pictures": "imagefolder"}.get(relative.parts[1], relative.parts[1])
+    if relative.parts[1] in ("imagenet", "tiny_imagenet"):
+        assert lines[1].startswith("# Published top-1: ")
+        with torch.device("meta"):
+            names = {cfg.DISTILLER.STUDENT} | ({cfg.DISTILLER.TEACHER} if method != "none" else set())
+            assert all(build_model(name, 10, cfg.DATASET.TYPE) for name in names)
+    if relative.parts[1] == "imagenet":
+        rates = {512: 0.2, 256: 0.1, 128: 0.05}
+        assert cfg.SOLVER.LR == rates[cfg.SOLVER.BATCH_SIZE]
+        assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.LR_DECAY_STAGES) == (100, [30, 60, 90])
+        assert cfg.SOLVER.WEIGHT_DECAY == 0.0001
     if relative.parts[1] == "cifar100":
         assert lines[1].startswith("# Published top-1: ")
         if method == "mlkd":

@@ -111,6 +111,20 @@ def test_a_plan_says_what_it_lacks(small_plan, keys, message):
     assert message in str(caught.value)
 
 
+def test_a_plan_may_take_teachers_that_are_trained_already():
+    study = plan.load(PLANS / "imagenet_pairs.yaml")
+    assert {group.cfg.DISTILLER.TEACHER_CKPT for group in study.groups if group.method != "NONE"} == {"pretrained"}
+    assert all(group.teacher is None for group in study.groups)
+    assert {group.cfg.DISTILLER.STUDENT for group in study.groups} == {"ResNet18", "MobileNetV1"}
+
+
+def test_a_teacher_is_the_same_under_every_trainer_of_its_students():
+    first, second = (plan.load(PLANS / f"{name}.yaml").groups for name in ("tiny_imagenet", "tiny_imagenet_dot"))
+    (teacher,) = {group.teacher.hash for group in first if group.teacher}
+    assert {group.teacher.hash for group in second if group.teacher} == {teacher}
+    assert {group.cfg.SOLVER.TRAINER for group in second if group.teacher} == {"dot"}
+
+
 def test_a_plan_inherits(small_plan):
     child = write(Path("child.yaml"), _BASE_="small.yaml", seeds=[7], overrides={"SOLVER": {"LR": 0.1}})
     study = plan.load(child)
