@@ -7,7 +7,6 @@ weights expect them: of their own mean, deviation and, where they take one size 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class LibraryNetwork(nn.Module):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     own_size = 0
-    probe_size = 224
+    probe_size = 224  # at which the stages' resolutions differ
     resized = False
     gives_features = True
 
@@ -52,8 +51,7 @@ class LibraryNetwork(nn.Module):
         raise NotImplementedError
 
     def get_stage_channels(self) -> list[int]:
-        size = self.own_size or self.probe_size
-        image = next(self.parameters()).new_zeros(1, 3, size, size)
+        image = next(self.parameters()).new_zeros(1, 3, self.probe_size, self.probe_size)
         with torch.no_grad(), in_eval_mode(self):
             return [value.shape[1] for value in self.with_features(image)[1].get("feats", [])]
 
@@ -107,8 +105,7 @@ class TorchvisionNetwork(LibraryNetwork):
             blocks = [f"encoder.layers.{name}" for name, _ in self.encoder.layers.named_children()]
             return [blocks[i] for i in spread(len(blocks))]
         seen: dict[str, Tensor] = {}
-        size = self.own_size or self.probe_size
-        image = next(self.parameters()).new_zeros(1, 3, size, size)
+        image = next(self.parameters()).new_zeros(1, 3, self.probe_size, self.probe_size)
         with torch.no_grad(), in_eval_mode(self), contextlib.ExitStack() as hooks:
             for name, part in trunk(self):
                 hooks.enter_context(part.register_forward_hook(_keep(seen, name)))
@@ -183,9 +180,10 @@ def library_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
         ) from None
 
 
-def _finish(network: nn.Module, kind: type, fetch: Callable, normal: tuple, size: int) -> nn.Module:
+def _finish(network: nn.Module, kind: type, fetch: Callable, normal: tuple, size: int, fixed: bool) -> nn.Module:
     network.__class__ = _adapted(type(network), kind)
     network.fetch, (network.mean, network.std), network.own_size = fetch, normal, size
+    network.probe_size = size if fixed else network.probe_size
     for name, value in (("input_scale", 1.0), ("input_shift", 0.0)):
         network.register_buffer(name, torch.full((3, 1, 1), value), persistent=False)
     return network
@@ -209,16 +207,12 @@ def _known(prefix: str, name: str, names: list[str]) -> None:
         )
 
 
-def _import(package: str) -> ModuleType:
-    try:
-        return __import__(package)
-    except ImportError:
-        raise UnknownName(f"timm: networks need the package {package}: pip install timm") from None
-
-
 @functools.cache
 def _timm(name: str) -> tuple[Callable, str]:
-    timm = _import("timm")
+    try:
+        import timm
+    except ImportError:
+        raise UnknownName("timm: networks need the package timm: pip install timm") from None
     _known("timm", name, [*timm.list_models(), *timm.list_pretrained()])
 
     def constructor(num_classes: int, size: int = 0) -> nn.Module:
@@ -230,7 +224,7 @@ def _timm(name: str) -> tuple[Callable, str]:
         def fetch() -> dict[str, Tensor]:
             return timm.create_model(name, pretrained=True, **fixed).state_dict()
 
-        return _finish(network, TimmNetwork, fetch, (cfg.mean, cfg.std), own)
+        return _finish(network, TimmNetwork, fetch, (cfg.mean, cfg.std), own, cfg.fixed_input_size)
 
     return constructor, default_checkpoint(f"timm:{name}")
 
@@ -253,7 +247,7 @@ def _torchvision(name: str) -> tuple[Callable, str]:
         def fetch() -> dict[str, Tensor]:
             return models.get_model(name, weights=weights).state_dict()
 
-        return _finish(network, TorchvisionNetwork, fetch, (tuple(preset.mean), tuple(preset.std)), own)
+        return _finish(network, TorchvisionNetwork, fetch, (tuple(preset.mean), tuple(preset.std)), own, bool(word))
 
     return constructor, default_checkpoint(f"tv:{name}")
 

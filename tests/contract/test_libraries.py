@@ -143,6 +143,10 @@ def test_a_network_sees_images_under_its_own_mean_deviation_and_size():
         assert {*model.state_dict()} == keys and not any("input" in key for key in keys)
 
 
+def test_features_are_those_of_the_same_parts_at_every_size():
+    assert network("tv:mobilenet_v3_small", size=32).taken == network("tv:mobilenet_v3_small").taken
+
+
 def test_only_librarys_networks_take_a_size():
     with refused("the model resnet8: sees images as the data are"):
         build_model("resnet8", 10, size=64)
