@@ -21,7 +21,7 @@ from mdistiller.device import resolve_device, seed_everything
 from mdistiller.engine.build import Workspace
 from mdistiller.engine.dot import DistillationOrientedTrainer
 from mdistiller.engine.evaluator import scores_on_loader
-from mdistiller.engine.run import Run, RunRequest, entered, failures
+from mdistiller.engine.run import OpenRun, RunRequest, entered, failures
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.state import RunState
 from mdistiller.engine.step import Step
@@ -118,7 +118,7 @@ class BaseTrainer:
         request.check(resume)
         workspace = Workspace(self.train_loader.image_set, resolve_device(cfg.DEVICE))
         with failures(cfg), entered(workspace) as closing:
-            run = Run(request, resume, workspace, closing, self.distiller.module)
+            run = OpenRun(request, resume, workspace, closing, self.distiller.module)
             return run.trainer.fit(run.start()) | run.outcome()
 
     def _loop(self, resume: bool, own: str) -> dict:

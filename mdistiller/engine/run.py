@@ -45,7 +45,7 @@ def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None =
     workspace = workspace or open_workspace(cfg)
     request.find_teacher(resume, workspace)
     with failures(cfg, workspace.kept), entered(workspace) as closing:
-        run = Run(request, resume, workspace, closing)
+        run = OpenRun(request, resume, workspace, closing)
         return run.trainer.fit(run.start()) | run.outcome()
 
 
@@ -118,7 +118,7 @@ def entered(workspace: Workspace) -> Iterator[contextlib.ExitStack]:
         yield closing
 
 
-class Run:
+class OpenRun:
     """The trainer of `request`, ready or brought back to where it stopped, with its folder's lock. Nothing that an
     earlier run left is changed before `start`, unless it is set aside. `closing` gives back what is held. `distiller`:
     one that the caller brings, with its networks.

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from mdistiller.config import needs_teacher, teacher_names
 from mdistiller.device import generators, set_generators, side_stream
 from mdistiller.engine.build import Workspace
-from mdistiller.engine.run import Run, RunRequest, entered, failures, open_workspace
+from mdistiller.engine.run import OpenRun, RunRequest, entered, failures, open_workspace
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import FolderInUse, Preempted, RunFailed, TrainingDiverged, UserError
 from mdistiller.files import write_atomic
@@ -99,7 +99,7 @@ class Student:
         self.seed, self.label, self.folder = request.cfg.SEED, request.label, request.path
         self.result: dict | None = None
         self.error: UserError | None = None
-        self.run = Run(request, resume, workspace, closing)
+        self.run = OpenRun(request, resume, workspace, closing)
         self.trainer: Trainer = self.run.trainer
         self.random = generators()
         self.teachers = workspace.teachers

@@ -20,7 +20,7 @@ from mdistiller.runs.folder import MOST_BYTES, run_folder
 from mdistiller.study.runs import Group, Run, own_rule
 
 # key: its default, by whose type it is checked, and its meaning
-KEYS = {
+PLAN_KEYS = {
     "title": ("", "of tables and charts"),
     "note": ("", "a sentence below every table"),
     "configs": ("../cifar100", "folder of METHOD/*.yaml with each pair's hyperparameters, relative to the plan"),
@@ -149,21 +149,21 @@ def load(file: Path, opts: Sequence[str] = (), seeds: Sequence[int] | None = Non
 
 
 def _checked(tree: CfgNode, problems: list[str]) -> dict:
-    """Return every key of KEYS with its value, or its default where the value is of another kind."""
-    values = {key: default for key, (default, _) in KEYS.items()}
+    """Return every key of PLAN_KEYS with its value, or its default where the value is of another kind."""
+    values = {key: default for key, (default, _) in PLAN_KEYS.items()}
     for key, value in tree.items():
-        kind = type(KEYS[key][0]) if key in KEYS else None
+        kind = type(PLAN_KEYS[key][0]) if key in PLAN_KEYS else None
         if kind is None:
-            problems.append(registry.unknown("key", key, [*KEYS, "_BASE_"]))
+            problems.append(registry.unknown("key", key, [*PLAN_KEYS, "_BASE_"]))
         elif not isinstance(value, kind) or isinstance(value, bool):
-            problems.append(f"{key}: must be {KINDS[kind]}, {KEYS[key][1]}; got {value!r}")
+            problems.append(f"{key}: must be {KINDS[kind]}, {PLAN_KEYS[key][1]}; got {value!r}")
         elif kind is list:
             item, wanted = (int, "whole numbers") if key == "seeds" else (str, "names")
             problems += [f"{key}: takes {wanted}; got {one!r}" for one in value if type(one) is not item]
             values[key] = list(dict.fromkeys(one for one in value if type(one) is item))
         else:
             values[key] = value
-    problems += [f"{key}: is missing; {KEYS[key][1]}" for key in ("methods", "seeds") if not tree.get(key)]
+    problems += [f"{key}: is missing; {PLAN_KEYS[key][1]}" for key in ("methods", "seeds") if not tree.get(key)]
     flat = config.leaves(values["overrides"])
     own = [key for key in flat if key.startswith(SET_BY_THE_PLAN) and key != "EXPERIMENT.PLUGINS"]
     problems += [f"overrides: {key} is the plan's own business; leave it out" for key in own]
