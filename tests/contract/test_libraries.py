@@ -1,5 +1,6 @@
 """timm:NAME and tv:NAME: the library's own networks under the feature contract, their weights and their inputs."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from mdistiller.dataset import image_set
 from mdistiller.engine.build import NO_NETWORKS, build_distiller
 from mdistiller.engine.run import train
 from mdistiller.engine.teachers import find_teacher, teacher_config, teacher_files
+from mdistiller.errors import DamagedFile
 from mdistiller.models import build_model, fit_inputs, give_features, imagenet_model_dict, libraries
 from mdistiller.runs import checkpoint
 from mdistiller.study.forks import one_step
@@ -187,6 +189,17 @@ def test_weights_in_a_package_are_taken_in_their_order(package):
         checkpoint.load_weights(model, "timm:test_resnet", 5, "pkg:no_such")
     with refused("pkg:json: has 0 files of weights"):
         checkpoint.load_weights(model, "timm:test_resnet", 5, "pkg:json")
+
+
+def test_a_packaged_file_that_is_named_by_its_digest_has_it(package, tmp_path):
+    file = tmp_path / "some_weights" / "weights.pth"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    model, given = build_model("timm:test_resnet", 5), ("timm:test_resnet", 5, "pkg:some_weights")
+    file = file.rename(file.with_name(f"weights-{digest[:8]}.pth"))
+    checkpoint.load_weights(model, *given)
+    file.rename(file.with_name("weights-01234567.pth"))
+    with refused("weights-01234567.pth: is damaged: its SHA-256 does not begin with 01234567; install", DamagedFile):
+        checkpoint.load_weights(model, *given)
 
 
 def test_a_head_of_other_classes_is_replaced_on_request_alone(package):
