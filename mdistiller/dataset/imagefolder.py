@@ -165,6 +165,8 @@ def walk(folder: Path) -> Iterator[tuple[str, int]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
+            if entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
+                raise UserError(f"{entry.path}: is a link to a folder that it lies in; remove it")
             yield from walk(Path(entry.path))
         elif entry.is_file():
             yield entry.path, entry.stat().st_size
