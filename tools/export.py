@@ -4,8 +4,8 @@ python3 tools/export.py RUN/student_best --to onnx torch openvino
 python3 tools/export.py RUN/student_best --to onnx int8 --out deploy
 
 Into the folder go the files, the weights as safetensors, export.json and a
-model card. torch is torch.export's .pt2. onnx and int8 need pip install onnx onnxscript onnxruntime, openvino needs
-pip install openvino.
+model card. torch is torch.export's .pt2. onnx and int8 need
+pip install onnx onnxscript onnxruntime, openvino needs pip install openvino.
 """
 
 import argparse

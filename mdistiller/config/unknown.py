@@ -9,10 +9,12 @@ from mdistiller.config.plugins import PLUGINS
 from mdistiller.config.values import coerce
 
 # what exists for the purpose of a key that other frameworks have; by its last part, without underscores
-_NO_AVERAGE = "there is no average of weights here"
 PURPOSES = {
-    **dict.fromkeys(("SCHEDULER", "LRSCHEDULER", "SCHED", "MILESTONES"), "the rate falls at SOLVER.LR_DECAY_STAGES"),
-    **dict.fromkeys(("EMA", "EMADECAY", "MODELEMA", "SWA"), _NO_AVERAGE),
+    **dict.fromkeys(
+        ("SCHEDULER", "LRSCHEDULER", "SCHED", "MILESTONES"),
+        "SOLVER.SCHEDULE is multistep, with LR_DECAY_STAGES, or cosine",
+    ),
+    **dict.fromkeys(("EMADECAY", "MODELEMA", "SWA"), "SOLVER.EMA is the decay of an average of weights"),
     **dict.fromkeys(("GPU", "GPUS", "GPUID", "CUDA"), "DEVICE cuda, or cuda:N, chooses the device"),
     **dict.fromkeys(("OPTIMIZER", "OPTIM"), "SOLVER.TYPE names the optimizer"),
     **dict.fromkeys(("FP16", "MIXEDPRECISION", "USEAMP", "BF16"), "SOLVER.AMP bf16 or fp16 is half precision"),
@@ -57,7 +59,7 @@ class Known:
         return bool(is_section or whole or self._says(last))
 
     def _says(self, word: str) -> bool:
-        return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", self.text))  # no \b: a name may be KD++
+        return bool(word and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", self.text))  # no \b: a name may be KD++
 
 
 def unknown_key(full: str, is_section: bool) -> str:
