@@ -103,6 +103,14 @@ def open_regular(path: str | Path, wanted: str) -> BinaryIO:
     return file
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Raise UserError that names `option` where `path` can be no folder to write into."""
+    place = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        what = "cannot be written" if os.path.isdir(place) else "is a file"
+        raise UserError(f"{option} {path}: {place} {what}; name a folder of yours")
+
+
 def expand(path: str | Path) -> Path:
     """`path` with its ~ or ~user. Raises UserError where there is no such user."""
     try:

@@ -50,6 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     from mdistiller.device import check_amp, resolve_device  # torch takes seconds to import, and --help needs none
     from mdistiller.engine.evaluator import evaluate_checkpoint
+    from mdistiller.files import check_folder
     from mdistiller.study import evaluation
     from mdistiller.study.tables import text_table
     from mdistiller.terminal import columns
@@ -57,6 +58,8 @@ def main(words: Sequence[str] | None = None) -> None:
     load(None, ["EXPERIMENT.PLUGINS", a.plugins])
     device = resolve_device(a.device)
     check_amp(a.amp, device)
+    if a.out:
+        check_folder(a.out, "--out")
     notes: list[str] = []
     if a.run:
         reports, dataset, notes = evaluation.evaluate_run(a.run, a.root or "", a.plugins, a.batch_size, device, a.amp)

@@ -52,6 +52,8 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(
             f"unknown option {flags[0]}; options are --cfg, --seeds, --resume and LSKD's, the rest are KEY VALUE pairs"
         )
+    if files := [word for word in opts if word.endswith((".yaml", ".yml"))]:
+        raise UserError(f"{files[0]}: a configuration file comes behind --cfg; type --cfg {files[0]}")
     if arguments.cfg is None and not opts:
         raise UserError("what is to be trained? give --cfg FILE, such as configs/digits/dtkd/res20_res8.yaml")
     resume = {"auto": "auto", "last": True}.get(arguments.resume, False)

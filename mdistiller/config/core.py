@@ -23,10 +23,12 @@ add_keys(
         "EXPERIMENT.LOGIT_STAND": Key(
             False, "Distil z-scores of the logits (LSKD): another name for TEMPERATURE.RULE std.", distils=True
         ),
-        "DATASET.TYPE": Key("cifar100", "Data set: cifar100, cifar10, digits or npz.", one_of(registry.datasets)),
-        "DATASET.ROOT": Key(
-            "./data", "Folder that holds the data set (cifar*), or the .npz file itself (npz).", role="where"
+        "DATASET.TYPE": Key(
+            "cifar100",
+            "Data set: cifar100, cifar10, digits, npz, or of picture files imagefolder, imagenet, tiny_imagenet.",
+            one_of(registry.datasets),
         ),
+        "DATASET.ROOT": Key("./data", "Folder that holds the data set, or of npz the .npz file itself.", role="where"),
         "DATASET.AUGMENT": Key(
             "auto",
             "Augmentation: auto (as the data set declares), crop_flip, crop, none, or, of picture files, resized_crop "
@@ -70,7 +72,7 @@ add_keys(
         "DISTILLER.ENSEMBLE": Key(
             [],
             "Further teachers, for methods that compare logits: NAME, whose checkpoint lies where a teacher's does, or "
-            "NAME:checkpoint.",
+            "NAME:checkpoint (in quotes where it holds a comma).",
             Check(lambda v: all(isinstance(t, str) for t in v), "must be a list of NAME or NAME:checkpoint"),
             distils=True,
             effect=lambda value: [registry.name_and_file(text)[0] for text in value],

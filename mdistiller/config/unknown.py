@@ -9,14 +9,15 @@ from mdistiller.config.plugins import PLUGINS
 from mdistiller.config.values import coerce
 
 # what exists for the purpose of a key that other frameworks have; by its last part, without underscores
+_SCHEDULE = "SOLVER.SCHEDULE is multistep, which falls at SOLVER.LR_DECAY_STAGES, or cosine"
+_AVERAGE = "SOLVER.EMA, such as 0.999, is the decay of an average of weights"
 PURPOSES = {
-    **dict.fromkeys(
-        ("SCHEDULER", "LRSCHEDULER", "SCHED", "MILESTONES"),
-        "SOLVER.SCHEDULE is multistep, with LR_DECAY_STAGES, or cosine",
-    ),
-    **dict.fromkeys(("EMADECAY", "MODELEMA", "SWA"), "SOLVER.EMA is the decay of an average of weights"),
+    **dict.fromkeys(("SCHEDULER", "LRSCHEDULER", "SCHED", "LRSCHEDULE", "COSINE", "COSINELR"), _SCHEDULE),
+    "MILESTONES": "the rate falls at SOLVER.LR_DECAY_STAGES",
+    **dict.fromkeys(("EMA", "EMADECAY", "MODELEMA", "SWA"), _AVERAGE),
+    **dict.fromkeys(("NUMCLASSES", "NCLASSES", "CLASSES"), "the data say how many classes there are"),
     **dict.fromkeys(("GPU", "GPUS", "GPUID", "CUDA"), "DEVICE cuda, or cuda:N, chooses the device"),
-    **dict.fromkeys(("OPTIMIZER", "OPTIM"), "SOLVER.TYPE names the optimizer"),
+    **dict.fromkeys(("OPTIMIZER", "OPTIM", "ADAM", "ADAMW"), "SOLVER.TYPE names the optimizer, SGD or AdamW"),
     **dict.fromkeys(("FP16", "MIXEDPRECISION", "USEAMP", "BF16"), "SOLVER.AMP bf16 or fp16 is half precision"),
     **dict.fromkeys(("PRETRAINED", "TEACHERPATH", "TEACHERWEIGHTS"), "DISTILLER.TEACHER_CKPT names the teacher's file"),
     **dict.fromkeys(("FREEZELAYERS", "FROZEN", "FROZENLAYERS"), "SOLVER.FREEZE names the parameters that do not learn"),
@@ -69,8 +70,9 @@ def unknown_key(full: str, is_section: bool) -> str:
     if purpose := PURPOSES.get(re.sub(r".*\.|_", "", full).upper()):
         return f"unknown {'section' if is_section else 'key'}; {purpose}"
     close = registry.nearest(full, sections if is_section else leaves(CFG))
-    if not close and not is_section:  # the section may be what is wrong: look for the last part anywhere
+    if not is_section:  # the section may be what is wrong: look for the last part anywhere
         last = full.rsplit(".", 1)[-1].casefold()
-        close = [key for key in leaves(CFG) if key.rsplit(".", 1)[-1].casefold() == last]
+        same = [key for key in leaves(CFG) if key.rsplit(".", 1)[-1].casefold() == last]
+        close = same if len(same) == 1 or not close else close
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"unknown {'section' if is_section else 'key'}{hint}"

@@ -204,6 +204,8 @@ class OpenRun:
         stages = cfg.SOLVER.LR_DECAY_STAGES if cfg.SOLVER.SCHEDULE == "multistep" else ()
         if stages and min(stages) >= cfg.SOLVER.EPOCHS:
             say_once(f"SOLVER.LR_DECAY_STAGES {list(stages)} all lie behind SOLVER.EPOCHS: the rate never falls")
+        if cfg.SOLVER.WARMUP >= cfg.SOLVER.EPOCHS:
+            say_once(f"SOLVER.WARMUP {cfg.SOLVER.WARMUP:g} is all of SOLVER.EPOCHS: the rate only rises")
         if cfg.SOLVER.AMP == "bf16" and not has_bf16(device):
             say_once(f"this {device.type} has no bfloat16 arithmetic: SOLVER.AMP none would be several times faster")
         if step.forward is not None:

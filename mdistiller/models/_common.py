@@ -31,7 +31,8 @@ def register_model(constructor: Callable) -> Callable:
     """
     if not hasattr(constructor, "__name__") or isinstance(constructor, nn.Module):
         raise UserError(
-            f"register_model: takes a class or a function, called with num_classes=...; got {_said(constructor)}"
+            f"register_model: takes a class or a function, called with num_classes=...; got {_said(constructor)}; "
+            "write @register_model above it: its own name is the model's"
         )
     cifar_models[constructor.__name__] = constructor
     return constructor

@@ -87,7 +87,9 @@ def load(path: str | Path) -> dict:
         except (MemoryError, UserError):
             raise
         except Exception as error:  # no list of what torch raises for foreign bytes is complete
-            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            # torch's first line is advice on its own call; what is wrong stands behind it
+            reason = str(error).strip().rpartition("WeightsUnpickler error: ")[2]
+            reason = reason.split("\n")[0][:200] or type(error).__name__
             if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE):
                 raise UserError(f"{path}: cannot be read ({reason}); try again") from None
             refuse_other_kinds(path, str(error))
@@ -148,11 +150,25 @@ def _packaged(package: str) -> Path:
 
 
 def refuse_other_kinds(path: str | Path, error: str) -> None:
-    """Raise UserError where the file, which torch refused with that `error`, is a pickled object or an archive."""
+    """Raise UserError where the file, which torch refused with that `error`, is of a kind that can be named: a
+    pickled object, safetensors under another name, text, a network of TorchScript, an archive.
+    """
     if pickled := re.search(r"(?:GLOBAL|global:?) '?([\w.]+\.\w+)", error):
         raise UserError(
             f"{path}: is no checkpoint of plain tensors but a pickled {pickled[1]}, which would run code; where its "
             f"code is, do torch.save(torch.load('{Path(path).name}', weights_only=False).state_dict(), 'weights.pth')"
+        )
+    with open(path, "rb") as file:
+        start = file.read(80)
+    if start[8:10] == b'{"' and Path(path).suffix != ".safetensors":
+        raise UserError(f"{path}: is a file of safetensors; give it a name that ends so, {Path(path).stem}.safetensors")
+    if text := re.match(rb"\s*([ -~]{10,})", start):  # a page that says "not found", Git LFS's pointer
+        raise DamagedFile(f"{path}: is no checkpoint but text, '{text[1].decode()} ...'; fetch the file itself")
+    if "TorchScript" in error:
+        name = Path(path).name
+        raise UserError(
+            f"{path}: is no checkpoint but a network of TorchScript; "
+            f"do torch.save(torch.jit.load('{name}').state_dict(), 'weights.pth')"
         )
     if _is_archive(path):
         raise UserError(

@@ -87,7 +87,9 @@ class Keeper:
 
     def _load(self, path: Path, load: Callable[[dict, Path], None]) -> None:
         state = checkpoint.load(path)
-        load(state, path)
+        if "origin" not in state:
+            load(state, path)  # which says what the file is
+        # before it is loaded: weights for other data may not fit
         for name, key in (("data", "DATASET.ROOT"), ("teacher", "DISTILLER.TEACHER_CKPT")):
             if state.get("origin", {}).get(name) != self.origin.get(name):
                 raise UserError(
@@ -103,3 +105,4 @@ class Keeper:
                 raise UserError(
                     f"--resume: this run began {with_it} a plug-in's method, model or data; {do} EXPERIMENT.PLUGINS"
                 )
+        load(state, path)

@@ -73,8 +73,6 @@ def analyze(
     """
     check_opts(opts)
     check_out(out)
-    # the summaries that --seeds leaves lie among the runs, where PROJECT/* names them as well
-    folders = [f for f in folders if not (f.suffix == ".json" and f.is_file())] or folders
     unique = list(dict.fromkeys(Path(os.path.realpath(f)) if os.path.exists(f) else f for f in folders))
     runs = read_runs(unique, opts, plugins)
     groups, notes = group_runs(runs)

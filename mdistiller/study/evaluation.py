@@ -28,8 +28,8 @@ HEAD = ("network", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "parameters", "i
 def evaluate_run(
     folder: Path, root: str, plugins: Sequence[str], batch_size: int, device: torch.device, amp: str
 ) -> tuple[dict[str, Report], str, list[str]]:
-    """Return the reports on the run's last student, its best one and its teacher; its data set; and lines on what is
-    not there. `root`: where its data are now; "" for where they were.
+    """Return the reports on the run's last student, its best one, its average of weights and its teacher; its data set;
+    and lines on what is not there. `root`: where its data are now; "" for where they were.
 
     Raises UserError where `folder` is no run's, or holds no student.
     """
@@ -39,6 +39,7 @@ def evaluate_run(
     config.activate(run.plugins)
     names, data = run.cfg.DISTILLER, run.cfg.DATASET
     students = {"student, last": folder / "student_latest", "student, best": folder / "student_best"}
+    students["student, average"] = folder / "student_ema"  # of SOLVER.EMA
     asked = {what: ("STUDENT", file) for what, file in students.items() if file.is_file()}
     if not asked:
         raise UserError(f"{folder}: holds no student_latest or student_best; is it a run's folder?")

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller.dataset import ImageSet
 from mdistiller.errors import UserError
+from mdistiller.files import check_folder
 from mdistiller.runs import checkpoint
 from mdistiller.runs.environment import device_name
 from mdistiller.study.networks import Missing, Networks
@@ -99,6 +100,7 @@ def export(file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence
         raise UserError(f"--to {forms[0]}: needs {' '.join(missing)}; pip install {' '.join(dict.fromkeys(missing))}")
     if not file.is_file() or not (file.parent / "config.yaml").is_file():
         raise UserError(f"{file}: is no checkpoint in a run's folder; name RUN/student_best")
+    check_folder(out or file.parent / "export", "--out")
     run, networks = read_run(file.parent, ["DATASET.ROOT", root] if root else [], plugins), Networks()
     try:
         data = networks.data(run)

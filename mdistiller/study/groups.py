@@ -65,6 +65,16 @@ def _named_inputs(run: Run, others: Sequence[Run]) -> dict[str, str]:
     return named
 
 
+def told_apart(runs: Sequence[Run], name: str, labels: Sequence[str]) -> list[str]:
+    """Return `labels`, one of each run; behind those that runs share which differ in their input `name`, its name."""
+    told = []
+    for run, label in zip(runs, labels, strict=True):
+        alike = [other for other, text in zip(runs, labels, strict=True) if text == label]
+        apart = name in run.inputs and len({other.inputs.get(name) for other in alike}) > 1
+        told.append(f"{label} {_named_inputs(run, alike)[name]}" if apart else label)
+    return told
+
+
 def differing(protocols: Sequence[Mapping]) -> dict[str, list]:
     """Return {key: its values, each once, in the order of appearance} of the keys in which `protocols` differ."""
     found: dict[str, list] = {}

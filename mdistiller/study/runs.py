@@ -266,7 +266,10 @@ def complete(flat: Mapping[str, object]) -> CfgNode:
 
 
 def read_runs(folders: Sequence[Path], opts: Sequence[str] = (), plugins: Sequence[str] = ()) -> list[Run]:
-    """Return the runs in `folders`; the names that their plug-ins bring are known from here on. As for `read_run`."""
+    """Return the runs in `folders`, as `read_run` does; the names that their plug-ins bring are known from here on.
+    Files beside them, which PROJECT/* names as well, are passed over.
+    """
+    folders = [folder for folder in folders if not os.path.isfile(folder)] or folders
     runs = [read_run(folder, opts, plugins) for folder in folders]
     config.activate(dict.fromkeys(digest for run in runs for digest in run.plugins))
     return runs

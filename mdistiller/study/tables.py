@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 import pandas as pd
 
+from mdistiller.study.groups import told_apart
 from mdistiller.study.published import EPOCHS, published_figure
 from mdistiller.study.runs import Group, Run
 from mdistiller.study.statistics import Mean
@@ -59,10 +60,12 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
 def compared(runs: Sequence[Run]) -> Table:
     """Return a row for each run. What all of them share of SHARED stands in the caption, not in a column."""
     rows = []
-    for run in runs:
+    sets = told_apart(runs, "data", [run.cfg.DATASET.TYPE for run in runs])
+    teachers = [run.teacher_name if run.taught else "-" for run in runs]
+    teachers = told_apart(runs, "teacher checkpoint", teachers)
+    for run, data, teacher in zip(runs, sets, teachers, strict=True):
         names, last = run.cfg.DISTILLER, run.rows[-1]
-        teacher = run.teacher_name if run.taught else "-"
-        row = [run.name, names.TYPE, teacher, names.STUDENT, run.cfg.DATASET.TYPE, run.seed]
+        row = [run.name, names.TYPE, teacher, names.STUDENT, data, run.seed]
         early = ", stopped early" if run.stopped_early else ""
         row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}{early}", float(last["test_acc"]), float(last["best_acc"])]
         rows.append([*row, last.get("best_epoch", "-")])

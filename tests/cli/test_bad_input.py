@@ -123,6 +123,8 @@ COMMANDS = {
     "no such data": (["eval", "-m", "resnet8", "-c", "x", "-d", "digit"], "did you mean digits?"),
     "nothing to evaluate": (["eval"], "say what to evaluate: -r RUN, or -m MODEL"),
     "no run": (["eval", "-r", "nowhere"], "nowhere: is no run's folder"),
+    "a file for a folder": ([*EVALUATE, "--out", "/dev/null"], "is a file; name a folder of yours"),
+    "a configuration without --cfg": (["train_ours", "digits.yaml", "SEED", "1"], "type --cfg digits.yaml"),
     "a run and its data": (["eval", "-r", "nowhere", "-d", "digits"], "-r RUN says model, checkpoint and data set"),
     "no such user": (["eval", "-m", "resnet8", "-c", "x", "-d", "npz", "-r", "~nosuchuser/x"], "~nosuchuser"),
     "no teacher of that name": ([*EVALUATE[:-1], "pretrain"], "digits_teachers/resnet8_vanilla"),

@@ -78,6 +78,16 @@ def test_another_teacher_or_other_data_are_refused(small, tmp_path):
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}, "nothing is written"
 
 
+def test_data_of_more_classes_are_refused_as_other_data(small, tmp_path):
+    run(small, tmp_path, SOLVER__EPOCHS=1)
+    with np.load(small[small.index("DATASET.ROOT") + 1]) as file:
+        arrays = dict(file)
+    arrays["train_labels"][0] = arrays["train_labels"].max() + 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(UserError, match="in DATASET.ROOT is not what this run was started with"):
+        run([*small, "DATASET.ROOT", str(tmp_path / "other.npz")], tmp_path, resume=True, SOLVER__EPOCHS=2)
+
+
 @pytest.mark.parametrize("change", ["summary first", "gone", "junk"])
 def test_a_record_that_lacks_epochs_costs_no_run(small, tmp_path, capsys, change):
     opts = [*small, "DISTILLER.TYPE", "DTKD"]

@@ -4,6 +4,7 @@ import argparse
 import pickle
 import random
 import tarfile
+import warnings
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import Bomb, refused, same
 from methods import model
+from torch import nn
 
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
@@ -160,6 +162,30 @@ def test_what_does_not_fit_is_listed(tmp_path):
 def test_a_pickled_network_is_told_how_to_become_a_checkpoint(tmp_path, legacy):
     torch.save(model(), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
     check_refused(tmp_path / "x.pth", r"pickled mdistiller.models.resnet.ResNet, .*state_dict\(\), 'weights.pth'\)")
+
+
+def test_files_of_other_kinds_are_named(tmp_path):
+    (tmp_path / "s.pth").write_bytes((60).to_bytes(8, "little") + b'{"fc.weight":{"dtype":"F32"')
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>\n<title>404</title>")
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pth")
+    torch.save(model().state_dict(), tmp_path / "half.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:9000])
+    (tmp_path / "junk.pth").write_bytes(b"\x01" * 100)
+    says = {
+        "s": "is a file of safetensors; give it a name that ends so, s.safetensors",
+        "page": "text, '<!DOCTYPE html> ...'; fetch the file itself",
+        "pointer": "text, 'version https://git-lfs",
+        "script": "TorchScript; do torch.save.torch.jit.load.'script.pth'",
+        "half": "is damaged",
+        "junk": "is damaged",
+    }
+    for name, words in says.items():
+        with pytest.raises(UserError, match=words) as caught:
+            checkpoint.load(tmp_path / f"{name}.pth")
+        assert "weights_only" not in str(caught.value), "torch's advice is on its own call"
 
 
 def test_an_archive_is_named(tmp_path):

@@ -9,7 +9,7 @@ from studies import write_run
 from mdistiller import config
 from mdistiller.errors import UserError
 from mdistiller.study.groups import differing, group_runs
-from mdistiller.study.runs import read_run, rule_of
+from mdistiller.study.runs import read_run, read_runs, rule_of
 
 
 def test_seeds_are_averaged_and_nothing_else(tmp_path):
@@ -120,6 +120,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, name, text, message):
         read_run(folder)
     with pytest.raises(UserError, match="is no run's folder"):
         read_run(tmp_path)
+
+
+def test_files_beside_runs_are_passed_over(tmp_path):
+    write_run(tmp_path, "run", [50.0])
+    for name in ("seeds.json", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    assert [run.name for run in read_runs(sorted(tmp_path.iterdir()))] == ["run"]
+    with pytest.raises(UserError, match="notes.txt: is no run's folder"):
+        read_runs([tmp_path / "notes.txt"])
 
 
 def test_seconds_are_shared_as_long_as_others_are_there(tmp_path):

@@ -1,5 +1,7 @@
 """Tables as people and programs read them, and what stands beside published figures."""
 
+import json
+
 import numpy as np
 import pytest
 from studies import write_run
@@ -67,6 +69,22 @@ def test_runs_side_by_side(tmp_path):
         ["a", "NONE", "-", "resnet8", "digits", "0", "2/2", "40.00", "50.00", "-"],
         ["long-name", "NONE", "-", "resnet8", "cifar100", "12", "1/1", "61.00", "61.00", "-"],
     ]
+
+
+def test_runs_side_by_side_name_what_they_were_computed_from_where_it_differs(tmp_path):
+    taught = {"DISTILLER__TYPE": "KD", "DATASET__TYPE": "npz", "DISTILLER__TEACHER": "resnet20"}
+    runs = []
+    for name, data, teacher in (("r", "x", "t"), ("s", "x", "u"), ("t", "y", "u")):
+        keys = {"DATASET__ROOT": f"{data}.npz", "DISTILLER__TEACHER_CKPT": f"{teacher}.pth"}
+        folder = write_run(tmp_path, name, [50.0], **taught | keys)
+        digests = {"sha256": {"data": data, "teacher": teacher}}
+        (folder / "environment.json").write_text(json.dumps(digests))
+        runs.append(read_run(folder))
+    rows = tables.compared(runs).rows
+    assert [(row[2], row[4]) for row in rows] == [
+        ("resnet20 t.pth", "npz x.npz"), ("resnet20 u.pth", "npz x.npz"), ("resnet20 u.pth", "npz y.npz"),
+    ]  # fmt: skip
+    assert tables.compared(runs[1:2]).rows[0][2] == "resnet20"
 
 
 def test_what_runs_share_stands_above_and_a_terminal_s_width_is_kept(tmp_path):
