@@ -201,9 +201,10 @@ def _known(prefix: str, name: str, names: list[str]) -> None:
     if name not in names:
         near = ", ".join(f"{prefix}:{close}" for close in nearest(name, names, 3))
         library = {"timm": "timm", "tv": "torchvision.models"}[prefix]
+        apart = f", {' and '.join(WITH_AUX)} apart" if prefix == "tv" else ""
         raise UnknownName(
             f"unknown model '{prefix}:{name}'; "
-            + (f"near it: {near}" if near else f"{library}.list_models() has them all")
+            + (f"near it: {near}" if near and name not in WITH_AUX else f"{library}.list_models() has them all{apart}")
         )
 
 

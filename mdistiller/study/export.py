@@ -106,13 +106,13 @@ def export(file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence
         data = networks.data(run)
         models = {"student": networks.network(run, "STUDENT", file)}
     except Missing as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error).replace("--opts DATASET.ROOT", "--root")) from None
     if run.taught:
         try:
             theirs = networks.teacher_file(run)
             models["teacher"] = networks.network(run, "TEACHER", theirs, run.cfg.DISTILLER.ENSEMBLE)
         except Missing as error:
-            say(f"without the teacher: {error}")
+            say(f"without the teacher: {str(error).partition(';')[0]}")
     found = Exported(run, file.name, out or file.parent / "export")
     found.folder.mkdir(parents=True, exist_ok=True)
     for name, model in models.items():

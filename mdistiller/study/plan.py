@@ -233,7 +233,7 @@ class Shipped:
             found: dict[tuple, Path] = {}
             for file in sorted((self.folder / method.lower()).glob("[!_]*.yaml")):
                 section = config.read(file).get("DISTILLER", {})
-                if section.get("TYPE") == method:
+                if section.get("TYPE", "NONE") == method:
                     teacher = "" if method == "NONE" else section.get("TEACHER")
                     found.setdefault((teacher, section.get("STUDENT")), file)
             self.files[method] = found

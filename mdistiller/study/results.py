@@ -189,9 +189,17 @@ def _protocol_note(groups: Sequence[Group]) -> str:
     precision = "float32" if solver.AMP == "none" else f"{solver.AMP} autocast"
     return (
         f"Protocol: {cfg.DATASET.TYPE}, {counted(solver.EPOCHS, 'epoch')}, batches of {solver.BATCH_SIZE}, "
-        f"learning rate {' and '.join(texts)}, times {solver.LR_DECAY_RATE:g} after epochs "
-        f"{', '.join(map(str, solver.LR_DECAY_STAGES))}, weight decay {solver.WEIGHT_DECAY:g}, {precision}."
+        f"{'' if solver.TYPE == 'SGD' else f'{solver.TYPE}, '}learning rate {' and '.join(texts)}, {_course(solver)}, "
+        f"weight decay {solver.WEIGHT_DECAY:g}, {precision}."
     )
+
+
+def _course(solver: Mapping) -> str:
+    """Return how the learning rate goes on from its first value."""
+    falls = ", ".join(str(stage) for stage in solver.LR_DECAY_STAGES if stage < solver.EPOCHS)
+    course = f"times {solver.LR_DECAY_RATE:g} after epochs {falls}" if falls else "constant"
+    course = "along a cosine to 0" if solver.SCHEDULE == "cosine" else course
+    return f"{course}, warm-up {solver.WARMUP:g}" if solver.WARMUP else course
 
 
 def _machine_note(groups: Sequence[Group]) -> str:

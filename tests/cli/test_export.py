@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,10 @@ def test_other_forms(trained, tmp_path, form):
 def test_mistakes_are_a_line(trained, tmp_path, monkeypatch):
     with refused("nowhere: is no checkpoint in a run's folder; name RUN/student_best"):
         export(tmp_path / "nowhere", ["torch"], None)
+    with refused("gone.npz: cannot be read .*; point to it with --root PATH"):
+        export(trained / "student_best", ["torch"], None, root="gone.npz")
+    with refused("--out /dev/null: .* is a file; name a folder of yours"):
+        export(trained / "student_best", ["torch"], Path("/dev/null"))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
     with refused("--to onnx: needs .*onnxruntime; pip install"):

@@ -110,6 +110,7 @@ def test_an_unknown_name_is_one_line_with_the_nearest(monkeypatch):
         ("timm:resnet19", "timm:resnet18"),
         ("tv:mobilenet_v4", "tv:mobilenet_v2"),
         ("tv:qq", "list_mod"),
+        ("tv:inception_v3", "googlenet and inception_v3 apart"),
     ):
         with refused(f"DISTILLER.STUDENT: unknown model '{name}'; .*{says}"):
             config.load(None, ["DISTILLER.STUDENT", name])

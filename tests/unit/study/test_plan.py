@@ -111,6 +111,12 @@ def test_a_plan_says_what_it_lacks(small_plan, keys, message):
     assert message in str(caught.value)
 
 
+def test_a_student_alone_needs_no_method_in_its_file(small_plan):
+    file = small_plan.parent / "configs" / "none" / "resnet8.yaml"
+    change(file, DISTILLER={"STUDENT": "resnet8"})
+    assert "resnet8" in {group.cfg.DISTILLER.STUDENT for group in plan.load(small_plan).groups}
+
+
 def test_a_plan_may_take_teachers_that_are_trained_already():
     study = plan.load(PLANS / "imagenet_pairs.yaml")
     assert {group.cfg.DISTILLER.TEACHER_CKPT for group in study.groups if group.method != "NONE"} == {"pretrained"}

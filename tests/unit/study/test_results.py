@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT
 from studies import PLANS, PUBLISHED, change, record, write_records
 
+from mdistiller.config import load
 from mdistiller.distillers import distiller_dict
 from mdistiller.errors import UserError
 from mdistiller.study import plan, results
@@ -219,3 +220,13 @@ def test_a_page_links_the_charts_where_they_are(tmp_path):
         with pytest.raises(UserError, match="--page"):
             results.fill(file, PLANS, None, tmp_path / "mine")
     assert len(read_records(tmp_path / "mine/runs.jsonl")) == 12
+
+
+def test_the_protocol_says_how_the_rate_goes_on():
+    def course(**keys):
+        return results._course(load(None, [word for key, v in keys.items() for word in (f"SOLVER.{key}", v)]).SOLVER)
+
+    assert course() == "times 0.1 after epochs 150, 180, 210"
+    assert course(EPOCHS=160) == "times 0.1 after epochs 150"
+    assert course(EPOCHS=2) == "constant"
+    assert course(SCHEDULE="cosine", WARMUP=5) == "along a cosine to 0, warm-up 5"
