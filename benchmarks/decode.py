@@ -17,7 +17,7 @@ import torch
 from mdistiller.config import load
 from mdistiller.dataset import Batches, load_dataset
 from mdistiller.device import prepare
-from mdistiller.engine.build import build_model
+from mdistiller.models import build_model
 
 
 def main() -> None:

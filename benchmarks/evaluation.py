@@ -21,12 +21,13 @@ from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batches
 from mdistiller.device import autocast, resolve_device
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.evaluator import scores_of
+from mdistiller.engine.method import prepare_parts
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import run_command
+from mdistiller.models import build_model
 
 BATCH, CLASSES, MEAN, STD = 64, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 TRAIN, TEST = 50_000, 10_000

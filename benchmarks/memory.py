@@ -20,8 +20,8 @@ from speed import BATCH, CLASSES, NAMES, OurLoop, PlainLoop, precisions
 from torch.nn import functional as F
 
 from mdistiller.device import resolve_device
-from mdistiller.engine.build import build_model
 from mdistiller.errors import run_command
+from mdistiller.models import build_model
 
 MB = 2**20
 

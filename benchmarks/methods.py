@@ -20,10 +20,11 @@ from mdistiller.config import load
 from mdistiller.dataset import Batches
 from mdistiller.device import resolve_device
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.build import build_model, prepare_parts
+from mdistiller.engine.method import prepare_parts
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import UserError, run_command
+from mdistiller.models import build_model
 
 BATCH, SAMPLES, CLASSES = 64, 50_000, 100
 

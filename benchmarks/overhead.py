@@ -22,8 +22,9 @@ import torch
 from mdistiller.config import load
 from mdistiller.dataset import ImageSet
 from mdistiller.device import resolve_device
-from mdistiller.engine.build import Workspace, build_distiller, build_trainer
+from mdistiller.engine.build import Workspace, build_trainer
 from mdistiller.engine.evaluator import Scores
+from mdistiller.engine.method import build_distiller
 from mdistiller.engine.solver import set_lr
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import run_command

@@ -41,14 +41,14 @@ from mdistiller.bank.teacher import Bank, TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.device import AMP_DTYPES, has_bf16, resolve_device, set_determinism, side_stream
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.cfg import CFG, load
 from mdistiller.engine.feed import Feed
+from mdistiller.engine.method import prepare_parts
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form
 from mdistiller.errors import run_command
-from mdistiller.models import cifar_model_dict
+from mdistiller.models import build_model, cifar_model_dict
 from mdistiller.runs.folder import check_writable
 
 BATCH, CLASSES, EPOCH, MEAN, STD = 64, 100, 50_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

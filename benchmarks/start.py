@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from mdistiller.engine.build import build_model
 from mdistiller.engine.cfg import load
+from mdistiller.models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

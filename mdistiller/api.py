@@ -13,14 +13,15 @@ from mdistiller.bank.inference import Inference
 from mdistiller.config import Config, merge_pairs, needs_teacher
 from mdistiller.dataset import ImageSet, image_set, load_dataset
 from mdistiller.device import callers_state, prepare, resolve_device, unprepare
-from mdistiller.engine.build import NO_NETWORKS, Networks, Workspace, build_model, check_network, layer_names
+from mdistiller.engine.build import Workspace
 from mdistiller.engine.cfg import load
 from mdistiller.engine.evaluator import Scores, evaluation_batches, scores_of
+from mdistiller.engine.method import NO_NETWORKS, Networks, check_network, layer_names
 from mdistiller.engine.run import train as train_run
 from mdistiller.engine.seeds import seeds_of, spread, train_seeds
 from mdistiller.errors import UserError
 from mdistiller.files import expand
-from mdistiller.models import Ensemble, fit_inputs
+from mdistiller.models import Ensemble, build_model, fit_inputs
 from mdistiller.runs import checkpoint
 from mdistiller.terminal import silence
 

@@ -22,9 +22,9 @@ from mdistiller.bank.inference import Inference
 from mdistiller.bank.teacher import TeacherLogits
 from mdistiller.dataset import Batches
 from mdistiller.distillers import LogitDistiller, distiller_dict
-from mdistiller.engine.build import build_model, prepare_parts
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.graph import GraphStep
+from mdistiller.engine.method import prepare_parts
 from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.solver import DOT, Schedule, set_lr, sgd
@@ -32,7 +32,7 @@ from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError, run_command
-from mdistiller.models import cifar_model_dict
+from mdistiller.models import build_model, cifar_model_dict
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.runs.stop import Stop

@@ -1,166 +1,26 @@
-"""From a configuration to a trainer: models, method, optimizer, data, teacher's logits."""
+"""From a configuration to a trainer: data, optimizer, the teacher's logits, the step."""
 
-import copy
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
-from mdistiller.config import DOT_TRAINERS, PLUGINS, TWO_VIEWS, Config, get, used_code, used_names
+from mdistiller.config import DOT_TRAINERS, TWO_VIEWS, used_code, used_names
 from mdistiller.dataset import Batches, ImageSet, Mixing, dataset_dict
-from mdistiller.device import prepare
-from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, part_of, rule_name
-from mdistiller.distillers.features import images_of
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
+from mdistiller.engine.method import NO_NETWORKS, Networks, build_distiller
 from mdistiller.engine.solver import DOT, Schedule, adamw, by_decay, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
 from mdistiller.engine.trainer import Options, Trainer
-from mdistiller.errors import UserError, check_signature, users_code
-from mdistiller.files import expand
-from mdistiller.models import (
-    Ensemble,
-    build_model,
-    check_parts,
-    fit_inputs,
-    freeze,
-    give_features,
-    given_parts,
-    name_layers,
-)
-from mdistiller.registry import name_and_file
+from mdistiller.errors import UserError
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
 from mdistiller.runs.stop import Stop
-
-
-class Networks(NamedTuple):
-    """Networks that the caller brings, in place of those that the configuration names. They are copied, not touched.
-    `*_layers`: names of the layers whose outputs are the features of one that returns logits alone.
-    """
-
-    student: nn.Module | None = None
-    teacher: nn.Module | None = None
-    student_layers: tuple[str, ...] = ()
-    teacher_layers: tuple[str, ...] = ()
-
-
-NO_NETWORKS = Networks()
-
-
-def check_network(name: str, network: object) -> None:
-    """Raise UserError where `network` is neither a name nor a module nor None."""
-    if isinstance(network, (str, nn.Module, type(None))):
-        return
-    if isinstance(network, type):
-        raise UserError(f"{name}: is the class {network.__name__}; pass an object of it, {network.__name__}(...)")
-    raise UserError(
-        f"{name}: must be a name of cifar_model_dict, timm:NAME, tv:NAME or an nn.Module; got {type(network).__name__}"
-    )
-
-
-def layer_names(
-    layers: tuple[Sequence[str], Sequence[str]] | None, teacher: object, student: object
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the student's layers and of the teacher's. Raises UserError for what are none."""
-    sides = ((), ()) if layers is None else layers
-    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
-    if not (pair and all(isinstance(s, (tuple, list)) and all(isinstance(n, str) for n in s) for s in sides)):
-        raise UserError(
-            f'layers: must be two lists of names, the teacher\'s first, such as (["stem"], ["stem"]); got {layers!r}'
-        )
-    for side, names, network in zip(("teacher", "student"), sides, (teacher, student), strict=True):
-        if names and not isinstance(network, nn.Module):
-            raise UserError(f"layers: are for a module of yours, and the {side} is {network!r}; pass [] for its names")
-    return tuple(sides[1]), tuple(sides[0])
-
-
-def copy_model(given: nn.Module, layers: Sequence[str], size: int) -> nn.Module:
-    """Return a copy of `given` on the CPU; with `layers`, one that returns their outputs on images `size` pixels high
-    as well.
-    """
-    model = copy.deepcopy(given).cpu()
-    return name_layers(model, layers, size) if layers else model
-
-
-def reads_features(cls: type) -> bool:
-    """Return whether the method `cls` may read features; one from outside may, unless its base says no."""
-    built_in = cls.__module__.startswith("mdistiller.")
-    return bool(cls.needs_features) or not (built_in or part_of(cls) == "losses")
-
-
-def build_distiller(
-    cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device, networks: Networks = NO_NETWORKS
-) -> nn.Module:
-    """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`.
-
-    Raises UserError where a network does not fit the data, or lacks features that the method compares.
-    """
-    cls, names, size = distiller_dict[cfg.DISTILLER.TYPE], cfg.DISTILLER, data.train_images.shape[1]
-    check_method(names.TYPE, cls)
-
-    def network(side: str, given: nn.Module | None, layers: Sequence[str]) -> nn.Module:
-        name = names[side]
-        if given is None:
-            model = build_model(name, data.num_classes, cfg.DATASET.TYPE, names[f"{side}_SIZE"])
-            fit_inputs(give_features(model, reads_features(cls)), data.mean, data.std, size)
-        else:
-            model = copy_model(given, layers, size)
-        parts = given_parts(model, name, data.num_classes, size)
-        missing = [part for part in cls.needs_features if part not in parts]
-        if missing:
-            named = given is not None and "preact_feats" not in missing
-            layers_help = ", or name its layers, layers=([the teacher's], [the student's])" if named else ""
-            raise UserError(
-                f"{names.TYPE} compares features, and the model {name} does not give {', '.join(missing)}; take a "
-                f"method that compares logits, such as KD, or let the model give them (docs/plugins.md){layers_help}"
-            )
-        if cls.__module__.startswith("mdistiller."):  # others may have a contract of their own
-            check_parts(model, name, size, cls.needs_features, cls.least_maps)
-        return model
-
-    if networks.student is not None and not any(part.requires_grad for part in networks.student.parameters()):
-        raise UserError(f"student: {names.STUDENT} has no parameter that learns; student.requires_grad_() thaws all")
-    student, teacher = network("STUDENT", networks.student, networks.student_layers), None
-    if names.STUDENT_CKPT:
-        source, head = expand(names.STUDENT_CKPT), names.NEW_HEAD
-        checkpoint.load_weights(student, names.STUDENT, data.num_classes, source, head)
-    freeze(student, cfg.SOLVER.FREEZE, names.STUDENT)
-    if cls.needs_teacher:
-        teacher = network("TEACHER", networks.teacher, networks.teacher_layers)
-        if teacher_file and networks.teacher is None:
-            head = names.NEW_HEAD and bool(cls.needs_features)  # logits of a new one are nothing to learn from
-            checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file, head)
-        if networks.teacher is None:
-            teacher = join_teachers(cfg, teacher, data, loaded=teacher_file is not None)
-    offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
-    offered, what = {name: offered[name] for name in cls.needs}, f"the method {names.TYPE}"
-    check_signature(cls, (student, teacher, cfg), offered, what, ", ".join(["(student, teacher, cfg", *offered]) + ")")
-    with users_code(what), images_of(tuple(data.train_images.shape[1:3])):
-        distiller = cls(student, teacher, cfg, **offered)
-    if isinstance(distiller, RuleDistiller):
-        check_rule(distiller.rule, rule_name(cfg, distiller.own_rule), data.num_classes)
-    return prepare_parts(distiller, device)
-
-
-def join_teachers(cfg: CfgNode, first: nn.Module, data: ImageSet, loaded: bool = True) -> nn.Module:
-    """Return the teacher `first` together with those of DISTILLER.ENSEMBLE, `loaded` from their files or not."""
-    networks, size, num_classes = [first], data.test_images.shape[1], data.num_classes
-    for text in cfg.DISTILLER.ENSEMBLE:
-        name, file = name_and_file(text)
-        network = give_features(build_model(name, num_classes, cfg.DATASET.TYPE), False)
-        fit_inputs(network, data.mean, data.std, size)
-        given_parts(network, name, num_classes, size)
-        if loaded:
-            checkpoint.load_weights(network, name, num_classes, expand(file))
-        networks.append(network)
-    return Ensemble(networks, cfg.DISTILLER.ENSEMBLE_MEAN) if len(networks) > 1 else first
 
 
 def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
@@ -198,56 +58,6 @@ def rehearse(cfg: CfgNode, workspace: "Workspace", images: int = 8) -> None:
     batches = training_batches(cfg, data)
     plan = batches.plan(1)[:, : min(images, solver.BATCH_SIZE)].to(workspace.device)
     Step(distiller, optimizer, workspace.device, solver.AMP)(batches.batch(plan), 1)
-
-
-def refuse_unused(cfg: Config) -> None:
-    """Raise UserError where the configuration asks of the method what it does not do. (NONE may train a teacher, with
-    its student's settings.)
-    """
-    method, cls = cfg.DISTILLER.TYPE, distiller_dict[cfg.DISTILLER.TYPE]
-    if cfg.SOLVER.TRAINER in TWO_VIEWS and not cls.takes_strong_view:
-        takers = [name for name, taker in distiller_dict.items() if taker.takes_strong_view]
-        raise UserError(
-            f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} gives a second, strong view, which {method} does not take; set "
-            f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
-        )
-    refuse_soft_labels(cfg, cls)
-    if not cls.needs_teacher:
-        return
-    if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
-        raise UserError(
-            f"DISTILLER.ENSEMBLE: {method} compares features, of which several teachers have no mean; name one, or "
-            "take a method that compares logits, such as KD"
-        )
-    stand = cfg.EXPERIMENT.LOGIT_STAND
-    if stand and distiller_dict.own.get(method) is not cls:  # a method file may read the key itself, as LSKD's do
-        stand = not any("LOGIT_STAND" in PLUGINS[digest].text for digest in cfg.plugins)
-    rule = "EXPERIMENT.LOGIT_STAND" if stand else "TEMPERATURE.RULE"
-    if (cfg.TEMPERATURE.RULE or stand) and not issubclass(cls, RuleDistiller):
-        takers = [name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller)]
-        raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
-    if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
-        raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
-
-
-def refuse_soft_labels(cfg: Config, cls: type) -> None:
-    """Raise UserError where labels are to be smoothed or images mixed, and the method or trainer cannot have that."""
-    soft = [key for key in ("DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING") if get(cfg, key)]
-    if soft and (cls.needs_labels or cfg.TEMPERATURE.PART != "all"):
-        what = cfg.DISTILLER.TYPE if cls.needs_labels else f"TEMPERATURE.PART {cfg.TEMPERATURE.PART}"
-        raise UserError(f"{soft[0]}: {what} needs the one label of each image, which is none then; leave it out")
-    if cfg.SOLVER.TRAINER in TWO_VIEWS and (cfg.DATASET.MIXUP or cfg.DATASET.CUTMIX):
-        raise UserError(
-            f"{soft[0]}: SOLVER.TRAINER {cfg.SOLVER.TRAINER} has two views of each image, which are not mixed"
-        )
-
-
-def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
-    """Return the method on `device`, its models in the form that trains fastest there."""
-    for part in (distiller.student, distiller.teacher):
-        if part is not None:
-            prepare(part, device)
-    return distiller.to(device)
 
 
 class Workspace:

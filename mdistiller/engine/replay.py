@@ -7,9 +7,9 @@ import torch
 
 from mdistiller.dataset import Batch, TwoViews, load_dataset
 from mdistiller.device import resolve_device
-from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
+from mdistiller.engine.method import build_distiller
 from mdistiller.errors import UserError
 from mdistiller.runs import checkpoint
 

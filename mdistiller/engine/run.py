@@ -12,16 +12,10 @@ from yacs.config import CfgNode
 from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher, teacher_names, used_names
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
-from mdistiller.engine.build import (
-    Workspace,
-    build_distiller,
-    build_trainer,
-    check_last_batch,
-    prepare_parts,
-    refuse_unused,
-    rehearse,
-)
+from mdistiller.engine.build import Workspace, build_trainer, check_last_batch, rehearse
 from mdistiller.engine.cfg import describe, unread_overrides
+from mdistiller.engine.method import build_distiller, prepare_parts
+from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.teachers import find_teacher, find_teachers
 from mdistiller.errors import RunFailed, UserError

@@ -11,8 +11,8 @@ from torch import nn
 
 from mdistiller import config
 from mdistiller.dataset import ImageSet
-from mdistiller.engine.build import join_teachers
 from mdistiller.engine.evaluator import Report, evaluate_checkpoint
+from mdistiller.engine.method import join_teachers
 from mdistiller.errors import UserError
 from mdistiller.study import statistics as st
 from mdistiller.study.charts import Chart, Panel, write_table

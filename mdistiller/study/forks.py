@@ -11,7 +11,9 @@ import torch
 from mdistiller import config, registry
 from mdistiller.config import TWO_VIEWS, Config
 from mdistiller.dataset import Batch, ImageSet, TwoViews, image_set
-from mdistiller.engine.build import build_distiller, build_optimizer, refuse_unused
+from mdistiller.engine.build import build_optimizer
+from mdistiller.engine.method import build_distiller
+from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.solver import set_lr
 from mdistiller.engine.step import Step
 from mdistiller.errors import UserError

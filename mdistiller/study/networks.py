@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from mdistiller import config, files
 from mdistiller.dataset import Batches, ImageSet, dataset_dict, load_dataset
 from mdistiller.device import prepare, resolve_device
-from mdistiller.engine.build import build_model, join_teachers
 from mdistiller.engine.evaluator import CLASSES
+from mdistiller.engine.method import join_teachers
 from mdistiller.engine.teachers import teacher_files
 from mdistiller.errors import UserError
-from mdistiller.models import cifar_model_dict, fit_inputs
+from mdistiller.models import build_model, cifar_model_dict, fit_inputs
 from mdistiller.registry import model_refusal
 from mdistiller.runs.checkpoint import is_source, load_weights
 from mdistiller.study.runs import Run

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from mdistiller import config, registry
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.build import refuse_unused
+from mdistiller.engine.refusals import refuse_unused
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.runs.folder import MOST_BYTES, run_folder
 from mdistiller.study.runs import Group, Run, own_rule

@@ -13,8 +13,9 @@ from mdistiller.config import in_place_of_built_in, load
 from mdistiller.dataset import Batch, TwoViews, image_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers.KD import KD
-from mdistiller.engine.build import build_distiller, refuse_unused
 from mdistiller.engine.cfg import unread_overrides
+from mdistiller.engine.method import build_distiller
+from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.solver import set_lr, sgd
 from mdistiller.engine.step import Step
 from mdistiller.errors import ConfigError, RunFailed, UserError

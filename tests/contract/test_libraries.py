@@ -16,7 +16,7 @@ import mdistiller as md
 from mdistiller import config, registry
 from mdistiller.bank.inference import Inference
 from mdistiller.dataset import image_set
-from mdistiller.engine.build import NO_NETWORKS, build_distiller
+from mdistiller.engine.method import NO_NETWORKS, build_distiller
 from mdistiller.engine.run import train
 from mdistiller.engine.teachers import find_teacher, teacher_config, teacher_files
 from mdistiller.errors import DamagedFile

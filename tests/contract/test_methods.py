@@ -18,7 +18,7 @@ import mdistiller.losses as L
 from mdistiller import config
 from mdistiller.device import prepare
 from mdistiller.distillers import Distiller, LogitDistiller, distiller_dict
-from mdistiller.engine.build import prepare_parts
+from mdistiller.engine.method import prepare_parts
 
 DISTILS = [name for name in METHODS if name != "NONE"]
 # Identical networks cost nothing, where the maths says so: the others have modules of their own between the two, or

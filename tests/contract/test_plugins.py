@@ -19,8 +19,8 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._adapter import adapt
 from mdistiller.distillers.CRD import CRD
 from mdistiller.distillers.KD import KD
-from mdistiller.engine.build import prepare_parts
 from mdistiller.engine.cfg import unread_overrides
+from mdistiller.engine.method import prepare_parts
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.runs.recorder import read_metrics
 
@@ -190,7 +190,7 @@ def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
         from mdistiller.config import load
         from mdistiller.dataset import load_dataset
         from mdistiller.distillers import distiller_dict
-        from mdistiller.engine.build import build_distiller
+        from mdistiller.engine.method import build_distiller
         given = ["EXPERIMENT.PLUGINS", "['small_net.py', 'staged_net.py', 'squares.py']", "CRD.NCE.K", 8]
         given += ["DATASET.TYPE", "squares", "DISTILLER.STUDENT", "StagedNet", "DISTILLER.TEACHER"]
         load(None, [*given, "StagedNet"])

@@ -10,7 +10,7 @@ from mdistiller.dataset import get_dataset, load_dataset
 from mdistiller.device import seed_everything
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.base_trainer import METERS
-from mdistiller.engine.build import build_distiller
+from mdistiller.engine.method import build_distiller
 from mdistiller.engine.run import train
 from mdistiller.engine.trainer import DOT, BaseTrainer, CRDTrainer
 from mdistiller.engine.utils import AverageMeter, accuracy, adjust_learning_rate, save_checkpoint, validate

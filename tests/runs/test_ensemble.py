@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 import mdistiller as md
 from mdistiller import config
-from mdistiller.engine.build import build_model
 from mdistiller.engine.run import train
-from mdistiller.models import Ensemble
+from mdistiller.models import Ensemble, build_model
 from mdistiller.study.groups import group_runs
 from mdistiller.study.published import published_figure
 from mdistiller.study.runs import read_run

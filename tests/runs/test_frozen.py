@@ -14,6 +14,7 @@ from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.teachers import teacher_config, teacher_files
 from mdistiller.errors import Preempted
+from mdistiller.models import build_model
 from mdistiller.runs import checkpoint
 
 STEM = ["SOLVER.FREEZE", "[conv1.*, bn1.*, layer1.*]"]
@@ -30,7 +31,7 @@ def test_what_is_frozen_stays_in_every_bit_and_the_rest_learns(small, tmp_path, 
     folder = run(opts, tmp_path / "runs")
     before, after = (checkpoint.load(file)["model"] for file in (start, folder / "student_latest"))
     assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(is_frozen, before))
-    learning = len([name for name, _ in build.build_model("resnet8", 10).named_parameters() if not is_frozen(name)])
+    learning = len([name for name, _ in build_model("resnet8", 10).named_parameters() if not is_frozen(name)])
     count = len(checkpoint.load(folder / "latest")["optimizer"]["param_groups"][0]["params"])
     assert count == learning + (4 if method == "CRD" else 0), "CRD embeds both sides by a weight and a bias"
 

@@ -13,8 +13,9 @@ from torch.optim import lr_scheduler as torchs
 from mdistiller.config import load
 from mdistiller.dataset import Batch, Mixing
 from mdistiller.distillers.base import Vanilla
-from mdistiller.engine.build import build_optimizer, refuse_unused, schedule_of
+from mdistiller.engine.build import build_optimizer, schedule_of
 from mdistiller.engine.cfg import unread_overrides
+from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.engine.step import Step
 from mdistiller.errors import Preempted

@@ -9,7 +9,7 @@ from methods import batch, build, model
 from mdistiller import config
 from mdistiller.dataset import ImageSet
 from mdistiller.distillers.CRD import CRD, Negatives, nce_loss, similarities
-from mdistiller.engine.build import build_distiller
+from mdistiller.engine.method import build_distiller
 from mdistiller.errors import UserError
 
 

@@ -11,7 +11,7 @@ from mdistiller.config import load
 from mdistiller.distillers import RuleDistiller, distiller_dict, register_rule
 from mdistiller.distillers.CTKD import LearnedTemperature
 from mdistiller.distillers.rules import MIN_TEMPERATURE
-from mdistiller.engine.build import refuse_unused
+from mdistiller.engine.refusals import refuse_unused
 from mdistiller.errors import ConfigError, UserError
 from mdistiller.registry import temperature_rules
 

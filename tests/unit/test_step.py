@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from mdistiller import config
 from mdistiller.dataset import Batch
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.build import build_model
 from mdistiller.engine.evaluator import scores_of
 from mdistiller.engine.solver import DOT, Schedule, load_state, set_lr, state_of, zero_momenta
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import compiled_form
+from mdistiller.models import build_model
 
 
 def test_the_rate_falls_after_each_stages_epoch():

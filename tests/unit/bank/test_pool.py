@@ -13,7 +13,8 @@ from mdistiller import config
 from mdistiller.bank import pool
 from mdistiller.bank.pool import choose, share_of_draws
 from mdistiller.dataset import Batches, load_dataset
-from mdistiller.engine.build import Workspace, build_distiller, build_trainer
+from mdistiller.engine.build import Workspace, build_trainer
+from mdistiller.engine.method import build_distiller
 from mdistiller.errors import UserError
 
 

@@ -1,0 +1,47 @@
+"""What a configuration asks of a method that it does not do, said before anything is built."""
+
+from mdistiller.config import PLUGINS, TWO_VIEWS, Config, get
+from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.errors import UserError
+
+
+def refuse_unused(cfg: Config) -> None:
+    """Raise UserError where the configuration asks of the method what it does not do. (NONE may train a teacher, with
+    its student's settings.)
+    """
+    method, cls = cfg.DISTILLER.TYPE, distiller_dict[cfg.DISTILLER.TYPE]
+    if cfg.SOLVER.TRAINER in TWO_VIEWS and not cls.takes_strong_view:
+        takers = [name for name, taker in distiller_dict.items() if taker.takes_strong_view]
+        raise UserError(
+            f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} gives a second, strong view, which {method} does not take; set "
+            f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
+        )
+    refuse_soft_labels(cfg, cls)
+    if not cls.needs_teacher:
+        return
+    if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
+        raise UserError(
+            f"DISTILLER.ENSEMBLE: {method} compares features, of which several teachers have no mean; name one, or "
+            "take a method that compares logits, such as KD"
+        )
+    stand = cfg.EXPERIMENT.LOGIT_STAND
+    if stand and distiller_dict.own.get(method) is not cls:  # a method file may read the key itself, as LSKD's do
+        stand = not any("LOGIT_STAND" in PLUGINS[digest].text for digest in cfg.plugins)
+    rule = "EXPERIMENT.LOGIT_STAND" if stand else "TEMPERATURE.RULE"
+    if (cfg.TEMPERATURE.RULE or stand) and not issubclass(cls, RuleDistiller):
+        takers = [name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller)]
+        raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
+    if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
+        raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
+
+
+def refuse_soft_labels(cfg: Config, cls: type) -> None:
+    """Raise UserError where labels are to be smoothed or images mixed, and the method or trainer cannot have that."""
+    soft = [key for key in ("DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING") if get(cfg, key)]
+    if soft and (cls.needs_labels or cfg.TEMPERATURE.PART != "all"):
+        what = cfg.DISTILLER.TYPE if cls.needs_labels else f"TEMPERATURE.PART {cfg.TEMPERATURE.PART}"
+        raise UserError(f"{soft[0]}: {what} needs the one label of each image, which is none then; leave it out")
+    if cfg.SOLVER.TRAINER in TWO_VIEWS and (cfg.DATASET.MIXUP or cfg.DATASET.CUTMIX):
+        raise UserError(
+            f"{soft[0]}: SOLVER.TRAINER {cfg.SOLVER.TRAINER} has two views of each image, which are not mixed"
+        )
