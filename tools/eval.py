@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdistiller.config import CFG, KEYS, load
+from mdistiller.config import KEYS, load
 from mdistiller.errors import UserError, run_command
 
 
@@ -36,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins that bring the model or the data set"
     )
+    parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="keys of DATASET, such as DATASET.SIZE 64")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write accuracy by class and confusion matrices there (CSV, PNG)"
@@ -43,8 +44,8 @@ def main(words: Sequence[str] | None = None) -> None:
     a = parser.parse_args(words)
     if a.run and a.model and not a.root:  # beside a model, -r has always been the data set's folder
         a.run, a.root = None, str(a.run)
-    if a.run and (a.model or a.ckpt or a.dataset):
-        raise UserError("-r RUN says model, checkpoint and data set itself; leave out -m, -c and -d")
+    if a.run and (a.model or a.ckpt or a.dataset or a.pairs):
+        raise UserError("-r RUN says model, checkpoint and data set itself; leave out -m, -c, -d and KEY VALUE")
     if not a.run and not a.model:
         raise UserError("say what to evaluate: -r RUN, or -m MODEL -c CHECKPOINT -d DATASET")
 
@@ -55,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from mdistiller.study.tables import text_table
     from mdistiller.terminal import columns
 
-    load(None, ["EXPERIMENT.PLUGINS", a.plugins])
+    cfg = load(None, ["EXPERIMENT.PLUGINS", a.plugins, *a.pairs])
     device = resolve_device(a.device)
     check_amp(a.amp, device)
     if a.out:
@@ -66,7 +67,8 @@ def main(words: Sequence[str] | None = None) -> None:
         what = str(a.run)
     else:
         file, dataset = a.ckpt or "pretrain", a.dataset or "cifar100"
-        section = CFG.DATASET.clone()
+        section = cfg.DATASET.clone()
+        section.defrost()
         section.TYPE, section.ROOT = dataset, a.root or "./data"
         report = evaluate_checkpoint((a.model, a.size), file, section, a.batch_size, device, a.amp)
         reports, what = {a.model: report}, f"{a.model} from {file}"

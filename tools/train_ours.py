@@ -35,7 +35,8 @@ def main(words: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--seeds", metavar="N",
-        help="several students side by side, one for each SEED: 0 1 2, or 0-2; they share a teacher that is there, and its bank",
+        help="several students side by side, one for each SEED: 0 1 2, or 0-2; they share a teacher that is there, "
+        "and its bank",
     )  # fmt: skip
     lskd = parser.add_argument_group("LSKD's options")
     lskd.add_argument("--logit-stand", action="store_true", help="distil z-scores: EXPERIMENT.LOGIT_STAND True")
