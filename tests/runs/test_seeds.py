@@ -24,8 +24,8 @@ def alone(opts, prefix, seed, **changes) -> Path:
 @pytest.fixture
 def opened(monkeypatch):
     """The runs of a set, as they are opened."""
-    runs, real = [], seeds.Run
-    monkeypatch.setattr(seeds, "Run", lambda *given: runs.append(real(*given)) or runs[-1])
+    runs, real = [], seeds.OpenRun
+    monkeypatch.setattr(seeds, "OpenRun", lambda *given: runs.append(real(*given)) or runs[-1])
     return runs
 
 
