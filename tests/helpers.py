@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdistiller import config
+from mdistiller import config, registry
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.teacher import TeacherLogits
 from mdistiller.dataset import Batches
@@ -93,6 +94,26 @@ def tool(name: str, *words: object, cwd: Path) -> subprocess.CompletedProcess:
     """Run tools/NAME.py as a user would, in the folder `cwd`."""
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240)
+
+
+def called(name: str, *words: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Do what `tool` does, in this process, which has imported all of it."""
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+    before, argv, status = os.getcwd(), sys.argv, 0
+    try:
+        os.chdir(cwd)
+        sys.argv = [f"{name}.py", *map(str, words)]
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            run_command(load_tool(name).main)
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+        registry.use([])
+    for stream in streams:
+        stream.seek(0)
+    return subprocess.CompletedProcess(words, status, *(stream.read() for stream in streams))
 
 
 def load_tool(name: str) -> ModuleType:

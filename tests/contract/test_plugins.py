@@ -8,7 +8,7 @@ import textwrap
 import forks
 import pytest
 import torch
-from helpers import CPU, METHODS, ROOT, refused, save_teacher, tool
+from helpers import CPU, METHODS, ROOT, called, refused, save_teacher, tool
 from methods import batch, model
 
 import mdistiller as md
@@ -219,19 +219,19 @@ def the_tools_know_what_it_brings(folder, run):
     """In the folder of the plug-ins without a word, elsewhere with --plugins, whose lack they name."""
     (folder / "elsewhere").mkdir()
     for cwd, more in ((folder, []), (folder / "elsewhere", ["--plugins", *sorted(folder.glob("*.py"))])):
-        done = tool("analyze", run, "-o", cwd / "report", *more, cwd=cwd)
+        done = called("analyze", run, "-o", cwd / "report", *more, cwd=cwd)
         assert done.returncode == 0 and "not known here" not in done.stdout, done.stdout + done.stderr
         assert (cwd / "report" / "figures" / "calibration.csv").exists()
         assert "t-SNE: its networks give no pooled_feat" in done.stdout
-    done = tool("compare", run, cwd=folder / "elsewhere")
+    done = called("compare", run, cwd=folder / "elsewhere")
     assert "squares.py is neither in this folder nor in the run's; type --plugins PATH/squares.py" in done.stderr
     assert done.returncode == 0 and "squares" in done.stdout
     words = ["-m", "SmallNet", "-c", run / "student_latest", "-d", "squares"]
     done = tool("eval", *words, cwd=folder)
     assert done.returncode == 2 and "what a plug-in brings needs --plugins FILE" in done.stderr
-    done = tool("eval", *words, "--plugins", folder / "small_net.py", folder / "squares.py", cwd=folder / "elsewhere")
+    done = called("eval", *words, "--plugins", folder / "small_net.py", folder / "squares.py", cwd=folder / "elsewhere")
     assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
-    by_run = tool("eval", "-r", run, "--plugins", *sorted(folder.glob("*.py")), cwd=folder / "elsewhere")
+    by_run = called("eval", "-r", run, "--plugins", *sorted(folder.glob("*.py")), cwd=folder / "elsewhere")
     assert by_run.returncode == 0 and "student, best" in by_run.stdout, by_run.stderr
     assert "top-5" not in done.stdout and "test_acc_top5" not in (run / "metrics.jsonl").read_text(), "of four classes"
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import changed, outcome, refused, run, run_set, same, save_teacher, tool
+from helpers import called, changed, outcome, refused, run, run_set, same, save_teacher
 from notebook import TEST, Net, nets, quick
 from torch import nn
 from torch.nn import functional as F
@@ -63,7 +63,7 @@ def test_a_run_its_bank_and_its_seeds(two, tmp_path, stop_after):
     assert "KD: resnet14+resnet20 -> resnet8" in (whole / "worklog.txt").read_text()
     alone = outcome(run([*two, "DISTILLER.ENSEMBLE", "[]"], tmp_path / "alone"))[1]
     assert outcome(whole)[1] != alone, "the other teacher counts"
-    bank = {"TEACHER_BANK": "full", "TEACHER_BANK_FOLDER": tmp_path / "banks"}
+    bank = {"TEACHER_BANK": "lazy", "TEACHER_BANK_FOLDER": tmp_path / "banks"}
     assert same(outcome(run(two, tmp_path / "bank", **bank))[0]["model"], outcome(whole)[0]["model"])
     run(two, tmp_path / "mean", DISTILLER__ENSEMBLE_MEAN="probabilities", **bank)
     run([*two, "DISTILLER.ENSEMBLE", "[]"], tmp_path / "single", **bank)
@@ -102,7 +102,7 @@ def test_tables_and_evaluation_name_all_of_them(two, tmp_path):
     assert [group.pair for group in groups] == ["resnet14+resnet20 → resnet8", "resnet14 → resnet8"]
     figures = {"KD": {"resnet14/resnet8": 70.0}, "dataset": "npz"}
     assert [published_figure(group, figures) for group in groups] == [None, (70.0, 0.0)]
-    done = tool("eval", "-r", folder, "--out", tmp_path / "eval", cwd=tmp_path)
+    done = called("eval", "-r", folder, "--out", tmp_path / "eval", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     parameters = json.loads((tmp_path / "eval" / "scores.json").read_text())["teacher"]["parameters"]
     assert parameters == sum(p.numel() for n in ("resnet14", "resnet20") for p in build_model(n, 10).parameters())

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import refused, run, same
+from helpers import refused, run, same, save_teacher
 from PIL import Image
 from torchvision import transforms
 
@@ -288,10 +288,10 @@ def test_a_file_that_breaks_while_training_ends_the_run_in_a_line(tmp_path):
 
 
 def test_a_streamed_run_is_the_run_from_memory(tmp_path, stop_after, monkeypatch):
-    root = write_folder(tmp_path / "data", ("a", "b", "c"), 5)
+    root, teacher = write_folder(tmp_path / "data", ("a", "b", "c"), 5), save_teacher(tmp_path / "t", "resnet14", 3)
     words = [
         "DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root), "DATASET.SIZE", "32", "DATASET.AUGMENT", "crop_flip",
-        "DISTILLER.STUDENT", "resnet8", "DISTILLER.TEACHER", "resnet8", "DISTILLER.TRAIN_TEACHER", "True",
+        "DISTILLER.STUDENT", "resnet8", "DISTILLER.TEACHER", "resnet14", "DISTILLER.TEACHER_CKPT", str(teacher),
         "DISTILLER.TYPE", "DTKD", "SOLVER.BATCH_SIZE", "4", "SOLVER.EPOCHS", "2",
     ]  # fmt: skip
     monkeypatch.chdir(tmp_path)
