@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import get_weight
 
 from mdistiller.models._common import Network, Stage, features, global_average, init_kaiming
 from mdistiller.models.libraries import library_weights
@@ -133,6 +132,8 @@ def _register(constructor: Callable) -> Callable:
     name = constructor.__name__
 
     def fetch() -> dict[str, Tensor]:
+        from torchvision.models import get_weight  # which takes over a second to import
+
         return get_weight(f"{name}_Weights.IMAGENET1K_V1").get_state_dict(progress=True)
 
     @functools.wraps(constructor)
