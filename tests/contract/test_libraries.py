@@ -121,7 +121,8 @@ def test_an_unknown_name_is_one_line_with_the_nearest(monkeypatch):
 
 
 def test_names_that_are_not_used_import_no_library(tmp_path):
-    code = "import sys; from mdistiller import config; config.load(); sys.exit(bool({'timm', 'torchvision'} & sys.modules.keys()))"
+    code = "import sys; from mdistiller import config; config.load(); "
+    code += "sys.exit(bool({'timm', 'torchvision'} & sys.modules.keys()))"
     (tmp_path / "tools").mkdir()
     assert tool("train_ours", "--help", cwd=tmp_path).returncode == 0
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=240).returncode == 0
