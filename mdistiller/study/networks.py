@@ -65,7 +65,7 @@ class Networks:
         config.activate(run.plugins)  # another run's may bear the same names
         if kind not in dataset_dict:
             raise Missing(f"data set '{kind}' is not known here; name its plug-in with --plugins FILE")
-        key = (str(run.cfg.DATASET), run.plugins)
+        key = images_of(run)
         if key not in self._data:
             try:
                 if kind in CLASSES and not files.expand(root).exists():  # which would be fetched
@@ -92,9 +92,7 @@ class Networks:
             names.TEACHER,
             names.TEACHER_SIZE,
             names.ENSEMBLE_MEAN,
-            run.cfg.DATASET.TYPE,
-            run.cfg.DATASET.ROOT,
-            run.plugins,
+            *images_of(run),
             split,
         )
         if key not in self._teachers:
@@ -149,3 +147,9 @@ class Networks:
         model = self.network(run, side, file, beside)
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         return predict(prepare(model, device).eval(), images, labels, data, device)
+
+
+def images_of(run: Run) -> tuple:
+    """Return what tells the images of a run from those of another one."""
+    data = run.cfg.DATASET
+    return data.TYPE, data.ROOT, data.SIZE, data.CROP, tuple(data.BACKGROUND), run.plugins

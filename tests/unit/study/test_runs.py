@@ -9,6 +9,7 @@ from studies import write_run
 from mdistiller import config
 from mdistiller.errors import UserError
 from mdistiller.study.groups import differing, group_runs
+from mdistiller.study.networks import images_of
 from mdistiller.study.runs import read_run, read_runs, rule_of
 
 
@@ -143,3 +144,13 @@ def test_seconds_are_shared_as_long_as_others_are_there(tmp_path):
 
 def test_differing_keys_come_with_their_values():
     assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == {"b": [2, 3], "c": ["absent", 4]}
+
+
+def test_images_of_another_size_are_other_images(tmp_path):
+    """So that what a teacher says of them is not taken for these."""
+    runs = [
+        read_run(write_run(tmp_path, f"r{size}", [50.0], DATASET__TYPE="imagefolder", DATASET__SIZE=size))
+        for size in (32, 64)
+    ]
+    same = read_run(write_run(tmp_path, "w", [50.0], DATASET__TYPE="imagefolder", DATASET__SIZE=32, LOG__WANDB=True))
+    assert images_of(runs[0]) != images_of(runs[1]) and images_of(runs[0]) == images_of(same)
