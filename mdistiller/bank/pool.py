@@ -105,6 +105,13 @@ class TeacherPool:
         if not takes_logits(distiller):
             reason = f"teacher bank: none ({cfg.DISTILLER.TYPE} needs more of its teacher than logits)"
             return None, reason if cfg.TEACHER_BANK != "auto" else ""
+        if batches.mixing is not None and batches.mixing.mixes:
+            return None, "teacher bank: none (images are mixed)"
+        if batches.streamed and cfg.TEACHER_BANK != "auto":
+            raise UserError(
+                f"TEACHER_BANK: {cfg.TEACHER_BANK} keeps views of images in memory, and these are streamed; "
+                "set TEACHER_BANK auto"
+            )
         device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
         if device.type == "cuda" and self.stream is None:
             self.stream = torch.cuda.Stream(device)  # one for all, as a captured graph has one input and one output
@@ -112,15 +119,8 @@ class TeacherPool:
             self.inferences[digest] = Inference(
                 distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
             )
-        if batches.mixing is not None and batches.mixing.mixes:
-            return None, "teacher bank: none (images are mixed)"
         logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
-        if batches.streamed or not batches.views:
-            if cfg.TEACHER_BANK != "auto":
-                raise UserError(
-                    f"TEACHER_BANK: {cfg.TEACHER_BANK} keeps views of images in memory, and these are streamed; "
-                    "set TEACHER_BANK auto"
-                )
+        if batches.streamed:
             return logits, "teacher bank: none (pictures are streamed)"
         views = description(cfg, batches, digest, self.data_digest)
         beside = file

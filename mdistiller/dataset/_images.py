@@ -166,7 +166,7 @@ class Batches:
 
     @property
     def plan_device(self) -> torch.device:
-        """Where plans are wanted: where the images are looked up."""
+        """The device on which plans are wanted: the one where images are looked up."""
         return torch.device("cpu") if self.streamed else self.images.device
 
     def start(self, plan: Tensor, done: int = 0) -> None:
