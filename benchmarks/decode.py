@@ -2,22 +2,66 @@
 
 python3 benchmarks/decode.py FOLDER [--size 224] [--workers 2] [--student tv:resnet18]
 
-FOLDER holds train/CLASS/* and val/CLASS/*. "alone": one process that decodes and
-crops, times the number of processors; "stream": all that training gets of an
-epoch's batches, when it does nothing with them.
+FOLDER holds train/CLASS/* and val/CLASS/*. "alone": as many processes as there
+are workers decode and crop at once and hand nothing over; "stream": all that
+training gets of the same pictures, when it does nothing with them. Rounds of
+both follow each other; a figure is the median, "ratio" that of the rounds'.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import torch
+from torch import Tensor
 
 from mdistiller.config import load
 from mdistiller.dataset import Batches, load_dataset
+from mdistiller.dataset._pictures import Decoding, Pictures, units_of
 from mdistiller.device import prepare
 from mdistiller.models import build_model
+
+
+def decode(pictures: Pictures, unit: tuple[list[int], list[int]]) -> None:
+    """Decode a unit and give nothing back."""
+    Decoding(pictures).__getitems__(unit)
+
+
+def alone(pool: ProcessPoolExecutor, pictures: Pictures, parts: Sequence[Tensor]) -> float:
+    """Return the pictures a second of the pool's processes, which keep what they decode to themselves."""
+    units = [unit for part in parts for unit in units_of(part)]
+    begin = time.perf_counter()
+    list(pool.map(decode, [pictures] * len(units), units))
+    return sum(part.shape[1] for part in parts) / (time.perf_counter() - begin)
+
+
+def stream(batches: Batches, parts: Sequence[Tensor]) -> float:
+    """Return the pictures a second that a training gets."""
+    begin = time.perf_counter()
+    batches.reader.expect(parts)
+    for part in parts:
+        batches.reader.take(part)
+    return sum(part.shape[1] for part in parts) / (time.perf_counter() - begin)
+
+
+def waiting(batches: Batches, epoch: int, steps: int, student: str, classes: int) -> float:
+    """Return the share of the time of `steps` training steps that waits for pictures; the first does not count."""
+    network = prepare(build_model(student, classes), torch.device("cpu")).train()
+    waited, begin = [], time.perf_counter()
+    for batch in batches.epoch(epoch):
+        taken = time.perf_counter()
+        network(batch.image)[0].logsumexp(1).mean().backward()
+        end = time.perf_counter()
+        waited.append((taken - begin, end - begin))
+        begin = end
+        if len(waited) == steps:
+            break
+    waits, whole = zip(*(waited[1:] or waited), strict=True)
+    return sum(waits) / sum(whole)
 
 
 def main() -> None:
@@ -27,40 +71,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=2000, help="how many are decoded for each figure")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--student", default="tv:resnet18")
     a = parser.parse_args()
     words = ["DATASET.TYPE", "imagefolder", "DATASET.SIZE", str(a.size), "DATASET.NUM_WORKERS", str(a.workers)]
     data = load_dataset("imagefolder", a.folder, load(None, words).DATASET)
-    given = data.train_images, data.train_labels, data.mean, data.std, a.batch, "resized_crop"
-    batches, alone, streamed = Batches(*given), [], []
-    steps = max(1, min(a.images, batches.num_samples) // a.batch)
-    for number in range(a.rounds):
-        plan = batches.plan(number + 1)[:, : steps * a.batch]
-        begin = time.perf_counter()
-        for place, draw in zip(*plan[:2, : len(plan[0]) // a.workers].tolist(), strict=True):
-            data.train_images.image(place, draw)
-        alone.append(len(plan[0]) // a.workers / (time.perf_counter() - begin))
-        batches.start(plan)
-        begin = time.perf_counter()
-        for part in plan.split(a.batch, dim=1):
-            batches.reader.take(batches._decoded(part))
-        streamed.append(plan.shape[1] / (time.perf_counter() - begin))
-    best = max(alone) * a.workers
-    print(f"alone    {max(alone):8.0f} images/s in one process, times {a.workers}: {best:.0f}")
-    print(f"stream   {max(streamed):8.0f} images/s, {100 * max(streamed) / best:.0f} % of that")
-    network = prepare(build_model(a.student, data.num_classes), torch.device("cpu")).train()
-    waited = busy = 0.0
-    begin = time.perf_counter()
-    for number, batch in enumerate(batches.epoch(a.rounds + 1)):
-        taken = time.perf_counter()
-        network(batch.image)[0].logsumexp(1).mean().backward()
-        waited, busy = waited + taken - begin, busy + time.perf_counter() - taken
-        begin = time.perf_counter()
-        if number + 1 == steps:
-            break
-    share = 100 * waited / (waited + busy)
-    print(f"steps    {a.student}, batches of {a.batch}: {share:.1f} % of the time waits for pictures")
+    batches = Batches(data.train_images, data.train_labels, data.mean, data.std, a.batch, "resized_crop")
+    rates = []
+    with ProcessPoolExecutor(a.workers) as pool:
+        for number in range(a.rounds + 1):
+            plan = batches.plan(number + 1)[:2, : a.images]
+            parts = plan.split(a.batch, dim=1)
+            rates.append((alone(pool, data.train_images, parts), stream(batches, parts)))
+    rates = rates[1:]  # the first one starts the processes
+    ratios = [100 * streamed / decoded for decoded, streamed in rates]
+    print(f"alone    {median(rate for rate, _ in rates):8.0f} images/s by {a.workers} processes at once")
+    print(f"stream   {median(rate for _, rate in rates):8.0f} images/s")
+    print(f"ratio    {median(ratios):8.0f} % (rounds: {', '.join(f'{ratio:.0f}' for ratio in ratios)})")
+    share = waiting(batches, a.rounds + 2, max(2, a.images // a.batch), a.student, data.num_classes)
+    print(f"steps    {100 * share:8.1f} % of their time waits for pictures ({a.student}, batches of {a.batch})")
 
 
 if __name__ == "__main__":
