@@ -111,14 +111,18 @@ _collected: dict[str, dict[str, object]] | None = None  # of the plug-in that is
 distillers = Registry("method", any_case=True)
 cifar_models = Registry("model")
 imagenet_models = Registry("ImageNet model")
+text_models = Registry("text model")
 datasets = Registry("dataset")
 temperature_rules = Registry("temperature rule")
+text_datasets: set[str] = set()  # those of `datasets` whose samples are tokens
 
 
 def constructor(name: str, dataset: str = "") -> Callable:
     """Return the constructor(num_classes=...) of the network that `name` means on that data set, DATASET.TYPE: on
-    imagenet the names of imagenet_models come first. Raises UnknownName.
+    imagenet the names of imagenet_models come first, and text has networks of its own. Raises UnknownName.
     """
+    if dataset in text_datasets:
+        return text_models[name]
     if dataset == "imagenet" and name in imagenet_models:
         return imagenet_models[name]
     return cifar_models[name][0]
@@ -133,6 +137,10 @@ def name_and_file(text: str) -> tuple[str, str]:
 
 def model_refusal(name: str, dataset: str) -> str | None:
     """Return the line on why a configuration may not choose the network `name` on that data set, None where it may."""
+    if dataset in text_datasets:
+        return text_models.refusal(name)
+    if text_models.refusal(name) is None:
+        return f"the model {name} is one of text; set DATASET.TYPE {' or '.join(sorted(text_datasets))}"
     here = [*cifar_models.active, *(imagenet_models.active if dataset == "imagenet" else [])]
     if name in here:
         return None

@@ -13,7 +13,7 @@ from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
 from mdistiller.bank.teacher import Bank, TeacherLogits, takes_logits
 from mdistiller.config import teacher_names
-from mdistiller.dataset import Batches
+from mdistiller.dataset import Batches, TokenBatches
 from mdistiller.errors import UserError
 from mdistiller.files import expand
 from mdistiller.models import default_checkpoint
@@ -105,6 +105,8 @@ class TeacherPool:
         if not takes_logits(distiller):
             reason = f"teacher bank: none ({cfg.DISTILLER.TYPE} needs more of its teacher than logits)"
             return None, reason if cfg.TEACHER_BANK != "auto" else ""
+        if isinstance(batches, TokenBatches):
+            return None, ""
         if batches.mixing is not None and batches.mixing.mixes:
             return None, "teacher bank: none (images are mixed)"
         if batches.streamed and cfg.TEACHER_BANK != "auto":

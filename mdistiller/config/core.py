@@ -25,10 +25,11 @@ add_keys(
         ),
         "DATASET.TYPE": Key(
             "cifar100",
-            "Data set: cifar100, cifar10, digits, npz, or of picture files imagefolder, imagenet, tiny_imagenet.",
+            "Data set: cifar100, cifar10, digits, npz; of picture files imagefolder, imagenet, tiny_imagenet; of text "
+            "text, python (the source of Python's own library).",
             one_of(registry.datasets),
         ),
-        "DATASET.ROOT": Key("./data", "Folder that holds the data set, or of npz the .npz file itself.", role="where"),
+        "DATASET.ROOT": Key("./data", "Folder that holds the data set; of npz and text the file itself.", role="where"),
         "DATASET.AUGMENT": Key(
             "auto",
             "Augmentation: auto (as the data set declares), crop_flip, crop, none, or, of picture files, resized_crop "
@@ -59,7 +60,8 @@ add_keys(
         "DISTILLER.TEACHER": Key(
             "ResNet50",
             "Teacher: a name of cifar_model_dict, timm:NAME or tv:NAME (torchvision's), with DATASET.TYPE imagenet one "
-            "of imagenet_model_dict too.",
+            "of imagenet_model_dict too; of text one of text_model_dict, or hf:PATH, the folder of a model of "
+            "transformers.",
             distils=True,
         ),
         "DISTILLER.STUDENT": Key("resnet32", "Student: a name as for TEACHER."),
@@ -171,6 +173,12 @@ add_keys(
             "Parts in which a batch goes through the networks, whose gradients are added: less memory, and statistics "
             "of a batch that are a part's.",
             at_least(1),
+        ),
+        "SOLVER.CHUNK": Key(
+            1024,
+            "Text: tokens whose logits exist at a time, in the last layer and the losses; 0: all of a batch's.",
+            at_least(0),
+            role="how",
         ),
         "SOLVER.EMA": Key(
             0.0,

@@ -215,7 +215,7 @@ def computed(cfg: Mapping) -> dict[str, object]:
     kept = {}
     for name, value in flat.items():
         key = KEYS.get(name, Key(None))
-        here = name == "DATASET.ROOT" and flat["DATASET.TYPE"] == "npz"  # the images are that file
+        here = name == "DATASET.ROOT" and flat["DATASET.TYPE"] in ("npz", "text")  # the data are that file
         section = name.split(".")[0]
         if (key.role != "computes" and not here) or (key.distils and not distils and section != method):
             continue

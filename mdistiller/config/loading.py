@@ -266,7 +266,10 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
             problem = f"must be a whole number below 2**62; got {show(value)}"
         elif name in keys and keys[name].check:
             problem = keys[name].check.problem(value)
-        if not problem and name in NETWORKS:  # whose names depend on the data set
+        unread = (
+            name == "DISTILLER.TEACHER" and value == keys[name].default and not needs_teacher(flat["DISTILLER.TYPE"])
+        )
+        if not problem and name in NETWORKS and not unread:  # whose names depend on the data set
             found = [registry.name_and_file(text)[0] for text in parts] if name == "DISTILLER.ENSEMBLE" else parts
             refusals = (registry.model_refusal(text, flat["DATASET.TYPE"]) for text in found)
             problem = next(filter(None, refusals), None)

@@ -13,15 +13,17 @@ from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
 from mdistiller.dataset._loaders import Loader, get_dataset
 from mdistiller.dataset._mixing import Mixing
 from mdistiller.dataset._registry import register_dataset
+from mdistiller.dataset._tokens import TokenBatches, TokenSet, token_set
 from mdistiller.errors import UserError, users_code
 from mdistiller.registry import datasets as dataset_dict
+from mdistiller.registry import text_datasets
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def load_dataset(name: str, root: str | Path, options: Mapping | None = None) -> ImageSet:
+def load_dataset(name: str, root: str | Path, options: Mapping | None = None) -> ImageSet | TokenSet:
     """Return the data set `name`, read from `root`. `options`: the section DATASET of a configuration, its defaults
     where it is left out, for a loader with a parameter of that name. Raises UserError with one line where the files are
     missing or bad.
@@ -33,7 +35,9 @@ def load_dataset(name: str, root: str | Path, options: Mapping | None = None) ->
             data = load(files.expand(root), *given)
     except OSError as error:
         raise UserError(f"the data set {name}: {error}; set DATASET.ROOT to where its files are") from error
-    if not isinstance(data, ImageSet):
+    if name in text_datasets and not isinstance(data, TokenSet):
+        raise UserError(f"the data set {name} must be a TokenSet, which token_set makes; got {type(data).__name__}")
+    if name not in text_datasets and not isinstance(data, ImageSet):
         raise UserError(f"the data set {name} must be an ImageSet, which image_set makes; got {type(data).__name__}")
     return data
 
@@ -44,10 +48,13 @@ __all__ = [
     "ImageSet",
     "Loader",
     "Mixing",
+    "TokenBatches",
+    "TokenSet",
     "TwoViews",
     "dataset_dict",
     "get_dataset",
     "image_set",
     "load_dataset",
     "register_dataset",
+    "token_set",
 ]

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class ImageSet:
     augment: str = "crop_flip"  # what suits the images: one of AUGMENTATIONS
     class_names: tuple[str, ...] = ()  # where they are known
     source: str = ""  # digest of the files that the images are of, which stands for theirs
+    unit: ClassVar[str] = "images"
 
     def __post_init__(self):
         if self.augment not in AUGMENTATIONS:
@@ -183,6 +184,11 @@ class Batches:
     @property
     def num_samples(self) -> int:
         return len(self.images)
+
+    @property
+    def targets_each(self) -> int:
+        """How many targets a sample has: an image one, a block of text one for each of its tokens."""
+        return len(self.labels) // self.num_samples
 
     def __len__(self) -> int:
         return -(-self.samples_an_epoch // self.batch_size)

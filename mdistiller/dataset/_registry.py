@@ -4,16 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mdistiller.dataset._images import ImageSet
-from mdistiller.registry import datasets
+from mdistiller.dataset._tokens import TokenSet
+from mdistiller.registry import datasets, text_datasets
 
 
-def register_dataset(name: str) -> Callable:
+def register_dataset(name: str, text: bool = False) -> Callable:
     """Decorator: enters `load(root: Path) -> ImageSet` into dataset_dict, or `load(root, options)`, whose options are
-    the section DATASET. `load` raises UserError for bad files.
+    the section DATASET; one of `text` gives a TokenSet. `load` raises UserError for bad files.
     """
 
-    def register(load: Callable[[Path], ImageSet]) -> Callable[[Path], ImageSet]:
+    def register(load: Callable[[Path], ImageSet | TokenSet]) -> Callable[[Path], ImageSet | TokenSet]:
         datasets[name] = load
+        if text:
+            text_datasets.add(name)
         return load
 
     return register

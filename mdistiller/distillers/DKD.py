@@ -56,6 +56,7 @@ def softened_dkd(
 class DKD(RuleDistiller):
     """CE_WEIGHT * cross entropy + min(epoch / WARMUP, 1) * dkd_loss. TEMPERATURE.PART leaves one of its terms."""
 
+    rowwise = True
     has_parts = True
     needs_labels = True
 

@@ -35,6 +35,7 @@ class DTKD(RuleDistiller):
     TEMPERATURE.RULE puts another rule in max_logit's place; the KD term beside it keeps its fixed temperature.
     """
 
+    rowwise = True
     own_rule = "max_logit"
     has_parts = True
 

@@ -24,6 +24,7 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
 class KD(RuleDistiller):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * kd_loss at TEMPERATURE, or at the temperatures of any rule."""
 
+    rowwise = True
     section = "KD"  # methods that are KD under another rule have one of their own
     has_parts = True
 

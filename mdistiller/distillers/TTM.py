@@ -62,6 +62,7 @@ def section(beta: float) -> dict[str, Key]:
 class TTM(LogitDistiller):
     """CE_WEIGHT * cross entropy + BETA * ttm_loss at T, the inverse of the paper's exponent gamma."""
 
+    rowwise = True
     loss = staticmethod(ttm_loss)
     section = "TTM"
 

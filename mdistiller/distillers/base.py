@@ -1,10 +1,12 @@
 """The contract of a method, the student alone, and the bases of the methods that need logits and features."""
 
-from collections.abc import Callable, Container, Mapping
+import functools
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mdistiller.distillers._chunks import chunked
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.losses import Temperatures, ce_loss
 from mdistiller.distillers.rules import build_rule
@@ -25,7 +27,11 @@ class Distiller(nn.Module):
     needs_features: tuple[str, ...] = ()  # parts of the models' feature contract that it reads
     least_maps = 1  # that the models must give; 2 where it compares none but those after the stem
     takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass
+    rowwise = (
+        False  # each row of logits has a loss of its own, and the loss is their mean: rows may be tokens of a text
+    )
     takes_strong_view = False  # `forward_train` may be given image_strong (B, 3, H, W), by SOLVER.TRAINER ours or aug
+    chunk = 0  # rows of a text's logits that exist at a time; 0: all of a batch's. The engine sets it.
     has_parts = False  # whether TEMPERATURE.PART applies
     needs_labels = False  # more than `ce_loss` reads the labels, so that they cannot be mixed or smoothed
     capturable = True  # a step draws nothing and decides nothing on the host, so that it can be a CUDA graph
@@ -62,6 +68,12 @@ class Distiller(nn.Module):
         """Return the student's logits (B, K) and the losses of a training batch."""
         raise NotImplementedError  # the engine asks for it before it trains
 
+    def in_chunks(
+        self, losses: Callable, image: Tensor, others: Sequence[nn.Parameter] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the predicted classes (N,) and the losses on a text, `chunk` rows at a time; see `_chunks.chunked`."""
+        return chunked(losses, self.student.head, self.student.hidden(image), self.chunk, others)
+
     def forward_test(self, image: Tensor) -> Tensor:
         """Return the student's logits (B, K)."""
         return self.student(image)[0]
@@ -78,12 +90,15 @@ class Vanilla(Distiller):
     """The student alone, by cross entropy."""
 
     needs_teacher = False
+    rowwise = True
     task_losses = ("ce",)
 
     def __init__(self, student: nn.Module, teacher: None = None, cfg=None):
         super().__init__(student, None)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.chunk:
+            return self.in_chunks(lambda logits, rows: {"ce": ce_loss(logits, target[rows])}, image)
         logits_student, _ = self.student(image)
         return logits_student, {"ce": ce_loss(logits_student, target)}
 
@@ -106,13 +121,39 @@ class LogitDistiller(Distiller):
         self, image: Tensor, target: Tensor, logits_teacher: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return student logits (B, K) and losses. `logits_teacher` (B, K), where it is given, stands for the teacher's
-        forward pass on `image`.
+        forward pass on `image`. Under `chunk` the student's predicted classes (B,) come in its logits' place.
         """
+        if self.chunk:
+            return self.forward_chunks(image, target, logits_teacher, **kwargs)
         logits_student, _ = self.student(image)
         if logits_teacher is None:
             with torch.no_grad():
                 logits_teacher, _ = self.teacher(image)
         return logits_student, self.losses(logits_student, logits_teacher, target, **kwargs)
+
+    def forward_chunks(
+        self, ids: Tensor, target: Tensor, logits_teacher: Tensor | None, index: Tensor, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return predicted classes (N,) and losses of a text, ids (B, S) with N = B S targets."""
+        if logits_teacher is None:
+            with torch.no_grad():
+                hidden = self.teacher.hidden(ids)
+        observer = getattr(self, "observer", None)
+
+        def losses(logits: Tensor, rows: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                teacher = self.teacher.head(hidden[rows]) if logits_teacher is None else logits_teacher[rows]
+            if observer:  # it knows the places of all rows
+                self.observer = functools.partial(observer.func, index[rows])
+            return self.losses(logits.float(), teacher.float(), target[rows], index=index[rows], **kwargs)
+
+        of_student = {*self.student.parameters()}
+        own = [p for p in self.get_learnable_parameters() if p not in of_student]
+        try:
+            return self.in_chunks(losses, ids, own)
+        finally:
+            if observer:
+                self.observer = observer
 
 
 class RuleDistiller(LogitDistiller):

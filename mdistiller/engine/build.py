@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
 from mdistiller.config import DOT_TRAINERS, TWO_VIEWS, used_code, used_names
-from mdistiller.dataset import Batches, ImageSet, Mixing, dataset_dict
+from mdistiller.dataset import Batches, ImageSet, Mixing, TokenBatches, TokenSet, dataset_dict
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
@@ -16,6 +16,7 @@ from mdistiller.engine.method import NO_NETWORKS, Networks, build_distiller
 from mdistiller.engine.solver import DOT, Schedule, adamw, by_decay, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
+from mdistiller.engine.text_scores import TextTest
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError
 from mdistiller.runs import checkpoint
@@ -27,10 +28,10 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
     """Raise UserError where an epoch has no batch, or where its last one is a single image that the networks cannot
     train on, as batch normalisation cannot where one image has one value of a channel.
     """
-    images, solver = len(workspace.data.train_labels), cfg.SOLVER
+    images, solver = len(workspace.data.train_images), cfg.SOLVER
     if solver.DROP_LAST and images < solver.BATCH_SIZE:
         raise UserError(
-            f"SOLVER.DROP_LAST: {images} training images fill no batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE}; take "
+            f"SOLVER.DROP_LAST: {images} training samples fill no batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE}; take "
             "smaller batches, or DROP_LAST False"
         )
     left = images % solver.BATCH_SIZE or solver.BATCH_SIZE
@@ -68,7 +69,7 @@ class Workspace:
 
     def __init__(
         self,
-        data: ImageSet,
+        data: ImageSet | TokenSet,
         device: torch.device,
         students: int = 1,
         networks: Networks = NO_NETWORKS,
@@ -81,8 +82,12 @@ class Workspace:
         self.stop = Stop()
 
 
-def training_batches(cfg: CfgNode, data: ImageSet) -> Batches:
-    """Return the batches of training images that `cfg` asks for."""
+def training_batches(cfg: CfgNode, data: ImageSet | TokenSet) -> Batches:
+    """Return the batches of training images, or of blocks of a text, that `cfg` asks for."""
+    if isinstance(data, TokenSet):
+        text = TokenBatches(data.train_images, data.train_labels, cfg.SOLVER.BATCH_SIZE, cfg.SEED, shuffle=True)
+        text.drop_last = cfg.SOLVER.DROP_LAST
+        return text
     augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
     given = data.train_images, data.train_labels, data.mean, data.std, cfg.SOLVER.BATCH_SIZE, augment, cfg.SEED
     batches = Batches(*given, two_views=cfg.SOLVER.TRAINER in TWO_VIEWS)
@@ -102,12 +107,15 @@ def build_trainer(
     origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
     origin["plugins"] = used_code(cfg.plugins, used_names(cfg))
     logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
-    forward, refusal = compiled_form(cfg, distiller, device, solver.EPOCHS * len(train))
+    is_text = isinstance(train, TokenBatches)
+    forward, refusal = compiled_form(cfg, distiller, device, 0 if is_text else solver.EPOCHS * len(train))
     later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal, step.clip, step.parts = refusal, solver.CLIP, solver.ACCUMULATE
-    graph = uses_graph(cfg, device, distiller.capturable) and not train.streamed  # which no graph could wait for
+    graph = uses_graph(cfg, device, distiller.capturable) and not (
+        train.streamed or is_text
+    )  # for a stream no graph could wait
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
     log = cfg.LOG
     options = Options(
@@ -122,6 +130,7 @@ def build_trainer(
         Keeper(folder, origin, log.SAVE_CHECKPOINT_FREQ, log.SAVE_EVERY_SECONDS, workspace.students),
         options,
         workspace.stop,
+        TextTest(test, data.bytes_a_token, solver.AMP, teacher) if is_text else None,
     )
     return trainer, bank
 

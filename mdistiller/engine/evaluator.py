@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from mdistiller import config
 from mdistiller.bank.inference import Inference
-from mdistiller.dataset import Batch, Batches, ImageSet, dataset_dict, load_dataset
+from mdistiller.dataset import Batch, Batches, ImageSet, TokenBatches, TokenSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
 from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, default_checkpoint, fit_inputs, give_features
@@ -27,6 +27,7 @@ class Scores(NamedTuple):
     top1: float  # percent
     top5: float | None  # percent; None for five classes or fewer, of which it is always 100
     loss: float  # mean cross entropy
+    more: dict[str, float] = {}  # of a text's, see TextTest
 
 
 @torch.no_grad()
@@ -61,10 +62,12 @@ def images_together(wanted: int, size: int, device: torch.device) -> int:
     return max(wanted, 1000 * 32**2 // size**2) if device.type == "cuda" else wanted
 
 
-def evaluation_batches(data: ImageSet, wanted: int) -> Batches:
+def evaluation_batches(data: ImageSet | TokenSet, wanted: int) -> Batches:
     """Return the test images of `data`, which lie on their device, in batches of `wanted` or what `images_together`
-    makes of it.
+    makes of it; or the blocks of its text.
     """
+    if isinstance(data, TokenSet):
+        return TokenBatches(data.test_images, data.test_labels, wanted)
     images = images_together(wanted, data.test_images.shape[1], data.test_images.device)
     return Batches(data.test_images, data.test_labels, data.mean, data.std, images)
 

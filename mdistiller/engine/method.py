@@ -9,9 +9,19 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.dataset import ImageSet
+from mdistiller.dataset import ImageSet, TokenSet
 from mdistiller.device import prepare
-from mdistiller.distillers import RuleDistiller, check_method, check_rule, distiller_dict, part_of, rule_name
+from mdistiller.distillers import (
+    Distiller,
+    LogitDistiller,
+    RuleDistiller,
+    Vanilla,
+    check_method,
+    check_rule,
+    distiller_dict,
+    part_of,
+    rule_name,
+)
 from mdistiller.distillers.features import images_of
 from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.files import expand
@@ -19,6 +29,7 @@ from mdistiller.models import (
     Ensemble,
     build_model,
     check_parts,
+    check_text_network,
     fit_inputs,
     freeze,
     give_features,
@@ -85,7 +96,11 @@ def reads_features(cls: type) -> bool:
 
 
 def build_distiller(
-    cfg: CfgNode, data: ImageSet, teacher_file: Path | None, device: torch.device, networks: Networks = NO_NETWORKS
+    cfg: CfgNode,
+    data: ImageSet | TokenSet,
+    teacher_file: Path | None,
+    device: torch.device,
+    networks: Networks = NO_NETWORKS,
 ) -> nn.Module:
     """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`.
 
@@ -94,8 +109,15 @@ def build_distiller(
     cls, names, size = distiller_dict[cfg.DISTILLER.TYPE], cfg.DISTILLER, data.train_images.shape[1]
     check_method(names.TYPE, cls)
 
+    def text_network(name: str) -> nn.Module:
+        model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
+        check_text_network(model, name, data.num_classes)
+        return model
+
     def network(side: str, given: nn.Module | None, layers: Sequence[str]) -> nn.Module:
         name = names[side]
+        if isinstance(data, TokenSet):
+            return text_network(name)
         if given is None:
             model = build_model(name, data.num_classes, cfg.DATASET.TYPE, names[f"{side}_SIZE"])
             fit_inputs(give_features(model, reads_features(cls)), data.mean, data.std, size)
@@ -133,9 +155,21 @@ def build_distiller(
     check_signature(cls, (student, teacher, cfg), offered, what, ", ".join(["(student, teacher, cfg", *offered]) + ")")
     with users_code(what), images_of(tuple(data.train_images.shape[1:3])):
         distiller = cls(student, teacher, cfg, **offered)
+    if isinstance(data, TokenSet):
+        set_chunk(distiller, cfg.SOLVER.CHUNK)
     if isinstance(distiller, RuleDistiller):
         check_rule(distiller.rule, rule_name(cfg, distiller.own_rule), data.num_classes)
     return prepare_parts(distiller, device)
+
+
+def set_chunk(distiller: Distiller, size: int) -> None:
+    """Let the method see so many tokens at a time, where its step is one that can. Raises UserError where it is asked
+    to and needs all of a batch.
+    """
+    if type(distiller).forward_train in (Vanilla.forward_train, LogitDistiller.forward_train):
+        if size and getattr(distiller, "needs_batch", False):
+            raise UserError("SOLVER.CHUNK: what TEMPERATURE asks for needs a whole batch's logits; set SOLVER.CHUNK 0")
+        distiller.chunk = size
 
 
 def join_teachers(cfg: CfgNode, first: nn.Module, data: ImageSet, loaded: bool = True) -> nn.Module:

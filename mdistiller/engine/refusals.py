@@ -3,6 +3,7 @@
 from mdistiller.config import PLUGINS, TWO_VIEWS, Config, get
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.errors import UserError
+from mdistiller.registry import text_datasets
 
 
 def refuse_unused(cfg: Config) -> None:
@@ -17,6 +18,8 @@ def refuse_unused(cfg: Config) -> None:
             f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
         )
     refuse_soft_labels(cfg, cls)
+    if cfg.DATASET.TYPE in text_datasets:
+        refuse_for_text(cfg, cls)
     if not cls.needs_teacher:
         return
     if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
@@ -45,3 +48,24 @@ def refuse_soft_labels(cfg: Config, cls: type) -> None:
         raise UserError(
             f"{soft[0]}: SOLVER.TRAINER {cfg.SOLVER.TRAINER} has two views of each image, which are not mixed"
         )
+
+
+def refuse_for_text(cfg: Config, cls: type) -> None:
+    """Raise UserError where the method cannot learn from text, or where something is asked for that is for images."""
+    if not cls.rowwise:
+        takers = ", ".join(sorted(name for name, taker in distiller_dict.items() if taker.rowwise))
+        raise UserError(
+            f"DISTILLER.TYPE: {cfg.DISTILLER.TYPE} compares more than each token's logits, as {cfg.DATASET.TYPE} has "
+            f"them; use {takers}"
+        )
+    images_only = (
+        "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
+        "DISTILLER.STUDENT_SIZE", "DISTILLER.NEW_HEAD",
+    )  # fmt: skip
+    for key in images_only:
+        if get(cfg, key):
+            raise UserError(f"{key}: is for images, and {cfg.DATASET.TYPE} is text; leave it out")
+    if cfg.SOLVER.TRAINER not in ("base", "crd"):
+        raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images; set SOLVER.TRAINER base")
+    if cfg.SOLVER.STEP not in ("auto", "eager"):
+        raise UserError("SOLVER.STEP: on text steps run eagerly; set SOLVER.STEP auto")

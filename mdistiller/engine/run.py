@@ -159,6 +159,7 @@ class OpenRun:
         wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, request.path.name, cfg) if cfg.LOG.WANDB else None
         recorder = Recorder(request.path, cfg.SOLVER.EPOCHS, state.epoch, state.log_bytes, wandb_run)
         recorder.label, recorder.bar_row, recorder.kept = request.label, request.bar_row, self.workspace.kept
+        recorder.unit = {"tokens": "token"}.get(self.workspace.data.unit, "img")
         self.closing.callback(recorder.close)
         self.introduce(recorder)
         self.rows = recorder.rows
@@ -178,9 +179,12 @@ class OpenRun:
         if fresh:
             names = cfg.DISTILLER
             pair = f"{'+'.join(teacher_names(cfg))} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
+            what = f"{data.unit}, {counted(data.num_classes, 'class')}"
+            if data.unit == "tokens":
+                what = f"tokens, a vocabulary of {data.num_classes:,}"
             recorder.say(
                 f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
-                f"images, {counted(data.num_classes, 'class')}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
+                f"{what}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
                 + (f", in {self.request.path}" if self.workspace.kept else "")
             )
             for line in data.doubts():

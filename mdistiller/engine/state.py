@@ -1,5 +1,6 @@
 """What a run's future depends on: all of it lies in a checkpoint, so that a resumed run goes on bit for bit."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from mdistiller.errors import RunFailed, UserError
 from mdistiller.runs.temperature import EpochBuffer
 
 KEPT = ("epoch", "last_acc", "best_acc", "best_epoch", "log_bytes")
+LOSSES = ("last_loss", "best_loss")
 
 
 class FrozenTeacher:
@@ -53,6 +55,8 @@ class RunState:
         self.epoch = 0  # epochs that are finished
         self.last_acc = self.best_acc = -1.0
         self.best_epoch = 0
+        self.last_loss: float | None = None  # on the test, of a text, whose best epoch is that of the lowest
+        self.best_loss = math.inf
         self.log_bytes = 0  # of worklog.txt at the last checkpoint
         self.start_epoch()
 
@@ -64,16 +68,23 @@ class RunState:
         if self.buffer is not None:
             self.buffer.reset()
 
-    def end_epoch(self, accuracy: float) -> None:
-        """Count an epoch whose test accuracy is `accuracy` percent."""
+    def end_epoch(self, accuracy: float, loss: float | None = None) -> None:
+        """Count an epoch whose test accuracy is `accuracy` percent. The best one has the highest; where the test's
+        `loss` is given, the lowest loss.
+        """
         self.epoch += 1
-        self.last_acc = accuracy
-        if accuracy > self.best_acc:
+        self.last_acc, self.last_loss = accuracy, loss
+        if (accuracy > self.best_acc) if loss is None else (loss < self.best_loss):
             self.best_acc, self.best_epoch = accuracy, self.epoch
+            self.best_loss = math.inf if loss is None else loss
 
     def result(self) -> dict:
-        """Return epochs, last_acc, best_acc and best_epoch; accuracies in percent, -1 before the first epoch."""
+        """Return epochs, last_acc, best_acc and best_epoch; accuracies in percent, -1 before the first epoch; of a text
+        last_loss and best_loss too.
+        """
         figures = {"last_acc": self.last_acc, "best_acc": self.best_acc, "best_epoch": self.best_epoch}
+        if self.last_loss is not None:
+            figures |= {"last_loss": self.last_loss, "best_loss": self.best_loss}
         return {"epochs": self.epoch} | figures | ({} if self.ema_acc is None else {"ema_acc": self.ema_acc})
 
     def student(self) -> dict:
@@ -102,6 +113,7 @@ class RunState:
                 "temperatures": buffer.values if buffer is not None and self.done else None,
             },
             **({} if self.average is None else {"average": self.average.state_dict(), "ema_acc": self.ema_acc}),
+            **({} if self.last_loss is None else {key: getattr(self, key) for key in LOSSES}),
             **{key: getattr(self, key) for key in KEPT},
         }
 
@@ -141,7 +153,7 @@ class RunState:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
                 self.ema_acc = state["ema_acc"]
-            for key in KEPT:
+            for key in (*KEPT, *(key for key in LOSSES if key in state)):
                 setattr(self, key, state[key])
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).split("\n")[0]

@@ -138,15 +138,20 @@ class Step:
 
     def _parts(self, batch: Batch, logits: Tensor | None) -> Iterator[tuple[Batch, Tensor | None, float]]:
         """Yield the parts of `batch` with the teacher's logits and the share of the batch that each is."""
-        n = len(batch.target)
+        n = len(batch.image)
         size = -(-n // self.parts)
         if size >= n:
             yield batch, logits, 1.0
             return
         for start in range(0, n, size):
-            part = slice(start, min(start + size, n))
-            given = None if logits is None else logits[part]
-            yield type(batch)(*(values[part] for values in batch)), given, (part.stop - start) / n
+            stop = min(start + size, n)
+
+            def part(values: Tensor, start: int = start, stop: int = stop) -> Tensor:
+                each = len(values) // n  # a block of text has many targets
+                return values[start * each : stop * each]
+
+            given = None if logits is None else part(logits)
+            yield type(batch)(*map(part, batch)), given, (stop - start) / n
 
     def _backward(self, batch: Batch, logits_teacher: Tensor | None, share: float, epoch: int | Tensor) -> Part:
         """Add the gradients of a part of a batch, of which it is the `share`."""
@@ -175,7 +180,8 @@ class Step:
             ) from error
         label = batch.target if batch.target.ndim == 1 else batch.target.argmax(1)
         losses = {name: value.detach() for name, value in losses.items()}
-        return Part(loss.detach(), losses, (logits.argmax(1) == label).sum(), extra)
+        predicted = logits if logits.ndim == 1 else logits.argmax(1)
+        return Part(loss.detach(), losses, (predicted == label).sum(), extra)
 
     def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:
         epoch = given["epoch"]

@@ -104,7 +104,7 @@ class RunStep:
         """
         lines = []
         (self.graph or self._run)(plan, logits, epoch)
-        self.step.count(plan.shape[1])
+        self.step.count(plan.shape[1] * self.batches.targets_each)
         if self.graph and self.graph.refusal:
             lines.append(f"steps run one operation at a time, not as a graph: {self.graph.refusal}")
             self.graph = None

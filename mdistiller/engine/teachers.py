@@ -47,7 +47,8 @@ def find_teacher(
     for file in files:
         if os.path.isfile(file):
             return file
-    if is_torchvisions(cfg) and not (chosen or train_it):
+    own = is_torchvisions(cfg) or cfg.DISTILLER.TEACHER.startswith("hf:")  # which come with weights
+    if own and not (chosen or train_it):
         return Path(checkpoint.PRETRAINED)
     if chosen or not train_it:
         raise _missing(cfg, chosen, published, trained)
@@ -147,7 +148,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         own.SOLVER.EPOCHS, share = names.TEACHER_EPOCHS, names.TEACHER_EPOCHS / cfg.SOLVER.EPOCHS
         own.SOLVER.LR_DECAY_STAGES = sorted({max(1, round(epoch * share)) for epoch in cfg.SOLVER.LR_DECAY_STAGES})
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
-    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE in ("npz", "imagefolder") else ""
+    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE in ("npz", "imagefolder", "text") else ""
     unnamed = {"STEP"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}
     solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key not in unnamed}
     code = config.used_code(cfg.plugins, {"model": [cfg.DISTILLER.TEACHER], "dataset": [cfg.DATASET.TYPE]})

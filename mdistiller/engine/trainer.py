@@ -20,6 +20,7 @@ from mdistiller.engine.feed import Feed
 from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.engine.state import RunState
 from mdistiller.engine.stepmode import RunStep
+from mdistiller.engine.text_scores import TextTest
 from mdistiller.errors import Preempted, RunFailed, TrainingDiverged
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
@@ -45,7 +46,9 @@ class Options:
 
 
 class Trainer:
-    """Trains the distiller of `run_step` on the batches of `feed`, tests on `test`, and keeps its run by `keeper`."""
+    """Trains the distiller of `run_step` on the batches of `feed`, tests on `test`, and keeps its run by `keeper`.
+    `text_test` scores a text.
+    """
 
     def __init__(
         self,
@@ -56,13 +59,15 @@ class Trainer:
         keeper: Keeper,
         options: Options,
         stop: Stop | None = None,
+        text_test: TextTest | None = None,
     ):
         self.run_step, self.step, self.distiller = run_step, run_step.step, run_step.step.distiller
         self.feed, self.test, self.schedule, self.keeper = feed, test, schedule, keeper
-        self.options, self.stop = options, stop or Stop()
+        self.options, self.stop, self.text_test = options, stop or Stop(), text_test
         temperature = options.temperature if isinstance(self.distiller, RuleDistiller) else "off"
-        samples = feed.batches.num_samples
-        self.buffer = EpochBuffer(samples, self.step.device) if temperature != "off" else None
+        batches = feed.batches
+        self.targets = batches.num_samples * batches.targets_each
+        self.buffer = EpochBuffer(self.targets, self.step.device) if temperature != "off" else None
         self.records_samples = temperature == "samples"
         self.average = average_of(self.distiller.student, options.average) if options.average else None
         self.state = RunState(self.step, self.buffer, self.average)
@@ -89,7 +94,7 @@ class Trainer:
         seconds: list[float] = []  # of the epochs since it was started
         if self.records_samples:
             file = self.keeper.folder / "temperatures.bin"
-            record = RecordFile(file, self.feed.batches.num_samples, state.epoch)
+            record = RecordFile(file, self.targets, state.epoch)
             if record.missing:
                 recorder.say(f"warning: {file.name} has nothing of {counted(record.missing, 'finished epoch')}")
         while state.epoch < self.options.epochs and not self.stopped_early:
@@ -144,7 +149,8 @@ class Trainer:
         varies = self.schedule.changes_within(epoch)
         set_lr(step.optimizer, lr)
         step.temperatures = self.buffer
-        recorder.start_epoch(epoch, self.feed.batches.samples_an_epoch, meter.images)
+        each = self.feed.batches.targets_each
+        recorder.start_epoch(epoch, each * self.feed.batches.samples_an_epoch, meter.images)
         begin = time.monotonic() - state.seconds
         for plan, logits in self.stop.watch(self.feed.plans(epoch, state.done, self.stop.check)):
             self.random = torch.get_rng_state()
@@ -162,7 +168,7 @@ class Trainer:
             due = self.keeper.due() and not last
             if (not step.lazy or point or last or due) and step.bad_step() >= 0:
                 self.diverged(epoch)
-            recorder.step(plan.shape[1], meter.read)
+            recorder.step(each * plan.shape[1], meter.read)
             if self.options.print_every and state.done % self.options.print_every == 0 and not last:
                 recorder.progress(epoch, state.done, len(self.feed), meter.read)
             if point:
@@ -183,7 +189,7 @@ class Trainer:
             "train_loss": means["loss"],
             "train_acc": 100 * means["correct"],
             "train_losses": {name: value for name, value in means.items() if name.startswith("loss/")},
-            "images_per_second": meter.images / seconds,
+            f"{'tokens' if self.text_test else 'images'}_per_second": meter.images / seconds,
         }
         if step.skip:
             row["skipped_steps"] = skipped
@@ -200,6 +206,8 @@ class Trainer:
 
     def scores_of_network(self, network: nn.Module) -> Scores:
         """Return the scores of a network on the test set."""
+        if self.text_test is not None:
+            return self.text_test(network, self.stop.watch(self.test))
         size = self.test.images.shape[1]
         return scores_of(Inference(network, self.step.device, self.step.amp, size), self.stop.watch(self.test))
 
@@ -207,13 +215,14 @@ class Trainer:
         """Close the epoch with its test scores. Return the test figures of its row."""
         if not math.isfinite(scores.loss):
             raise TrainingDiverged(f"epoch {self.state.epoch + 1}: the test loss is {scores.loss}; lower SOLVER.LR")
-        self.state.end_epoch(scores.top1)
+        self.state.end_epoch(scores.top1, scores.loss if self.text_test else None)
         return {
             "test_acc": scores.top1,
             **({} if scores.top5 is None else {"test_acc_top5": scores.top5}),
             "test_loss": scores.loss,
             "best_acc": self.state.best_acc,
             "best_epoch": self.state.best_epoch,
+            **({"best_loss": self.state.best_loss, **scores.more} if self.text_test else {}),
         }
 
     def save(self, recorder: Recorder) -> None:

@@ -1,5 +1,6 @@
 """The zoo. cifar_model_dict[NAME] -> (constructor(num_classes=...), default teacher checkpoint path);
-imagenet_model_dict[NAME] -> constructor(num_classes=...); tiny_imagenet_model_dict: as the first, for 64 x 64 images.
+imagenet_model_dict[NAME], text_model_dict[NAME] -> constructor(num_classes=...); tiny_imagenet_model_dict: as the first,
+for 64 x 64 images.
 """
 
 import importlib
@@ -7,13 +8,14 @@ import pkgutil
 
 from mdistiller.models import _paths
 from mdistiller.models._common import default_checkpoint, register_model
-from mdistiller.models._contract import build_model, check_parts, given_parts, in_eval_mode
+from mdistiller.models._contract import build_model, check_parts, check_text_network, given_parts, in_eval_mode
 from mdistiller.models._ensemble import Ensemble
 from mdistiller.models._frozen import freeze, frozen_norms
 from mdistiller.models._layers import name_layers
 from mdistiller.models.libraries import fit_inputs, give_features, library_weights
 from mdistiller.registry import cifar_models as cifar_model_dict
 from mdistiller.registry import imagenet_models as imagenet_model_dict
+from mdistiller.registry import text_models as text_model_dict
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -33,6 +35,7 @@ __all__ = [
     "Ensemble",
     "build_model",
     "check_parts",
+    "check_text_network",
     "cifar_model_dict",
     "default_checkpoint",
     "fit_inputs",
@@ -45,5 +48,6 @@ __all__ = [
     "library_weights",
     "name_layers",
     "register_model",
+    "text_model_dict",
     "tiny_imagenet_model_dict",
 ]

@@ -41,6 +41,18 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+def check_text_network(network: nn.Module, name: str, num_classes: int) -> None:
+    """Raise UserError where what `network` makes of four tokens is not what a network of text gives (gpt.py)."""
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with torch.random.fork_rng(devices=[]), in_eval_mode(network), torch.no_grad(), users_code(f"the model {name}"):
+        logits, _ = network(ids)
+        both = logits, network.head(network.hidden(ids))
+    if any(tuple(part.shape) != (4, num_classes) for part in both):
+        raise UserError(
+            f"the model {name} must give logits (4, {num_classes}) for four tokens; it gives {_shape(both)}"
+        )
+
+
 def given_parts(network: nn.Module, name: str, num_classes: int, size: int) -> set[str]:
     """Return the parts of the feature contract that `network` gives: names of features, get_stage_channels.
 

@@ -21,16 +21,20 @@ from mdistiller.terminal import columns, counted, say, shows_bars, unbroken
 def line_of(row: dict, epochs: int, seconds_left: float, columns: int | None = None) -> str:
     """Return one epoch on one line, in so many `columns` what matters most; columns align from epoch to epoch."""
     width = len(str(epochs))
+    speed, unit = row.get("images_per_second"), "img"
+    if speed is None:
+        speed, unit = row["tokens_per_second"], "tokens"
     parts = [  # each with its place among what is left out first
         (0, f"epoch {row['epoch']:>{width}}/{epochs}"),
         (7, f"lr {row['lr']:<7.5g}"),
         (4, f"loss {row['train_loss']:6.3f}"),
         (5, f"train {row['train_acc']:6.2f}"),
         (1, f"test {row['test_acc']:6.2f}"),
-        (6, "" if row.get("test_acc_top5") is None else f"top-5 {row['test_acc_top5']:6.2f}"),
+        (1, f"loss {row['test_loss']:6.4f}, {row['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in row else ""),
+        (6, "" if "bits_per_byte" in row or row.get("test_acc_top5") is None else f"top-5 {row['test_acc_top5']:6.2f}"),
         (3, f"ema {row['ema_acc']:6.2f}" if "ema_acc" in row else ""),
         (2, f"best {row['best_acc']:6.2f} @ {row['best_epoch']:<{width}}"),
-        (9, f"{row['images_per_second']:>8,.0f} img/s"),
+        (9, f"{speed:>8,.0f} {unit}/s"),
         (8, f"{row['epoch_seconds']:6.1f} s"),
         (3, f"left {timedelta(seconds=round(seconds_left))}"),
         (1, f"skipped {counted(row['skipped_steps'], 'step')}" if row.get("skipped_steps") else ""),
@@ -62,10 +66,10 @@ class Recorder:
     """Writes a run's figures into its folder. `done`: epochs that are finished already; `log`: bytes of worklog.txt at
     the checkpoint that the run goes on from. What a crash left behind them goes, so that nothing stands twice.
     `label` stands before a line in the terminal, `bar_row` is its bar's, from 0, where several runs share a terminal.
-    `kept`: whether the folder stays.
+    `kept`: whether the folder stays. `unit`: what the bar counts.
     """
 
-    label, bar_row, kept = "", 0, True
+    label, bar_row, kept, unit = "", 0, True, "img"
 
     def __init__(self, folder: Path, epochs: int, done: int = 0, log: int = 0, wandb_run=None):
         self.folder, self.epochs, self.wandb = folder, epochs, wandb_run
@@ -106,7 +110,7 @@ class Recorder:
                     initial=done,
                     desc=f"{self.label}epoch {epoch}/{self.epochs}",
                     position=self.bar_row,
-                    unit="img",
+                    unit=self.unit,
                     unit_scale=True,
                     leave=False,
                     file=sys.stdout,
@@ -168,9 +172,13 @@ class Recorder:
     def finish(self, result: dict) -> None:
         early = f", stopped early at epoch {result['epochs']} of {self.epochs}" if result.get("stopped_early") else ""
         early += f", {result['ema_acc']:.2f} of the average of weights" if "ema_acc" in result else ""
+        losses = ""
+        if "last_loss" in result:
+            losses = f"test loss {result['last_loss']:.4f} last, {result['best_loss']:.4f} best; "
         self.say(
-            f"result: test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), {result['best_acc']:.2f} "
-            f"best (epoch {result['best_epoch']}){early}" + (f", in {self.folder}" if self.kept else "")
+            f"result: {losses}test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), "
+            f"{result['best_acc']:.2f} best (epoch {result['best_epoch']}){early}"
+            + (f", in {self.folder}" if self.kept else "")
         )
 
     def _close_bar(self) -> None:

@@ -1,0 +1,198 @@
+"""Text: a file or a folder, or the source of Python's own library; by bytes, or by a byte-level BPE."""
+
+import gzip
+import hashlib
+import io
+import os
+import sysconfig
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mdistiller.config import Check, Key, add_keys, at_least, between, one_of
+from mdistiller.dataset._registry import register_dataset
+from mdistiller.dataset._tokens import TokenSet, token_set
+from mdistiller.errors import UserError
+from mdistiller.files import expand, write_atomic
+from mdistiller.terminal import counted, say
+
+add_keys(
+    {
+        "DATASET.TEXT.TOKENIZER": Key(
+            "bytes",
+            "Text: bytes; bpe: a byte-level BPE, trained on the training part and kept beside the text; or the path of "
+            "a tokenizer.json or of a folder that holds one, as that of a language model does.",
+            Check(bool, "must be bytes, bpe or a path"),
+        ),
+        "DATASET.TEXT.VOCABULARY": Key(2048, "Text: entries of the bpe.", between(257, 2**20)),
+        "DATASET.TEXT.BLOCK": Key(256, "Text: tokens that a network sees at once: a sample.", between(2, 2**17)),
+        "DATASET.TEXT.MEGABYTES": Key(0.0, "Text: how much of it, from its beginning; 0: all.", at_least(0)),
+        "DATASET.TEXT.TEST": Key(
+            "valid",
+            "Text: the part to test on. The first 90 % are for training; valid: the next 5 %, to choose settings by; "
+            "test: the last 5 %.",
+            one_of(("valid", "test")),
+        ),
+    }
+)
+
+SHARES = (0.90, 0.95)  # where the training part ends, and the one for validation
+PACKED = (".gz", ".dz")  # .dz: dictzip's, which gzip reads
+ENCODED = 2**16  # bytes that are encoded at a time, cut at a line's end
+
+
+@register_dataset("text", text=True)
+def text(root: Path, options: Mapping) -> TokenSet:
+    """Read the text file `root`, .gz and .dz unpacked, or all such files below a folder, in an order that their names
+    alone decide.
+    """
+    if root.is_dir():
+        files = [path for path in root.rglob("*") if path.is_file() and not hidden(path.relative_to(root))]
+        pieces = read_all(root, files)
+    elif root.is_file():
+        pieces = [unpacked(root)]
+    else:
+        raise UserError(f"{root}: there is no such file or folder; DATASET.ROOT is a text file, or a folder of them")
+    return tokens_of(b"\0".join(pieces), options, root.parent / root.name.split(".")[0])
+
+
+@register_dataset("python", text=True)
+def python(root: Path, options: Mapping) -> TokenSet:
+    """Read the source of the library of the Python that runs, without its tests; a tokenizer is kept in `root`."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = [path for path in library.rglob("*.py") if not left_out & {*path.relative_to(library).parts}]
+    if not files:
+        raise UserError(f"{library}: this Python has no source of its library; set DATASET.TYPE text with a file")
+    return tokens_of(b"\0".join(read_all(library, files)), options, root / f"python{sysconfig.get_python_version()}")
+
+
+def hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def unpacked(path: Path) -> bytes:
+    """Return a file's bytes. Raises UserError where it cannot be unpacked."""
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix in PACKED else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); mend or remove it") from None
+
+
+def read_all(root: Path, files: list[Path]) -> list[bytes]:
+    """Return the contents of the text files among `files`, in the order of their names' digests, so that each part of a
+    text has something of every folder.
+    """
+    found, passed = [], []
+    for path in sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(root))).digest()):
+        content = unpacked(path)
+        if b"\0" in content:
+            passed.append(path)
+        elif content:
+            found.append(content)
+    if passed:
+        say(f"{root}: {counted(len(passed), 'file')} passed over, no text, such as {passed[0].relative_to(root)}")
+    if not found:
+        raise UserError(f"{root}: holds no text; DATASET.ROOT is a text file, or a folder of them")
+    return found
+
+
+def tokens_of(content: bytes, options: Mapping, beside: Path) -> TokenSet:
+    """Return the tokens of a text, cut into its parts by position, at the ends of lines. `options`: the section
+    DATASET. What is trained and encoded for it is kept in files whose names begin as `beside` does.
+    """
+    own = options["TEXT"]
+    if own["MEGABYTES"]:
+        content = content[: int(1e6 * own["MEGABYTES"])]
+    cuts = [0, *(content.find(b"\n", int(share * len(content))) + 1 for share in SHARES), len(content)]
+    parts = dict(zip(("train", "valid", "test"), (content[a:b] for a, b in pairwise(cuts)), strict=True))
+    ids, vocabulary, digest = encoded(parts, own, beside)
+    key = f"{hashlib.sha256(content).hexdigest()} {digest} {own['BLOCK']}"
+    test, source = own["TEST"], hashlib.sha256(key.encode()).hexdigest()
+    bytes_a_token = len(parts[test]) / max(1, len(ids[test]))
+    streams = (torch.from_numpy(ids[name]) for name in ("train", test))
+    return token_set(*streams, own["BLOCK"], vocabulary, source, bytes_a_token)
+
+
+def encoded(parts: Mapping[str, bytes], own: Mapping, beside: Path) -> tuple[dict[str, np.ndarray], int, str]:
+    """Return the ids of each part, the number of entries of the vocabulary and the tokenizer's digest."""
+    kind = own["TOKENIZER"]
+    if kind == "bytes":
+        return {name: np.frombuffer(part, np.uint8).astype(np.int32) for name, part in parts.items()}, 256, kind
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError(
+            f"DATASET.TEXT.TOKENIZER: {kind} needs the package tokenizers: pip install tokenizers; or set bytes"
+        ) from None
+    digest = hashlib.sha256(b"".join(parts.values())).hexdigest()[:12]
+    if kind == "bpe":
+        path = beside.with_name(f"{beside.name}.bpe{own['VOCABULARY']}-{digest}.json")
+        if not path.is_file():
+            keep(path, train_bpe(parts["train"], own["VOCABULARY"]))
+    else:
+        path = expand(kind)
+        path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        saved = path.read_bytes()
+        tokenizer = Tokenizer.from_buffer(saved)
+    except Exception as error:  # a missing file's, or whatever the library raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"DATASET.TEXT.TOKENIZER: {path} cannot be read as a tokenizer.json: {reason}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    name = hashlib.sha256(saved).hexdigest()
+    kept = beside.with_name(f"{beside.name}.{name[:12]}-{digest}.npz")
+    if kept.is_file():
+        with np.load(kept, allow_pickle=False) as held:
+            return {part: held[part] for part in parts}, tokenizer.get_vocab_size(), name
+    say(f"encoding {sum(map(len, parts.values())) / 1e6:.1f} MB of text")
+    ids = {part: encode(tokenizer, content) for part, content in parts.items()}
+    memory = io.BytesIO()
+    np.savez(memory, **ids)
+    keep(kept, memory.getvalue())
+    return ids, tokenizer.get_vocab_size(), name
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file that later runs read. Raises UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; tokenizer and tokens are kept there, let DATASET.ROOT be where you may "
+            "write"
+        ) from None
+
+
+def train_bpe(content: bytes, vocabulary: int) -> bytes:
+    """Return the tokenizer.json of a byte-level BPE trained on a text; the same for the same text and library."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    say(f"training a BPE of {vocabulary:,} entries on {len(content) / 1e6:.1f} MB of text")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(lines(content), trainer)
+    return tokenizer.to_str().encode()
+
+
+def lines(content: bytes) -> Iterator[str]:
+    """Yield a text in pieces of about ENCODED bytes that end where a line ends."""
+    start = 0
+    while start < len(content):
+        stop = content.find(b"\n", start + ENCODED) + 1 or len(content)
+        yield content[start:stop].decode(errors="replace")
+        start = stop
+
+
+def encode(tokenizer, content: bytes) -> np.ndarray:
+    """Return the ids of a text, (N,) int32, without the special ones that a model's tokenizer adds."""
+    pieces = [piece.ids for piece in tokenizer.encode_batch([*lines(content)], add_special_tokens=False)]
+    return np.array([one for piece in pieces for one in piece], np.int32)

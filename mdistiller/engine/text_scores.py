@@ -1,0 +1,106 @@
+"""Figures of a network of text on a test: how well it predicts the next token, and how close it is to its teacher."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mdistiller.dataset import TokenBatches
+from mdistiller.device import autocast
+from mdistiller.distillers.losses import kl_divergence
+from mdistiller.engine.evaluator import Scores
+from mdistiller.models import in_eval_mode
+
+ROWS = 1024  # whose logits exist at a time
+BINS = 15  # of the calibration error
+SCALES = 2.0 ** (torch.arange(-6, 7) / 4)  # inverse temperatures at which the loss is known: 0.35 to 2.8
+
+
+class TextTest:
+    """Called with a network of text: its Scores on the blocks of `batches`, which lie on the device.
+
+    `more` has bits_per_byte; loss_calibrated, the loss after one temperature, which is fitted on one half of the tokens
+    and counts on the other, both ways; ece, the expected calibration error in percent; and beside a `teacher`
+    teacher_kl, KL(teacher || network) at temperature 1 in nats, and teacher_agreement, percent of tokens for which both
+    predict the same. The teacher's last hidden states are kept, (N, C) float32: it runs once.
+    """
+
+    def __init__(
+        self, batches: TokenBatches, bytes_a_token: float, amp: str = "none", teacher: nn.Module | None = None
+    ):
+        self.batches, self.bytes_a_token, self.amp, self.teacher = batches, bytes_a_token, amp, teacher
+        self.kept: list[Tensor] = []  # the teacher's hidden states, by batch
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module, batches=None) -> Scores:
+        """`batches`: those of the test, where somebody watches over them."""
+        device, count = self.batches.images.device, self.batches.num_samples * self.batches.targets_each
+        half = torch.arange(count, device=device) * 2 // count  # of each token
+        sums, bins = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros(3, BINS, device=device)
+        scaled = torch.zeros(2, len(SCALES), dtype=torch.float64, device=device)
+        with in_eval_mode(network), autocast(device, self.amp):
+            for number, (ids, target, index) in enumerate(batches or self.batches):
+                hidden, of_teacher = network.hidden(ids), self._teacher(number, ids)
+                for rows in torch.arange(len(target), device=device).split(ROWS):
+                    logits, label = network.head(hidden[rows]).float(), target[rows]
+                    teacher = None if of_teacher is None else self.teacher.head(of_teacher[rows]).float()
+                    self._add(logits, label, teacher, sums, bins)
+                    for side in (0, 1):
+                        here = half[index[rows]] == side
+                        scaled[side] += _losses(logits[here], label[here])
+        loss, hits, top5, kl, agreed = (sums / count).tolist()
+        seen, right, trust = bins.cpu()
+        more = {
+            "bits_per_byte": loss / math.log(2) / self.bytes_a_token,
+            "loss_calibrated": calibrated(scaled.cpu().numpy(), torch.bincount(half, minlength=2).cpu().numpy()),
+            "ece": 100 * float((right - trust).abs().sum() / seen.sum()),
+        }
+        if self.teacher is not None:
+            more |= {"teacher_kl": kl, "teacher_agreement": 100 * agreed}
+        return Scores(100 * hits, 100 * top5, loss, more)
+
+    def _teacher(self, number: int, ids: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        if number == len(self.kept):
+            with in_eval_mode(self.teacher):
+                self.kept.append(self.teacher.hidden(ids).float())
+        return self.kept[number]
+
+    def _add(self, logits: Tensor, label: Tensor, teacher: Tensor | None, sums: Tensor, bins: Tensor) -> None:
+        logp = logits.log_softmax(1)
+        own = logp.gather(1, label[:, None])[:, 0]
+        trust, predicted = logp.max(1)
+        hit = predicted == label
+        top5 = (logp > own[:, None]).sum(1) < 5
+        both = torch.zeros(2, device=logits.device)
+        if teacher is not None:
+            both = torch.stack([kl_divergence(logits, teacher, 1.0, 1.0).sum(), (teacher.argmax(1) == predicted).sum()])
+        sums += torch.cat([torch.stack([-own.sum(), hit.sum(), top5.sum()]), both])
+        trust = trust.exp()
+        place = (trust * BINS).long().clamp(max=BINS - 1)
+        bins.index_add_(1, place, torch.stack([torch.ones_like(trust), hit.float(), trust]))
+
+
+def _losses(logits: Tensor, label: Tensor) -> Tensor:
+    """Return the sum of the losses of logits (n, V) times each of SCALES."""
+    at_label = logits.gather(1, label[:, None])[:, 0].double().sum()
+    return torch.stack([torch.logsumexp(s * logits, 1).double().sum() - s * at_label for s in SCALES.tolist()])
+
+
+def calibrated(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Return the loss after one temperature, fitted on one half and counted on the other, from sums (2, SCALES) of both
+    halves' losses: between the scales by a polynomial through five of them.
+    """
+    x, total = np.arange(len(SCALES), dtype=float), 0.0
+    for fitted, other in ((0, 1), (1, 0)):
+        if not counts[fitted]:
+            fitted = other
+        middle = int(np.clip(sums[fitted].argmin(), 2, len(x) - 3))
+        near, fine = slice(middle - 2, middle + 3), np.linspace(middle - 2, middle + 2, 401)
+        curves = [
+            np.polyval(np.polyfit(x[near] - middle, sums[side][near], 4), fine - middle) for side in (fitted, other)
+        ]
+        total += curves[1][curves[0].argmin()]
+    return float(total / counts.sum())
