@@ -164,8 +164,8 @@ def keep(path: Path, content: bytes) -> None:
         write_atomic(path, content)
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror or error}; tokenizer and tokens are kept there, let DATASET.ROOT be where you may "
-            "write"
+            f"{path}: {error.strerror or error}; tokenizer and tokens are kept there, let DATASET.ROOT be where you "
+            "may write"
         ) from None
 
 

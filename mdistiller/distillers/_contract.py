@@ -54,7 +54,7 @@ def check_output(distiller: nn.Module, output: object, samples: int) -> None:
     if not (isinstance(output, tuple) and len(output) == 2):
         raise UserError(f"{wanted}; got {_shape(output)}")
     logits, losses = output
-    wants = 1 if distiller.chunk else 2  # of chunks the predicted classes
+    wants = 1 if getattr(distiller, "chunk", 0) else 2  # of chunks the predicted classes
     if not (isinstance(logits, Tensor) and logits.ndim == wants and len(logits) == samples):
         raise UserError(f"{wanted}; got logits {_shape(logits)} for {samples} images")
     if not (isinstance(losses, Mapping) and losses):

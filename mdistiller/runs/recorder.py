@@ -175,10 +175,10 @@ class Recorder:
         losses = ""
         if "last_loss" in result:
             losses = f"test loss {result['last_loss']:.4f} last, {result['best_loss']:.4f} best; "
+        place = f", in {self.folder}" if self.kept else ""
         self.say(
             f"result: {losses}test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), "
-            f"{result['best_acc']:.2f} best (epoch {result['best_epoch']}){early}"
-            + (f", in {self.folder}" if self.kept else "")
+            f"{result['best_acc']:.2f} best (epoch {result['best_epoch']}){early}{place}"
         )
 
     def _close_bar(self) -> None:
