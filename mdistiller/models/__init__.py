@@ -1,6 +1,6 @@
 """The zoo. cifar_model_dict[NAME] -> (constructor(num_classes=...), default teacher checkpoint path);
-imagenet_model_dict[NAME], text_model_dict[NAME] -> constructor(num_classes=...); tiny_imagenet_model_dict: as the first,
-for 64 x 64 images.
+imagenet_model_dict[NAME], text_model_dict[NAME] -> constructor(num_classes=...); tiny_imagenet_model_dict: as the
+first, for 64 x 64 images.
 """
 
 import importlib
