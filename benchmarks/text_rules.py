@@ -1,0 +1,166 @@
+"""Do temperatures of each token's own help a small language model? An experiment with its decision written down first.
+
+python3 benchmarks/text_rules.py teacher
+python3 benchmarks/text_rules.py tune      # seed 0, on the validation part: tau of each rule
+python3 benchmarks/text_rules.py claim     # seeds 0 to 2, on the test part
+python3 benchmarks/text_rules.py table     # what the finished runs say, as Markdown
+
+Each goes on where it was stopped. Several may run at the same time; a run that another process trains is passed over.
+
+The decision. Effect of an arm: the mean over seeds of the paired difference of its loss after one fitted temperature
+(same initial weights, same order) to that of KD at its best tau, with its 95 % t-interval. An arm helps if the interval
+lies below 0 and the mean is -0.005 nats or lower. It helps by its temperatures if that stays so under FACTOR mean (else
+it was a weight of tokens) and under DETACH (else it was the gradient through the temperatures). It does nothing if the
+interval holds 0 or the mean lies above -0.005. The last epoch counts; nothing is chosen on the test part.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = Path("output/text_rules")
+TEACHER = OUTPUT / "teacher" / "student_best"
+CRITICAL = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t at 97.5 %, by the number of seeds
+
+
+def kd(tau: float, *more: str) -> list[str]:
+    """Return the pairs of KD: cross entropy and KL at tau, each with the weight 1/2."""
+    weights = ["KD.LOSS.CE_WEIGHT", "0.5", "KD.LOSS.KD_WEIGHT", "0.5"]
+    return ["DISTILLER.TYPE", "KD", "KD.TEMPERATURE", f"{tau:g}", *weights, *more]
+
+
+def dtkd(rule: str, tau: float, *more: str) -> list[str]:
+    """Return the pairs of DTKD without its warm-up: cross entropy, KL under the rule and KL at tau, weighted alike."""
+    weights = ["DTKD.ALPHA", "1", "DTKD.BETA", "1", "DTKD.CE_WEIGHT", "1", "DTKD.WARMUP", "0"]
+    return ["DISTILLER.TYPE", "DTKD", "DTKD.T", f"{tau:g}", "TEMPERATURE.RULE", rule, *weights, *more]
+
+
+TUNED = {
+    "KD": [(tau, kd(tau)) for tau in (0.5, 1, 2, 4)],
+    "KD under std": [(tau, kd(tau, "TEMPERATURE.RULE", "std")) for tau in (0.25, 0.5, 1)],
+    **{f"DTKD, {rule}": [(tau, dtkd(rule, tau)) for tau in (0.5, 1, 2)] for rule in ("max_logit", "centred")},
+}
+WHOLE = ("SOLVER.CHUNK", "0")
+
+
+def arms(best: dict[str, float]) -> dict[str, list[str]]:
+    """Return the arms of the claim by name, at each rule's `best` tau."""
+    tau, centred = best["KD"], best["DTKD, centred"]
+    heavy = ["KD.LOSS.CE_WEIGHT", "1", "KD.LOSS.KD_WEIGHT", "2"]
+    return {
+        f"KD, tau {tau:g}": kd(tau),
+        "student alone": ["DISTILLER.TYPE", "NONE"],
+        f"KD, tau {tau:g}, weights 1 and 2": [*kd(tau), *heavy],
+        f"DTKD, max_logit, tau {best['DTKD, max_logit']:g}": dtkd("max_logit", best["DTKD, max_logit"]),
+        f"DTKD, centred, tau {centred:g}": dtkd("centred", centred),
+        f"DTKD, centred_sharpness, tau {centred:g}": dtkd("centred_sharpness", centred),
+        f"KD under std, tau {best['KD under std']:g}": kd(best["KD under std"], "TEMPERATURE.RULE", "std"),
+        "KD, reverse KL, tau 1": kd(1, "DIVERGENCE.TYPE", "reverse"),
+        f"DTKD, centred, tau {centred:g}, DETACH": dtkd("centred", centred, "TEMPERATURE.DETACH", "True"),
+        f"DTKD, centred, tau {centred:g}, FACTOR tau2": dtkd("centred", centred, "TEMPERATURE.FACTOR", "tau2"),
+        f"DTKD, centred, tau {centred:g}, FACTOR mean": dtkd("centred", centred, "TEMPERATURE.FACTOR", "mean", *WHOLE),
+    }
+
+
+def name_of(arm: str, seed: int) -> str:
+    return f"{arm.replace(', ', ',').replace(' ', '-')},seed{seed}"
+
+
+def train(name: str, pairs: list[str]) -> None:
+    """Train a run by tools/train_ours.py, unless it is finished."""
+    if finished(name):
+        return
+    words = [str(ROOT / "tools" / "train_ours.py"), "--cfg", str(ROOT / "configs/text/rules.yaml"), "--resume", "auto"]
+    pairs = ["EXPERIMENT.NAME", name, *pairs]
+    subprocess.run([sys.executable, *words, *pairs], check=False)
+
+
+def last(name: str) -> dict:
+    """Return the figures of a run's last epoch, {} where there is none yet."""
+    file = OUTPUT / name / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def finished(name: str) -> bool:
+    return last(name).get("epoch", 0) >= (6 if name == "teacher" else 2 if name.startswith("tune") else 3)
+
+
+def tau_of_each(shown: bool = False) -> dict[str, float]:
+    """Return the tau of each rule with the lowest calibrated loss on the validation part."""
+    best = {}
+    for rule, choices in TUNED.items():
+        found = {tau: last(name_of(f"tune {rule} {tau:g}", 0)) for tau, _ in choices}
+        missing = [tau for tau, row in found.items() if not row]
+        if missing:
+            sys.exit(f"{rule}: not tuned yet at tau {missing}; run `python3 benchmarks/text_rules.py tune`")
+        best[rule] = min(found, key=lambda tau: found[tau]["loss_calibrated"])
+        if shown:
+            cells = (f"{tau:g}: {row['loss_calibrated']:.4f}" for tau, row in found.items())
+            print(f"| {rule} | {', '.join(cells)} | {best[rule]:g} |")
+    return best
+
+
+def interval(differences: np.ndarray) -> str:
+    """Return mean and 95 % t-interval of paired differences (seeds,) as text."""
+    mean, half = differences.mean(), math.nan
+    if len(differences) in CRITICAL:
+        half = CRITICAL[len(differences)] * differences.std(ddof=1) / math.sqrt(len(differences))
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+
+
+def table(seeds: range) -> None:
+    """Print what tuning chose, and an arm on each line with its figures and its difference to KD at its best tau."""
+    print("| rule | calibrated loss by tau (validation, seed 0) | chosen |\n|---|---|---|")
+    best = tau_of_each(shown=True)
+    rows = {arm: [last(name_of(arm, seed)) for seed in seeds if finished(name_of(arm, seed))] for arm in arms(best)}
+    teacher = last("teacher")
+    print(f"\nThe teacher, on the validation part: loss {teacher['test_loss']:.4f}, top-1 {teacher['test_acc']:.2f}.\n")
+    print("| arm | runs | loss | calibrated | bits/byte | top-1 | ECE | KL to teacher | fell back | difference to KD |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|")
+    reference = None
+    for arm, found in rows.items():
+        if not found:
+            continue
+        keys = ("test_loss", "loss_calibrated", "bits_per_byte", "test_acc", "ece", "teacher_kl")
+        values = {key: np.array([row.get(key, math.nan) for row in found]) for key in keys}
+        cells = [f"{v.mean():.4f}" if "acc" not in k and k != "ece" else f"{v.mean():.2f}" for k, v in values.items()]
+        back = [100 * row["temperature"]["fell_back"] for row in found if "temperature" in row]
+        calibrated = values["loss_calibrated"]
+        reference = calibrated if reference is None else reference
+        same = len(calibrated) == len(reference) and calibrated is not reference
+        effect = interval(calibrated - reference) if same else ""
+        share = f"{np.mean(back):.1f} %" if back else ""
+        print(f"| {arm} | {len(found)} | {' | '.join(cells)} | {share} | {effect} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("teacher", "tune", "claim", "table"))
+    parser.add_argument("--seeds", type=int, default=3, help="how many; default: %(default)s")
+    parser.add_argument("--last-first", action="store_true", help="from the other end, as a second process does")
+    a = parser.parse_args()
+    turn = -1 if a.last_first else 1
+    if a.stage == "teacher":
+        train("teacher", ["DISTILLER.STUDENT", "gpt4x128", "SOLVER.EPOCHS", "6"])
+    elif a.stage == "tune":
+        runs = [(f"tune {rule} {tau:g}", pairs) for rule, choices in TUNED.items() for tau, pairs in choices]
+        for arm, pairs in runs[::turn]:
+            train(name_of(arm, 0), [*pairs, "DISTILLER.TEACHER_CKPT", str(TEACHER), "SOLVER.EPOCHS", "2"])
+    elif a.stage == "claim":
+        runs = [(arm, pairs, seed) for seed in range(a.seeds) for arm, pairs in arms(tau_of_each()).items()]
+        for arm, pairs, seed in runs[::turn]:
+            more = ["SEED", str(seed), "DATASET.TEXT.TEST", "test", "DISTILLER.TEACHER_CKPT", str(TEACHER)]
+            train(name_of(arm, seed), [*pairs, *more])
+    else:
+        table(range(a.seeds))
+
+
+if __name__ == "__main__":
+    main()
