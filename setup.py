@@ -20,6 +20,7 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime", "openvino"],
         "slurm": ["submitit>=1.5"],
         "pictures": ["timm>=1.0"],
+        "trl": ["trl>=1.16", "peft"],
         "dev": ["pytest>=8", "pytest-xdist", "ruff>=0.6", "hypothesis", "selenium>=4.15", "submitit>=1.5", "timm>=1.0"],
     },
 )

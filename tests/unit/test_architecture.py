@@ -17,6 +17,7 @@ MAY_IMPORT = {package: {*BELOW, *PACKAGES[:place]} for place, package in enumera
     "device": {"errors"},
     "api": {*BELOW, *PACKAGES},
     "losses": {"distillers"},
+    "integrations": {"errors", "registry", "distillers"},
 }
 
 
