@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -114,6 +115,23 @@ def called(name: str, *words: object, cwd: Path) -> subprocess.CompletedProcess:
     for stream in streams:
         stream.seek(0)
     return subprocess.CompletedProcess(words, status, *(stream.read() for stream in streams))
+
+
+def script(text: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run `text` as a Python file of its own would run in the folder `cwd`, in a forked child: what it registers and
+    sets is gone with it. Return its status and all that it printed.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.NamedTemporaryFile("r") as errors:
+
+        def work():
+            os.chdir(cwd)
+            with contextlib.redirect_stdout(out):
+                exec(compile(text, "script.py", "exec"), {"__name__": "__main__"})
+            out.flush()
+
+        status = status_of(forked(work, errors.name))
+        out.seek(0)
+        return subprocess.CompletedProcess(["script.py"], status, out.read(), errors.read())
 
 
 def load_tool(name: str) -> ModuleType:

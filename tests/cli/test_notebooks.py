@@ -2,11 +2,8 @@
 student's, and t-SNE of pooled features.
 """
 
-import subprocess
-import sys
-
 import numpy as np
-from helpers import save_teacher
+from helpers import save_teacher, script
 
 NOTEBOOK = """
 import numpy as np
@@ -65,6 +62,6 @@ def test_the_notebooks_calls(tmp_path):
         records = np.random.default_rng(0).integers(0, 256, (100, 2 + 3072), dtype=np.uint8)
         records[:, 1] = np.arange(100)
         records.tofile(tmp_path / "data" / "cifar-100-binary" / f"{name}.bin")
-    done = subprocess.run([sys.executable, "-c", NOTEBOOK], cwd=folder, capture_output=True, text=True)
+    done = script(NOTEBOOK, folder)
     assert done.returncode == 0, done.stderr
     assert not list(folder.iterdir())

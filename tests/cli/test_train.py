@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from helpers import digits_opts, evaluated, load_tool, save_teacher, small_run, tool
+from helpers import called, digits_opts, evaluated, load_tool, save_teacher, small_run
 
 from mdistiller.config import get, load
 from mdistiller.dataset import get_dataset
@@ -31,16 +31,16 @@ def test_the_command_of_the_readmes(tmp_path):
     )
     lskd = ["--logit-stand", "--base-temp", "2", "--kd-weight", "9"]
     pairs = ["DISTILLER.TEACHER_CKPT", tmp_path / "teacher", "DEVICE", "cpu", "EXPERIMENT.NAME", "run"]
-    done = tool("train", "--cfg", "kd.yaml", *lskd, "SOLVER.EPOCHS", "1", *pairs, cwd=tmp_path)
+    done = called("train", "--cfg", "kd.yaml", *lskd, "SOLVER.EPOCHS", "1", *pairs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "output" / "lab" / "run"
     cfg = yaml.safe_load((folder / "config.yaml").read_text())
     assert cfg["EXPERIMENT"]["LOGIT_STAND"] is True
     assert cfg["KD"] == {"TEMPERATURE": 2.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 9.0}}
-    done = tool("train", "--cfg", "kd.yaml", "--resume", *lskd, *pairs, cwd=tmp_path)
+    done = called("train", "--cfg", "kd.yaml", "--resume", *lskd, *pairs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [row["epoch"] for row in read_metrics(folder)] == [1, 2]
-    done = tool("train", "--cfg", "kd.yaml", "--resume", *pairs, cwd=tmp_path)
+    done = called("train", "--cfg", "kd.yaml", "--resume", *pairs, cwd=tmp_path)
     assert done.returncode == 2 and "--resume: EXPERIMENT.LOGIT_STAND is False" in done.stderr
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, METHODS, ROOT, digits_opts, refused, small_run, tool
+from helpers import CPU, METHODS, ROOT, digits_opts, refused, small_run
 from torch import nn
 from torch.nn import functional as F
 
@@ -120,11 +120,9 @@ def test_an_unknown_name_is_one_line_with_the_nearest(monkeypatch):
         config.load(None, ["DISTILLER.STUDENT", "timm:resnet18"])
 
 
-def test_names_that_are_not_used_import_no_library(tmp_path):
+def test_names_that_are_not_used_import_no_library():
     code = "import sys; from mdistiller import config; config.load(); "
     code += "sys.exit(bool({'timm', 'torchvision'} & sys.modules.keys()))"
-    (tmp_path / "tools").mkdir()
-    assert tool("train_ours", "--help", cwd=tmp_path).returncode == 0
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=240).returncode == 0
 
 

@@ -1,14 +1,12 @@
 """Files from outside: methods as users of mdistiller have them, models, data sets and rules; what is wrong with one."""
 
 import re
-import subprocess
-import sys
 import textwrap
 
 import forks
 import pytest
 import torch
-from helpers import CPU, METHODS, ROOT, called, refused, save_teacher, tool
+from helpers import CPU, METHODS, ROOT, called, refused, save_teacher, script
 from methods import batch, model
 
 import mdistiller as md
@@ -170,7 +168,7 @@ def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method):
     if method == "HINT":
         words += ["EXPERIMENT.PLUGINS", "['confidence_kd.py', 'hint.py']", "DISTILLER.TYPE", "HINT"]
     words += ["EXPERIMENT.NAME", "x", "SOLVER.EPOCHS", 1, "SOLVER.LR_DECAY_STAGES", "[]"]
-    done = tool("train_ours", "--cfg", "confidence_kd.yaml", *words, cwd=tmp_path)
+    done = called("train_ours", "--cfg", "confidence_kd.yaml", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = read_metrics(tmp_path / "output" / "distill" / "x")
     assert row["train_losses"]["loss/loss_kd"] > 0
@@ -180,7 +178,7 @@ def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
     files = ("small_net.py", "staged_net.py", "squares.py", "confidence.py", "squares.yaml", "notebook.py")
     write(tmp_path, "docs/plugins.md", {*files})
     (tmp_path / "notebook.py").unlink()  # it is no plug-in
-    done = tool("train_ours", "--cfg", "squares.yaml", "SOLVER.EPOCHS", 1, cwd=tmp_path)
+    done = called("train_ours", "--cfg", "squares.yaml", "SOLVER.EPOCHS", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = read_metrics(tmp_path / "output" / "distill" / "confidence,small+SOLVER.EPOCHS:1")
     assert row["train_losses"]["loss/loss_kd"] > 0
@@ -195,8 +193,9 @@ def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
         given += ["DATASET.TYPE", "squares", "DISTILLER.STUDENT", "StagedNet", "DISTILLER.TEACHER"]
         load(None, [*given, "StagedNet"])
         data = load_dataset("squares", ".")
-        for name, cls in distiller_dict.items():
-            for teacher in ("StagedNet", "SmallNet") if cls.needs_features else ("SmallNet",):
+        for name in METHODS:
+            needed = distiller_dict[name].needs_features
+            for teacher in ("StagedNet", "SmallNet") if needed else ("SmallNet",):
                 cfg = load(None, [*given, teacher, "DISTILLER.TYPE", name])
                 try:
                     method = build_distiller(cfg, data, None, torch.device("cpu"))
@@ -207,11 +206,10 @@ def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
                 losses = method.train()(**batch, epoch=1)[1]
                 assert all(loss.isfinite() for loss in losses.values()), name
     """
-    (tmp_path / "all_methods.py").write_text(textwrap.dedent(code))
-    done = subprocess.run([sys.executable, "all_methods.py"], capture_output=True, text=True, cwd=tmp_path)
+    done = script(f"{METHODS = }\n{textwrap.dedent(code)}", tmp_path)
     assert done.returncode == 0, done.stderr
     lines = r"^(\w+) compares features, and the model SmallNet does not give (.*?);"
-    needs = {name: ", ".join(cls.needs_features) for name, cls in distiller_dict.items() if cls.needs_features}
+    needs = {name: ", ".join(cls.needs_features) for name in METHODS if (cls := distiller_dict[name]).needs_features}
     assert dict(re.findall(lines, done.stdout, re.M)) == needs
 
 
@@ -227,7 +225,7 @@ def the_tools_know_what_it_brings(folder, run):
     assert "squares.py is neither in this folder nor in the run's; type --plugins PATH/squares.py" in done.stderr
     assert done.returncode == 0 and "squares" in done.stdout
     words = ["-m", "SmallNet", "-c", run / "student_latest", "-d", "squares"]
-    done = tool("eval", *words, cwd=folder)
+    done = called("eval", *words, cwd=folder)
     assert done.returncode == 2 and "what a plug-in brings needs --plugins FILE" in done.stderr
     done = called("eval", *words, "--plugins", folder / "small_net.py", folder / "squares.py", cwd=folder / "elsewhere")
     assert done.returncode == 0 and "top-1" in done.stdout, done.stderr
@@ -245,10 +243,9 @@ def the_tools_know_what_it_brings(folder, run):
     ],
 )
 def test_a_pages_notebook_runs_as_it_stands(tmp_path, page, says):
-    (tmp_path / "notebook.py").write_text(blocks(page)["notebook.py"])
-    done = subprocess.run([sys.executable, "notebook.py"], capture_output=True, text=True, cwd=tmp_path)
+    done = script(blocks(page)["notebook.py"], tmp_path)
     assert done.returncode == 0 and says in done.stdout, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["notebook.py"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_of_checks_has_all_that_the_library_gives():
@@ -289,6 +286,5 @@ def test_a_cell_of_a_notebook_may_run_again(tmp_path):
         except ValueError as error:
             print(error)
     """
-    (tmp_path / "cells.py").write_text(textwrap.dedent(code).replace("\n        ", "\n"))
-    done = subprocess.run([sys.executable, "cells.py"], capture_output=True, text=True, cwd=tmp_path)
+    done = script(textwrap.dedent(code).replace("\n        ", "\n"), tmp_path)
     assert done.returncode == 0 and "method 'KD' is registered already" in done.stdout, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run, save_teacher, small_run, tool
+from helpers import called, run, save_teacher, small_run
 
 from mdistiller.errors import UserError
 from mdistiller.runs.temperature import HEADER
@@ -93,7 +93,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path, recorded_runs):
     assert "student_latest" in (tmp_path / "out" / "report.html").read_text()
 
     shutil.copy(recorded_runs / "kd" / "student_latest", run)
-    done = tool(
+    done = called(
         "analyze", run, "-o", tmp_path / "out", "--opts", "DISTILLER.TEACHER_CKPT", "gone.pth", cwd=tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, load_tool, run, tool
+from helpers import KINDS, called, load_tool, run
 
 from mdistiller.engine.replay import replay
 from mdistiller.engine.step import Step
@@ -68,7 +68,7 @@ def test_a_bad_step_runs_again_from_the_command_line(small, tmp_path, harm):
     with pytest.raises(TrainingDiverged, match="first to go bad: the images"):
         run([*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "MINE"], tmp_path)
     (file,) = (tmp_path / "distill" / "run").glob("bad_batch*")
-    done = tool("replay", file, cwd=tmp_path)
+    done = called("replay", file, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "first to go bad: the images" in done.stdout
     with pytest.raises(UserError, match="mine.py"):
