@@ -264,7 +264,7 @@ def outcome(folder: Path) -> tuple[dict, list[dict]]:
     state = torch.load(folder / "latest", weights_only=True)
     rows = read_metrics(folder)
     for row in rows:
-        del row["epoch_seconds"], row["images_per_second"]
+        del row["epoch_seconds"], row["tokens_per_second" if "tokens_per_second" in row else "images_per_second"]
     return {key: value for key, value in state.items() if key not in ("checksum", "log_bytes")}, rows
 
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import math
 import os
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -51,7 +52,7 @@ def text(root: Path, options: Mapping) -> TokenSet:
     """
     if root.is_dir():
         files = [path for path in root.rglob("*") if path.is_file() and not hidden(path.relative_to(root))]
-        pieces = read_all(root, files)
+        pieces = read_all(root, files, options)
     elif root.is_file():
         pieces = [unpacked(root)]
     else:
@@ -67,7 +68,9 @@ def python(root: Path, options: Mapping) -> TokenSet:
     files = [path for path in library.rglob("*.py") if not left_out & {*path.relative_to(library).parts}]
     if not files:
         raise UserError(f"{library}: this Python has no source of its library; set DATASET.TYPE text with a file")
-    return tokens_of(b"\0".join(read_all(library, files)), options, root / f"python{sysconfig.get_python_version()}")
+    return tokens_of(
+        b"\0".join(read_all(library, files, options)), options, root / f"python{sysconfig.get_python_version()}"
+    )
 
 
 def hidden(path: Path) -> bool:
@@ -82,17 +85,25 @@ def unpacked(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be unpacked ({error}); mend or remove it") from None
 
 
-def read_all(root: Path, files: list[Path]) -> list[bytes]:
+def wanted_bytes(options: Mapping) -> int | None:
+    """Return how much of a text is asked for; None: all."""
+    return int(1e6 * options["TEXT"]["MEGABYTES"]) or None
+
+
+def read_all(root: Path, files: list[Path], options: Mapping) -> list[bytes]:
     """Return the contents of the text files among `files`, in the order of their names' digests, so that each part of a
-    text has something of every folder.
+    text has something of every folder; no more files than `wanted_bytes` asks for.
     """
-    found, passed = [], []
+    found, passed, left = [], [], wanted_bytes(options) or math.inf
     for path in sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(root))).digest()):
         content = unpacked(path)
         if b"\0" in content:
             passed.append(path)
         elif content:
             found.append(content)
+            left -= len(content)
+        if left <= 0:
+            break
     if passed:
         say(f"{root}: {counted(len(passed), 'file')} passed over, no text, such as {passed[0].relative_to(root)}")
     if not found:
@@ -105,8 +116,7 @@ def tokens_of(content: bytes, options: Mapping, beside: Path) -> TokenSet:
     DATASET. What is trained and encoded for it is kept in files whose names begin as `beside` does.
     """
     own = options["TEXT"]
-    if own["MEGABYTES"]:
-        content = content[: int(1e6 * own["MEGABYTES"])]
+    content = content[: wanted_bytes(options)]
     cuts = [0, *(content.find(b"\n", int(share * len(content))) + 1 for share in SHARES), len(content)]
     parts = dict(zip(("train", "valid", "test"), (content[a:b] for a, b in pairwise(cuts)), strict=True))
     ids, vocabulary, digest = encoded(parts, own, beside)

@@ -145,7 +145,8 @@ class Trainer:
         """Pass once over the training set, or over what is left of it. Return the training figures of the row."""
         self.distiller.train()
         state, step, meter = self.state, self.step, self.step.meter
-        lr = self.schedule.at(epoch, state.done, len(self.feed))
+        # where only the test is left, the row has the last step's
+        lr = self.schedule.at(epoch, min(state.done, len(self.feed) - 1), len(self.feed))
         varies = self.schedule.changes_within(epoch)
         set_lr(step.optimizer, lr)
         step.temperatures = self.buffer

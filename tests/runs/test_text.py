@@ -1,0 +1,130 @@
+"""Runs on text: their figures, how they go on after a stop, several seeds, what is refused, and what reads them."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+from helpers import called, changed, outcome, same, tree
+from studies import write
+
+from mdistiller.engine.cfg import load
+from mdistiller.engine.run import train
+from mdistiller.engine.seeds import train_seeds
+from mdistiller.errors import Preempted
+from mdistiller.runs.recorder import read_metrics
+from mdistiller.runs.temperature import read_record
+
+FIGURES = {
+    "test_acc", "test_loss", "bits_per_byte", "loss_calibrated", "ece", "tokens_per_second", "best_loss", "best_epoch",
+}  # fmt: skip
+OF_TEACHER = {"teacher_kl", "teacher_agreement"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The folder of a run of two epochs of 14 steps on 27,000 characters of Python's own library, and the YAML file of
+    such runs. The first one trains the teacher.
+    """
+    root, before = tmp_path_factory.mktemp("text"), os.getcwd()
+    tree = {
+        "DATASET": {
+            "TYPE": "python", "ROOT": str(root / "data"), "TEXT": {"MEGABYTES": 0.03, "BLOCK": 32},
+            "TEST": {"BATCH_SIZE": 32},
+        },
+        "DISTILLER": {"TYPE": "DTKD", "STUDENT": "gpt1x32", "TEACHER": "gpt2x64"},
+        "DTKD": {"T": 1.0, "WARMUP": 0},
+        "SOLVER": {
+            "TYPE": "AdamW", "LR": 0.003, "SCHEDULE": "cosine", "CLIP": 1.0, "BATCH_SIZE": 64, "EPOCHS": 2,
+        },
+        "EXPERIMENT": {"TAG": "run"}, "LOG": {"TEMPERATURE": "samples"}, "DEVICE": "cpu",
+    }  # fmt: skip
+    file = write(root / "text.yaml", **tree)
+    os.chdir(root)
+    try:
+        folder = run(file, root / "out", DISTILLER__TRAIN_TEACHER=True)
+    finally:
+        os.chdir(before)
+    (teacher,) = root.glob("download_ckpts/python_teachers/gpt2x64_vanilla/*.pth")
+    tree["DISTILLER"]["TEACHER_CKPT"] = str(teacher)
+    return folder, write(file, **tree)
+
+
+def run(file: Path, prefix: Path, resume: bool | str = False, **changes: object) -> Path:
+    """Train. Return the run's folder."""
+    return Path(train(load(file, changed([], prefix, **changes)), resume)["folder"])
+
+
+def test_rows_have_the_figures_of_text(text):
+    folder, _ = text
+    rows = read_metrics(folder)
+    assert len(rows) == 2 and all(FIGURES | OF_TEACHER <= set(row) for row in rows)
+    first, last = rows
+    assert 2 < last["test_loss"] < first["test_loss"] < math.log(256)
+    assert last["bits_per_byte"] == pytest.approx(last["test_loss"] / math.log(2)), "a token is a byte"
+    assert last["loss_calibrated"] < last["test_loss"] + 0.01
+    assert (last["best_epoch"], last["best_loss"]) == (2, last["test_loss"])
+    assert last["teacher_kl"] > 0 and 0 < last["teacher_agreement"] <= 100
+    worklog = (folder / "worklog.txt").read_text()
+    assert "tokens, a vocabulary of 256" in worklog and "bits/byte" in worklog
+    record = read_record(folder / "temperatures.bin")
+    tokens = record.values.shape[2]
+    assert tokens % 32 == 0 and tokens == pytest.approx(27_000, abs=300), "one for each token"
+
+
+def test_the_student_alone_has_no_figures_of_a_teacher(text, tmp_path):
+    folder = run(text[1], tmp_path, DISTILLER__TYPE="NONE", SOLVER__EPOCHS=1)
+    (row,) = read_metrics(folder)
+    assert set(row) >= FIGURES and not OF_TEACHER & set(row)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(text, tmp_path, stop_after):
+    file = text[1]
+    whole = run(file, tmp_path / "whole")
+    for items in (5, 10, 5):  # after step 5 of epoch 1; in its test; after step 3 of epoch 2
+        stop_after(items)
+        with pytest.raises(Preempted):
+            run(file, tmp_path / "parts", resume="auto")
+    stop_after(0)
+    parts = run(file, tmp_path / "parts", resume=True)
+    assert same(outcome(whole), outcome(parts))
+    log = (parts / "worklog.txt").read_text()
+    assert [log.count(words) for words in ("14 steps into", "5 steps into", "3 steps into")] == [1, 1, 1]
+    assert (whole / "temperatures.bin").read_bytes() == (parts / "temperatures.bin").read_bytes()
+
+
+def test_chunks_give_the_run_of_whole_batches(text, tmp_path):
+    whole, parts = (read_metrics(run(text[1], tmp_path / str(n), SOLVER__CHUNK=n)) for n in (0, 500))
+    assert parts[-1]["test_loss"] == pytest.approx(whole[-1]["test_loss"], rel=1e-4)
+
+
+def test_seeds_are_runs_of_their_own(text, tmp_path):
+    summary = train_seeds(load(text[1], changed([], tmp_path / "set", SOLVER__EPOCHS=1)), [0, 1])
+    folders = [Path(one["folder"]) for one in summary["runs"]]
+    losses = [read_metrics(folder)[0]["test_loss"] for folder in folders]
+    assert len(losses) == 2 and losses[0] != losses[1]
+    assert same(outcome(run(text[1], tmp_path / "alone", SEED=1, SOLVER__EPOCHS=1)), outcome(folders[1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["DISTILLER.TYPE", "CRD"], "compares more than each token's logits"),
+        (["DATASET.MIXUP", "0.2"], "DATASET.MIXUP: is for images, and python is text"),
+        (["SOLVER.TRAINER", "dot", "SOLVER.TYPE", "SGD"], "set SOLVER.TRAINER base"),
+        (["SOLVER.STEP", "compile"], "set SOLVER.STEP auto"),
+        (["DISTILLER.STUDENT", "resnet8"], "resnet8"),
+        (
+            ["DATASET.TYPE", "cifar100", "DISTILLER.TEACHER", "resnet8"],
+            "gpt1x32 is one of text; set DATASET.TYPE python or text",
+        ),
+        (["DATASET.TEXT.BLOCK", "100000"], "take more text, or DATASET.TEXT.BLOCK below 100000"),
+        (["DATASET.TYPE", "text", "DATASET.ROOT", "nowhere"], "there is no such file or folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_line_and_nothing_is_written(text, tmp_path, words, says):
+    done = called("train_ours", "--cfg", text[1], "LOG.PREFIX", "out", *words, cwd=tmp_path)
+    line, *more = done.stderr.splitlines()
+    assert done.returncode == 2 and says in line and not more
+    assert tree(tmp_path) == {}
