@@ -8,8 +8,16 @@ weight of its own and leaves cross entropy to `ce_loss`:
 
     loss = L.ce_loss(v, target) + 3 * L.dtkd_loss(v, u, temperature=4)
     loss = L.softened_kl(v, u, L.max_logit(v, u, 4.0))  # any rule under the KL divergence
+    loss = L.softened_kl(v, u, L.centred(v, u, 1.0), divergence=L.reverse_kl)  # and under any other
 """
 
+from mdistiller.distillers._divergences import (
+    jensen_shannon,
+    reverse_kl,
+    skewed_kl,
+    skewed_reverse_kl,
+    total_variation,
+)
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CRD import nce_loss
 from mdistiller.distillers.CTKD import curriculum, learned_temperature
@@ -40,15 +48,18 @@ from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.RLD import mcd_loss, rld_loss, scd_loss
 from mdistiller.distillers.rules import centred, erratum, fixed, max_logit, norm, sharpness, std
 from mdistiller.distillers.SP import sp_loss
+from mdistiller.distillers.token_rules import adakd, centred_sharpness
 from mdistiller.distillers.TTM import transformed_teacher, ttm_loss, wttm_loss
 from mdistiller.distillers.VID import vid_loss
 
 __all__ = [
     "Temperatures",
+    "adakd",
     "at_loss",
     "bounded",
     "ce_loss",
     "centred",
+    "centred_sharpness",
     "correlation_losses",
     "curriculum",
     "dist_loss",
@@ -59,6 +70,7 @@ __all__ = [
     "hcl_loss",
     "hint_loss",
     "in_float32",
+    "jensen_shannon",
     "kd_loss",
     "kdsvd_loss",
     "kl_divergence",
@@ -74,16 +86,20 @@ __all__ = [
     "ofd_loss",
     "part_divergences",
     "pkt_loss",
+    "reverse_kl",
     "rkd_loss",
     "rld_loss",
     "scd_loss",
     "sharpness",
+    "skewed_kl",
+    "skewed_reverse_kl",
     "softened_dist",
     "softened_dkd",
     "softened_kl",
     "sp_loss",
     "split",
     "std",
+    "total_variation",
     "transformed_teacher",
     "ttm_loss",
     "vid_loss",

@@ -3,7 +3,7 @@
 import re
 
 from mdistiller import registry
-from mdistiller.config.keys import Check, Key, add_keys, at_least, below, between, one_of, positive
+from mdistiller.config.keys import Check, Key, add_keys, at_least, below, between, inside, one_of, positive
 
 DOT_TRAINERS = ("dot", "crd_dot")  # whose optimizer keeps task and distillation apart
 TWO_VIEWS = ("ours", "aug")  # which give each sample in a weak and a strong view
@@ -219,6 +219,29 @@ add_keys(
             "Part of the divergence of KD, DTKD and DKD: all, target (TCKD) or non_target (NCKD).",
             one_of(("all", "target", "non_target")),
             distils=True,
+        ),
+        "TEMPERATURE.FACTOR": Key(
+            "rule",
+            "What scales the divergence: rule (the rule's factor), tau2 (tau squared), mean (the factor "
+            "over its mean in the batch).",
+            one_of(("rule", "tau2", "mean")),
+            distils=True,
+        ),
+        "DIVERGENCE.TYPE": Key(
+            "forward",
+            "Divergence of KD, DTKD, NORMKD and CTKD: forward or reverse KL, jsd (generalised Jensen-Shannon), skewed "
+            "or skewed_reverse KL, tv (total variation).",
+            one_of(("forward", "reverse", "jsd", "skewed", "skewed_reverse", "tv")),
+            distils=True,
+        ),
+        "DIVERGENCE.BETA": Key(
+            0.5,
+            "jsd: share beta of the teacher in the mixture; near 0 it is like forward, near 1 like reverse.",
+            inside,
+            distils=True,
+        ),
+        "DIVERGENCE.SKEW": Key(
+            0.1, "skewed: share of a side's own probabilities in what it is compared with.", inside, distils=True
         ),
         "LOG.TEMPERATURE": Key(
             "summary",

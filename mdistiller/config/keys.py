@@ -51,6 +51,7 @@ def one_of(names: Iterable[str], empty: bool = False) -> Check:
     return Check(lambda v: v in getattr(names, "active", names) or (empty and v == ""), "", names)
 
 
+inside = Check(lambda v: 0 < v < 1, "must be in (0, 1)")
 positive = Check(lambda v: v > 0, "must be greater than 0")
 all_positive = Check(lambda v: len(v) > 0 and min(v) > 0, "must be numbers greater than 0")
 image_size = Check(

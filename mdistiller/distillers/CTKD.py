@@ -13,6 +13,9 @@ from mdistiller.distillers.features import probe_logits
 from mdistiller.distillers.KD import KD
 from mdistiller.distillers.losses import Temperatures, bounded, full_precision, warmup
 from mdistiller.distillers.rules import register_rule
+from mdistiller.errors import UserError
+
+MOST_CLASSES = 8192  # of the instance form, which has 2 K^2 weights: at more it outweighs the student
 
 
 class Reverse(torch.autograd.Function):
@@ -42,7 +45,9 @@ def learned_temperature(theta: Tensor, start: float, span: float) -> Tensor:
 
 
 def num_classes(model: nn.Module) -> int:
-    """Return the outputs of the last nn.Linear, or, without one, of a pass on one image."""
+    """Return the model's `num_classes`, or the outputs of its last nn.Linear, or of a pass on one image."""
+    if isinstance(getattr(model, "num_classes", None), int):  # a head that shares its weights is no nn.Linear
+        return model.num_classes
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linear[-1].out_features if linear else probe_logits(model).shape[1]
 
@@ -87,6 +92,11 @@ class LearnedTemperature(nn.Module):
             self.theta = nn.Parameter(torch.ones(1))
         else:
             classes = num_classes(teacher)
+            if classes > MOST_CLASSES:
+                raise UserError(
+                    f"TEMPERATURE.LEARNED.MODE: instance has {2 * classes**2:,} weights for {classes:,} classes, and "
+                    f"is for {MOST_CLASSES:,} at most; set it to global, or take TEMPERATURE.RULE centred_sharpness"
+                )
             self.theta = nn.Sequential(nn.Linear(2 * classes, classes), nn.ReLU(), nn.Linear(classes, 1))
 
     def forward(

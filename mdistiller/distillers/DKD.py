@@ -6,7 +6,7 @@ from mdistiller.config import Key
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import RuleDistiller
-from mdistiller.distillers.losses import Temperatures, ce_loss, part_divergences, warmup
+from mdistiller.distillers.losses import Temperatures, ce_loss, part_divergences, row_mean, warmup
 from mdistiller.distillers.rules import fixed, std
 
 
@@ -40,7 +40,7 @@ def softened_dkd(
     """Return `dkd_loss` at the temperatures of any rule: the mean of factor (alpha TCKD + beta NCKD)."""
     t_student, t_teacher = temperatures.student, temperatures.teacher
     tckd, nckd = part_divergences(logits_student, logits_teacher, target, t_student, t_teacher)
-    return (temperatures.factor.squeeze(1) * (alpha * tckd + beta * nckd)).mean()
+    return row_mean(temperatures.factor.squeeze(1) * (alpha * tckd + beta * nckd))
 
 
 @register_distiller(

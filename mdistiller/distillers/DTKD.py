@@ -33,11 +33,13 @@ class DTKD(RuleDistiller):
     """min(epoch / WARMUP, 1) * (ALPHA * dtkd_loss + BETA * kd_loss) + CE_WEIGHT * cross entropy, reference T.
 
     TEMPERATURE.RULE puts another rule in max_logit's place; the KD term beside it keeps its fixed temperature.
+    DIVERGENCE puts another divergence in KL's place, in both terms.
     """
 
     rowwise = True
     own_rule = "max_logit"
     has_parts = True
+    takes_divergence = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
@@ -51,9 +53,9 @@ class DTKD(RuleDistiller):
         self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor, *, epoch: int, **kwargs
     ) -> dict[str, Tensor]:
         dynamic = self.soften(logits_student, logits_teacher, self.temperature, epoch=epoch, **kwargs)
-        dtkd = softened_kl(logits_student, logits_teacher, dynamic, target, self.part)
+        dtkd = softened_kl(logits_student, logits_teacher, dynamic, target, self.part, self.divergence)
         reference = fixed(logits_student, logits_teacher, self.temperature)
-        kd = softened_kl(logits_student, logits_teacher, reference, target, self.part)
+        kd = softened_kl(logits_student, logits_teacher, reference, target, self.part, self.divergence)
         return {
             "loss_ce": self.ce_loss_weight * ce_loss(logits_student, target),
             "loss_kd": warmup(epoch, self.warmup) * (self.alpha * dtkd + self.beta * kd),

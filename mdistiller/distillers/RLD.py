@@ -8,7 +8,7 @@ from mdistiller.config import Key, at_least
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import LogitDistiller
-from mdistiller.distillers.losses import bounded, ce_loss, warmup
+from mdistiller.distillers.losses import bounded, ce_loss, row_mean, warmup
 
 
 def binary_log_probabilities(logits: Tensor, index: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def scd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, tem
     log_student = binary_log_probabilities(student, target)
     log_teacher = binary_log_probabilities(teacher, teacher.argmax(1))
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
-    return divergence.mean() * temperature**2
+    return row_mean(divergence) * temperature**2
 
 
 def mcd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -48,7 +48,7 @@ def mcd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, tem
         log_p = F.log_softmax((logits / temperature).masked_fill(~keep, -torch.inf), dim=1)
         logs.append(torch.where(keep, log_p, 0.0))  # equal on both sides: adds nothing
     divergence = F.kl_div(*logs, reduction="none", log_target=True).sum(1)
-    return (divergence * some.squeeze(1)).mean() * temperature**2
+    return row_mean(divergence * some.squeeze(1)) * temperature**2
 
 
 def rld_loss(
@@ -83,6 +83,7 @@ def rld_loss(
 class RLD(LogitDistiller):
     """CE_WEIGHT * cross entropy + min(epoch / WARMUP, 1) * rld_loss at ALPHA, BETA, T and ALPHA_T."""
 
+    rowwise = True
     needs_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):

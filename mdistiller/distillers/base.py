@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._chunks import chunked
+from mdistiller.distillers._divergences import build_divergence
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.losses import Temperatures, ce_loss
-from mdistiller.distillers.rules import build_rule
+from mdistiller.distillers.rules import FACTORS, build_rule
 from mdistiller.errors import UserError
 from mdistiller.models import frozen_norms
 
@@ -27,12 +28,12 @@ class Distiller(nn.Module):
     needs_features: tuple[str, ...] = ()  # parts of the models' feature contract that it reads
     least_maps = 1  # that the models must give; 2 where it compares none but those after the stem
     takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass
-    rowwise = (
-        False  # each row of logits has a loss of its own, and the loss is their mean: rows may be tokens of a text
-    )
+    rowwise = False  # each row's loss depends on that row alone, the loss is their mean: rows may be a text's tokens
     takes_strong_view = False  # `forward_train` may be given image_strong (B, 3, H, W), by SOLVER.TRAINER ours or aug
     chunk = 0  # rows of a text's logits that exist at a time; 0: all of a batch's. The engine sets it.
     has_parts = False  # whether TEMPERATURE.PART applies
+    takes_divergence = False  # whether DIVERGENCE applies
+    needs_batch = False  # so configured, a rowwise method looks at its other rows all the same
     needs_labels = False  # more than `ce_loss` reads the labels, so that they cannot be mixed or smoothed
     capturable = True  # a step draws nothing and decides nothing on the host, so that it can be a CUDA graph
     refused = ""  # why it cannot be chosen, where it cannot
@@ -167,16 +168,25 @@ class RuleDistiller(LogitDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
         self.rule = build_rule(cfg, self.own_rule, teacher)
+        self.factor = cfg.TEMPERATURE.FACTOR
+        self.divergence = build_divergence(cfg)
         self.part = cfg.TEMPERATURE.PART
         self.observer: Callable | None = None  # sees (logits_student, logits_teacher, temperatures) of every batch
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a row's factor or temperatures depend on the other rows: then chunks of a batch are other losses."""
+        return self.factor == "mean" or getattr(self.rule, "needs_batch", False)
 
     def soften(
         self, logits_student: Tensor, logits_teacher: Tensor, tau: float, observe: bool = True, **kwargs
     ) -> Temperatures:
-        """Return the rule's temperatures for logits (B, K); kwargs are those of `losses`. The observer sees them,
-        unless `observe` is False: a method that softens a batch more than once shows it once.
+        """Return the rule's temperatures for logits (B, K), with the factor of TEMPERATURE.FACTOR; kwargs are those of
+        `losses`. The observer sees them, unless `observe` is False: a method that softens a batch more than once shows
+        it once.
         """
         temperatures = self.rule(logits_student, logits_teacher, tau, **kwargs)
+        temperatures = temperatures._replace(factor=FACTORS[self.factor](temperatures.factor, tau))
         if observe and self.observer:
             self.observer(logits_student, logits_teacher, temperatures)
         return temperatures

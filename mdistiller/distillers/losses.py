@@ -24,13 +24,34 @@ def bounded(logits: Tensor) -> Tensor:
     loss never hides one.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    peak = logits.detach().abs().amax(1, keepdim=True)  # (B, 1)
+    peak = largest(logits)
+    if on_the_host(logits) and bool((peak <= LOGIT_LIMIT).all()):
+        # spares a copy each way; as a view it is a node of its own, so that gradients are added up in the same order
+        return logits.view_as(logits)
     return logits * (LOGIT_LIMIT / peak.clamp(min=LOGIT_LIMIT))
 
 
+def largest(logits: Tensor) -> Tensor:
+    """Return the largest absolute value of each row of logits (B, K), without its gradient: (B, 1)."""
+    logits = logits.detach()
+    return torch.maximum(logits.amax(1, keepdim=True), -logits.amin(1, keepdim=True))
+
+
+def on_the_host(tensor: Tensor) -> bool:
+    """Return whether the step may look at the values of `tensor` at no cost: on a CPU, where it is not compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def row_mean(values: Tensor) -> Tensor:
+    """Return the mean of one value a row, (B,): a scalar; 0 of no row, as where every token of a batch is masked."""
+    return values.mean() if len(values) else values.sum()
+
+
 def ce_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross entropy of logits (B, K) and labels (B,), in float32, finite for every finite logit."""
-    return F.cross_entropy(bounded(logits), target)
+    """Return the mean cross entropy of logits (B, K) and labels (B,), in float32, finite for every finite logit; 0 of
+    no row.
+    """
+    return F.cross_entropy(bounded(logits), target, reduction="mean" if len(logits) else "sum")
 
 
 def kl_divergence(
@@ -105,17 +126,19 @@ def softened_kl(
     temperatures: Temperatures,
     target: Tensor | None = None,
     part: str = "all",
+    divergence: Callable = kl_divergence,
 ) -> Tensor:
     """Return the mean over the batch of factor * KL at the temperatures: a scalar. `part`: all of it, or its "target"
-    (TCKD) or "non_target" (NCKD) half alone, which need the labels `target` (B,).
+    (TCKD) or "non_target" (NCKD) half alone, which need the labels `target` (B,). `divergence`: another one in KL's
+    place (divergences.py), which has no parts. 0 of no row.
     """
     t_student, t_teacher = temperatures.student, temperatures.teacher
     if part == "all":
-        divergence = kl_divergence(logits_student, logits_teacher, t_student, t_teacher)  # (B,)
+        values = divergence(logits_student, logits_teacher, t_student, t_teacher)  # (B,)
     else:
         halves = part_divergences(logits_student, logits_teacher, target, t_student, t_teacher)
-        divergence = halves[("target", "non_target").index(part)]
-    return (temperatures.factor.squeeze(1) * divergence).mean()
+        values = halves[("target", "non_target").index(part)]
+    return row_mean(temperatures.factor.squeeze(1) * values)
 
 
 def warmup(epoch: int | Tensor, length: float) -> float | Tensor:

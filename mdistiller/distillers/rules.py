@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdistiller import config
 from mdistiller.config import Check, Key, at_least
-from mdistiller.distillers.losses import Temperatures, bounded, deviation
+from mdistiller.distillers.losses import Temperatures, bounded, deviation, largest
 from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.registry import temperature_rules
 
@@ -23,14 +23,16 @@ MIN_TEMPERATURE = 1e-5  # times tau
 MIN_SLOPE = 1e-6  # of the sharpness difference: less than its rounding moves the root at will
 
 
-def register_rule(name: str, defaults: Mapping | None = None) -> Callable:
+def register_rule(name: str, defaults: Mapping | None = None, needs_batch: bool = False) -> Callable:
     """Enter the decorated `rule(logits_student, logits_teacher, tau, **options) -> Temperatures` under `name`.
 
     `defaults` become the section CFG.TEMPERATURE.<NAME in capitals>; its keys reach the rule in lower case. A class is
     built once as rule(teacher, **options), an nn.Module whose parameters are trained, and called with `epoch` besides.
+    `needs_batch`: a row's temperatures depend on the other rows, so that a batch cannot be taken in chunks.
     """
 
     def register(rule: Callable) -> Callable:
+        rule.needs_batch = needs_batch
         temperature_rules[name] = rule
         if defaults:
             config.add_section(f"TEMPERATURE.{name.upper()}", defaults, (rule.__doc__ or "").strip().split("\n")[0])
@@ -45,11 +47,19 @@ class Rule(nn.Module):
     def __init__(self, function: Callable, options: dict, detach: bool):
         super().__init__()
         self.function, self.options, self.detach = function, options, detach
+        self.needs_batch = getattr(function, "needs_batch", False)
 
     def forward(self, logits_student: Tensor, logits_teacher: Tensor, tau: float, **kwargs) -> Temperatures:
         if self.detach:
             logits_student, logits_teacher = logits_student.detach(), logits_teacher.detach()
         return self.function(logits_student, logits_teacher, tau, **self.options)
+
+
+FACTORS: dict[str, Callable[[Tensor, float], Tensor]] = {  # TEMPERATURE.FACTOR, of a rule's factor (B, 1) and tau
+    "rule": lambda factor, tau: factor,
+    "tau2": lambda factor, tau: torch.full_like(factor, tau**2),
+    "mean": lambda factor, tau: factor / factor.mean(),
+}
 
 
 def rule_name(cfg, own: str) -> str:
@@ -124,7 +134,7 @@ def _both(tau: float, like: Tensor) -> tuple[Tensor, Tensor]:
 @register_rule("fixed")
 def fixed(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Temperatures:
     """Return tau on both sides and the factor tau^2, for every sample (Hinton et al., arXiv 1503.02531)."""
-    column, sound = _both(tau, bounded(logits_student))
+    column, sound = _both(tau, bounded(logits_student[:, :1]))
     return Temperatures(column, column, column * column, sound)
 
 
@@ -168,10 +178,13 @@ def centred(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tempe
     maxima = []
     for logits in map(bounded, (logits_student, logits_teacher)):
         above = logits.max(1, keepdim=True).values - logits.mean(1, keepdim=True)
-        # what rounding leaves of a constant row is no maximum
-        noise = 16 * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(1, keepdim=True)
-        maxima.append(torch.where(above > noise, above, 0.0))
+        maxima.append(torch.where(above > rounding(logits), above, 0.0))
     return _shares(*maxima, tau)
+
+
+def rounding(logits: Tensor) -> Tensor:
+    """Return what rounding may leave of a constant row's maximum above its mean, of logits (B, K): (B, 1)."""
+    return 16 * torch.finfo(logits.dtype).eps * largest(logits)
 
 
 @register_rule(

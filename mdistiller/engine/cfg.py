@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 
 from mdistiller import dataset, distillers, models  # noqa: F401  (they fill the registries and the sections)
 from mdistiller.config import CFG, KEYS, PLUGINS, SECTIONS, Config, Key, get, leaves, load
+from mdistiller.distillers._divergences import OPTIONS
 from mdistiller.errors import UserError
 from mdistiller.terminal import say
 
@@ -56,6 +57,10 @@ def unread_overrides(cfg: Config) -> str:
             return f"{method} takes no temperature rule"
         if key.rpartition(".")[0] in SECTIONS and section == "TEMPERATURE" and key.split(".")[1] != rule.upper():
             return f"the temperature rule is {rule}"
+        if section == "DIVERGENCE" and not cls.takes_divergence:
+            return f"{method} takes no other divergence"
+        if key in ("DIVERGENCE.BETA", "DIVERGENCE.SKEW") and key.split(".")[1] != OPTIONS.get(cfg.DIVERGENCE.TYPE):
+            return f"DIVERGENCE.TYPE is {cfg.DIVERGENCE.TYPE}"
         if key.startswith("SOLVER.LR_DECAY") and cfg.SOLVER.SCHEDULE != "multistep":
             return f"SOLVER.SCHEDULE is {cfg.SOLVER.SCHEDULE}"
         if key == "SOLVER.MOMENTUM" and cfg.SOLVER.TYPE != "SGD":

@@ -36,6 +36,11 @@ def refuse_unused(cfg: Config) -> None:
         raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
     if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
         raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
+    if cfg.TEMPERATURE.PART != "all" and cls.takes_divergence and cfg.DIVERGENCE.TYPE != "forward":
+        raise UserError(
+            f"TEMPERATURE.PART: the divergence {cfg.DIVERGENCE.TYPE} has no parts; set DIVERGENCE.TYPE forward, or "
+            "TEMPERATURE.PART all"
+        )
 
 
 def refuse_soft_labels(cfg: Config, cls: type) -> None:

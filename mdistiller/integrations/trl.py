@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mdistiller.distillers.losses import kl_divergence
+from mdistiller.distillers._divergences import DIVERGENCES
 from mdistiller.distillers.rules import Rule, check_rule
 from mdistiller.errors import UserError
 from mdistiller.registry import temperature_rules, unknown
@@ -20,7 +20,6 @@ except ImportError as error:
         f'mdistiller.integrations.trl needs trl 1.16 or newer ({error}): pip install "mdistiller[trl]"'
     ) from None
 
-DIVERGENCES = {"forward": kl_divergence}
 IGNORED = -100  # the label of a token that does not count: prompt or padding
 
 
