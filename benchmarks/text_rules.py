@@ -76,7 +76,13 @@ def train(name: str, pairs: list[str]) -> None:
     """Train a run by tools/train_ours.py, unless it is finished."""
     if finished(name):
         return
-    words = [str(ROOT / "tools" / "train_ours.py"), "--cfg", str(ROOT / "configs/text/rules.yaml"), "--resume", "auto"]
+    words = [
+        str(ROOT / "tools" / "train_ours.py"),
+        "--cfg",
+        str(Path(__file__).with_suffix(".yaml")),
+        "--resume",
+        "auto",
+    ]
     pairs = ["EXPERIMENT.NAME", name, *pairs]
     subprocess.run([sys.executable, *words, *pairs], check=False)
 

@@ -143,9 +143,9 @@ def adakd(logits_student: Tensor, logits_teacher: Tensor, tau: float, c: float =
 
         T = tau exp(-c tanh(log(s / median(s)))),   s = sqrt(sum_k (sqrt(p_k) - sqrt(q_k))^2 / 2)
 
-    s is the Hellinger distance of p = softmax(u) and q = softmax(v), at temperature 1; a row above the median (of an even
-    number the lower middle one) is cold, one below is hot. Neither s nor T carries a gradient. A row with
-    s = 0, and every row where the median is 0, has tau. Alone among the rules it looks at the other rows: a batch in
+    s is the Hellinger distance of p = softmax(u) and q = softmax(v), at temperature 1; a row above the median (of an
+    even number the lower middle one) is cold, one below is hot. Neither s nor T carries a gradient. A row with s = 0,
+    and every row where the median is 0, has tau. Alone among the rules it looks at the other rows: a batch in
     chunks is another loss.
     """
     with torch.no_grad():
