@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.config import Check, Key, at_least
-from mdistiller.distillers.losses import Temperatures, bounded, full_precision, on_the_host
+from mdistiller.distillers.losses import CACHED, Temperatures, bounded, full_precision, on_the_host
 from mdistiller.distillers.rules import MIN_MAXIMUM, register_rule, rounding
-
-BLOCK = 2**17  # logits that are worked on at a time on a CPU, so that they stay in its cache
 
 
 @register_rule(
@@ -46,7 +44,7 @@ def centred_sharpness(
     sides = bounded(logits_student), bounded(logits_teacher)
     wanted = [torch.is_grad_enabled() and side.requires_grad for side in sides]
     slopes = [torch.empty_like(side) if want else None for side, want in zip(sides, wanted, strict=True)]
-    rows = max(1, BLOCK // max(1, sides[0].shape[1])) if on_the_host(sides[0]) else max(1, len(sides[0]))
+    rows = max(1, CACHED // max(1, sides[0].shape[1])) if on_the_host(sides[0]) else max(1, len(sides[0]))
     found = []
     with torch.no_grad(), full_precision(sides[0]):
         for start in range(0, max(1, len(sides[0])), rows):

@@ -8,7 +8,7 @@ from torch import nn
 
 import mdistiller.losses as L
 from mdistiller.config import load
-from mdistiller.distillers import RuleDistiller, distiller_dict, register_rule
+from mdistiller.distillers import LogitDistiller, RuleDistiller, distiller_dict, register_rule
 from mdistiller.distillers.CTKD import LearnedTemperature
 from mdistiller.distillers.rules import MIN_TEMPERATURE
 from mdistiller.engine.refusals import refuse_unused
@@ -16,9 +16,10 @@ from mdistiller.errors import ConfigError, UserError
 from mdistiller.registry import temperature_rules
 
 TAU = 4.0
-PAIRED = {rule.__name__: rule for rule in (L.max_logit, L.centred, L.erratum, L.sharpness)}  # they add up to 2 tau
+# those that add up to 2 tau
+PAIRED = {rule.__name__: rule for rule in (L.max_logit, L.centred, L.erratum, L.sharpness, L.centred_sharpness)}
 DYNAMIC = PAIRED | {"std": L.std, "norm": L.norm}
-RULES = {"fixed": L.fixed} | DYNAMIC
+RULES = {"fixed": L.fixed} | DYNAMIC | {"adakd": L.adakd}
 
 
 V, U, TARGET = logits(0, 8, 6), logits(1, 8, 6), torch.arange(8) % 6
@@ -43,12 +44,14 @@ def test_properties(name):
         for side in (same.student, same.teacher):
             torch.testing.assert_close(side, torch.full_like(side, TAU), rtol=1e-6, atol=1e-6)
         assert L.softened_kl(V, V, same).abs() < 1e-10
-    if name != "sharpness":
+    if name not in ("sharpness", "centred_sharpness", "adakd"):
         # what a factor 3 on both sides does to T_student, and whether a constant on one side changes it
         torch.testing.assert_close(rule(3 * V, 3 * U, TAU).student, (3 if name in ("std", "norm") else 1) * t.student)
+    if name != "sharpness":
         assert torch.allclose(rule(V + 5, U, TAU).student, t.student) is (name not in ("max_logit", "erratum"))
     v, u = V.clone().requires_grad_(), U.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, u: L.softened_kl(v, u, rule(v, u, TAU)), (v, u), atol=1e-6)
+    if name != "adakd":  # whose temperatures are constants to the gradient
+        assert torch.autograd.gradcheck(lambda v, u: L.softened_kl(v, u, rule(v, u, TAU)), (v, u), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -113,6 +116,60 @@ def test_centred_is_max_logit_of_centred_logits():
     torch.testing.assert_close(t.student, expected.student)
     assert t.sound.all()
     assert not L.centred(torch.full((2, 5), 3.3), U[:2, :5].float(), TAU).sound.any()
+
+
+def test_centred_sharpness_agrees_and_is_clipped_beyond_the_margin():
+    t = L.centred_sharpness(V + 7, U - 3, TAU)
+    v, u = (x - x.mean(1, keepdim=True) for x in (V, U))
+    torch.testing.assert_close((u / t.teacher).logsumexp(1), (v / t.student).logsumexp(1), rtol=1e-9, atol=0)
+    for c in (0.1, 0.5, 3.0):
+        t = L.centred_sharpness(c * U + 2, U, TAU)
+        torch.testing.assert_close(t.student, c * t.teacher)
+    v = (1e-4 * U).requires_grad_()
+    t = L.centred_sharpness(v, U, TAU, margin=0.05)
+    torch.testing.assert_close(t.student, torch.full_like(t.student, 2 * TAU * 0.05))
+    assert t.sound.all() and torch.autograd.grad(t.student.sum(), v)[0].eq(0).all()
+    constant = L.centred_sharpness(torch.full((8, 6), 3.3), U.float(), TAU)
+    assert not constant.sound.any() and all_tau(constant.student, constant.teacher)
+
+
+def test_adakd_is_cold_where_the_outputs_are_far_apart():
+    t = L.adakd(V, U, TAU, c=0.7)
+    p, q = U.softmax(1), V.softmax(1)
+    s = (1 - (p * q).sqrt().sum(1)).sqrt()
+    expected = TAU * torch.exp(-0.7 * torch.tanh(torch.log(s / s.sort().values[3])))  # of 8, the lower middle one
+    torch.testing.assert_close(t.student[:, 0], expected)
+    assert t.student is t.teacher and t.sound.all()
+    torch.testing.assert_close(t.factor, t.student**2)
+    assert not L.adakd(V.clone().requires_grad_(), U, TAU).student.requires_grad
+    equal = torch.arange(8) < 3  # one row of which is equal is at tau; where most are, all are
+    t = L.adakd(torch.where(equal[:, None], U, V), U, TAU)
+    assert torch.equal(t.sound[:, 0], ~equal) and all_tau(t.student[equal])
+    t = L.adakd(torch.where(torch.arange(8)[:, None] < 4, U, V), U, TAU)
+    assert not t.sound.any() and all_tau(t.student)
+
+
+def test_the_factor_is_the_rule_s_or_tau_squared_or_relative():
+    rule = L.max_logit(V, U, TAU)
+    kl = L.kl_divergence(V, U, rule.student, rule.teacher)
+    for factor, values in (
+        ("rule", rule.factor),
+        ("tau2", torch.full_like(rule.factor, TAU**2)),
+        ("mean", rule.factor / rule.factor.mean()),
+    ):
+        expected = 0.9 * (values[:, 0] * kl).mean()
+        torch.testing.assert_close(loss_kd("KD", "max_logit", "TEMPERATURE.FACTOR", factor), expected)
+
+
+def test_what_needs_the_whole_batch_says_so():
+    for opts, needs in (
+        (("KD", "TEMPERATURE.RULE", "centred"), False),
+        (("KD", "TEMPERATURE.FACTOR", "tau2"), False),
+        (("KD", "TEMPERATURE.FACTOR", "mean"), True),
+        (("KD", "TEMPERATURE.RULE", "adakd"), True),
+        (("CTKD",), False),
+    ):
+        assert method("DISTILLER.TYPE", *opts).needs_batch is needs, opts
 
 
 @pytest.mark.parametrize("mode", ["global", "instance"])
@@ -214,6 +271,10 @@ def test_what_does_not_go_together_is_one_line():
         (("KD", "TEMPERATURE.RULE", "fixed", "EXPERIMENT.LOGIT_STAND", True), "leave one of them out"),
         (("CTKD", "TEMPERATURE.DETACH", True), "learns from its gradient"),
         (("CTKD", "TEMPERATURE.LEARNED.MODE", "sample"), "known: global, instance"),
+        (("KD", "TEMPERATURE.CENTRED_SHARPNESS.MARGIN", 0.5), r"must be in \(0, 0\.5\)"),
+        (("DTKD", "TEMPERATURE.PART", "target", "DIVERGENCE.TYPE", "jsd"), "the divergence jsd has no parts; set"),
+        (("KD", "DIVERGENCE.TYPE", "revers"), "did you mean reverse"),
+        (("KD", "DIVERGENCE.BETA", 1.0), r"must be in \(0, 1\)"),
         (("KD", "TEMPERATURE.SHARPNESS.MARGIN", 0.7), r"must be in \(0, 0\.5\)"),
     ):
         with refused(says, (ConfigError, UserError)):
@@ -230,3 +291,29 @@ def test_a_rule_of_ones_own_takes_one_function():
     for share, opts in ((0.5, ()), (0.25, ("TEMPERATURE.HALF_AND_HALF.SHARE", 0.25))):
         expected = 0.9 * 16 * L.kl_divergence(V, U, share * TAU, TAU).mean()
         torch.testing.assert_close(loss_kd("KD", "half_and_half", *opts), expected)
+
+
+def test_the_instance_form_is_refused_for_a_large_vocabulary():
+    cfg = load(None, ["DISTILLER.TYPE", "CTKD", "TEMPERATURE.LEARNED.MODE", "instance"])
+    with torch.device("meta"):  # no weights: 2 K^2 of them are what is refused
+        head, most = nn.Linear(1, 8193), nn.Linear(1, 8192)
+        distiller_dict["CTKD"](nn.Identity(), most, cfg)
+    with refused("instance has 134,250,498 weights for 8,193 classes, and is for 8,192 at most; set it to global"):
+        distiller_dict["CTKD"](nn.Identity(), head, cfg)
+
+
+def test_rowwise_methods_are_those_whose_loss_is_a_mean_over_rows():
+    for name in METHODS:
+        cls = distiller_dict[name]
+        if not issubclass(cls, LogitDistiller):
+            assert cls.rowwise is (name == "NONE"), name
+            continue
+        made = method("DISTILLER.TYPE", name)
+        whole, parts = (
+            sum(
+                len(V[rows]) / len(V) * sum(made.losses(V[rows], U[rows], TARGET[rows], epoch=3).values())
+                for rows in cuts
+            )
+            for cuts in ([slice(8)], [slice(3), slice(3, 8)])
+        )
+        assert torch.allclose(whole, parts, rtol=1e-9) is cls.rowwise, name
