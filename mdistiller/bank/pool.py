@@ -12,6 +12,8 @@ from yacs.config import CfgNode
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
 from mdistiller.bank.teacher import Bank, TeacherLogits, takes_logits
+from mdistiller.bank.text import TextLogits
+from mdistiller.bank.topk import TopK
 from mdistiller.config import teacher_names
 from mdistiller.dataset import Batches, TokenBatches
 from mdistiller.errors import UserError
@@ -105,8 +107,8 @@ class TeacherPool:
         if not takes_logits(distiller):
             reason = f"teacher bank: none ({cfg.DISTILLER.TYPE} needs more of its teacher than logits)"
             return None, reason if cfg.TEACHER_BANK != "auto" else ""
-        if isinstance(batches, TokenBatches):
-            return None, ""
+        if isinstance(batches, TokenBatches) and cfg.TEACHER_BANK == "auto" and not cfg.TEACHER_BANK_TOP_K:
+            return None, "teacher bank: none (TEACHER_BANK_TOP_K 64 would keep the 64 largest logits of each token)"
         if batches.mixing is not None and batches.mixing.mixes:
             return None, "teacher bank: none (images are mixed)"
         if batches.streamed and cfg.TEACHER_BANK != "auto":
@@ -117,11 +119,16 @@ class TeacherPool:
         device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
         if device.type == "cuda" and self.stream is None:
             self.stream = torch.cuda.Stream(device)  # one for all, as a captured graph has one input and one output
-        if digest not in self.inferences:
-            self.inferences[digest] = Inference(
-                distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
-            )
-        logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
+        if isinstance(batches, TokenBatches):
+            counts = torch.bincount(batches.labels, minlength=self.num_classes)
+            form = TopK(cfg.TEACHER_BANK_TOP_K, counts, dtype)
+            logits = TextLogits(batches, distiller.teacher, cfg.SOLVER.AMP, form, self.stream)
+        else:
+            if digest not in self.inferences:
+                self.inferences[digest] = Inference(
+                    distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
+                )
+            logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
         if batches.streamed:
             return logits, "teacher bank: none (pictures are streamed)"
         views = description(cfg, batches, digest, self.data_digest)
@@ -152,7 +159,7 @@ class TeacherPool:
         batches, device, epochs = logits.batches, logits.device, cfg.SOLVER.EPOCHS
         rows = batches.num_samples * batches.views
         logits.bank = bank = self.banks.get(folder) or Bank(
-            Segments(folder, views, rows, self.num_classes, logits.dtype)
+            Segments(folder, views, rows, logits.width or self.num_classes, logits.dtype)
         )
         logits.compare()
         cuda = device.type == "cuda"
@@ -187,18 +194,26 @@ def share_of_draws(rows: Segments, batches: Batches, epochs: int) -> float:
 
 def description(cfg: CfgNode, batches: Batches, teacher_digest: str, data_digest: str) -> dict[str, str | int]:
     """Return all that a row's number depends on, and what it is rounded to."""
-    mean = {"mean": cfg.DISTILLER.ENSEMBLE_MEAN} if cfg.DISTILLER.ENSEMBLE else {}
-    return mean | {
+    common = {
         "teacher": "+".join(teacher_names(cfg)),
         "weights": teacher_digest,
         "data": data_digest,
         "version": BANK_VERSION,
-        "augment": str(batches.augment),
-        "views": batches.views,
-        "padding": batches.padding,
-        "scale": " ".join(f"{value:.9g}" for value in (*batches.scale.tolist(), *batches.shift.tolist())),
         "precision": cfg.SOLVER.AMP,
         "stored": cfg.TEACHER_BANK_DTYPE,
         "device": batches.images.device.type,
-        **({"size": cfg.DISTILLER.TEACHER_SIZE} if cfg.DISTILLER.TEACHER_SIZE else {}),
     }
+    if isinstance(batches, TokenBatches):
+        return common | {"block": batches.images.shape[1], "top_k": cfg.TEACHER_BANK_TOP_K}
+    mean = {"mean": cfg.DISTILLER.ENSEMBLE_MEAN} if cfg.DISTILLER.ENSEMBLE else {}
+    return (
+        mean
+        | common
+        | {
+            "augment": str(batches.augment),
+            "views": batches.views,
+            "padding": batches.padding,
+            "scale": " ".join(f"{value:.9g}" for value in (*batches.scale.tolist(), *batches.shift.tolist())),
+            **({"size": cfg.DISTILLER.TEACHER_SIZE} if cfg.DISTILLER.TEACHER_SIZE else {}),
+        }
+    )

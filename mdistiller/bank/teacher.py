@@ -94,13 +94,14 @@ class TeacherLogits:
     def __init__(
         self,
         batches: Batches,
-        inference: Inference,
+        inference: Inference | None,
         dtype: torch.dtype = torch.float16,
         bank: Bank | None = None,
         stream: torch.cuda.Stream | None = None,
     ):
         self.batches, self.inference, self.dtype, self.bank = batches, inference, dtype, bank
         self.stream, self.device = stream, batches.images.device
+        self.amp, self.width = getattr(inference, "amp", "none"), 0  # numbers of a row; 0: one a class
         self.chunk = CHUNK.get(self.device.type, LARGE_CHUNK)
 
     def __call__(self, plan: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
@@ -118,17 +119,25 @@ class TeacherLogits:
         """Return what the bank holds of the plan's logits (n, K), with the teacher's own for the other views."""
         rows = self.batches.row_numbers(plan)
         if self.bank is None:
-            return torch.cat(list(self.run_teacher(rows, check))).float()
+            return self.given(torch.cat(list(self.run_teacher(rows, check))))
         held = self.bank.rows.holds(rows)
         if held.all():
-            return self.read(rows).float()
+            return self.given(self.read(rows))
         fresh = torch.cat(list(self.run_teacher(rows[~held], check)))
         self.bank.add(rows[~held], fresh)
         logits = fresh.new_empty(len(rows), fresh.shape[1])
         logits[~held.to(self.device)] = fresh
         if held.any():
             logits[held.to(self.device)] = self.read(rows[held])
-        return logits.float()
+        return self.given(logits)
+
+    def given(self, values: Tensor) -> Tensor:
+        """Return what a step is given of values (n, width) as the bank keeps them."""
+        return self.dense(values)
+
+    def dense(self, values: Tensor) -> Tensor:
+        """Return the logits in float32 that values (n, width) stand for."""
+        return values.float()
 
     def read(self, rows: Tensor) -> Tensor:
         """Return what the bank holds of `rows` (n,), (n, K), on the device."""
@@ -195,8 +204,8 @@ class TeacherLogits:
             return
         held = self.bank.rows.holds(torch.arange(self.bank.rows.rows)).nonzero()[:, 0]
         rows = held[:: -(-len(held) // self.chunk)]
-        there, own = self.read(rows).float(), torch.cat(list(self.run_teacher(rows))).float()
-        rounding = 1e-2 if self.inference.amp == "none" else 5e-2  # other processors round otherwise
+        there, own = self.dense(self.read(rows)), self.dense(torch.cat(list(self.run_teacher(rows))))
+        rounding = 1e-2 if self.amp == "none" else 5e-2  # other processors round otherwise
         if not bool((own - there).abs().max() <= rounding * own.abs().max()):
             raise UserError(
                 f"{self.bank.folder}: holds other logits than this teacher gives, whose code may have changed; remove "

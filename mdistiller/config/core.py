@@ -292,6 +292,13 @@ add_keys(
             one_of(("float16", "float32")),
             distils=True,
         ),
+        "TEACHER_BANK_TOP_K": Key(
+            0,
+            "Text: how many of a token's logits the bank keeps, the largest, with five numbers of all others; 0: whole "
+            "rows, which only full and lazy keep (auto lets the teacher run within the step).",
+            between(0, 2**14),
+            distils=True,
+        ),
         "TEACHER_BANK_FOLDER": Key("", "Where banks lie; empty: beside the teacher's checkpoint.", role="where"),
         "DEVICE": Key(
             "auto",

@@ -74,6 +74,8 @@ class TokenBatches(Batches):
     Training (`shuffle`): each epoch has an order of its own, a function of (seed, epoch) alone.
     """
 
+    views = 1
+
     def __init__(self, ids: Tensor, labels: Tensor, batch_size: int, seed: int = 0, shuffle: bool = False):
         self.images, self.labels, self.batch_size, self.seed = ids, labels, batch_size, seed
         self.shuffle, self.augment, self.reader, self.strong = shuffle, None, None, None

@@ -30,13 +30,18 @@ class Feed:
         plan = self.batches.plan(epoch)
         local = plan.to(self.batches.plan_device)  # one transfer an epoch
         self.batches.start(plan, done)
-        window = size * max(1, WINDOW // size)
+        each = self.batches.targets_each
+        window = size * max(1, WINDOW // (size * each))
         for start in range(done * size, samples, window):
             stop = min(start + window, samples)
             logits = self.teacher(plan[:, start:stop], check) if self.ahead else None
             for batch in range(start, stop, size):
                 part = slice(batch, min(batch + size, stop))
-                yield local[:, part], None if logits is None else logits[part.start - start : part.stop - start]
+                rows = slice(each * (batch - start), each * (part.stop - start))
+                yield (
+                    local[:, part],
+                    None if logits is None else logits[rows],
+                )
 
     def plan(self, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
         """Return plan and logits of one batch of `epoch`, counted from 0."""
