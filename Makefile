@@ -1,11 +1,12 @@
-# make quickstart | test | test-long | lint | docs | results
+# make quickstart | text | test | test-long | lint | docs | results
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DIGITS := output/digits
+TEXT := output/text
 KILLS ?= 200
 
-.PHONY: install quickstart test test-long browser lint docs results
+.PHONY: install quickstart text test test-long browser lint docs results
 
 install: $(VENV)/.installed
 
@@ -25,6 +26,19 @@ quickstart: install
 	@echo
 	@$(BIN)/python tools/compare.py $(DIGITS)/none,res20 $(DIGITS)/none,res8 $(DIGITS)/dtkd,res20,res8
 	@echo "Results, figures of every epoch and checkpoints: $(DIGITS)/"
+
+# The same on the source of Python's own library: small GPTs, by bytes.
+text: install
+	$(BIN)/python tools/train_ours.py --cfg configs/text/none/gpt4x128.yaml
+	$(BIN)/python tools/train_ours.py --cfg configs/text/none/gpt2x64.yaml
+	for method in kd dtkd; do \
+		$(BIN)/python tools/train_ours.py --cfg configs/text/$$method/gpt4x128_gpt2x64.yaml \
+			DISTILLER.TEACHER_CKPT "$(TEXT)/none,gpt4x128/student_latest" || exit; \
+	done
+	@echo
+	@$(BIN)/python tools/compare.py $(TEXT)/none,gpt4x128 $(TEXT)/none,gpt2x64 $(TEXT)/kd,gpt4x128,gpt2x64 \
+		$(TEXT)/dtkd,gpt4x128,gpt2x64
+	@echo "Results, figures of every epoch and checkpoints: $(TEXT)/"
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not browser and not slow'

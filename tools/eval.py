@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mdistiller.config import KEYS, load
 from mdistiller.errors import UserError, run_command
+from mdistiller.registry import text_datasets
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -44,13 +45,18 @@ def main(words: Sequence[str] | None = None) -> None:
     a = parser.parse_args(words)
     if a.run and a.model and not a.root:  # beside a model, -r has always been the data set's folder
         a.run, a.root = None, str(a.run)
-    if a.run and (a.model or a.ckpt or a.dataset or a.pairs):
-        raise UserError("-r RUN says model, checkpoint and data set itself; leave out -m, -c, -d and KEY VALUE")
+    part = a.pairs if a.pairs[::2] == ["DATASET.TEXT.TEST"] else []
+    if a.run and (a.model or a.ckpt or a.dataset or a.pairs != part):
+        raise UserError(
+            "-r RUN says model, checkpoint and data set itself; leave out -m, -c, -d and KEY VALUE, other than "
+            "DATASET.TEXT.TEST"
+        )
     if not a.run and not a.model:
         raise UserError("say what to evaluate: -r RUN, or -m MODEL -c CHECKPOINT -d DATASET")
 
     from mdistiller.device import check_amp, resolve_device  # torch takes seconds to import, and --help needs none
     from mdistiller.engine.evaluator import evaluate_checkpoint
+    from mdistiller.engine.text_scores import evaluate_text
     from mdistiller.files import check_folder
     from mdistiller.study import evaluation
     from mdistiller.study.tables import text_table
@@ -63,15 +69,22 @@ def main(words: Sequence[str] | None = None) -> None:
         check_folder(a.out, "--out")
     notes: list[str] = []
     if a.run:
-        reports, dataset, notes = evaluation.evaluate_run(a.run, a.root or "", a.plugins, a.batch_size, device, a.amp)
-        what = str(a.run)
+        run = evaluation.run_to_evaluate(a.run, [*(["DATASET.ROOT", a.root] if a.root else []), *part], a.plugins)
+        dataset, what = run.cfg.DATASET.TYPE, str(a.run)
+        refuse_out(a.out, dataset)
+        reports, notes = evaluation.evaluate_run(run, a.batch_size, device, a.amp)
     else:
         file, dataset = a.ckpt or "pretrain", a.dataset or "cifar100"
         section = cfg.DATASET.clone()
         section.defrost()
         section.TYPE, section.ROOT = dataset, a.root or "./data"
-        report = evaluate_checkpoint((a.model, a.size), file, section, a.batch_size, device, a.amp)
-        reports, what = {a.model: report}, f"{a.model} from {file}"
+        refuse_out(a.out, dataset)
+        what = f"{a.model} from {file}"
+        if dataset in text_datasets:
+            reports = evaluate_text({a.model: (a.model, file)}, section, a.batch_size, device, a.amp)
+        else:
+            report = evaluate_checkpoint((a.model, a.size), file, section, a.batch_size, device, a.amp)
+            reports = {a.model: report}
     if a.json:
         print(json.dumps({name: evaluation.figures(report) for name, report in reports.items()}, indent=2))
     else:
@@ -81,6 +94,12 @@ def main(words: Sequence[str] | None = None) -> None:
         print(line, file=sys.stderr)
     if a.out:
         evaluation.write_evaluation(a.out, reports, dataset)
+
+
+def refuse_out(out: Path | None, dataset: str) -> None:
+    """Raise UserError where files are asked for that only images have."""
+    if out and dataset in text_datasets:
+        raise UserError(f"--out: writes accuracy by class, and {dataset} is text; leave it out, or use --json")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,27 @@
 """Figures of a network of text on a test: how well it predicts the next token, and how close it is to its teacher."""
 
+import itertools
 import math
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
-from mdistiller.dataset import TokenBatches
-from mdistiller.device import autocast
+from mdistiller.dataset import TokenBatches, load_dataset
+from mdistiller.device import autocast, prepare
 from mdistiller.distillers.losses import kl_divergence
-from mdistiller.engine.evaluator import Scores
-from mdistiller.models import in_eval_mode
+from mdistiller.engine.evaluator import Scores, evaluation_batches
+from mdistiller.errors import OtherNetwork, UserError
+from mdistiller.models import build_model, default_checkpoint, in_eval_mode
+from mdistiller.registry import model_refusal
+from mdistiller.runs.checkpoint import load_weights
 
 ROWS = 1024  # whose logits exist at a time
+TIMED = 20  # batches by which a speed is measured
 BINS = 15  # of the calibration error
 SCALES = 2.0 ** (0.3 * torch.arange(-6, 7))  # inverse temperatures at which the loss is known: 0.29 to 3.5
 
@@ -104,3 +113,59 @@ def calibrated(sums: np.ndarray, counts: np.ndarray) -> float:
         ]
         total += curves[1][curves[0].argmin()]
     return float(total / counts.sum())
+
+
+class TextReport(NamedTuple):
+    """What tools/eval.py shows of a network of text."""
+
+    scores: Scores
+    parameters: int
+    tokens_per_second: float  # of its logits, some rows at a time
+
+
+def evaluate_text(
+    networks: Mapping[str, tuple[str, str]], section: CfgNode, batch_size: int, device: torch.device, amp: str = "none"
+) -> dict[str, TextReport]:
+    """Return the reports on `networks`, {what: (model, file or another source of weights)}, on the test part of a text,
+    `section` DATASET; the others are compared with the one that is called "teacher".
+
+    Raises UserError where a model, its weights or the text is missing or does not fit.
+    """
+    for model, _ in networks.values():
+        if refusal := model_refusal(model, section.TYPE):
+            raise UserError(f"-m {model}: {refusal}")
+    if not 1 <= batch_size < 2**31:
+        raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
+    data = load_dataset(section.TYPE, section.ROOT, section)
+    batches = evaluation_batches(data.to(device), batch_size)
+
+    def built(model: str, file: str) -> nn.Module:
+        network = build_model(model, data.num_classes, section.TYPE)
+        path = default_checkpoint(model, section.TYPE) if file == "pretrain" else file
+        try:
+            load_weights(network, model, data.num_classes, path)
+        except OtherNetwork as error:
+            raise UserError(f"{error}; or set DATASET.TEXT.TOKENIZER and VOCABULARY as its run did") from None
+        return prepare(network, device)
+
+    teacher = built(*networks["teacher"]) if "teacher" in networks else None
+    beside, reports = TextTest(batches, data.bytes_a_token, amp, teacher), {}
+    for what, source in networks.items():
+        network = teacher if what == "teacher" else built(*source)
+        test = TextTest(batches, data.bytes_a_token, amp) if what == "teacher" else beside
+        count = sum(p.numel() for p in network.parameters())
+        reports[what] = TextReport(test(network), count, speed_of(network, batches, amp))
+    return reports
+
+
+@torch.no_grad()
+def speed_of(network: nn.Module, batches: TokenBatches, amp: str) -> float:
+    """Return tokens a second through the network, on at most TIMED batches."""
+    begin, tokens = time.monotonic(), 0
+    with in_eval_mode(network), autocast(batches.images.device, amp):
+        for ids, target, _ in itertools.islice(batches, TIMED):
+            for part in network.hidden(ids).split(ROWS):
+                last = network.head(part).sum()
+            tokens += len(target)
+    last.item()  # the device has finished
+    return tokens / (time.monotonic() - begin)

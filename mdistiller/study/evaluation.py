@@ -13,31 +13,42 @@ from mdistiller import config
 from mdistiller.dataset import ImageSet
 from mdistiller.engine.evaluator import Report, evaluate_checkpoint
 from mdistiller.engine.method import join_teachers
+from mdistiller.engine.text_scores import TextReport, evaluate_text
 from mdistiller.errors import UserError
+from mdistiller.registry import text_datasets
 from mdistiller.study import statistics as st
 from mdistiller.study.charts import Chart, Panel, write_table
 from mdistiller.study.drawing import save
 from mdistiller.study.networks import Missing, Networks
-from mdistiller.study.runs import lacking_plugins, read_run
+from mdistiller.study.runs import Run, lacking_plugins, read_run
 from mdistiller.study.superclasses import class_names
 from mdistiller.study.tables import Table
 
+OF_TEXT = {  # figures of text: their heads, and how they are written
+    "bits_per_byte": ("bits/byte", "{:.4f}"), "loss_calibrated": ("calibrated loss", "{:.4f}"),
+    "ece": ("ECE (%)", "{:.2f}"), "teacher_kl": ("KL to teacher", "{:.4f}"),
+}  # fmt: skip
 HEAD = ("network", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "parameters", "images/s")
 
 
-def evaluate_run(
-    folder: Path, root: str, plugins: Sequence[str], batch_size: int, device: torch.device, amp: str
-) -> tuple[dict[str, Report], str, list[str]]:
-    """Return the reports on the run's last student, its best one, its average of weights and its teacher; its data set;
-    and lines on what is not there. `root`: where its data are now; "" for where they were.
-
-    Raises UserError where `folder` is no run's, or holds no student.
+def run_to_evaluate(folder: Path, opts: Sequence[str], plugins: Sequence[str]) -> Run:
+    """Return the run in `folder`, with the KEY VALUE pairs `opts` in place of its own. Raises UserError where it is no
+    run's, or a plug-in is missing.
     """
-    run = read_run(folder, ["DATASET.ROOT", root] if root else [], plugins)
+    run = read_run(folder, opts, plugins)
     if notes := lacking_plugins([run]):
         raise UserError(*notes)
     config.activate(run.plugins)
-    names, data = run.cfg.DISTILLER, run.cfg.DATASET
+    return run
+
+
+def evaluate_run(
+    run: Run, batch_size: int, device: torch.device, amp: str
+) -> tuple[dict[str, Report | TextReport], list[str]]:
+    """Return the reports on the run's last student, its best one, its average of weights and its teacher; and lines on
+    what is not there. Raises UserError where its folder holds no student.
+    """
+    names, data, folder, notes = run.cfg.DISTILLER, run.cfg.DATASET, run.folder, []
     students = {"student, last": folder / "student_latest", "student, best": folder / "student_best"}
     students["student, average"] = folder / "student_ema"  # of SOLVER.EMA
     asked = {what: ("STUDENT", file) for what, file in students.items() if file.is_file()}
@@ -48,6 +59,10 @@ def evaluate_run(
             asked["teacher"] = "TEACHER", Networks().teacher_file(run)
         except Missing:
             notes.append(f"the teacher {names.TEACHER} is not there any more; name its file with -m and -c")
+
+    if data.TYPE in text_datasets:
+        named = {what: (names[side], str(file)) for what, (side, file) in asked.items()}
+        return evaluate_text(named, data, batch_size, device, amp), notes
 
     def join(teacher: nn.Module, images: ImageSet) -> nn.Module:
         return join_teachers(run.cfg, teacher, images)
@@ -64,11 +79,14 @@ def evaluate_run(
         )  # fmt: skip
         for what, (side, file) in asked.items()
     }
-    return reports, data.TYPE, notes
+    return reports, notes
 
 
-def figures(report: Report) -> dict[str, float | int | None]:
+def figures(report: Report | TextReport) -> dict[str, float | int | None]:
     """Return the figures of a report: accuracies and the expected calibration error (15 bins) in percent."""
+    if isinstance(report, TextReport):
+        own = {"top1": report.scores.top1, "top5": report.scores.top5, "loss": report.scores.loss} | report.scores.more
+        return own | {"parameters": report.parameters, "tokens_per_second": report.tokens_per_second}
     ece = 100 * st.calibration(report.logits, report.labels).ece
     scores = {"top1": report.scores.top1, "top5": report.scores.top5, "loss": report.scores.loss, "ece": ece}
     return scores | {"parameters": report.parameters, "images_per_second": report.images_per_second}
@@ -76,12 +94,26 @@ def figures(report: Report) -> dict[str, float | int | None]:
 
 def evaluation_table(reports: Mapping[str, Report]) -> Table:
     """Return a row of figures for each network; top-5 where there are more than five classes."""
+    if any(isinstance(report, TextReport) for report in reports.values()):
+        return text_evaluation_table(reports)
     rows, head = [], [name for name in HEAD if "top-5" not in name or any(r.scores.top5 for r in reports.values())]
     for name, report in reports.items():
         found = figures(report)
         top5 = [] if found["top5"] is None else [f"{found['top5']:.2f}"]
         texts = (f"{found['loss']:.4f}", f"{found['ece']:.2f}", f"{found['parameters']:,}")
         rows.append([name, f"{found['top1']:.2f}", *top5, *texts, f"{found['images_per_second']:,.0f}"])
+    return Table("evaluation", "Evaluation", "", head, rows)
+
+
+def text_evaluation_table(reports: Mapping[str, TextReport]) -> Table:
+    """Return a row of figures for each network of text; the divergence from a teacher where there is one."""
+    rows, found = [], {name: figures(report) for name, report in reports.items()}
+    keys = [key for key in OF_TEXT if any(key in own for own in found.values())]
+    for name, own in found.items():
+        texts = [OF_TEXT[key][1].format(own[key]) if key in own else None for key in keys]
+        speed = (f"{own['parameters']:,}", f"{own['tokens_per_second']:,.0f}")
+        rows.append([name, f"{own['top1']:.2f}", f"{own['loss']:.4f}", *texts, *speed])
+    head = ["network", "top-1 (%)", "loss", *(OF_TEXT[key][0] for key in keys), "parameters", "tokens/s"]
     return Table("evaluation", "Evaluation", "", head, rows)
 
 

@@ -92,11 +92,22 @@ class Run:
         return self.rows[-1]["epoch"] if self.rows else 0
 
     @property
+    def is_text(self) -> bool:
+        """Whether its rows have the figures of text."""
+        return bool(self.rows) and "bits_per_byte" in self.rows[0]
+
+    @property
+    def best_row(self) -> dict:
+        """The row of its best epoch, which the last one names."""
+        return self.rows[self.rows[-1]["best_epoch"] - 1]
+
+    @property
     def stopped_early(self) -> bool:
         """Whether it is finished before SOLVER.EPOCHS, by SOLVER.EARLY_STOP."""
         solver = self.cfg.SOLVER
-        best = max(self.rows, key=lambda row: row.get("test_acc", 0), default={"epoch": 0})  # the first of equal ones
-        return self.epochs < solver.EPOCHS and stops_early(solver.EARLY_STOP, self.epochs, best["epoch"])
+        # the first of equal ones; of a text the one of the lowest loss
+        best = max(self.rows, key=lambda row: -row["test_loss"] if self.is_text else row.get("test_acc", 0), default={})
+        return self.epochs < solver.EPOCHS and stops_early(solver.EARLY_STOP, self.epochs, best.get("epoch", 0))
 
     @property
     def finished(self) -> bool:

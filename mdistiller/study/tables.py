@@ -10,7 +10,7 @@ import pandas as pd
 from mdistiller.study.groups import told_apart
 from mdistiller.study.published import EPOCHS, published_figure
 from mdistiller.study.runs import Group, Run
-from mdistiller.study.statistics import Mean
+from mdistiller.study.statistics import Mean, mean_and_std
 from mdistiller.terminal import counted
 
 BESIDE = ("published (%)", "last − published", "best − published")
@@ -20,8 +20,11 @@ CAPTION = (
     "run's best one, which is chosen on the test set and therefore flatters."
 )
 COMPARED = ("run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at epoch")
+OF_TEXT = {"test_loss": "loss", "bits_per_byte": "bits/byte"}  # figures of text beside accuracy, last and best
 SHARED = ("data", "seed", "epochs")
-TO_THE_RIGHT = ("%", "−", "seed", "epoch", "last", "best", "left", "loss", "parameters", "images/s", "ms", "p95", "MB")
+TO_THE_RIGHT = (
+    "%", "−", "seed", "epoch", "last", "best", "left", "loss", "parameters", "/s", "ms", "p95", "MB", "bits/byte", "KL",
+)  # fmt: skip
 LEAST_WIDTH = 8  # of a column of texts that is made narrower
 SYMBOLS = {"→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--"}
 
@@ -54,12 +57,19 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
         rows.append([*row, group.last, group.best, beside, *off])
     head = HEAD if published else HEAD[: -len(BESIDE)]
     rows = [row[: len(head)] for row in rows]
+    if any(group.first.is_text for group in groups):
+        head = [*head, *(f"{which} {name}" for name in OF_TEXT.values() for which in ("last", "best"))]
+        for row, group in zip(rows, groups, strict=True):
+            row += [of_text(group, key, best) for key in OF_TEXT for best in (False, True)]
     return Table("results", "Results", CAPTION, head, rows, list(range(len(groups))))
 
 
 def compared(runs: Sequence[Run]) -> Table:
-    """Return a row for each run. What all of them share of SHARED stands in the caption, not in a column."""
-    rows = []
+    """Return a row for each run. What all of them share of SHARED stands in the caption, not in a column. Runs on text
+    have the columns OF_TEXT too; their best epoch is that of the lowest loss.
+    """
+    rows, figures = [], [*OF_TEXT] if any(run.is_text for run in runs) else []
+    head = [*COMPARED, *(f"{which} {OF_TEXT[key]}" for key in figures for which in ("last", "best"))]
     sets = told_apart(runs, "data", [run.cfg.DATASET.TYPE for run in runs])
     teachers = [run.teacher_name if run.taught else "-" for run in runs]
     teachers = told_apart(runs, "teacher checkpoint", teachers)
@@ -68,12 +78,27 @@ def compared(runs: Sequence[Run]) -> Table:
         row = [run.name, names.TYPE, teacher, names.STUDENT, data, run.seed]
         early = ", stopped early" if run.stopped_early else ""
         row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}{early}", float(last["test_acc"]), float(last["best_acc"])]
-        rows.append([*row, last.get("best_epoch", "-")])
+        both = (last, run.best_row) if run.is_text else ({}, {})
+        row += [last.get("best_epoch", "-"), *(decimals(one.get(key)) for key in figures for one in both)]
+        rows.append(row)
     alike = [COMPARED.index(name) for name in SHARED if len({row[COMPARED.index(name)] for row in rows}) == 1]
     caption = ", ".join(f"{COMPARED[place]} {rows[0][place]}" for place in alike)
-    kept = [place for place in range(len(COMPARED)) if place not in alike]
+    kept = [place for place in range(len(head)) if place not in alike]
     rows = [[row[place] for place in kept] for row in rows]
-    return Table("compared", "", caption, [COMPARED[place] for place in kept], rows)
+    return Table("compared", "", caption, [head[place] for place in kept], rows)
+
+
+def of_text(group: Group, key: str, best: bool) -> str | None:
+    """Return a figure of the last epochs, or of the best ones, of runs on text; None of others."""
+    if not all(run.is_text for run in group.runs):
+        return None
+    mean = mean_and_std([(run.best_row if best else run.rows[-1])[key] for run in group.runs])
+    return decimals(mean.mean) + (f" ± {mean.std:.4f}" if mean.std is not None else "")
+
+
+def decimals(value: float | None) -> str:
+    """Return a loss, or what is counted as one, in text."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def text(cell: object, signed: bool = False) -> str:

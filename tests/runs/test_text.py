@@ -1,5 +1,6 @@
 """Runs on text: their figures, how they go on after a stop, several seeds, what is refused, and what reads them."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -128,3 +129,43 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(text, tmp_path, words
     line, *more = done.stderr.splitlines()
     assert done.returncode == 2 and says in line and not more
     assert tree(tmp_path) == {}
+
+
+def test_tools_read_runs_on_text(text, tmp_path):
+    folder, root = text[0], text[1].parent  # where the teacher was trained
+    last = read_metrics(folder)[-1]
+    done = called("eval", "-r", folder, "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == ["student, last", "student, best", "teacher"]
+    own = found["student, last"]
+    for key in ("bits_per_byte", "loss_calibrated", "ece", "teacher_kl", "teacher_agreement"):
+        assert own[key] == pytest.approx(last[key], rel=1e-4), key
+    assert own["loss"] == pytest.approx(last["test_loss"], rel=1e-5) and own["tokens_per_second"] > 0
+    assert "teacher_kl" not in found["teacher"]
+    table = called("eval", "-r", folder, "DATASET.TEXT.TEST", "test", cwd=root).stdout
+    assert all(name in table for name in ("bits/byte", "calibrated loss", "ECE (%)", "KL to teacher", "tokens/s"))
+    assert f"{last['test_loss']:.4f}" not in table, "another part"
+    words = ["-m", "gpt1x32", "-c", folder / "student_best", "-d", "python"]
+    keys = ["DATASET.TEXT.MEGABYTES", "0.03", "DATASET.TEXT.BLOCK", "32"]
+    one = json.loads(called("eval", *words, *keys, "--json", cwd=root).stdout)["gpt1x32"]
+    assert one["loss"] == pytest.approx(own["loss"], rel=1e-5) and "teacher_kl" not in one
+    compared = called("compare", folder, cwd=root).stdout
+    assert f"{last['test_loss']:.4f}" in compared and "best bits/byte" in compared.replace("\n", " ")
+    for name, *rest, says in (
+        ("eval", "-r", folder, "--out", tmp_path / "out", "--out: writes accuracy by class, and python is text"),
+        ("eval", *words, "--out", tmp_path / "out", "--out: writes accuracy by class, and python is text"),
+        ("export", folder / "student_best", "python is text, and this is for images"),
+    ):
+        refusal = called(name, *rest, cwd=root)
+        assert refusal.returncode == 2 and says in refusal.stderr and refusal.stderr.count("\n") == 1
+    assert tree(tmp_path) == {}
+
+
+def test_a_report_of_runs_on_text_has_their_record(text, tmp_path):
+    done = called("analyze", text[0], "-o", tmp_path / "report", cwd=text[1].parent)
+    assert done.returncode == 0, done.stderr
+    assert "python is text, and this is for images" in done.stdout
+    names = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
+    assert any("temperature" in name for name in names) and any(name.startswith("samples-") for name in names), names
+    assert "bits/byte" in (tmp_path / "report" / "report.html").read_text()
