@@ -51,6 +51,49 @@ def seconds(work: Callable[[], int]) -> float:
     return (time.perf_counter() - begin) / count
 
 
+def training(
+    student: str, teacher: torch.nn.Module, amp: str, data: Batches
+) -> tuple[Callable[[], int], torch.nn.Module]:
+    """Return what trains `student` by DTKD for an epoch, and the method."""
+    device = data.labels.device
+    distiller = prepare_parts(distiller_dict["DTKD"](build_model(student, CLASSES), teacher, CFG), device)
+    optimizer = sgd(distiller.train().get_learnable_parameters(), 0.9, 5e-4)
+    set_lr(optimizer, 0.01)
+    step = Step(distiller, optimizer, device, amp)
+
+    def work() -> int:
+        step.meter.reset()
+        distiller.train()
+        for batch in data.epoch(1):
+            step(batch, 20)
+        step.meter.read()  # waits for the device
+        return step.meter.images
+
+    return work, distiller
+
+
+def report(
+    a: argparse.Namespace,
+    amp: str,
+    device: torch.device,
+    making: float,
+    epochs: dict[str, float],
+    each: dict[str, float],
+) -> None:
+    """Print the table: seconds to make the evaluated form, of the two epochs, and of each evaluation by image."""
+    precision = "float32" if amp == "none" else amp
+    print(
+        f"\n{a.teacher} -> {a.student}, {device}, {torch.get_num_threads()} threads, {precision}, PyTorch "
+        f"{torch.__version__}, {platform.machine()}; an epoch: {epochs['given']:.1f} s with the teacher's logits "
+        f"given, {epochs['teacher']:.1f} s with its pass; making the evaluated form: {1000 * making:.1f} ms\n"
+    )
+    print("| evaluation, batch | seconds | of an epoch, logits given | of an epoch with the teacher |")
+    print("| --- | --- | --- | --- |")
+    for name, value in each.items():
+        cost = TEST * value
+        print(f"| {name} | {cost:.2f} | {cost / epochs['given']:.1%} | {cost / epochs['teacher']:.1%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="resnet32x4")
@@ -61,32 +104,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     a = parser.parse_args()
     device = resolve_device(a.device)
-    images = torch.randint(0, 256, (a.images, 32, 32, 3), dtype=torch.uint8)
-    labels = torch.arange(a.images) % CLASSES
-
-    def training(teacher: torch.nn.Module, amp: str) -> tuple[Callable[[], int], torch.nn.Module]:
-        distiller = prepare_parts(distiller_dict["DTKD"](build_model(a.student, CLASSES), teacher, CFG), device)
-        optimizer = sgd(distiller.train().get_learnable_parameters(), 0.9, 5e-4)
-        set_lr(optimizer, 0.01)
-        step = Step(distiller, optimizer, device, amp)
-        batches = Batches(images.to(device), labels.to(device), MEAN, STD, BATCH, "crop_flip")
-
-        def work() -> int:
-            step.meter.reset()
-            distiller.train()
-            for batch in batches.epoch(1):
-                step(batch, 20)
-            step.meter.read()  # waits for the device
-            return step.meter.images
-
-        return work, distiller
-
+    images = torch.randint(0, 256, (a.images, 32, 32, 3), dtype=torch.uint8).to(device)
+    labels = torch.arange(a.images).to(device) % CLASSES
+    data = Batches(images, labels, MEAN, STD, BATCH, "crop_flip")
     for amp in ("none", "bf16"):
-        with_teacher, distiller = training(build_model(a.teacher, CLASSES), amp)
-        given, _ = training(GivenLogits(torch.rand(BATCH, CLASSES)), amp)
+        with_teacher, distiller = training(a.student, build_model(a.teacher, CLASSES), amp, data)
+        given, _ = training(a.student, GivenLogits(torch.rand(BATCH, CLASSES)), amp, data)
         works = {"given": given, "teacher": with_teacher}
         for size in a.sizes:
-            batches = Batches(images.to(device), labels.to(device), MEAN, STD, size)
+            batches = Batches(images, labels, MEAN, STD, size)
             inference = Inference(distiller.student, device, amp)
 
             def plain(batches=batches, distiller=distiller, amp=amp) -> int:
@@ -112,17 +138,7 @@ def main() -> None:
         making = (time.perf_counter() - begin) / 10
         median = {name: statistics.median(values) for name, values in times.items()}
         epochs = {name: TRAIN * median.pop(name) for name in ("given", "teacher")}
-        precision = "float32" if amp == "none" else amp
-        print(
-            f"\n{a.teacher} -> {a.student}, {device}, {torch.get_num_threads()} threads, {precision}, PyTorch "
-            f"{torch.__version__}, {platform.machine()}; an epoch: {epochs['given']:.1f} s with the teacher's logits "
-            f"given, {epochs['teacher']:.1f} s with its pass; making the evaluated form: {1000 * making:.1f} ms\n"
-        )
-        print("| evaluation, batch | seconds | of an epoch, logits given | of an epoch with the teacher |")
-        print("| --- | --- | --- | --- |")
-        for name, value in median.items():
-            cost = TEST * value
-            print(f"| {name} | {cost:.2f} | {cost / epochs['given']:.1%} | {cost / epochs['teacher']:.1%} |")
+        report(a, amp, device, making, epochs, median)
 
 
 if __name__ == "__main__":

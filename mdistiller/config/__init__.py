@@ -1,6 +1,6 @@
 """The configuration: its keys, and how files and KEY VALUE pairs become a checked tree. Imports no torch."""
 
-from mdistiller.config.core import DOT_TRAINERS, TWO_VIEWS
+from mdistiller.config.core import AUGMENTATIONS, DOT_TRAINERS, TWO_VIEWS
 from mdistiller.config.keys import (
     CFG,
     KEYS,
@@ -29,6 +29,7 @@ from mdistiller.config.loading import check, load, load_plugins, merge_pairs, mi
 from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin, used_code
 
 __all__ = [
+    "AUGMENTATIONS",
     "Absent",
     "CFG",
     "DOT_TRAINERS",

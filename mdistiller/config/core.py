@@ -5,6 +5,7 @@ import re
 from mdistiller import registry
 from mdistiller.config.keys import Check, Key, add_keys, at_least, below, between, inside, one_of, positive
 
+AUGMENTATIONS = ("crop_flip", "crop", "none", "resized_crop")
 DOT_TRAINERS = ("dot", "crd_dot")  # whose optimizer keeps task and distillation apart
 TWO_VIEWS = ("ours", "aug")  # which give each sample in a weak and a strong view
 
@@ -34,7 +35,7 @@ add_keys(
             "auto",
             "Augmentation: auto (as the data set declares), crop_flip, crop, none, or, of picture files, resized_crop "
             "(torchvision's RandomResizedCrop, and a flip).",
-            one_of(("auto", "crop_flip", "crop", "none", "resized_crop")),
+            one_of(("auto", *AUGMENTATIONS)),
         ),
         "DATASET.MIXUP": Key(0.0, "Alpha of mixup, of all images of a batch with each other; 0: none.", at_least(0)),
         "DATASET.CUTMIX": Key(

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdistiller.config import AUGMENTATIONS
 from mdistiller.dataset import _strong
 from mdistiller.dataset._mixing import Mixing
 from mdistiller.dataset._pictures import Pictures, Reader
 from mdistiller.errors import UserError
 from mdistiller.registry import unknown
-
-AUGMENTATIONS = ("crop_flip", "crop", "none", "resized_crop")
 
 
 @dataclass(frozen=True)

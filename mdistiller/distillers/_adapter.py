@@ -17,6 +17,7 @@ from mdistiller.distillers._registry import Declared
 from mdistiller.distillers.base import Distiller
 from mdistiller.errors import UserError
 
+USUAL = ("student", "teacher", "cfg")
 OFFERED = ("num_data", "labels")  # what `Distiller.needs` may ask for
 IN_A_STEP = ("image", "target", "index", "idx", "epoch")  # what every step has
 ON_REQUEST = ("logits_teacher", "contrastive_index", "image_weak", "image_strong")  # for those that name it
@@ -100,24 +101,30 @@ def _step(cls: type) -> set[str]:
     return {*named} | (looked_up if rest else set())
 
 
+def _takes_by_place(cls: type, init: dict[str, bool]) -> bool:
+    """Return whether a constructor takes student, teacher and cfg without their names: as *args, or three of its own
+    names, in that order as far as it has ours.
+    """
+    in_order = all(word not in USUAL or word == place for word, place in zip(init, USUAL, strict=False))
+    own_names = len(init) == 3 and not any(init.values()) and {*init} - {*USUAL, *OFFERED} and in_order
+    return bool(own_names) or _parameters(cls.__init__)[1] == {inspect.Parameter.VAR_POSITIONAL}
+
+
 def _wrap(name: str, cls: type) -> type:
     """Return a subclass of `cls` whose constructor and `forward_train` take everything and hand on what `cls` names.
 
     Inside, `.cuda()` and device="cuda" mean the run's device, the networks' features are contiguous, as mdistiller's
     are, and an exception becomes one line that names the file and the place.
     """
-    init, step, usual = _constructor(cls), _step(cls), ("student", "teacher", "cfg")
-    unknown = [word for word, default in init.items() if not default and word not in (*usual, *OFFERED)]
-    # student, teacher, cfg under names of its own, in that order as far as it has ours
-    in_order = all(word not in usual or word == place for word, place in zip(init, usual, strict=False))
-    by_place = bool(unknown) and len(init) == 3 and not any(init.values()) and in_order
+    init, step = _constructor(cls), _step(cls)
+    by_place = _takes_by_place(cls, init)
+    unknown = [word for word, default in init.items() if not default and word not in (*USUAL, *OFFERED)]
     if unknown and not by_place:
         return _refuse(name, f"{name}: its constructor asks for {', '.join(unknown)}, which only its own program has")
     optional = {word for word, default in _parameters(cls.forward_train)[0].items() if default}
     if unknown := sorted(step - optional - {*IN_A_STEP, *ON_REQUEST}):
         asked = ", ".join(unknown)
         return _refuse(name, f"{name}: its forward_train asks for {asked}, which only its own trainer gives")
-    by_place = by_place or _parameters(cls.__init__)[1] == {inspect.Parameter.VAR_POSITIONAL}
     contrasts, two_views = "contrastive_index" in step, bool({"image_weak", "image_strong"} & step)
     handed_on = [word for word in (*IN_A_STEP, *ON_REQUEST) if word in step]
 

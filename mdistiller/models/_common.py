@@ -68,8 +68,11 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for block in self:
             preact = block(x)
-            x = F.relu(preact)
+            x = self.activated(preact)
         return x, preact
+
+    def activated(self, preact: Tensor) -> Tensor:
+        return F.relu(preact)
 
 
 class Network(nn.Module):

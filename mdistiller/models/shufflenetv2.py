@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, register_model
+from mdistiller.models._common import Network, Stage, features, global_average, register_model
 from mdistiller.models._shuffle import channel_shuffle
 
 
 class BasicBlock(nn.Module):
-    """Half the channels pass, half go through three convolutions. Returns the output and what enters the last ReLU:
-    (B, C, H, W) in the order before the shuffle, its first half the channels that pass.
+    """Half the channels pass, half go through three convolutions. Returns what enters the last ReLU: (B, C, H, W) in
+    the order before the shuffle, its first half the channels that pass.
     """
 
     def __init__(self, channels: int):
@@ -23,14 +23,13 @@ class BasicBlock(nn.Module):
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         passing, out = x.chunk(2, dim=1)
         out = F.relu(self.bn1(self.conv1(out)))
         out = self.bn2(self.conv2(out))
         out = self.bn3(self.conv3(out))
         # the passing half has been through a ReLU in an earlier block, so one ReLU over both halves changes nothing
-        preact = torch.cat([passing, out], 1)
-        return channel_shuffle(F.relu(preact), 2), preact
+        return torch.cat([passing, out], 1)
 
 
 class DownBlock(nn.Module):
@@ -50,20 +49,17 @@ class DownBlock(nn.Module):
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x)))))
-        preact = torch.cat([left, self.bn5(self.conv5(right))], 1)
-        return channel_shuffle(F.relu(preact), 2), preact
+        return torch.cat([left, self.bn5(self.conv5(right))], 1)
 
 
-class Stage(nn.Sequential):
-    """Blocks that give output and pre-activation. Returns those of the last one."""
+class ShuffledStage(Stage):
+    """The channels of both branches mix behind each block's ReLU."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for block in self:
-            x, preact = block(x)
-        return x, preact
+    def activated(self, preact: Tensor) -> Tensor:
+        return channel_shuffle(F.relu(preact), 2)
 
 
 class ShuffleNetV2(Network):
@@ -77,7 +73,7 @@ class ShuffleNetV2(Network):
         for i, count in enumerate(self.COUNTS):
             channels = self.channels[i + 1]
             stage = [DownBlock(self.channels[i], channels), *(BasicBlock(channels) for _ in range(count))]
-            self.add_module(f"layer{i + 1}", Stage(*stage))
+            self.add_module(f"layer{i + 1}", ShuffledStage(*stage))
         self.conv2 = nn.Conv2d(self.channels[-1], 1024, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)

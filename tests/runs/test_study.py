@@ -315,7 +315,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(small_plan, words, message):
 def test_submitit_runs_a_study(small_plan, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-    status, conductor, _ = conducted(small_plan, Slurm(Path("jobs"), {"timeout_min": 5}, "local"), only=["NONE,resnet8"])
+    here = Slurm(Path("jobs"), {"timeout_min": 5}, "local")
+    status, conductor, _ = conducted(small_plan, here, only=["NONE,resnet8"])
     assert (status, conductor.failed) == (0, {})
     assert set(figures()) == {("NONE,resnet8", 0), ("NONE,resnet8", 1)}
 
