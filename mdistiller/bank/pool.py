@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
 from mdistiller.bank.teacher import Bank, TeacherLogits, takes_logits
-from mdistiller.bank.text import TextLogits
+from mdistiller.bank.text import TextLogits, TextTeacher
 from mdistiller.bank.topk import TopK
 from mdistiller.config import teacher_names
 from mdistiller.dataset import Batches, TokenBatches
@@ -39,9 +39,9 @@ def expected_distinct_views(views: int, draws: int, fill_first: bool) -> float:
     return views if fill_first else views * (1 - (1 - 1 / views) ** draws)
 
 
-def choose(wanted: str, views: int, draws: int, held: float, cuda: bool) -> Choice:
-    """Return what TEACHER_BANK `wanted` comes to where an image has so many `views`, so many `draws` of them are to be
-    met (epochs times students), and the bank holds the share `held` of those that matter.
+def choose(wanted: str, views: int, draws: int, held: float, cuda: bool, sample: str = "an image") -> Choice:
+    """Return what TEACHER_BANK `wanted` comes to where a `sample` has so many `views`, so many `draws` of them are to
+    be met (epochs times students), and the bank holds the share `held` of those that matter.
 
     auto counts the teacher's passes: without a bank one for every draw; with one that is filled on use one for every
     view that is met for the first time; with one that is filled first one for every view. The latter is CUDA's way,
@@ -51,7 +51,7 @@ def choose(wanted: str, views: int, draws: int, held: float, cuda: bool) -> Choi
         return Choice(wanted, "")
     share = (1 - held) * expected_distinct_views(views, draws, cuda) / max(draws, 1)
     text = f"it saves {100 * (1 - share):.0f} %" if share <= 1 else f"it takes {share:.1f} times"
-    text = f"{text} of the teacher's passes; an image has {counted(views, 'view')} and is used {counted(draws, 'time')}"
+    text = f"{text} of the teacher's passes; {sample} has {counted(views, 'view')} and is used {counted(draws, 'time')}"
     if share >= BANK_PAYS_BELOW:
         return Choice("none", f"a bank would not pay: {text}")
     return Choice("full" if cuda else "lazy", text)
@@ -89,7 +89,7 @@ class TeacherPool:
     def __init__(self, num_classes: int, data_digest: str, kept: bool = True):
         self.num_classes, self.data_digest, self.kept = num_classes, data_digest, kept
         self.files: list[Path | None] = []
-        self.inferences: dict[str, Inference] = {}  # by the digest of the teacher's weights
+        self.inferences: dict[str, Inference | TextTeacher] = {}  # by the digest of the teacher's weights
         self.banks: dict[Path, Bank] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
         self.stream: torch.cuda.Stream | None = None
@@ -107,8 +107,9 @@ class TeacherPool:
         if not takes_logits(distiller):
             reason = f"teacher bank: none ({cfg.DISTILLER.TYPE} needs more of its teacher than logits)"
             return None, reason if cfg.TEACHER_BANK != "auto" else ""
-        if isinstance(batches, TokenBatches) and cfg.TEACHER_BANK == "auto" and not cfg.TEACHER_BANK_TOP_K:
-            return None, "teacher bank: none (TEACHER_BANK_TOP_K 64 would keep the 64 largest logits of each token)"
+        text = isinstance(batches, TokenBatches)
+        if text and not cfg.TEACHER_BANK_TOP_K:  # whole rows of a batch of tokens need not exist together
+            return None, "teacher bank: none (set TEACHER_BANK_TOP_K 64 for one)" if cfg.SOLVER.EPOCHS > 1 else ""
         if batches.mixing is not None and batches.mixing.mixes:
             return None, "teacher bank: none (images are mixed)"
         if batches.streamed and cfg.TEACHER_BANK != "auto":
@@ -119,15 +120,17 @@ class TeacherPool:
         device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
         if device.type == "cuda" and self.stream is None:
             self.stream = torch.cuda.Stream(device)  # one for all, as a captured graph has one input and one output
-        if isinstance(batches, TokenBatches):
-            counts = torch.bincount(batches.labels, minlength=self.num_classes)
+        if digest not in self.inferences and text:
+            counts = batches.images.flatten().long().bincount(minlength=self.num_classes)
             form = TopK(cfg.TEACHER_BANK_TOP_K, counts, dtype)
-            logits = TextLogits(batches, distiller.teacher, cfg.SOLVER.AMP, form, self.stream)
+            self.inferences[digest] = TextTeacher(distiller.teacher, form, cfg.SOLVER.AMP)
+        if digest not in self.inferences:
+            self.inferences[digest] = Inference(
+                distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
+            )
+        if text:
+            logits = TextLogits(batches, self.inferences[digest], None, self.stream)
         else:
-            if digest not in self.inferences:
-                self.inferences[digest] = Inference(
-                    distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
-                )
             logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
         if batches.streamed:
             return logits, "teacher bank: none (pictures are streamed)"
@@ -164,7 +167,8 @@ class TeacherPool:
         logits.compare()
         cuda = device.type == "cuda"
         held = bank.share if cuda else share_of_draws(bank.rows, batches, epochs)
-        choice = choose(cfg.TEACHER_BANK, batches.views, epochs * students, held, cuda)
+        sample = "a block" if logits.unit == "block" else "an image"
+        choice = choose(cfg.TEACHER_BANK, batches.views, epochs * students, held, cuda, sample)
         bank.fill_first = choice.mode == "full"
         if choice.mode != "none":
             if bank.share < 1 and (bank.fill_first or not os.path.exists(folder)):
@@ -203,12 +207,12 @@ def description(cfg: CfgNode, batches: Batches, teacher_digest: str, data_digest
         "stored": cfg.TEACHER_BANK_DTYPE,
         "device": batches.images.device.type,
     }
-    if isinstance(batches, TokenBatches):
+    if isinstance(batches, TokenBatches):  # the data's digest has text, tokenizer and blocks
         return common | {"block": batches.images.shape[1], "top_k": cfg.TEACHER_BANK_TOP_K}
     mean = {"mean": cfg.DISTILLER.ENSEMBLE_MEAN} if cfg.DISTILLER.ENSEMBLE else {}
     return (
-        mean
-        | common
+        common
+        | mean
         | {
             "augment": str(batches.augment),
             "views": batches.views,

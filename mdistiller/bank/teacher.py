@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
+from mdistiller.bank.topk import rounded
 from mdistiller.dataset import Batches
 from mdistiller.errors import RunFailed, UserError
 from mdistiller.terminal import say, shows_bars, unbroken
@@ -91,53 +92,55 @@ class TeacherLogits:
     Raises RunFailed where `dtype` cannot hold a logit.
     """
 
+    unit = "view"  # what a row of a bank is of
+    width = 0  # numbers of a row; 0: one for each class
+
     def __init__(
         self,
         batches: Batches,
-        inference: Inference | None,
+        inference: Inference,
         dtype: torch.dtype = torch.float16,
         bank: Bank | None = None,
         stream: torch.cuda.Stream | None = None,
     ):
         self.batches, self.inference, self.dtype, self.bank = batches, inference, dtype, bank
         self.stream, self.device = stream, batches.images.device
-        self.amp, self.width = getattr(inference, "amp", "none"), 0  # numbers of a row; 0: one a class
         self.chunk = CHUNK.get(self.device.type, LARGE_CHUNK)
 
     def __call__(self, plan: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
         """`check` is called after every pass of the teacher, and may raise."""
         if self.stream is None:
-            return self.look_up(plan, check)
+            return self.given(self.look_up(plan, check))
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):  # beside the steps that are queued: it needs nothing of them
             logits = self.look_up(plan, check)
         current.wait_stream(self.stream)
         logits.record_stream(current)
-        return logits
+        return self.given(logits)
+
+    def given(self, kept: Tensor) -> Tensor:
+        """Return what a step is given of rows as a bank keeps them."""
+        return kept.float()
+
+    def comparable(self, kept: Tensor) -> Tensor:
+        """Return numbers of rows as a bank keeps them that differ by roundings alone where the teacher is the same."""
+        return kept.float()
 
     def look_up(self, plan: Tensor, check: Callable[[], None]) -> Tensor:
-        """Return what the bank holds of the plan's logits (n, K), with the teacher's own for the other views."""
+        """Return what the bank holds of the plan's rows (n, K), with the teacher's own for the others, in `dtype`."""
         rows = self.batches.row_numbers(plan)
         if self.bank is None:
-            return self.given(torch.cat(list(self.run_teacher(rows, check))))
+            return torch.cat(list(self.run_teacher(rows, check)))
         held = self.bank.rows.holds(rows)
         if held.all():
-            return self.given(self.read(rows))
+            return self.read(rows)
         fresh = torch.cat(list(self.run_teacher(rows[~held], check)))
         self.bank.add(rows[~held], fresh)
         logits = fresh.new_empty(len(rows), fresh.shape[1])
         logits[~held.to(self.device)] = fresh
         if held.any():
             logits[held.to(self.device)] = self.read(rows[held])
-        return self.given(logits)
-
-    def given(self, values: Tensor) -> Tensor:
-        """Return what a step is given of values (n, width) as the bank keeps them."""
-        return self.dense(values)
-
-    def dense(self, values: Tensor) -> Tensor:
-        """Return the logits in float32 that values (n, width) stand for."""
-        return values.float()
+        return logits
 
     def read(self, rows: Tensor) -> Tensor:
         """Return what the bank holds of `rows` (n,), (n, K), on the device."""
@@ -149,7 +152,7 @@ class TeacherLogits:
         for part in rows.split(self.chunk):
             padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
             plan = self.batches.plan_of(padded).to(self.device)
-            yield self.rounded(self.inference(self.batches.batch(plan).image)[: len(part)])
+            yield rounded(self.inference(self.batches.batch(plan).image)[: len(part)], self.dtype)
             check()
 
     @torch.no_grad()
@@ -158,18 +161,8 @@ class TeacherLogits:
         parts = []
         for part in images.split(self.chunk):
             padded = torch.cat([part, part[-1:].expand(self.chunk - len(part), -1, -1, -1)])
-            parts.append(self.rounded(self.inference(padded)[: len(part)]))
+            parts.append(rounded(self.inference(padded)[: len(part)], self.dtype))
         return torch.cat(parts).float()
-
-    def rounded(self, exact: Tensor) -> Tensor:
-        """Return logits in `dtype`. Raises RunFailed where it cannot hold one."""
-        logits = exact.to(self.dtype)
-        if self.dtype == torch.float16 and bool((logits.isinf() & exact.isfinite()).any()):
-            largest = float(exact[exact.isfinite()].abs().max())
-            raise RunFailed(
-                f"the teacher's logits reach {largest:.3g}, more than float16 holds; set TEACHER_BANK_DTYPE float32"
-            )
-        return logits
 
     def prepare(self, check: Callable[[], None]) -> None:
         """See to what has to be there before an epoch: on CUDA the bank's rows in device memory; all of its rows, where
@@ -204,8 +197,8 @@ class TeacherLogits:
             return
         held = self.bank.rows.holds(torch.arange(self.bank.rows.rows)).nonzero()[:, 0]
         rows = held[:: -(-len(held) // self.chunk)]
-        there, own = self.dense(self.read(rows)), self.dense(torch.cat(list(self.run_teacher(rows))))
-        rounding = 1e-2 if self.amp == "none" else 5e-2  # other processors round otherwise
+        there, own = map(self.comparable, (self.read(rows), torch.cat(list(self.run_teacher(rows)))))
+        rounding = 1e-2 if self.inference.amp == "none" else 5e-2  # other processors round otherwise
         if not bool((own - there).abs().max() <= rounding * own.abs().max()):
             raise UserError(
                 f"{self.bank.folder}: holds other logits than this teacher gives, whose code may have changed; remove "
@@ -218,10 +211,10 @@ class TeacherLogits:
         where the disk does not take it.
         """
         bank, rows = self.bank, self.bank.rows
-        title, begin, before = f"teacher bank, {rows.rows:,} views", time.monotonic(), rows.filled
+        title, begin, before = f"teacher bank, {rows.rows:,} {self.unit}s", time.monotonic(), rows.filled
         blocks = torch.arange(rows.rows).split(BLOCK)
         first = random.Random(os.getpid()).randrange(len(blocks))  # processes that fill it together share the work
-        with progress(title, before, rows.rows) as bar:
+        with progress(title, self.unit, before, rows.rows) as bar:
             try:
                 for block in (*blocks[first:], *blocks[:first]):
                     missing = block[~rows.holds(block)]
@@ -242,9 +235,9 @@ class TeacherLogits:
 
 
 @contextlib.contextmanager
-def progress(title: str, done: int, total: int) -> Iterator[tqdm]:
-    """Show a bar of the views that are done, where there is a terminal."""
-    form = {"desc": title, "unit": "view", "unit_scale": True, "leave": False, "disable": not shows_bars()}
+def progress(title: str, unit: str, done: int, total: int) -> Iterator[tqdm]:
+    """Show a bar of the rows that are done, where there is a terminal."""
+    form = {"desc": title, "unit": unit, "unit_scale": True, "leave": False, "disable": not shows_bars()}
     with unbroken():
         bar = tqdm(total=total, initial=done, file=sys.stdout, **form)
     try:

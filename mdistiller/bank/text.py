@@ -1,68 +1,86 @@
-"""A frozen teacher's logits on the blocks of a text, in the form in which a bank keeps them (topk.py)."""
+"""A teacher's logits on blocks of text: the largest of each token, packed until a part of a loss needs them."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.bank.teacher import TeacherLogits
+from mdistiller.bank.teacher import Bank, TeacherLogits
 from mdistiller.bank.topk import WORD, TopK
 from mdistiller.dataset import TokenBatches
 from mdistiller.device import autocast
 from mdistiller.models import in_eval_mode
 
-TOKENS = 4096  # that go through the teacher together, in whole blocks, at least one
-ROWS = 1024  # whose logits exist at a time
+# Tokens of a teacher's pass. On a CPU a block goes alone: a row's bits may depend on its place among others.
+LARGE_PASS = 2**14
 
 
-class PackedRows(NamedTuple):
-    """Logits of tokens, in the place of a tensor (N, V): `rows[a:b].float()` gives those of some of them, dense."""
+class Rows:
+    """Packed rows in the place of logits (N, V): a slice is packed as well, `float` makes the tensor."""
 
-    form: TopK
-    words: Tensor  # (N, width)
+    def __init__(self, words: Tensor, form: TopK):
+        self.words, self.form = words, form
 
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, rows: slice) -> "PackedRows":
-        return PackedRows(self.form, self.words[rows])
+    def __getitem__(self, rows: slice) -> "Rows":
+        return Rows(self.words[rows], self.form)
 
     def float(self) -> Tensor:
-        """Return the logits (N, V) in float32."""
+        """Return the dense rows, (N, V) float32."""
         return self.form.unpack(self.words)
 
 
+class TextTeacher:
+    """`network` of text for inference alone, in the precision `amp`: ids (B, S) -> words (B, S * form.width)."""
+
+    def __init__(self, network: nn.Module, form: TopK, amp: str):
+        self.network, self.form, self.amp = network, form, amp
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        with in_eval_mode(self.network):
+            with autocast(ids.device, self.amp):
+                blocks = self.network.hidden(ids).split(ids.shape[1])
+            words = []
+            for block in blocks:  # whose logits never exist together
+                with autocast(ids.device, self.amp):
+                    logits = self.network.head(block)
+                words.append(self.form.pack(logits).flatten())
+        return torch.stack(words)
+
+
 class TextLogits(TeacherLogits):
-    """TeacherLogits of a text: called with a plan (1, n) of blocks it gives PackedRows of their n S tokens."""
+    """Called with a plan (1, n) of blocks of S tokens: the teacher's logits on them, as `Rows` of n S tokens.
+
+    They are packed whether or not a bank keeps them, so that a bank, whose rows are blocks, changes no number.
+    """
+
+    unit = "block"
 
     def __init__(
         self,
         batches: TokenBatches,
-        teacher: nn.Module,
-        amp: str,
-        form: TopK,
+        inference: TextTeacher,
+        bank: Bank | None = None,
         stream: torch.cuda.Stream | None = None,
     ):
-        super().__init__(batches, None, WORD, None, stream)
-        self.teacher, self.amp, self.form = teacher, amp, form
-        self.block = batches.images.shape[1]
-        self.width, self.chunk = self.block * form.width, max(1, TOKENS // self.block)
+        super().__init__(batches, inference, WORD, bank, stream)
+        self.form, size = inference.form, batches.images.shape[1]
+        self.width = size * self.form.width
+        self.chunk = 1 if self.device.type == "cpu" else max(1, LARGE_PASS // size)
+
+    def given(self, kept: Tensor) -> Rows:
+        return Rows(kept.view(-1, self.form.width), self.form)
+
+    def comparable(self, kept: Tensor) -> Tensor:
+        """Return probabilities: with other roundings another entry may be the k-th, which is then a small one."""
+        return self.given(kept).float().softmax(1)
 
     @torch.no_grad()
     def run_teacher(self, rows: Tensor, check: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
-        """Yield the words of the blocks `rows` (n,), (n, width), in parts of `chunk`."""
         for part in rows.split(self.chunk):
             padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
-            ids = self.batches.batch(self.batches.plan_of(padded)).image
-            with in_eval_mode(self.teacher), autocast(self.device, self.amp):
-                hidden = self.teacher.hidden(ids)[: len(part) * self.block]
-                words = [self.form.pack(self.teacher.head(some).float()) for some in hidden.split(ROWS)]
-            yield torch.cat(words).view(len(part), -1)
+            yield self.inference(self.batches.batch(self.batches.plan_of(padded)).image)[: len(part)]
             check()
-
-    def given(self, values: Tensor) -> PackedRows:
-        return PackedRows(self.form, values.view(-1, self.form.width))
-
-    def dense(self, values: Tensor) -> Tensor:
-        return self.given(values)[:ROWS].float()

@@ -295,8 +295,8 @@ add_keys(
         ),
         "TEACHER_BANK_TOP_K": Key(
             0,
-            "Text: how many of a token's logits the bank keeps, the largest, with five numbers of all others; 0: whole "
-            "rows, which only full and lazy keep (auto lets the teacher run within the step).",
+            "Text: how many of a token's logits the bank keeps, the largest, with five numbers of all others; as many "
+            "as the vocabulary has: whole rows; 0: no bank, the teacher runs within the step.",
             between(0, 2**14),
             distils=True,
         ),

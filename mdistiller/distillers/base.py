@@ -126,8 +126,6 @@ class LogitDistiller(Distiller):
         """
         if self.chunk:
             return self.forward_chunks(image, target, logits_teacher, **kwargs)
-        if not isinstance(logits_teacher, (Tensor, type(None))):  # rows of a bank, packed
-            logits_teacher = logits_teacher.float()
         logits_student, _ = self.student(image)
         if logits_teacher is None:
             with torch.no_grad():

@@ -75,5 +75,5 @@ def dump(
         "batch": batch._asdict(),
         "epoch": epoch,
         "rng": rng,
-        "logits_teacher": None if logits_teacher is None else logits_teacher.float(),
+        "logits_teacher": logits_teacher,
     }

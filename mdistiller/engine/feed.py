@@ -30,18 +30,15 @@ class Feed:
         plan = self.batches.plan(epoch)
         local = plan.to(self.batches.plan_device)  # one transfer an epoch
         self.batches.start(plan, done)
-        each = self.batches.targets_each
+        each = self.batches.targets_each  # a block of text has many rows of logits
         window = size * max(1, WINDOW // (size * each))
         for start in range(done * size, samples, window):
             stop = min(start + window, samples)
             logits = self.teacher(plan[:, start:stop], check) if self.ahead else None
             for batch in range(start, stop, size):
                 part = slice(batch, min(batch + size, stop))
-                rows = slice(each * (batch - start), each * (part.stop - start))
-                yield (
-                    local[:, part],
-                    None if logits is None else logits[rows],
-                )
+                rows = slice(each * (part.start - start), each * (part.stop - start))
+                yield local[:, part], None if logits is None else logits[rows]
 
     def plan(self, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
         """Return plan and logits of one batch of `epoch`, counted from 0."""

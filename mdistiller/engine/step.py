@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from mdistiller.bank.text import Rows
 from mdistiller.dataset import Batch
 from mdistiller.device import AMP_DTYPES, autocast
 from mdistiller.distillers import check_output, method_name
@@ -157,6 +158,8 @@ class Step:
         """Add the gradients of a part of a batch, of which it is the `share`."""
         if self.temperatures is not None:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
+        if isinstance(logits_teacher, Rows) and not self.distiller.chunk:
+            logits_teacher = logits_teacher.float()
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
         given |= batch._asdict() | {"epoch": epoch}
         with autocast(self.device, self.amp):

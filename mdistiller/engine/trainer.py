@@ -259,6 +259,7 @@ class Trainer:
             # noticed later, when the generator's state is another; a graph's own tensors are no batch any more
             plan, logits = self.feed.plan(epoch, number)
             batch = self.feed.batches.batch(plan)
+        logits = None if logits is None else logits.float()  # of text they may be packed
         torch.set_rng_state(self.random)
         state = dump(self.distiller, batch, epoch, self.options.config, self.random, logits)
         bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp, logits)

@@ -108,7 +108,7 @@ class RunFolder:
         then, now = config.computed(then), config.computed(cfg)
         ignored = {"SOLVER.EPOCHS", "DATASET.ROOT"}  # a file may have moved: the digest of its images is compared
         if not distiller_dict[cfg.DISTILLER.TYPE].takes_teacher_logits:
-            ignored |= {"TEACHER_BANK", "TEACHER_BANK_DTYPE"}
+            ignored |= {"TEACHER_BANK", "TEACHER_BANK_DTYPE", "TEACHER_BANK_TOP_K"}
         differ = [k for k in now if k in then and then[k] != now[k] and k not in ignored]
         if differ:
             raise UserError(
