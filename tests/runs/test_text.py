@@ -9,10 +9,13 @@ import pytest
 from helpers import called, changed, outcome, same, tree
 from studies import write
 
+from mdistiller.bank.text import TextLogits
+from mdistiller.bank.topk import TopK
 from mdistiller.engine.cfg import load
 from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
-from mdistiller.errors import Preempted
+from mdistiller.errors import Preempted, RunFailed
+from mdistiller.runs import checkpoint
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.runs.temperature import read_record
 
@@ -107,6 +110,41 @@ def test_seeds_are_runs_of_their_own(text, tmp_path):
     assert same(outcome(run(text[1], tmp_path / "alone", SEED=1, SOLVER__EPOCHS=1)), outcome(folders[1]))
 
 
+def test_a_bank_of_the_largest_logits_serves_any_run(text, tmp_path, monkeypatch):
+    """Live, cold and warm give the same student to the bit; another batch size and seed ask no teacher either."""
+    kept = {"TEACHER_BANK_TOP_K": 16, "TEACHER_BANK_FOLDER": str(tmp_path / "banks"), "SOLVER__EPOCHS": 1}
+    live = run(text[1], tmp_path / "live", **kept)
+    assert "none (a bank would not pay" in (live / "worklog.txt").read_text() and not (tmp_path / "banks").exists()
+    cold = run(text[1], tmp_path / "cold", **kept, TEACHER_BANK="lazy")
+    monkeypatch.setattr(TextLogits, "compare", lambda self: None)  # some blocks, which tell that it is this teacher's
+    monkeypatch.setattr(TextLogits, "run_teacher", None)
+    warm = run(text[1], tmp_path / "warm", **kept, TEACHER_BANK="lazy")
+    assert same(outcome(live), outcome(cold)) and same(outcome(cold), outcome(warm))
+    (bank,) = (tmp_path / "banks").iterdir()
+    files = sorted(bank.iterdir())
+    whole_batches = kept | {"SOLVER__CHUNK": 0, "SOLVER__ACCUMULATE": 2}
+    for number, changes in enumerate([{"SEED": 1}, {"SOLVER__BATCH_SIZE": 50}, whole_batches]):
+        run(text[1], tmp_path / f"other{number}", **kept | changes, TEACHER_BANK="full")
+    assert sorted(bank.iterdir()) == files and list((tmp_path / "banks").iterdir()) == [bank]
+
+
+def test_whole_rows_of_a_bank_are_the_teachers(text, tmp_path):
+    kept = {"TEACHER_BANK_TOP_K": 256, "TEACHER_BANK_DTYPE": "float32", "TEACHER_BANK_FOLDER": str(tmp_path / "banks")}
+    bank = run(text[1], tmp_path / "bank", **kept)
+    assert "lazy (it saves 50 % of the teacher's passes; a block has 1 view" in (bank / "worklog.txt").read_text()
+    whole, off = (read_metrics(folder) for folder in (bank, run(text[1], tmp_path / "off", TEACHER_BANK="off")))
+    assert whole[-1]["test_loss"] == pytest.approx(off[-1]["test_loss"], rel=1e-5), "but for the order of sums"
+
+
+def test_a_step_that_goes_wrong_is_kept_with_dense_logits(text, tmp_path, monkeypatch):
+    real = TopK.unpack
+    monkeypatch.setattr(TopK, "unpack", lambda self, words: real(self, words).fill_(math.nan))
+    with pytest.raises(RunFailed, match="the teacher's logits"):
+        run(text[1], tmp_path, TEACHER_BANK_TOP_K=16)
+    (file,) = tmp_path.rglob("bad_batch*")
+    assert checkpoint.load(file)["logits_teacher"].shape == (64 * 32, 256)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -114,6 +152,20 @@ def test_seeds_are_runs_of_their_own(text, tmp_path):
         (["DATASET.MIXUP", "0.2"], "DATASET.MIXUP: is for images, and python is text"),
         (["SOLVER.TRAINER", "dot", "SOLVER.TYPE", "SGD"], "set SOLVER.TRAINER base"),
         (["SOLVER.STEP", "compile"], "set SOLVER.STEP auto"),
+        (["TEACHER_BANK", "lazy"], "set TEACHER_BANK_TOP_K 64"),
+        (
+            [
+                "DATASET.TYPE",
+                "digits",
+                "DISTILLER.TEACHER",
+                "resnet8",
+                "DISTILLER.STUDENT",
+                "resnet8",
+                "TEACHER_BANK_TOP_K",
+                "8",
+            ],
+            "TEACHER_BANK_TOP_K: is for text, and digits is images",
+        ),
         (["DISTILLER.STUDENT", "resnet8"], "resnet8"),
         (
             ["DATASET.TYPE", "cifar100", "DISTILLER.TEACHER", "resnet8"],
