@@ -46,6 +46,7 @@ NEAREST = {
     "params": [{"name": "near", "select": POINTER}],
     "encoding": {"opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}},
 }
+WITH_MARGIN = {"zero": False, "padding": 8}  # pixels, so that no point lies on an axis
 
 
 def save(chart: Chart, folder: Path, figures: Sequence[str] = ()) -> None:
@@ -157,11 +158,11 @@ def x_axis(panel: Panel) -> dict:
         low, high = min(min(s.x) for s in panel.series), max(max(s.x) for s in panel.series)
         if high - low <= 10:  # no tick between two epochs
             ticks = {"values": list(range(low, high + 1)), "format": "d"}
-    return axis | {"type": "quantitative", "scale": {"zero": False}, "axis": None if panel.bare else ticks}
+    return axis | {"type": "quantitative", "scale": WITH_MARGIN, "axis": None if panel.bare else ticks}
 
 
 def y_axis(panel: Panel) -> dict:
-    scale = {"domain": list(panel.y_range)} if panel.y_range else {"zero": False}
+    scale = {"domain": list(panel.y_range)} if panel.y_range else WITH_MARGIN
     axis = {"field": "y", "type": "quantitative", "scale": scale, "title": printable(panel.y_label) or None}
     return axis | ({"axis": None} if panel.bare else {})
 
