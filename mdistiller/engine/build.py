@@ -29,9 +29,10 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
     train on, as batch normalisation cannot where one image has one value of a channel.
     """
     images, solver = len(workspace.data.train_images), cfg.SOLVER
+    what = "blocks" if isinstance(workspace.data, TokenSet) else "images"
     if solver.DROP_LAST and images < solver.BATCH_SIZE:
         raise UserError(
-            f"SOLVER.DROP_LAST: {images} training samples fill no batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE}; take "
+            f"SOLVER.DROP_LAST: {images} training {what} fill no batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE}; take "
             "smaller batches, or DROP_LAST False"
         )
     left = images % solver.BATCH_SIZE or solver.BATCH_SIZE

@@ -27,7 +27,6 @@ class Scores(NamedTuple):
     top1: float  # percent
     top5: float | None  # percent; None for five classes or fewer, of which it is always 100
     loss: float  # mean cross entropy
-    more: dict[str, float] = {}  # of a text's, see TextTest
 
 
 @torch.no_grad()

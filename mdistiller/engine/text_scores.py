@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from mdistiller.dataset import TokenBatches, load_dataset
 from mdistiller.device import autocast, prepare
 from mdistiller.distillers.losses import kl_divergence
-from mdistiller.engine.evaluator import Scores, evaluation_batches
+from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, default_checkpoint, in_eval_mode
 from mdistiller.registry import model_refusal
@@ -26,8 +26,15 @@ BINS = 15  # of the calibration error
 SCALES = 2.0 ** (0.3 * torch.arange(-6, 7))  # inverse temperatures at which the loss is known: 0.29 to 3.5
 
 
+class TextScores(NamedTuple):
+    top1: float  # percent
+    top5: float  # percent
+    loss: float  # mean cross entropy in nats
+    more: dict[str, float]  # the other figures of TextTest
+
+
 class TextTest:
-    """Called with a network of text: its Scores on the blocks of `batches`, which lie on the device.
+    """Called with a network of text: its TextScores on the blocks of `batches`, which lie on the device.
 
     `more` has bits_per_byte; loss_calibrated, the loss after one temperature, which is fitted on one half of the tokens
     and counts on the other, both ways; ece, the expected calibration error in percent; and beside a `teacher`
@@ -42,7 +49,7 @@ class TextTest:
         self.kept: list[Tensor] = []  # the teacher's hidden states, by batch
 
     @torch.no_grad()
-    def __call__(self, network: nn.Module, batches=None) -> Scores:
+    def __call__(self, network: nn.Module, batches=None) -> TextScores:
         """`batches`: those of the test, where somebody watches over them."""
         device, count = self.batches.images.device, self.batches.num_samples * self.batches.targets_each
         half = torch.arange(count, device=device) * 2 // count  # of each token
@@ -67,7 +74,7 @@ class TextTest:
         }
         if self.teacher is not None:
             more |= {"teacher_kl": kl, "teacher_agreement": 100 * agreed}
-        return Scores(100 * hits, 100 * top5, loss, more)
+        return TextScores(100 * hits, 100 * top5, loss, more)
 
     def _teacher(self, number: int, ids: Tensor) -> Tensor | None:
         if self.teacher is None:
@@ -118,7 +125,7 @@ def calibrated(sums: np.ndarray, counts: np.ndarray) -> float:
 class TextReport(NamedTuple):
     """What tools/eval.py shows of a network of text."""
 
-    scores: Scores
+    scores: TextScores
     parameters: int
     tokens_per_second: float  # of its logits, some rows at a time
 

@@ -20,7 +20,7 @@ from mdistiller.engine.feed import Feed
 from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.engine.state import RunState
 from mdistiller.engine.stepmode import RunStep
-from mdistiller.engine.text_scores import TextTest
+from mdistiller.engine.text_scores import TextScores, TextTest
 from mdistiller.errors import Preempted, RunFailed, TrainingDiverged
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
@@ -196,7 +196,7 @@ class Trainer:
             row["skipped_steps"] = skipped
         return row
 
-    def evaluate(self) -> Scores:
+    def evaluate(self) -> Scores | TextScores:
         """Return the student's scores on the test set; those of `forward_test` where a method has its own."""
         self.distiller.eval()
         batches = self.stop.watch(self.test)
@@ -205,14 +205,14 @@ class Trainer:
                 return scores_of(lambda image: self.distiller(image=image), batches)
         return self.scores_of_network(self.distiller.student)
 
-    def scores_of_network(self, network: nn.Module) -> Scores:
+    def scores_of_network(self, network: nn.Module) -> Scores | TextScores:
         """Return the scores of a network on the test set."""
         if self.text_test is not None:
             return self.text_test(network, self.stop.watch(self.test))
         size = self.test.images.shape[1]
         return scores_of(Inference(network, self.step.device, self.step.amp, size), self.stop.watch(self.test))
 
-    def score(self, scores: Scores) -> dict:
+    def score(self, scores: Scores | TextScores) -> dict:
         """Close the epoch with its test scores. Return the test figures of its row."""
         if not math.isfinite(scores.loss):
             raise TrainingDiverged(f"epoch {self.state.epoch + 1}: the test loss is {scores.loss}; lower SOLVER.LR")

@@ -359,7 +359,7 @@ def test_every_config_loads_and_begins_with_its_command(path):
     special = "lskd" if cfg.EXPERIMENT.LOGIT_STAND else "dot" if cfg.SOLVER.TRAINER == "dot" else ""
     method = special or cfg.DISTILLER.TYPE.lower()
     assert method == relative.parts[2]
-    assert cfg.DATASET.TYPE == {"pictures": "imagefolder"}.get(relative.parts[1], relative.parts[1])
+    assert cfg.DATASET.TYPE == {"pictures": "imagefolder", "text": "python"}.get(relative.parts[1], relative.parts[1])
     if relative.parts[1] in ("imagenet", "tiny_imagenet"):
         assert lines[1].startswith("# Published top-1: ")
         with torch.device("meta"):
