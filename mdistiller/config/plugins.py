@@ -277,7 +277,7 @@ def in_place_of_built_in(digests: Iterable[str], used: Mapping[str, Sequence[str
         if not held:
             yield f"plug-in {plugin.path.name}: brings no method, model, data set or temperature rule"
         elif not found:
-            yield f"plug-in {plugin.path.name}: nothing of it is used here; it brings {', '.join(held)}"
+            yield f"plug-in {plugin.path.name}: this run uses nothing of it; it brings {', '.join(held)}"
         for kind, names in found.items():
             replaced = [name for name in names if name in registry.REGISTRIES[kind].own]
             later = [name for name in names if any(_found(other, {kind: [name]}) for other in digests[place + 1 :])]

@@ -99,7 +99,9 @@ def export(file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence
     if missing := [name for form in forms for name in NEEDS[form] if importlib.util.find_spec(name) is None]:
         raise UserError(f"--to {forms[0]}: needs {' '.join(missing)}; pip install {' '.join(dict.fromkeys(missing))}")
     if not file.is_file() or not (file.parent / "config.yaml").is_file():
-        raise UserError(f"{file}: is no checkpoint in a run's folder; name RUN/student_best")
+        there = sorted(path.name for path in file.parent.glob("student_*"))
+        found = f"there {'are' if there else 'is'} {', '.join(there) or 'none'} beside it"
+        raise UserError(f"{file}: is no checkpoint in a run's folder ({found}); name RUN/student_best")
     check_folder(out or file.parent / "export", "--out")
     run, networks = read_run(file.parent, ["DATASET.ROOT", root] if root else [], plugins), Networks()
     try:

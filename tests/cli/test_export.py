@@ -61,8 +61,10 @@ def test_other_forms(trained, tmp_path, form):
 
 
 def test_mistakes_are_a_line(trained, tmp_path, monkeypatch):
-    with refused("nowhere: is no checkpoint in a run's folder; name RUN/student_best"):
+    with refused(r"nowhere: is no checkpoint in a run's folder \(there is none beside it\); name RUN/student_best"):
         export(tmp_path / "nowhere", ["torch"], None)
+    with refused("student_bset: .* student_best, student_latest beside it"):
+        export(trained / "student_bset", ["torch"], None)
     with refused("gone.npz: cannot be read .*; point to it with --root PATH"):
         export(trained / "student_best", ["torch"], None, root="gone.npz")
     with refused("--out /dev/null: .* is a file; name a folder of yours"):

@@ -289,7 +289,7 @@ class Registered(KD):
     assert build_distiller(cfg, random_images(), None, torch.device("cpu")).mine
     other = load(None, words(file, "DKD"))
     assert [*in_place_of_built_in(other.plugins, {"method": ["DKD"]})] == [
-        "plug-in Both.py: nothing of it is used here; it brings KD, Registered"
+        "plug-in Both.py: this run uses nothing of it; it brings KD, Registered"
     ]
     (tmp_path / "more").mkdir()
     twice = load(None, ["EXPERIMENT.PLUGINS", [str(file), str(written(tmp_path / "more", "KD", text))]])
