@@ -79,7 +79,8 @@ class RuleDistillationTrainer(GKDTrainer):
         counts = torch.zeros_like(inputs["labels"], dtype=torch.bool)
         counts[:, :-1] = inputs["labels"][:, 1:] != IGNORED  # a token's logits lie one place before it
         rows = counts.flatten().nonzero().squeeze(1)
-        total, seen = _ChunkedSum.apply(student, teacher, rows, self._softened, self.chunk)
+        chunk = max(len(rows), 1) if self.rule.needs_batch else self.chunk
+        total, seen = _ChunkedSum.apply(student, teacher, rows, self._softened, chunk)
         training = self.model.training
         self.seen[training] = self.seen.get(training, 0) + seen
         if num_items_in_batch is None:
