@@ -6,7 +6,7 @@ Rows are those of teacher and student of a run on text, on the part that it test
 `temperature` is the largest relative error of a teacher's temperature, by rule at tau 1. KL is KL(teacher, student) in
 nats at T on both sides, given with its error, and `gradient` |error| / |that of whole rows| in the student's logits;
 both are means over tokens. Beside the form that is kept, `flat` gives all of the tail one value, of the right mass at
-T = 1, `none` no mass, and `chance` gives the higher value by chance, not by frequency. Times: medians of 9, 256 rows.
+T = 1, and `none` no mass. Times: medians of 9, 256 rows.
 """
 
 import argparse
@@ -34,39 +34,36 @@ TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 TOGETHER = 256
 
 
-def drawn(tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows of a teacher and of a student, and how often each entry is said to be in their text."""
+def drawn(tokens: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Return rows of a teacher and of a student."""
     generator = torch.Generator().manual_seed(0)
     often = 1.5 * torch.randn(vocabulary, generator=generator)
     teacher = often + 1.5 * torch.randn(tokens, vocabulary, generator=generator)
     teacher += 0.8 * torch.empty(tokens, vocabulary).exponential_(generator=generator)
     raised = torch.randint(0, vocabulary, (tokens, 3), generator=generator)
     teacher.scatter_(1, raised, 12 + 2 * torch.randn(tokens, 3, generator=generator))
-    return teacher, 0.7 * teacher + torch.randn(teacher.shape, generator=generator), often.exp()
+    return teacher, 0.7 * teacher + torch.randn(teacher.shape, generator=generator)
 
 
-def of_run(folder: Path, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def of_run(folder: Path, tokens: int) -> tuple[Tensor, Tensor]:
     """Return the same of a run's two networks."""
     cfg = load(str(folder / "config.yaml"))
     data = load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET)
     distiller = build_distiller(cfg, data, Path(cfg.DISTILLER.TEACHER_CKPT), torch.device("cpu")).eval()
     distiller.student.load_state_dict(checkpoint.load(folder / "student_best")["model"])
     ids = data.test_images[: -(-tokens // data.test_images.shape[1])].long()
-    counts = data.train_images.flatten().long().bincount(minlength=data.num_classes)
     with torch.no_grad():
-        rows = [network(ids)[0][:tokens].float() for network in (distiller.teacher, distiller.student)]
-    return *rows, counts
+        return tuple(network(ids)[0][:tokens].float() for network in (distiller.teacher, distiller.student))
 
 
-def forms(rows: Tensor, k: int, counts: Tensor) -> dict[str, Tensor]:
+def forms(rows: Tensor, k: int) -> dict[str, Tensor]:
     """Return what there is of `rows` under each form."""
-    chance = torch.rand(len(counts), generator=torch.Generator().manual_seed(1))
-    given = {name: TopK(k, order) for name, order in (("kept", counts), ("chance", chance))}
-    found = {name: form.unpack(form.pack(rows)) for name, form in given.items()}
+    form = TopK(k, rows.shape[1])
     ids = rows.topk(k, 1).indices
     tail = rows.scatter(1, ids, -math.inf)
     level = tail.logsumexp(1, keepdim=True) - math.log(rows.shape[1] - k)
-    return found | {
+    return {
+        "kept": form.unpack(form.pack(rows)),
         "flat": level.expand_as(rows).scatter(1, ids, rows.gather(1, ids)),
         "none": tail.fill_(-1e4).scatter(1, ids, rows.gather(1, ids)),
     }
@@ -114,19 +111,19 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--json", type=Path, help="also write the figures there")
     a = parser.parse_args()
-    teacher, student, counts = of_run(a.run, a.tokens) if a.run else drawn(a.tokens, a.vocabulary)
+    teacher, student = of_run(a.run, a.tokens) if a.run else drawn(a.tokens, a.vocabulary)
     print(f"{len(teacher):,} rows of {teacher.shape[1]:,}; {platform.processor() or platform.machine()}, torch "
           f"{torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
     results = {}
     for k in a.k:
-        form, some = TopK(k, counts), teacher[:TOGETHER]
+        form, some = TopK(k, teacher.shape[1]), teacher[:TOGETHER]
         words = form.pack(some)
         figures = {
             "bytes": 2 * form.width,
             "mass": {f"{T:g}": float((teacher / T).softmax(1).topk(k, 1).values.sum(1).mean()) for T in TEMPERATURES},
             "pack ms": milliseconds(lambda form=form, some=some: form.pack(some)),
             "unpack ms": milliseconds(lambda form=form, words=words: form.unpack(words)),
-        } | errors(teacher, student, forms(teacher, k, counts))
+        } | errors(teacher, student, forms(teacher, k))
         results[k] = figures
         print(f"\nk = {k}: {figures['bytes']} bytes a token; pack {figures['pack ms']:.2f} ms, unpack "
               f"{figures['unpack ms']:.2f} ms; mass of the k {figures['mass']}")  # fmt: skip

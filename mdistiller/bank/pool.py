@@ -121,8 +121,7 @@ class TeacherPool:
         if device.type == "cuda" and self.stream is None:
             self.stream = torch.cuda.Stream(device)  # one for all, as a captured graph has one input and one output
         if digest not in self.inferences and text:
-            counts = batches.images.flatten().long().bincount(minlength=self.num_classes)
-            form = TopK(cfg.TEACHER_BANK_TOP_K, counts, dtype)
+            form = TopK(cfg.TEACHER_BANK_TOP_K, self.num_classes, dtype, device)
             self.inferences[digest] = TextTeacher(distiller.teacher, form, cfg.SOLVER.AMP)
         if digest not in self.inferences:
             self.inferences[digest] = Inference(

@@ -11,8 +11,9 @@ again, on which every temperature rule and every divergence works unchanged. Wha
 The tail comes back as two values: some of its entries have the higher one, and all others the lower one but a single
 entry between them, which makes the three quantities exact though the entries are whole ones. A two-valued tail is one
 that exists, so it holds at every temperature; and of all that have the three quantities it reaches least high, which
-keeps its entries below the k largest. Which ones have the higher value cannot be known from the row: they are the ones
-that are most frequent in the text, which is nearer to the teacher's rows than chance is (benchmarks/topk.py).
+keeps its entries below the k largest. Which ones have the higher value cannot be known from the row, so chance decides,
+anew for every row: a student cannot learn it, and comes to what one value for all of the tail teaches. Ones that are
+the same in every row, such as the most frequent, it learns: that was worse (docs/language.md).
 """
 
 import math
@@ -28,16 +29,25 @@ OF_LOG_PROBS = ("fixed", "learned")  # the rules that need no logit
 
 
 class TopK:
-    """Packs and unpacks logits (N, V) of which the k largest are kept, all of them where k is 0 or that is no longer.
+    """Packs and unpacks logits (N, V), V = `vocabulary`, on `device`. Of a row the k largest are kept, all of them
+    where k is 0 or that is no longer.
 
-    `counts` (V,): how often each entry is in the text; of equal ones the first is taken for the more frequent. `dtype`:
-    of the kept logits; in float32 they are kept themselves, not their distances, so that whole rows stay as they are.
+    `dtype`: of the kept logits; in float32 they are kept themselves, not their distances, so that whole rows stay as
+    they are.
     """
 
-    def __init__(self, k: int, counts: Tensor, dtype: torch.dtype = torch.float16):
-        self.dtype, self.vocabulary = dtype, len(counts)
-        self.order = counts.argsort(descending=True, stable=True)
-        self.ranks = self.order.argsort().int()
+    def __init__(
+        self,
+        k: int,
+        vocabulary: int,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+    ):
+        self.dtype, self.vocabulary = dtype, vocabulary
+        # places on a circle, in steps of its golden section; banks on disk hang on them, so no generator draws them
+        step = next(n for n in range(max(1, int(0.618 * vocabulary)), 2 * vocabulary) if math.gcd(n, vocabulary) == 1)
+        self.ranks = (torch.arange(vocabulary, device=device) * step % vocabulary).int()
+        self.order = self.ranks.argsort()
         self.id_words = 1 if self.vocabulary <= 2**16 else 2
         whole, size = 2 + self.vocabulary * dtype.itemsize // 2, dtype.itemsize // 2
         short = k * (self.id_words + size) + 2 * self.id_words + 8
@@ -57,9 +67,10 @@ class TopK:
             return torch.cat([_words(peak), _words(rounded(logits - peak, self.dtype))], 1)
         ids, kept = ids[:, :k], rounded(best[:, :k] - peak, self.dtype)
         low, high, middle, count = _two_values(*_moments(logits, ids, best[:, k:]), self.vocabulary - k)
-        # what is counted are entries of the tail; a kept one that is more frequent stands before them
-        before = self.ranks[ids].long().sort(1).values - torch.arange(k, device=ids.device)
-        place = self.order[count + (before <= count).sum(1, keepdim=True)]
+        # those behind the row's start on the circle have the higher value; kept ones stand between and do not count
+        start = self._start(ids)
+        before = ((self.ranks[ids] - start) % self.vocabulary).sort(1).values - torch.arange(k, device=ids.device)
+        place = self.order[(start + count + (before <= count).sum(1, keepdim=True)) % self.vocabulary]
         count = count + (before < count).sum(1, keepdim=True)
         least = kept[:, -1:].float()  # which rounding may have taken below the tail
         tail = [torch.minimum((value - peak).float(), least) for value in (low, high, middle)]
@@ -72,7 +83,9 @@ class TopK:
         numbers, ids, kept = words.split([8, (self.k + 2) * self.id_words, self.k * self.dtype.itemsize // 2], 1)
         peak, low, high, middle = _numbers(numbers, torch.float32).split(1, 1)
         ids = ids.long() & 0xFFFF if self.id_words == 1 else _numbers(ids, torch.int32).long()
-        dense = torch.where(self.ranks < ids[:, -1:].int(), high + peak, low + peak)
+        count, behind = ids[:, -1:].int(), self.ranks - self._start(ids[:, : self.k]).int()
+        higher = ((behind >= 0) & (behind < count)) | (behind < count - self.vocabulary)
+        dense = torch.where(higher, high + peak, low + peak)
         values = torch.cat([_numbers(kept, self.dtype).float(), middle], 1) + peak
         return dense.scatter_(1, ids[:, :-1], values)
 
@@ -98,6 +111,11 @@ class TopK:
         taken = torch.ones(len(ids), self.vocabulary, dtype=torch.bool, device=ids.device).scatter_(1, ids, False)
         spare = taken.int().argmax(1, keepdim=True)  # any entry of the tail, which is flat
         return self._joined(peak, [level] * 3, torch.cat([ids, spare, torch.zeros_like(spare)], 1), kept)
+
+    def _start(self, ids: Tensor) -> Tensor:
+        """Return a rank (N, 1) for each row, which its kept `ids` (N, k) alone decide."""
+        odd = 2 * torch.arange(ids.shape[1], device=ids.device) + 1
+        return (ids * odd).sum(1, keepdim=True) % self.vocabulary
 
     def _joined(self, peak: Tensor, tail: list[Tensor], ids: Tensor, kept: Tensor) -> Tensor:
         ids = ids.to(WORD) if self.id_words == 1 else _words(ids.int())

@@ -26,7 +26,7 @@ def batches(size=4, seed=0):
 
 
 def logits_of(folder=None, model=None, k=8, dtype=torch.float16, data=None):
-    form, data = TopK(k, torch.arange(V), dtype), data or batches()
+    form, data = TopK(k, V, dtype), data or batches()
     logits = TextLogits(data, TextTeacher(model or network(), form, "none"))
     if folder:
         logits.bank = Bank(Segments(folder, {"teacher": "gpt1x32"}, data.num_samples, logits.width, logits.dtype))
@@ -41,7 +41,7 @@ def test_they_are_the_teachers_own_in_the_form_that_is_kept():
         own = torch.cat([model.eval()(data.batch(plan[:, [i]]).image)[0] for i in range(5)])
     assert len(found) == 5 * S and torch.equal(found.float(), own), "whole rows in float32: to the bit"
     few = logits_of(model=model)(plan)
-    assert torch.equal(few.words, TopK(8, torch.arange(V)).pack(own))
+    assert torch.equal(few.words, TopK(8, V).pack(own))
     assert torch.equal(few[S : 2 * S].float(), few.float()[S : 2 * S])
 
 
