@@ -89,7 +89,7 @@ class TeacherPool:
     def __init__(self, num_classes: int, data_digest: str, kept: bool = True):
         self.num_classes, self.data_digest, self.kept = num_classes, data_digest, kept
         self.files: list[Path | None] = []
-        self.inferences: dict[str, Inference | TextTeacher] = {}  # by the digest of the teacher's weights
+        self.inferences: dict[str, Inference] = {}  # by the digest of the teacher's weights
         self.banks: dict[Path, Bank] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
         self.stream: torch.cuda.Stream | None = None
@@ -120,16 +120,13 @@ class TeacherPool:
         device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
         if device.type == "cuda" and self.stream is None:
             self.stream = torch.cuda.Stream(device)  # one for all, as a captured graph has one input and one output
-        if digest not in self.inferences and text:
-            form = TopK(cfg.TEACHER_BANK_TOP_K, self.num_classes, dtype, device)
-            self.inferences[digest] = TextTeacher(distiller.teacher, form, cfg.SOLVER.AMP)
-        if digest not in self.inferences:
-            self.inferences[digest] = Inference(
-                distiller.teacher, device, cfg.SOLVER.AMP, batches.images.shape[1], captured=True
-            )
+        teacher, amp = distiller.teacher, cfg.SOLVER.AMP
         if text:
-            logits = TextLogits(batches, self.inferences[digest], None, self.stream)
+            form = TopK(cfg.TEACHER_BANK_TOP_K, self.num_classes, dtype, device)
+            logits = TextLogits(batches, TextTeacher(teacher, form, amp), None, self.stream)
         else:
+            if digest not in self.inferences:
+                self.inferences[digest] = Inference(teacher, device, amp, batches.images.shape[1], captured=True)
             logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
         if batches.streamed:
             return logits, "teacher bank: none (pictures are streamed)"
@@ -166,8 +163,7 @@ class TeacherPool:
         logits.compare()
         cuda = device.type == "cuda"
         held = bank.share if cuda else share_of_draws(bank.rows, batches, epochs)
-        sample = "a block" if logits.unit == "block" else "an image"
-        choice = choose(cfg.TEACHER_BANK, batches.views, epochs * students, held, cuda, sample)
+        choice = choose(cfg.TEACHER_BANK, batches.views, epochs * students, held, cuda, logits.sample)
         bank.fill_first = choice.mode == "full"
         if choice.mode != "none":
             if bank.share < 1 and (bank.fill_first or not os.path.exists(folder)):
@@ -197,26 +193,25 @@ def share_of_draws(rows: Segments, batches: Batches, epochs: int) -> float:
 
 def description(cfg: CfgNode, batches: Batches, teacher_digest: str, data_digest: str) -> dict[str, str | int]:
     """Return all that a row's number depends on, and what it is rounded to."""
-    common = {
-        "teacher": "+".join(teacher_names(cfg)),
-        "weights": teacher_digest,
-        "data": data_digest,
-        "version": BANK_VERSION,
-        "precision": cfg.SOLVER.AMP,
-        "stored": cfg.TEACHER_BANK_DTYPE,
-        "device": batches.images.device.type,
-    }
-    if isinstance(batches, TokenBatches):  # the data's digest has text, tokenizer and blocks
-        return common | {"block": batches.images.shape[1], "top_k": cfg.TEACHER_BANK_TOP_K}
     mean = {"mean": cfg.DISTILLER.ENSEMBLE_MEAN} if cfg.DISTILLER.ENSEMBLE else {}
-    return (
-        common
-        | mean
-        | {
+    if isinstance(batches, TokenBatches):  # the data's digest has text, tokenizer and blocks
+        views = {"block": batches.images.shape[1], "top_k": cfg.TEACHER_BANK_TOP_K}
+    else:
+        views = {
             "augment": str(batches.augment),
             "views": batches.views,
             "padding": batches.padding,
             "scale": " ".join(f"{value:.9g}" for value in (*batches.scale.tolist(), *batches.shift.tolist())),
-            **({"size": cfg.DISTILLER.TEACHER_SIZE} if cfg.DISTILLER.TEACHER_SIZE else {}),
         }
-    )
+    return {  # whose order is part of a bank's name
+        **mean,
+        "teacher": "+".join(teacher_names(cfg)),
+        "weights": teacher_digest,
+        "data": data_digest,
+        "version": BANK_VERSION,
+        **views,
+        "precision": cfg.SOLVER.AMP,
+        "stored": cfg.TEACHER_BANK_DTYPE,
+        "device": batches.images.device.type,
+        **({"size": cfg.DISTILLER.TEACHER_SIZE} if cfg.DISTILLER.TEACHER_SIZE else {}),
+    }

@@ -92,7 +92,7 @@ class TeacherLogits:
     Raises RunFailed where `dtype` cannot hold a logit.
     """
 
-    unit = "view"  # what a row of a bank is of
+    sample, unit = "an image", "view"  # of what views there are, and what a row of a bank is of
     width = 0  # numbers of a row; 0: one for each class
 
     def __init__(

@@ -1,7 +1,5 @@
 """A teacher's logits on blocks of text: the largest of each token, packed until a part of a loss needs them."""
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +55,7 @@ class TextLogits(TeacherLogits):
     They are packed whether or not a bank keeps them, so that a bank, whose rows are blocks, changes no number.
     """
 
-    unit = "block"
+    sample, unit = "a block", "block"
 
     def __init__(
         self,
@@ -77,10 +75,3 @@ class TextLogits(TeacherLogits):
     def comparable(self, kept: Tensor) -> Tensor:
         """Return probabilities: with other roundings another entry may be the k-th, which is then a small one."""
         return self.given(kept).float().softmax(1)
-
-    @torch.no_grad()
-    def run_teacher(self, rows: Tensor, check: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
-        for part in rows.split(self.chunk):
-            padded = torch.cat([part, part[-1:].expand(self.chunk - len(part))])
-            yield self.inference(self.batches.batch(self.batches.plan_of(padded)).image)[: len(part)]
-            check()

@@ -132,3 +132,13 @@ def test_what_the_disk_does_not_take_is_said_beforehand(opened, monkeypatch, tmp
     monkeypatch.setattr(pool, "choose", lambda *given: pool.Choice(mode, "as on CUDA"))
     assert opened(TEACHER_BANK="auto")[1] == "teacher bank: none (set TEACHER_BANK_FOLDER)"
     assert not (tmp_path / "banks").exists()
+
+
+def test_banks_of_images_keep_their_name():
+    """It comes from the description, its order included: banks that are on disk would not be found again."""
+    cfg = config.load(None, ["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet20"])
+    images, labels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    batches = Batches(images, labels, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 2, "crop_flip")
+    views = pool.description(cfg, batches, "weights", "data")
+    names = ["teacher", "weights", "data", "version", "augment", "views", "padding", "scale", "precision", "stored"]
+    assert [*views] == [*names, "device"]
