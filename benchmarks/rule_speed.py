@@ -2,13 +2,14 @@
 
 python3 benchmarks/rule_speed.py [--tokens 4096] [--classes 2048] [--chunk 1024] [--rounds 7] [--threads 2]
 
-A step: a GPT of 4 layers, width 128, its logits, cross entropy and KD's loss, backward pass and AdamW; float32 on the
-CPU. KD's loss is the mean of factor * divergence, DTKD's is that and KD at a fixed temperature. Each is timed alone,
-forward and backward, `--chunk` rows at a time (0: all at once) as steps on text take it; the share of a rule is what
-KD's loss takes longer with it than with `fixed`, over the step with `fixed`. The least of the rounds, which take turns.
+A step: gpt4x128, its logits, cross entropy and KD's loss, backward pass and AdamW; float32 on the CPU. KD's loss is the
+mean of factor * divergence, DTKD's is that and KD at a fixed temperature. Each is timed alone, forward and backward,
+`--chunk` rows at a time (0: all at once) as steps on text take it; the share of a rule is what KD's loss takes longer
+with it than with `fixed`, over the step with `fixed`. The least of the rounds, which take turns.
 """
 
 import argparse
+import functools
 import os
 import platform
 import time
@@ -16,29 +17,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import mdistiller.losses as L
+from mdistiller.distillers._chunks import chunked
 from mdistiller.errors import run_command
+from mdistiller.models.gpt import GPT
 
 RULES = ("fixed", "max_logit", "centred", "centred_sharpness", "std", "norm", "adakd", "erratum", "sharpness")
 DIVERGENCES = ("kl_divergence", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation")
 BLOCK = 256  # tokens of a text that see each other
-
-
-class Gpt(nn.Module):
-    """(B, S) ids to (B S, 128), the input of a last layer that shares the embedding's weights."""
-
-    def __init__(self, classes: int):
-        super().__init__()
-        self.embedding, self.place = nn.Embedding(classes, 128), nn.Parameter(torch.zeros(BLOCK, 128))
-        layer = nn.TransformerEncoderLayer(128, 4, 512, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 4, nn.LayerNorm(128), enable_nested_tensor=False)
-        self.mask = nn.Transformer.generate_square_subsequent_mask(BLOCK)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.layers(self.embedding(ids) + self.place, mask=self.mask, is_causal=True)
-        return F.linear(hidden.flatten(0, 1), self.embedding.weight)
 
 
 def kd(rule: str, divergence: str = "kl_divergence") -> Callable:
@@ -61,28 +48,24 @@ def main() -> None:
     chunk = a.chunk or a.tokens
     teacher, target = 3 * torch.randn(a.tokens, a.classes), torch.randint(a.classes, (a.tokens,))
     student = torch.randn(a.tokens, a.classes).requires_grad_()
-    gpt = Gpt(a.classes)
+    gpt, nothing = GPT(a.classes, 4, 128), nn.Identity()
     optimizer, ids = torch.optim.AdamW(gpt.parameters(), 1e-3), target.view(-1, BLOCK)
-
-    def in_chunks(loss: Callable, logits: Tensor) -> Tensor:
-        """Return the gradient at `logits`."""
-        gradient = torch.empty_like(logits)
-        for v, u, y, g in zip(*(x.split(chunk) for x in (logits.detach(), teacher, target, gradient)), strict=True):
-            v.requires_grad_()
-            g.copy_(torch.autograd.grad(loss(v, u, y) * (len(v) / a.tokens), v)[0])
-        return gradient
 
     def step() -> None:
         optimizer.zero_grad()
-        logits = gpt(ids)
-        logits.backward(in_chunks(lambda v, u, y: L.ce_loss(v, y) + kd("fixed")(v, u), logits))
+
+        def losses(logits: Tensor, rows: slice) -> dict[str, Tensor]:
+            return {"ce": L.ce_loss(logits, target[rows]), "kd": kd("fixed")(logits, teacher[rows])}
+
+        sum(chunked(losses, gpt.head, gpt.hidden(ids), chunk)[1].values()).backward()
         optimizer.step()
+
+    def alone(loss: Callable) -> None:
+        chunked(lambda logits, rows: {"": loss(logits, teacher[rows])}, nothing, student, chunk)
 
     losses = {f"KD, {rule}": kd(rule) for rule in RULES} | {f"DTKD, {rule}": dtkd(rule) for rule in RULES}
     losses |= {f"KD, {name}": kd("fixed", name) for name in DIVERGENCES}
-    jobs = {"step": step} | {
-        name: (lambda loss=loss: in_chunks(lambda v, u, y: loss(v, u), student)) for name, loss in losses.items()
-    }
+    jobs = {"step": step} | {name: functools.partial(alone, loss) for name, loss in losses.items()}
     best = dict.fromkeys(jobs, float("inf"))
     for place in range(a.rounds + 1):  # the first one warms up
         for name, job in jobs.items():
@@ -92,10 +75,9 @@ def main() -> None:
                 best[name] = min(best[name], time.perf_counter() - start)
     weights = sum(parameter.numel() for parameter in gpt.parameters())
     print(
-        f"{a.tokens} tokens, {a.classes} classes, chunks of {chunk}, {a.threads} threads of {os.cpu_count()} cores",
-        end="",
+        f"{a.tokens} tokens, {a.classes} classes, chunks of {chunk}, {a.threads} threads of {os.cpu_count()} cores, "
+        f"{platform.machine()}, torch {torch.__version__}; the least of {a.rounds} rounds"
     )
-    print(f", {platform.machine()}, torch {torch.__version__}; the least of {a.rounds} rounds")
     print(f"a step of a GPT of {weights:,} parameters with KD: {1e3 * best['step']:.0f} ms\n")
     print("| rule | KD, ms | DTKD, ms | of a step |\n|---|---:|---:|---:|")
     for rule in RULES:

@@ -20,6 +20,7 @@ from mdistiller.registry import temperature_rules
 # MobileNetV2 beside a strong teacher has max(v) near 0.02 and T_student near 1e-3 tau.
 MIN_MAXIMUM = 1e-12
 MIN_TEMPERATURE = 1e-5  # times tau
+below_half = Check(lambda v: 0 < v < 0.5, "must be in (0, 0.5)")  # of margins at both ends of 2 tau
 MIN_SLOPE = 1e-6  # of the sharpness difference: less than its rounding moves the root at will
 
 
@@ -232,7 +233,7 @@ def erratum(logits_student: Tensor, logits_teacher: Tensor, tau: float, margin: 
         "MARGIN": Key(
             0.01,
             "sharpness: both T stay in [2 tau MARGIN, 2 tau (1 - MARGIN)].",
-            Check(lambda v: 0 < v < 0.5, "must be in (0, 0.5)"),
+            below_half,
         ),
     },
 )

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller.config import Check, Key, at_least
+from mdistiller.config import Key, at_least
 from mdistiller.distillers.losses import CACHED, Temperatures, bounded, full_precision, on_the_host
-from mdistiller.distillers.rules import MIN_MAXIMUM, register_rule, rounding
+from mdistiller.distillers.rules import MIN_MAXIMUM, below_half, register_rule, rounding
 
 
 @register_rule(
@@ -18,7 +18,7 @@ from mdistiller.distillers.rules import MIN_MAXIMUM, register_rule, rounding
         "MARGIN": Key(
             0.01,
             "centred_sharpness: both T stay in [2 tau MARGIN, 2 tau (1 - MARGIN)].",
-            Check(lambda v: 0 < v < 0.5, "must be in (0, 0.5)"),
+            below_half,
         ),
     },
 )

@@ -114,9 +114,8 @@ def build_trainer(
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal, step.clip, step.parts = refusal, solver.CLIP, solver.ACCUMULATE
-    graph = uses_graph(cfg, device, distiller.capturable) and not (
-        train.streamed or is_text
-    )  # for a stream no graph could wait
+    waits = train.streamed or is_text  # for pictures that are decoded, or a loss in chunks: no graph could
+    graph = uses_graph(cfg, device, distiller.capturable) and not waits
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
     log = cfg.LOG
     options = Options(

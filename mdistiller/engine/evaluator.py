@@ -94,6 +94,12 @@ class Report(NamedTuple):
     classes: tuple[str, ...] = ()  # their names, where the data have some
 
 
+def check_batch_size(size: int) -> None:
+    """Raise UserError where `size`, of tools/eval.py's -bs, is none."""
+    if not 1 <= size < 2**31:
+        raise UserError(f"-bs: must be at least 1 and below 2**31; got {size}")
+
+
 def evaluate_checkpoint(
     model: str | tuple[str, int], file: str, section: CfgNode, batch_size: int, device: torch.device, amp: str = "none",
     join: Callable[[nn.Module, ImageSet], nn.Module] = lambda network, data: network,
@@ -108,8 +114,7 @@ def evaluate_checkpoint(
     for refusal in (model_refusal(model, dataset), dataset_dict.refusal(dataset)):
         if refusal:
             raise UserError(f"{refusal}; what a plug-in brings needs --plugins FILE" if ":" not in model else refusal)
-    if not 1 <= batch_size < 2**31:
-        raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
+    check_batch_size(batch_size)
     path = default_checkpoint(model, dataset) if file == "pretrain" else file
     # before the files of a data set are fetched that the weights do not fit
     data = None if dataset in CLASSES else load_dataset(dataset, section.ROOT, section)

@@ -109,15 +109,12 @@ def build_distiller(
     cls, names, size = distiller_dict[cfg.DISTILLER.TYPE], cfg.DISTILLER, data.train_images.shape[1]
     check_method(names.TYPE, cls)
 
-    def text_network(name: str) -> nn.Module:
-        model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
-        check_text_network(model, name, data.num_classes)
-        return model
-
     def network(side: str, given: nn.Module | None, layers: Sequence[str]) -> nn.Module:
         name = names[side]
         if isinstance(data, TokenSet):
-            return text_network(name)
+            model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
+            check_text_network(model, name, data.num_classes)
+            return model
         if given is None:
             model = build_model(name, data.num_classes, cfg.DATASET.TYPE, names[f"{side}_SIZE"])
             fit_inputs(give_features(model, reads_features(cls)), data.mean, data.std, size)
@@ -167,7 +164,7 @@ def set_chunk(distiller: Distiller, size: int) -> None:
     to and needs all of a batch.
     """
     if type(distiller).forward_train in (Vanilla.forward_train, LogitDistiller.forward_train):
-        if size and getattr(distiller, "needs_batch", False):
+        if size and distiller.needs_batch:
             raise UserError("SOLVER.CHUNK: what TEMPERATURE asks for needs a whole batch's logits; set SOLVER.CHUNK 0")
         distiller.chunk = size
 

@@ -24,11 +24,6 @@ def refuse_unused(cfg: Config) -> None:
         return
     if cfg.TEACHER_BANK_TOP_K and cfg.DATASET.TYPE not in text_datasets:
         raise UserError(f"TEACHER_BANK_TOP_K: is for text, and {cfg.DATASET.TYPE} is images; leave it out")
-    if cfg.DATASET.TYPE in text_datasets and cfg.TEACHER_BANK in ("lazy", "full") and not cfg.TEACHER_BANK_TOP_K:
-        raise UserError(
-            f"TEACHER_BANK: {cfg.TEACHER_BANK} needs to know how many of a token's logits to keep; set "
-            "TEACHER_BANK_TOP_K 64"
-        )
     if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
         raise UserError(
             f"DISTILLER.ENSEMBLE: {method} compares features, of which several teachers have no mean; name one, or "
@@ -81,3 +76,8 @@ def refuse_for_text(cfg: Config, cls: type) -> None:
         raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images; set SOLVER.TRAINER base")
     if cfg.SOLVER.STEP not in ("auto", "eager"):
         raise UserError("SOLVER.STEP: on text steps run eagerly; set SOLVER.STEP auto")
+    if cls.needs_teacher and cfg.TEACHER_BANK in ("lazy", "full") and not cfg.TEACHER_BANK_TOP_K:
+        raise UserError(
+            f"TEACHER_BANK: {cfg.TEACHER_BANK} needs to know how many of a token's logits to keep; set "
+            "TEACHER_BANK_TOP_K 64"
+        )

@@ -179,12 +179,11 @@ class OpenRun:
         if fresh:
             names = cfg.DISTILLER
             pair = f"{'+'.join(teacher_names(cfg))} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
-            what = f"{data.unit}, {counted(data.num_classes, 'class')}"
-            if data.unit == "tokens":
-                what = f"tokens, a vocabulary of {data.num_classes:,}"
+            count = data.num_classes
+            classes = f"a vocabulary of {count:,}" if data.unit == "tokens" else counted(count, "class")
             recorder.say(
                 f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
-                f"{what}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
+                f"{data.unit}, {classes}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
                 + (f", in {self.request.path}" if self.workspace.kept else "")
             )
             for line in data.doubts():

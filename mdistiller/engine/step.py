@@ -70,6 +70,12 @@ def sum_of(values: Sequence[Tensor | None]) -> Tensor | None:
     return functools.reduce(torch.add, there) if there else None
 
 
+def _samples(values: Tensor | Rows, start: int, stop: int, n: int) -> Tensor | Rows:
+    """Return what `values` has of the samples from `start` to `stop` of `n`: a block of text has many rows of some."""
+    each = len(values) // n
+    return values[start * each : stop * each]
+
+
 class Step:
     """Trains a distiller on batches, in the precision `amp`.
 
@@ -146,13 +152,8 @@ class Step:
             return
         for start in range(0, n, size):
             stop = min(start + size, n)
-
-            def part(values: Tensor, start: int = start, stop: int = stop) -> Tensor:
-                each = len(values) // n  # a block of text has many targets
-                return values[start * each : stop * each]
-
-            given = None if logits is None else part(logits)
-            yield type(batch)(*map(part, batch)), given, (stop - start) / n
+            given = None if logits is None else _samples(logits, start, stop, n)
+            yield type(batch)(*(_samples(values, start, stop, n) for values in batch)), given, (stop - start) / n
 
     def _backward(self, batch: Batch, logits_teacher: Tensor | None, share: float, epoch: int | Tensor) -> Part:
         """Add the gradients of a part of a batch, of which it is the `share`."""

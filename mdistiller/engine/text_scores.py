@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from mdistiller.dataset import TokenBatches, load_dataset
 from mdistiller.device import autocast, prepare
 from mdistiller.distillers.losses import kl_divergence
-from mdistiller.engine.evaluator import evaluation_batches
+from mdistiller.engine.evaluator import check_batch_size, evaluation_batches
 from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, default_checkpoint, in_eval_mode
 from mdistiller.registry import model_refusal
@@ -62,9 +62,7 @@ class TextTest:
                     logits, label = network.head(hidden[rows]).float(), target[rows]
                     teacher = None if of_teacher is None else self.teacher.head(of_teacher[rows]).float()
                     self._add(logits, label, teacher, sums, bins)
-                    for side in (0, 1):
-                        here = half[index[rows]] == side
-                        scaled[side] += _losses(logits[here], label[here])
+                    scaled.index_add_(0, half[index[rows]], _losses(logits, label))
         loss, hits, top5, kl, agreed = (sums / count).tolist()
         seen, right, trust = bins.cpu()
         more = {
@@ -100,9 +98,9 @@ class TextTest:
 
 
 def _losses(logits: Tensor, label: Tensor) -> Tensor:
-    """Return the sum of the losses of logits (n, V) times each of SCALES."""
-    at_label = logits.gather(1, label[:, None])[:, 0].double().sum()
-    return torch.stack([torch.logsumexp(s * logits, 1).double().sum() - s * at_label for s in SCALES.tolist()])
+    """Return the loss of each row of logits (n, V) times each of SCALES, (n, SCALES) float64."""
+    at_label, scales = logits.gather(1, label[:, None])[:, 0].double(), SCALES.tolist()
+    return torch.stack([torch.logsumexp(s * logits, 1).double() - s * at_label for s in scales], 1)
 
 
 def calibrated(sums: np.ndarray, counts: np.ndarray) -> float:
@@ -141,8 +139,7 @@ def evaluate_text(
     for model, _ in networks.values():
         if refusal := model_refusal(model, section.TYPE):
             raise UserError(f"-m {model}: {refusal}")
-    if not 1 <= batch_size < 2**31:
-        raise UserError(f"-bs: must be at least 1 and below 2**31; got {batch_size}")
+    check_batch_size(batch_size)
     data = load_dataset(section.TYPE, section.ROOT, section)
     batches = evaluation_batches(data.to(device), batch_size)
 
