@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import mdistiller.losses as L
 from mdistiller.distillers._chunks import chunked
+from mdistiller.distillers.losses import bounded
 from mdistiller.errors import run_command
 from mdistiller.models.gpt import GPT
 
@@ -55,13 +56,14 @@ def main() -> None:
         optimizer.zero_grad()
 
         def losses(logits: Tensor, rows: slice) -> dict[str, Tensor]:
-            return {"ce": L.ce_loss(logits, target[rows]), "kd": kd("fixed")(logits, teacher[rows])}
+            logits = bounded(logits)
+            return {"ce": L.ce_loss(logits, target[rows]), "kd": kd("fixed")(logits, bounded(teacher[rows]))}
 
         sum(chunked(losses, gpt.head, gpt.hidden(ids), chunk)[1].values()).backward()
         optimizer.step()
 
     def alone(loss: Callable) -> None:
-        chunked(lambda logits, rows: {"": loss(logits, teacher[rows])}, nothing, student, chunk)
+        chunked(lambda logits, rows: {"": loss(bounded(logits), bounded(teacher[rows]))}, nothing, student, chunk)
 
     losses = {f"KD, {rule}": kd(rule) for rule in RULES} | {f"DTKD, {rule}": dtkd(rule) for rule in RULES}
     losses |= {f"KD, {name}": kd("fixed", name) for name in DIVERGENCES}

@@ -31,7 +31,7 @@ def chunked(
         logits = head(part)
         found = losses(logits, rows)
         names[:] = found
-        return logits.detach().argmax(1), [value.float().mean() for value in found.values()]
+        return logits.detach().max(1).indices, [value.float().mean() for value in found.values()]
 
     predicted, *values = _Chunked.apply(of, size, hidden, *learning)
     return predicted, dict(zip(names, values, strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._chunks import chunked
 from mdistiller.distillers._divergences import build_divergence
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers.losses import Temperatures, ce_loss
+from mdistiller.distillers.losses import Temperatures, bounded, ce_loss
 from mdistiller.distillers.rules import FACTORS, build_rule
 from mdistiller.errors import UserError
 from mdistiller.models import frozen_norms
@@ -146,7 +146,7 @@ class LogitDistiller(Distiller):
                 teacher = self.teacher.head(hidden[rows]) if logits_teacher is None else logits_teacher[rows]
             if observer:  # it knows the places of all rows
                 self.observer = functools.partial(observer.func, index[rows])
-            return self.losses(logits.float(), teacher.float(), target[rows], index=index[rows], **kwargs)
+            return self.losses(bounded(logits), bounded(teacher), target[rows], index=index[rows], **kwargs)
 
         of_student = {*self.student.parameters()}
         own = [p for p in self.get_learnable_parameters() if p not in of_student]

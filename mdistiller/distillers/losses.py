@@ -11,26 +11,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdistiller.distillers._long_rows import KL, Variance, are_long, on_the_host
+
 # Softmax needs no logit beyond this; with it, no product in a loss or in its gradient leaves float32's range.
 LOGIT_LIMIT = 1e15
 # A row of logits that spreads less is taken for a constant one: what is divided by its spread would leave float32.
 MIN_DEVIATION = 1e-5
-MOST_IMAGE_CLASSES = 1000  # rows that are longer are those of a vocabulary
-CACHED = 2**17  # logits that a CPU works on at a time, where it would go through all of them more than once
 
 
 def bounded(logits: Tensor) -> Tensor:
     """Return logits (B, K) in float32 (float64 stays), each row scaled into [-LOGIT_LIMIT, LOGIT_LIMIT].
 
     A row that lies inside comes back bit for bit. Scaling, not clamping: a row with inf or NaN becomes NaN, so that a
-    loss never hides one.
+    loss never hides one. What it has found to lie inside, it does not look at again: a method with three losses on
+    rows of a vocabulary calls it seven times.
     """
+    if getattr(logits, "is_bounded", False):
+        return logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    peak = largest(logits)
-    if on_the_host(logits) and bool((peak <= LOGIT_LIMIT).all()):
+    if on_the_host(logits) and _are_bounded(logits.detach()):
         # spares a copy each way; as a view it is a node of its own, so that gradients are added up in the same order
-        return logits.view_as(logits)
-    return logits * (LOGIT_LIMIT / peak.clamp(min=LOGIT_LIMIT))
+        inside = logits.view_as(logits)
+        inside.is_bounded = True
+        return inside
+    return logits * (LOGIT_LIMIT / largest(logits).clamp(min=LOGIT_LIMIT))
+
+
+def _are_bounded(logits: Tensor) -> bool:
+    if not logits.numel():
+        return True
+    low, high = torch.aminmax(logits)  # NaN where a logit is
+    return float(low) >= -LOGIT_LIMIT and float(high) <= LOGIT_LIMIT
 
 
 def largest(logits: Tensor) -> Tensor:
@@ -39,9 +50,11 @@ def largest(logits: Tensor) -> Tensor:
     return torch.maximum(logits.amax(1, keepdim=True), -logits.amin(1, keepdim=True))
 
 
-def on_the_host(tensor: Tensor) -> bool:
-    """Return whether the step may look at the values of `tensor` at no cost: on a CPU, where it is not compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def maximum(logits: Tensor) -> Tensor:
+    """Return the largest value of each row of logits (B, K): (B, 1). Of a tie the first has the gradient."""
+    if not logits.requires_grad:
+        return logits.amax(1, keepdim=True)  # several times as fast on a CPU, where it need not know the place
+    return logits.max(1, keepdim=True).values
 
 
 def row_mean(values: Tensor) -> Tensor:
@@ -64,8 +77,11 @@ def kl_divergence(
     Logits (B, K), temperatures (B, 1) or numbers. From log-probabilities on both sides, so that a probability that
     underflows contributes its limit, 0, and a finite gradient.
     """
-    log_student = F.log_softmax(bounded(logits_student) / t_student, dim=1)
-    log_teacher = F.log_softmax(bounded(logits_teacher) / t_teacher, dim=1)
+    student, teacher = bounded(logits_student), bounded(logits_teacher)
+    if are_long(student):
+        return KL.apply(student, teacher, t_student, t_teacher)
+    log_student = F.log_softmax(student / t_student, dim=1)
+    log_teacher = F.log_softmax(teacher / t_teacher, dim=1)
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
@@ -83,26 +99,11 @@ def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = bounded(logits)
     # the library's own is exact and slow on a CPU; of classes of images it is what published figures were made with
-    lean = rows.shape[1] > MOST_IMAGE_CLASSES and on_the_host(rows)
-    variance = _Variance.apply(rows) if lean or not len(rows) else rows.var(1, correction=0, keepdim=True)
+    lean = are_long(rows) or not len(rows)
+    variance = Variance.apply(rows) if lean else rows.var(1, correction=0, keepdim=True)
     sound = variance > MIN_DEVIATION**2
     # chosen before the root: its gradient at 0 is infinite even where it is not used
     return torch.where(sound, variance, 1.0).sqrt(), sound
-
-
-class _Variance(torch.autograd.Function):
-    """The variance of each row (B, K), over K, of some rows at a time: (B, 1)."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        parts = rows.split(max(1, CACHED // max(1, rows.shape[1])))
-        return torch.cat([(part - part.mean(1, keepdim=True)).square_().mean(1, keepdim=True) for part in parts])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        return (rows - rows.mean(1, keepdim=True)) * (2 / rows.shape[1] * gradient)
 
 
 class Temperatures(NamedTuple):

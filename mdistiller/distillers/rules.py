@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdistiller import config
 from mdistiller.config import Check, Key, at_least
-from mdistiller.distillers.losses import Temperatures, bounded, deviation, largest
+from mdistiller.distillers.losses import Temperatures, bounded, deviation, maximum
 from mdistiller.errors import UserError, check_signature, users_code
 from mdistiller.registry import temperature_rules
 
@@ -165,7 +165,7 @@ def max_logit(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tem
     zero, and the factor falls to 0 with c. DTKD's other terms, KD at a fixed tau and cross entropy, hold the scale;
     with little of them, as under KD's weights, training can end near v = 0 (docs/temperature.md).
     """
-    maxima = (bounded(logits).max(1, keepdim=True).values for logits in (logits_student, logits_teacher))
+    maxima = (maximum(bounded(logits)) for logits in (logits_student, logits_teacher))
     return _shares(*maxima, tau)
 
 
@@ -178,14 +178,15 @@ def centred(logits_student: Tensor, logits_teacher: Tensor, tau: float) -> Tempe
     """
     maxima = []
     for logits in map(bounded, (logits_student, logits_teacher)):
-        above = logits.max(1, keepdim=True).values - logits.mean(1, keepdim=True)
-        maxima.append(torch.where(above > rounding(logits), above, 0.0))
+        top = maximum(logits)
+        above = top - logits.mean(1, keepdim=True)
+        maxima.append(torch.where(above > rounding(top), above, 0.0))
     return _shares(*maxima, tau)
 
 
-def rounding(logits: Tensor) -> Tensor:
-    """Return what rounding may leave of a constant row's maximum above its mean, of logits (B, K): (B, 1)."""
-    return 16 * torch.finfo(logits.dtype).eps * largest(logits)
+def rounding(top: Tensor) -> Tensor:
+    """Return what rounding may leave of a constant row's maximum `top` above its mean: (B, 1) each."""
+    return 16 * torch.finfo(top.dtype).eps * top.detach().abs()
 
 
 @register_rule(

@@ -7,8 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.config import Key, at_least
-from mdistiller.distillers.losses import CACHED, Temperatures, bounded, full_precision, on_the_host
+from mdistiller.distillers._long_rows import on_the_host, parts
+from mdistiller.distillers.losses import Temperatures, bounded, full_precision
 from mdistiller.distillers.rules import MIN_MAXIMUM, below_half, register_rule, rounding
+
+SETTLED = 1e-4  # a step of Newton's method in log(T_teacher / T_student) after which the next one is about 1e-8
 
 
 @register_rule(
@@ -37,18 +40,17 @@ def centred_sharpness(
     log(T_teacher / T_student), with a slope of -1 or steeper: there is one root. It is tau where u = v + c, and
     T_student = c T_teacher for v = c u, so the student's scale is no more anchored than under `max_logit`.
 
-    The root is found by `iterations` steps of Newton's method in x, kept inside the bracket that they narrow; a root
-    beyond the margin is clipped to it. Its gradient is that of the root itself, by the implicit function theorem; 0
-    where it is clipped.
+    The root is found by `iterations` steps of Newton's method in x at most, kept inside the bracket that they narrow; a
+    root beyond the margin is clipped to it. On a CPU they end where a step has become so short that the next one would
+    be lost in rounding: commonly after three. The gradient is that of the root itself, by the implicit function
+    theorem; 0 where it is clipped.
     """
     sides = bounded(logits_student), bounded(logits_teacher)
     wanted = [torch.is_grad_enabled() and side.requires_grad for side in sides]
     slopes = [torch.empty_like(side) if want else None for side, want in zip(sides, wanted, strict=True)]
-    rows = max(1, CACHED // max(1, sides[0].shape[1])) if on_the_host(sides[0]) else max(1, len(sides[0]))
     found = []
     with torch.no_grad(), full_precision(sides[0]):
-        for start in range(0, max(1, len(sides[0])), rows):
-            part = slice(start, start + rows)
+        for part in parts(sides[0]):
             x, sound, gradients = _root(*(side.detach()[part] for side in sides), 2 * tau, iterations, margin)
             found.append((x, sound))
             for slope, gradient in zip(slopes, gradients, strict=True):
@@ -69,9 +71,10 @@ def _root(student: Tensor, teacher: Tensor, total: float, iterations: int, margi
     classes, end = student.shape[1], math.log((1 - margin) / margin)
     sides, start, sound = [], 0.0, True
     for logits, sign in ((student, -1), (teacher, 1)):
-        below = logits - logits.amax(1, keepdim=True)  # (n, K), of which an exponential is at most 1
+        top = logits.amax(1, keepdim=True)
+        below = logits - top  # (n, K), of which an exponential is at most 1
         above = -below.mean(1, keepdim=True)  # the maximum over the mean
-        varied = above > rounding(logits).clamp(min=MIN_MAXIMUM)
+        varied = above > rounding(top).clamp(min=MIN_MAXIMUM)
         above = torch.where(varied, above, 1.0)
         power = below.square().mean(1, keepdim=True) / above**2 - 1  # the variance over the maximum's square
         # mostly below G lies between its value for one raised logit, which goes with the maximum, and a normal one's
@@ -88,7 +91,10 @@ def _root(student: Tensor, teacher: Tensor, total: float, iterations: int, margi
         slope = -(of_teacher[1] * t_student + of_student[1] * t_teacher) / total
         low, high = torch.where(gap > 0, x, low), torch.where(gap < 0, x, high)
         step = (x - gap / slope).clamp(-end, end)
-        x = torch.where((step < low) | (step > high), (low + high) / 2, step)
+        step = torch.where((step < low) | (step > high), (low + high) / 2, step)
+        x, last = step, step - x
+        if on_the_host(x) and bool((last.abs() < SETTLED).all()):
+            break
     free = sound & (x.abs() < end)
     x = torch.where(sound, x, 0.0)
 

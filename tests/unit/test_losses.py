@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import mdistiller.losses as L
 from mdistiller.config import load
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import _long_rows, distiller_dict
 from mdistiller.distillers.DIST import pearson
 from mdistiller.distillers.KDSVD import leading_vectors
 from mdistiller.distillers.losses import deviation
@@ -30,6 +30,10 @@ def maps(seed, dtype=torch.float64, size=6, channels=(3, 5)):
     generator = torch.Generator().manual_seed(seed)
     sizes = enumerate(channels)
     return [torch.randn(6, c, size >> i, size >> i, generator=generator, dtype=dtype) for i, c in sizes]
+
+
+def variance(rows, *_):
+    return deviation(rows)[0].squeeze(1) ** 2
 
 
 def pooled(loss):
@@ -215,6 +219,38 @@ def test_dtkd_equals_the_published_numbers_for_a_fresh_mobilenet_beside_a_strong
     v[:, 0] = 0.02
     expected = by_hand("DTKD", v.numpy(), U.numpy())
     assert L.dtkd_loss(v.float(), U.float(), 4.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 2, 7])
+def test_long_rows_are_taken_in_parts_and_give_autograds_values_and_gradients(monkeypatch, rows_at_a_time):
+    classes = _long_rows.MOST_IMAGE_CLASSES + 1
+    monkeypatch.setattr(_long_rows, "CACHED", rows_at_a_time * classes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    generator = torch.Generator().manual_seed(0)
+    u, v = 3 * torch.randn(2, 5, classes, generator=generator, dtype=torch.float64) + 40
+    t_u, t_v = 0.5 + 3 * torch.rand(2, 5, 1, generator=generator, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (v, u, t_v, t_u)]
+    weights = torch.arange(1.0, 6, dtype=torch.float64)
+
+    def plain(v, u, t_v, t_u):
+        return F.kl_div((v / t_v).log_softmax(1), (u / t_u).log_softmax(1), reduction="none", log_target=True).sum(1)
+
+    for found, wanted in ((L.kl_divergence, plain), (variance, lambda v, *_: v.var(1, correction=0))):
+        values = [function(*inputs) for function in (found, wanted)]
+        assert torch.allclose(*values, rtol=1e-12, atol=0)
+        pairs = [torch.autograd.grad(weights @ value, inputs, allow_unused=True) for value in values]
+        for ours, autograds in zip(*pairs, strict=True):
+            assert (ours is None) == (autograds is None)
+            assert ours is None or torch.allclose(ours, autograds, rtol=1e-9, atol=1e-14)
+
+
+def test_long_rows_of_any_size_have_finite_gradients():
+    rows = torch.zeros(4, 1500)
+    rows[1, 3], rows[2, :700], rows[3] = 3e38, -3e38, torch.linspace(-1e15, 1e15, 1500)
+    v, u = rows.flip(0).requires_grad_(), rows.clone().requires_grad_()
+    t = torch.full((4, 1), 1e-5).requires_grad_()
+    for gradient in torch.autograd.grad(L.kl_divergence(v, u, t, 4.0).sum(), (v, u, t)):
+        assert gradient.isfinite().all()
 
 
 def test_the_parts_of_dkd_are_the_divergence():
