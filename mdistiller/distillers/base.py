@@ -146,7 +146,8 @@ class LogitDistiller(Distiller):
                 teacher = self.teacher.head(hidden[rows]) if logits_teacher is None else logits_teacher[rows]
             if observer:  # it knows the places of all rows
                 self.observer = functools.partial(observer.func, index[rows])
-            return self.losses(bounded(logits.float()), bounded(teacher.float()), target[rows], index=index[rows], **kwargs)
+            given = bounded(logits.float()), bounded(teacher.float()), target[rows]
+            return self.losses(*given, index=index[rows], **kwargs)
 
         of_student = {*self.student.parameters()}
         own = [p for p in self.get_learnable_parameters() if p not in of_student]

@@ -221,3 +221,14 @@ def test_a_report_of_runs_on_text_has_their_record(text, tmp_path):
     names = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
     assert any("temperature" in name for name in names) and any(name.startswith("samples-") for name in names), names
     assert "bits/byte" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_folder_of_transformers_teaches_another(text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for name, width in (("teacher", 32), ("student", 16)):
+        config = transformers.GPT2Config(vocab_size=256, n_positions=32, n_embd=width, n_layer=1, n_head=2)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    networks = {f"DISTILLER__{name.upper()}": f"hf:{tmp_path / name}" for name in ("teacher", "student")}
+    rows = read_metrics(run(text[1], tmp_path / "out", DISTILLER__TEACHER_CKPT="pretrained", **networks))
+    assert rows[1]["test_loss"] < rows[0]["test_loss"] < math.log(256)
+    assert OF_TEACHER <= rows[1].keys()
