@@ -102,5 +102,14 @@ def refuse_out(out: Path | None, dataset: str) -> None:
         raise UserError(f"--out: writes accuracy by class, and {dataset} is text; leave it out, or use --json")
 
 
+def by_its_own_options(words: Sequence[str] | None = None) -> None:
+    """Evaluate, and name --root in the messages about data in the place of the key."""
+    try:
+        main(words)
+    except UserError as error:
+        error.lines = tuple(line.replace("--opts ", "").replace("DATASET.ROOT", "--root") for line in error.lines)
+        raise
+
+
 if __name__ == "__main__":
-    run_command(main)
+    run_command(by_its_own_options)

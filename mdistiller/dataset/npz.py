@@ -63,6 +63,7 @@ def _split(path: Path, images: np.ndarray, labels: np.ndarray, split: str) -> tu
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
         raise UserError(
             f"{path}: {split}_images is {images.dtype} {images.shape}; expected uint8 (N, H, W) or (N, H, W, 1 or 3)"
+            + _remedy(images)
         )
     if min(images.shape[1:3]) < 8:
         raise UserError(f"{path}: {split}_images are {images.shape[1]} x {images.shape[2]}; at least 8 x 8 is needed")
@@ -81,3 +82,17 @@ def _split(path: Path, images: np.ndarray, labels: np.ndarray, split: str) -> tu
         )
     images = np.broadcast_to(images, (*images.shape[:3], 3)).copy()
     return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _remedy(images: np.ndarray) -> str:
+    """Return what to call on images of another layout or type before they are saved, where that can be told."""
+    calls = ""
+    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+        calls += ".transpose(0, 2, 3, 1)"
+    if images.dtype.kind == "f" and images.size and 0 <= images.min() and images.max() <= 1:
+        calls = f"(255 * images{calls}).round().astype('uint8')"
+    elif images.dtype != np.uint8 and images.size and 0 <= images.min() and images.max() <= 255:
+        calls = f"images{calls}.astype('uint8')"
+    elif calls:
+        calls = "images" + calls
+    return f"; save {calls}" if calls else ""

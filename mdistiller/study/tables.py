@@ -81,7 +81,8 @@ def compared(runs: Sequence[Run]) -> Table:
         both = (last, run.best_row) if run.is_text else ({}, {})
         row += [last.get("best_epoch", "-"), *(decimals(one.get(key)) for key in figures for one in both)]
         rows.append(row)
-    alike = [COMPARED.index(name) for name in SHARED if len({row[COMPARED.index(name)] for row in rows}) == 1]
+    shared = ("teacher", "student", *SHARED) if figures else SHARED  # the table of a text is wide as it is
+    alike = [COMPARED.index(name) for name in shared if len({row[COMPARED.index(name)] for row in rows}) == 1]
     caption = ", ".join(f"{COMPARED[place]} {rows[0][place]}" for place in alike)
     kept = [place for place in range(len(head)) if place not in alike]
     rows = [[row[place] for place in kept] for row in rows]
@@ -137,6 +138,11 @@ def text_table(table: Table, columns: int | None = None) -> str:
     rows = [list(table.head), *cells(table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     texts = [place for place, name in enumerate(table.head) if not _to_the_right(name)]
+    if columns and sum(widths) + 2 * len(widths) - 2 > columns:  # heads of numbers become several lines first
+        for place in set(range(len(widths))) - set(texts):
+            words = re.split(r"(?<=[ /])", table.head[place])
+            words += [word for row in rows[1:] for word in row[place].split(", ")]
+            widths[place] = max(len(word.strip()) for word in words)
     while columns and sum(widths) + 2 * len(widths) - 2 > columns:
         widest = max(texts, key=lambda place: widths[place])
         if widths[widest] <= LEAST_WIDTH:
@@ -154,8 +160,8 @@ def text_table(table: Table, columns: int | None = None) -> str:
 
 
 def _broken(cell: str, width: int) -> list[str]:
-    """Return the parts of a text that is longer than `width`, which end behind a comma, plus sign or space if any."""
-    return re.findall(rf".{{1,{width}}}(?:(?<=[,+ ])|$)|.{{1,{width}}}", cell) or [""]
+    """Return the parts of a text that is longer than `width`, which end behind a comma, plus, slash or space if any."""
+    return [part.strip() for part in re.findall(rf".{{1,{width}}}(?:(?<=[,+/ ])|(?= )|$)|.{{1,{width}}}", cell)] or [""]
 
 
 def latex(table: Table) -> str:

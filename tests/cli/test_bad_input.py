@@ -122,6 +122,7 @@ COMMANDS = {
     "no such model": (["eval", "-m", "resnet9", "-c", "x", "-d", "digits"], "did you mean resnet"),
     "no such data": (["eval", "-m", "resnet8", "-c", "x", "-d", "digit"], "did you mean digits?"),
     "nothing to evaluate": (["eval"], "say what to evaluate: -r RUN, or -m MODEL"),
+    "no data": (["eval", "-m", "resnet8", "-c", "x", "-d", "npz", "--root", "no.npz"], "file itself as --root"),
     "no run": (["eval", "-r", "nowhere"], "nowhere: is no run's folder"),
     "a file for a folder": ([*EVALUATE, "--out", "/dev/null"], "is a file; name a folder of yours"),
     "a configuration without --cfg": (["train_ours", "digits.yaml", "SEED", "1"], "type --cfg digits.yaml"),

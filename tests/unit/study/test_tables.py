@@ -100,7 +100,19 @@ def test_what_runs_share_stands_above_and_a_terminal_s_width_is_kept(tmp_path):
         names[1].ljust(50) + "  NONE    -        resnet8  61.00  61.00         -",
     ]
     assert max(map(len, narrow)) <= 60
-    assert all(text in "".join(line[:10].strip() for line in narrow) for text in names), "nothing is cut"
+    width = next(line for line in narrow if line.startswith("--")).index(" ")
+    assert all(text in "".join(line[:width].strip() for line in narrow) for text in names), "nothing is cut"
+
+
+def test_heads_of_figures_are_broken_before_names_are():
+    head = ["run", "method", "last", "at epoch", "last bits/byte", "best bits/byte"]
+    row = ["kd,gpt4x128,gpt2x64", "KD", 65.93, 2, "1.3644", "1.3644"]
+    lines = tables.text_table(tables.Table("", "", "", head, [row]), 62).splitlines()
+    assert max(map(len, lines)) <= 62
+    assert lines[-1].split() == ["kd,gpt4x128,gpt2x64", "KD", "65.93", "2", "1.3644", "1.3644"]
+    assert [line.split() for line in lines[:3]] == [
+        ["run", "method", "last", "at", "last", "best"], ["epoch", "bits/", "bits/"], ["byte", "byte"],
+    ]  # fmt: skip
 
 
 def test_counts_are_said_in_words():
