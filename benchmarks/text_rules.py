@@ -8,10 +8,11 @@ python3 benchmarks/text_rules.py table     # what the finished runs say, as Mark
 Each goes on where it was stopped. Several may run at the same time; a run that another process trains is passed over.
 
 The decision. Effect of an arm: the mean over seeds of the paired difference of its loss after one fitted temperature
-(same initial weights, same order) to that of KD at its best tau, with its 95 % t-interval. An arm helps if the interval
-lies below 0 and the mean is -0.005 nats or lower. It helps by its temperatures if that stays so under FACTOR mean (else
-it was a weight of tokens) and under DETACH (else it was the gradient through the temperatures). It does nothing if the
-interval holds 0 or the mean lies above -0.005. The last epoch counts; nothing is chosen on the test part.
+(same initial weights, same order) to that of KD at its best tau and with the arm's weights of the terms, with its 95 %
+t-interval. An arm helps if the interval lies below 0 and the mean is -0.005 nats or lower. It helps by its temperatures
+if that stays so under FACTOR mean (else it was a weight of tokens) and under DETACH (else it was the gradient through
+the temperatures). It does nothing if the interval holds 0 or the mean lies above -0.005. The last epoch counts; nothing
+is chosen on the test part.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def dtkd(rule: str, tau: float, *more: str) -> list[str]:
 TUNED = {
     "KD": [(tau, kd(tau)) for tau in (0.5, 1, 2)],
     "KD under std": [(tau, kd(tau, "TEMPERATURE.RULE", "std")) for tau in (0.5, 1)],
-    **{f"DTKD, {rule}": [(tau, dtkd(rule, tau)) for tau in (0.5, 1, 2)] for rule in ("max_logit", "centred")},
+    **{f"DTKD, {rule}": [(tau, dtkd(rule, tau)) for tau in (0.5, 1, 2)] for rule in ("fixed", "max_logit", "centred")},
 }
 WHOLE = ("SOLVER.CHUNK", "0")
 
@@ -58,6 +59,7 @@ def arms(best: dict[str, float]) -> dict[str, list[str]]:
     tau, centred = best["KD"], best["DTKD, centred"]
     return {
         f"KD, tau {tau:g}": kd(tau),
+        f"DTKD, fixed, tau {best['DTKD, fixed']:g}": dtkd("fixed", best["DTKD, fixed"]),  # KD with DTKD's weights
         "student alone": ["DISTILLER.TYPE", "NONE"],
         f"DTKD, max_logit, tau {best['DTKD, max_logit']:g}": dtkd("max_logit", best["DTKD, max_logit"]),
         f"DTKD, centred, tau {centred:g}": dtkd("centred", centred),
@@ -131,7 +133,7 @@ def table(seeds: range) -> None:
     print(f"\nThe teacher, on the validation part: loss {teacher['test_loss']:.4f}, top-1 {teacher['test_acc']:.2f}.\n")
     print("| arm | runs | loss | calibrated | bits/byte | top-1 | ECE | KL to teacher | fell back | difference to KD |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|")
-    reference = None
+    references = {}  # the calibrated losses of the first arm with KD's weights of the terms, and with DTKD's
     for arm, found in rows.items():
         if not found:
             continue
@@ -140,7 +142,7 @@ def table(seeds: range) -> None:
         cells = [f"{v.mean():.4f}" if "acc" not in k and k != "ece" else f"{v.mean():.2f}" for k, v in values.items()]
         back = [100 * row["temperature"]["fell_back"] for row in found if "temperature" in row]
         calibrated = values["loss_calibrated"]
-        reference = calibrated if reference is None else reference
+        reference = references.setdefault(arm.startswith("DTKD"), calibrated)
         same = len(calibrated) == len(reference) and calibrated is not reference
         effect = interval(calibrated - reference) if same else ""
         share = f"{np.mean(back):.1f} %" if back else ""

@@ -16,7 +16,7 @@ from mdistiller.errors import UserError, run_command
 from mdistiller.registry import text_datasets
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def evaluate(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "-r", "--run", type=Path, help="a run's folder: its last and best student, and its teacher; beside -m: --root"
@@ -102,14 +102,14 @@ def refuse_out(out: Path | None, dataset: str) -> None:
         raise UserError(f"--out: writes accuracy by class, and {dataset} is text; leave it out, or use --json")
 
 
-def by_its_own_options(words: Sequence[str] | None = None) -> None:
-    """Evaluate, and name --root in the messages about data in the place of the key."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Evaluate, and name --root in messages about the data in the place of the key."""
     try:
-        main(words)
+        evaluate(words)
     except UserError as error:
         error.lines = tuple(line.replace("--opts ", "").replace("DATASET.ROOT", "--root") for line in error.lines)
         raise
 
 
 if __name__ == "__main__":
-    run_command(by_its_own_options)
+    run_command(main)
