@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.errors import run_command
 
 

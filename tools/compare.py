@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.errors import run_command
 
 

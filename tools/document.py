@@ -7,6 +7,8 @@ python3 tools/document.py docs
 import argparse
 from pathlib import Path
 
+import _package  # noqa: F401
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

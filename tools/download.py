@@ -9,6 +9,8 @@ python3 tools/download.py cifar10 --to /data --from cifar-10-binary.tar.gz
 import argparse
 import sys
 
+import _package  # noqa: F401
+
 from mdistiller.download import ARCHIVES, fetch
 from mdistiller.errors import run_command
 

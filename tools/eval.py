@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.config import KEYS, load
 from mdistiller.errors import UserError, run_command
 from mdistiller.registry import text_datasets

@@ -11,6 +11,8 @@ pip install onnx onnxscript onnxruntime, openvino needs pip install openvino.
 import argparse
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.errors import run_command
 
 FORMS = ("torch", "onnx", "openvino", "int8")

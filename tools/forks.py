@@ -15,6 +15,8 @@ import argparse
 import re
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.errors import run_command
 
 KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_+]+)+(=.*)?")

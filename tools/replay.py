@@ -11,6 +11,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.errors import run_command
 
 

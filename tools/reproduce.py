@@ -14,6 +14,8 @@ something left; 130 a second Ctrl-C.
 import argparse
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]

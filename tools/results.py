@@ -11,6 +11,8 @@ python3 tools/results.py --page docs/reproduction.md
 import argparse
 from pathlib import Path
 
+import _package  # noqa: F401
+
 from mdistiller.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,6 +16,8 @@ import re
 import sys
 from collections.abc import Sequence
 
+import _package  # noqa: F401
+
 from mdistiller import __version__
 from mdistiller.config.seeds import parse_seeds
 from mdistiller.errors import UserError, run_command

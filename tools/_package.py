@@ -1,0 +1,12 @@
+"""Imported first by every tool: finds the package beside this folder, installed or not, and says what it lacks."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # before one of another checkout that is installed
+missing = [name for name in ("torch", "torchvision", "yacs", "numpy", "tqdm") if importlib.util.find_spec(name) is None]
+if missing:
+    print(f"error: needs {', '.join(missing)}; pip install -e {ROOT}", file=sys.stderr)
+    sys.exit(2)
