@@ -3,7 +3,8 @@
 python3 benchmarks/text_rules.py teacher
 python3 benchmarks/text_rules.py tune      # seed 0, on the validation part: tau of each rule
 python3 benchmarks/text_rules.py claim     # seeds 0 to 2, on the test part
-python3 benchmarks/text_rules.py table     # what the finished runs say, as Markdown
+python3 benchmarks/text_rules.py record    # the last epoch of every run into results/text_rules.jsonl
+python3 benchmarks/text_rules.py table     # what the runs here, or those on record, say, as Markdown
 
 Each goes on where it was stopped. Several may run at the same time; a run that another process trains is passed over.
 
@@ -16,6 +17,7 @@ is chosen on the test part.
 """
 
 import argparse
+import functools
 import json
 import math
 import subprocess
@@ -26,6 +28,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("output/text_rules")
+RECORD = ROOT / "results" / "text_rules.jsonl"
 TEACHER = OUTPUT / "teacher" / "student_best"
 # whole rows in float32: the bits of a teacher that runs in every step, for 2.6 GB of disk and half the time
 TAUGHT = ["DISTILLER.TEACHER_CKPT", str(TEACHER), "TEACHER_BANK", "lazy", "TEACHER_BANK_DTYPE", "float32"]
@@ -91,10 +94,25 @@ def train(name: str, pairs: list[str]) -> None:
 
 
 def last(name: str) -> dict:
-    """Return the figures of a run's last epoch, {} where there is none yet."""
+    """Return the figures of a run's last epoch, of the one on record where no run is here; {} where there is none."""
     file = OUTPUT / name / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
+    if lines:
+        return json.loads(lines[-1])
+    return {} if OUTPUT.is_dir() else recorded().get(name, {})
+
+
+@functools.cache
+def recorded() -> dict[str, dict]:
+    rows = map(json.loads, RECORD.read_text().splitlines() if RECORD.is_file() else [])
+    return {row.pop("run"): row for row in rows}
+
+
+def record() -> None:
+    """Write the figures of the last epoch of every finished run, one JSON object a line."""
+    names = sorted(path.parent.name for path in OUTPUT.glob("*/metrics.jsonl"))
+    rows = [{"run": name} | last(name) for name in names if finished(name)]
+    RECORD.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def finished(name: str) -> bool:
@@ -151,7 +169,7 @@ def table(seeds: range) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("teacher", "tune", "claim", "table"))
+    parser.add_argument("stage", choices=("teacher", "tune", "claim", "record", "table"))
     parser.add_argument("--seeds", type=int, default=3, help="how many; default: %(default)s")
     parser.add_argument("--last-first", action="store_true", help="from the other end, as a second process does")
     a = parser.parse_args()
@@ -167,6 +185,8 @@ def main() -> None:
         for arm, pairs, seed in runs[::turn]:
             more = ["SEED", str(seed), "DATASET.TEXT.TEST", "test", *TAUGHT]
             train(name_of(arm, seed), [*pairs, *more])
+    elif a.stage == "record":
+        record()
     else:
         table(range(a.seeds))
 
