@@ -13,7 +13,8 @@ The decision. Effect of an arm: the mean over seeds of the paired difference of 
 t-interval. An arm helps if the interval lies below 0 and the mean is -0.005 nats or lower. It helps by its temperatures
 if that stays so under FACTOR mean (else it was a weight of tokens) and under DETACH (else it was the gradient through
 the temperatures). It does nothing if the interval holds 0 or the mean lies above -0.005. The last epoch counts; nothing
-is chosen on the test part.
+is chosen on the test part. Two arms came after the first results: "fixed" with DTKD's weights of the terms, to compare
+with, and "pair", which has the mean of DTKD's temperatures for all tokens.
 """
 
 import argparse
@@ -55,6 +56,7 @@ TUNED = {
     **{f"DTKD, {rule}": [(tau, dtkd(rule, tau)) for tau in (0.5, 1, 2)] for rule in ("fixed", "max_logit", "centred")},
 }
 WHOLE = ("SOLVER.CHUNK", "0")
+PAIR = Path(__file__).with_name("text_pair.py")
 
 
 def arms(best: dict[str, float]) -> dict[str, list[str]]:
@@ -69,6 +71,7 @@ def arms(best: dict[str, float]) -> dict[str, list[str]]:
         f"DTKD, centred_sharpness, tau {centred:g}": dtkd("centred_sharpness", centred),
         f"KD under std, tau {best['KD under std']:g}": kd(best["KD under std"], "TEMPERATURE.RULE", "std"),
         "KD, reverse KL, tau 1": kd(1, "DIVERGENCE.TYPE", "reverse"),
+        f"DTKD, pair, tau {centred:g}": dtkd("pair", centred, "EXPERIMENT.PLUGINS", str(PAIR)),
         f"DTKD, centred, tau {centred:g}, DETACH": dtkd("centred", centred, "TEMPERATURE.DETACH", "True"),
         f"DTKD, centred, tau {centred:g}, FACTOR mean": dtkd("centred", centred, "TEMPERATURE.FACTOR", "mean", *WHOLE),
     }
