@@ -149,25 +149,29 @@ def table(seeds: range) -> None:
     """Print what tuning chose, and an arm on each line with its figures and its difference to KD at its best tau."""
     print("| rule | calibrated loss by tau (validation, seed 0) | chosen |\n|---|---|---|")
     best = tau_of_each(shown=True)
-    rows = {arm: [last(name_of(arm, seed)) for seed in seeds if finished(name_of(arm, seed))] for arm in arms(best)}
+    found = {arm: [last(name_of(arm, seed)) for seed in seeds if finished(name_of(arm, seed))] for arm in arms(best)}
     teacher = last("teacher")
     print(f"\nThe teacher, on the validation part: loss {teacher['test_loss']:.4f}, top-1 {teacher['test_acc']:.2f}.\n")
-    print("| arm | runs | loss | calibrated | bits/byte | top-1 | ECE | KL to teacher | fell back | difference to KD |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|")
-    references = {}  # the calibrated losses of the first arm with KD's weights of the terms, and with DTKD's
-    for arm, found in rows.items():
-        if not found:
-            continue
-        keys = ("test_loss", "loss_calibrated", "bits_per_byte", "test_acc", "ece", "teacher_kl")
-        values = {key: np.array([row.get(key, math.nan) for row in found]) for key in keys}
-        cells = [f"{v.mean():.4f}" if "acc" not in k and k != "ece" else f"{v.mean():.2f}" for k, v in values.items()]
-        back = [100 * row["temperature"]["fell_back"] for row in found if "temperature" in row]
-        calibrated = values["loss_calibrated"]
-        reference = references.setdefault(arm.startswith("DTKD"), calibrated)
-        same = len(calibrated) == len(reference) and calibrated is not reference
-        effect = interval(calibrated - reference) if same else ""
-        share = f"{np.mean(back):.1f} %" if back else ""
-        print(f"| {arm} | {len(found)} | {' | '.join(cells)} | {share} | {effect} |")
+    head = "arm", "runs", "loss", "calibrated", "bits/byte", "top-1", "ECE", "KL to teacher", "fell back"
+    print(f"| {' | '.join(head)} | to KD of its weights | to the pair |\n|---|{8 * '---:|'}---|---|")
+    found = {arm: rows for arm, rows in found.items() if rows}
+    losses = {arm: np.array([row["loss_calibrated"] for row in rows]) for arm, rows in found.items()}
+    ours = [arm for arm in found if arm.startswith("DTKD")]
+    for arm, rows in found.items():
+        cells = [f"{np.mean([row['test_loss'] for row in rows]):.4f}"]
+        cells.append(f"{losses[arm].mean():.4f} ± {losses[arm].std(ddof=1) if len(rows) > 1 else math.nan:.4f}")
+        for key, form in (("bits_per_byte", ".4f"), ("test_acc", ".2f"), ("ece", ".2f"), ("teacher_kl", ".4f")):
+            values = [row[key] for row in rows if key in row]
+            cells.append(format(np.mean(values), form) if values else "")
+        back = [100 * row["temperature"]["fell_back"] for row in rows if "temperature" in row]
+        cells.append(f"{np.mean(back):.1f} %" if back else "")
+        references = [next(iter(ours if arm in ours else found), ""), next((a for a in ours if "pair" in a), "")]
+        if arm not in ours:
+            references[1] = ""
+        for reference in references:
+            same = reference not in ("", arm) and len(found[reference]) == len(rows)
+            cells.append(interval(losses[arm] - losses[reference]) if same else "")
+        print(f"| {arm} | {len(rows)} | {' | '.join(cells)} |")
 
 
 def main() -> None:
