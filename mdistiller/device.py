@@ -3,9 +3,10 @@
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import MethodType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from mdistiller.errors import UserError
 
+Output = TypeVar("Output")
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,6 +98,38 @@ def side_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 
+def captured(work: Callable[[], Output], pool: tuple[int, int] | None = None) -> tuple[torch.cuda.CUDAGraph, Output]:
+    """Capture what `work` does on the current stream, which must not be the default one, as a CUDA graph. Return the
+    graph and what `work` gave. `pool`: of a graph that never runs at the same time, whose memory this one may use.
+
+    Raises RuntimeError where it cannot be captured, with the first reason, be that a lack of memory; everything else
+    goes on as before. torch up to 2.11 leaves a capture that CUDA has broken off with an open pool of memory and with
+    generators that go on counting for it: later numbers could not be drawn, nor graphs replayed.
+    """
+    graph, failed = torch.cuda.CUDAGraph(), []
+    pool = pool or torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            try:
+                return graph, work()
+            except Exception as error:
+                failed.append(error)  # the end of the capture raises another one, which says less
+                raise
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):  # newer ones do both themselves, and refuse it
+            graph.reset()
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        with contextlib.suppress(RuntimeError):  # a whole capture takes the generators out of the broken one
+            number = torch.zeros((), device="cuda")
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+                number.add_(1)
+        first = failed[0] if failed else error
+        if isinstance(first, torch.OutOfMemoryError):  # one operation at a time needs less
+            raise RuntimeError(str(first)) from None
+        raise first from None
+
+
 def logits_in_float32(_model: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> tuple:
     """Return (logits in float32, feats): the hook of every model. One that returns logits alone has no feats,
     nor has one that in training gives a named tuple of `logits` and the outputs of auxiliary classifiers.
@@ -159,13 +193,46 @@ def callers_state() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
+def torch_generators() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the states of torch's generators: the host's and, where CUDA is in use, its current device's."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def set_torch_generators(host: torch.Tensor, cuda: torch.Tensor | None) -> None:
+    torch.set_rng_state(host)
+    if cuda is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(cuda)
+
+
+class OwnGenerators:
+    """The generators of one of several runs that take turns in this process, as they are when it is made. `take` makes
+    them the process's, and keeps for the run that had it until then what that has come to.
+    """
+
+    holder: "OwnGenerators | None" = None  # whose generators the process has
+
+    def __init__(self):
+        self.states = generators()
+
+    def take(self) -> None:
+        before = OwnGenerators.holder
+        if before is self:
+            return
+        if before is not None:
+            before.states = generators()
+        set_generators(self.states)
+        OwnGenerators.holder = self
+
+
 def rng_state() -> dict:
-    """Return every generator's state, in types that a weights-only load accepts."""
+    """Return every generator's state, CUDA's current device's where it is in use, in types that a weights-only load
+    accepts.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, torch.tensor(internal), gauss_next],
     }
@@ -173,8 +240,9 @@ def rng_state() -> dict:
 
 def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if state["cuda"] and torch.cuda.is_initialized():
+        own = min(torch.cuda.current_device(), len(state["cuda"]) - 1)  # older checkpoints: of every device
+        torch.cuda.set_rng_state(state["cuda"][own].cpu())
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]

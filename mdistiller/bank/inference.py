@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mdistiller.bank.onednn import PackedConv, can_fuse, fuse, module_of, mutates
-from mdistiller.device import AMP_DTYPES, autocast, logits_in_float32
+from mdistiller.device import AMP_DTYPES, autocast, captured, logits_in_float32
 from mdistiller.models import give_features, in_eval_mode
 
 
@@ -149,11 +149,9 @@ def _capture_cuda_graph(function: Callable[[Tensor], Tensor], image: Tensor) -> 
     with torch.cuda.device(image.device):
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):  # its own: graphs captured on one stream share cuBLAS's workspace
             for _ in range(3):  # cuDNN chooses its kernels and takes its workspaces, which a capture must not
                 function(image)
-            with torch.cuda.graph(graph, stream=aside):
-                output = function(image)
+            graph, output = captured(lambda: function(image))
         here.wait_stream(aside)
     return output, graph.replay

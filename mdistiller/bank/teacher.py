@@ -173,9 +173,9 @@ class TeacherLogits:
         if self.device.type == "cuda" and self.bank.rows.table is None:
             self.bank.rows.to_device(self.device)
             torch.cuda.synchronize(self.device)  # it is read on another stream
-        self.compare()
-        if self.bank.fill_first and not self.complete:
-            with torch.cuda.stream(self.stream):  # off CUDA it is None, which changes nothing
+        with torch.cuda.stream(self.stream):  # off CUDA it is None, which changes nothing
+            self.compare()
+            if self.bank.fill_first and not self.complete:
                 self.fill(check)
 
     @property

@@ -66,14 +66,22 @@ def describe_losses(losses: dict[str, float]) -> str:
 
 
 def dump(
-    distiller: nn.Module, batch: Batch, epoch: int, config: str, rng: Tensor, logits_teacher: Tensor | None = None
+    distiller: nn.Module,
+    batch: Batch,
+    epoch: int,
+    config: str,
+    random: tuple[Tensor, Tensor | None],
+    logits_teacher: Tensor | None = None,
 ) -> dict:
-    """Return what tools/replay.py needs to run the step again: configuration, weights, batch, generator."""
+    """Return what tools/replay.py needs to run the step again: configuration, weights, batch, and torch's generators as
+    they were before it.
+    """
     return {
         "config": config,
         "model": distiller.state_dict(),
         "batch": batch._asdict(),
         "epoch": epoch,
-        "rng": rng,
+        "rng": random[0],
+        "rng_cuda": random[1],
         "logits_teacher": logits_teacher,
     }

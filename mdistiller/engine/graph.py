@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller.device import generators, set_generators
+from mdistiller.device import captured, generators, set_generators
 from mdistiller.errors import UserError
 
 WARM_UP = 3  # steps of each batch size that run one operation at a time, so that every library has made its choices
@@ -25,10 +25,7 @@ class CudaGraph:
     """
 
     def __init__(self, work: Callable[[], None], beside: "CudaGraph | None" = None):
-        self.graph = torch.cuda.CUDAGraph()
-        pool = beside.graph.pool() if beside else None
-        with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.current_stream()):
-            work()
+        self.graph, _ = captured(work, beside.graph.pool() if beside else None)
 
     def replay(self) -> None:
         self.graph.replay()
@@ -178,7 +175,7 @@ def device_generator() -> bytes:
 @contextlib.contextmanager
 def waits_are_warnings() -> Iterator[None]:
     """Let torch warn of whatever waits for a CUDA device."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         yield
         return
     before = torch.cuda.get_sync_debug_mode()

@@ -3,10 +3,8 @@
 import tempfile
 from pathlib import Path
 
-import torch
-
 from mdistiller.dataset import Batch, TwoViews, load_dataset
-from mdistiller.device import resolve_device
+from mdistiller.device import resolve_device, set_torch_generators
 from mdistiller.engine.cfg import load
 from mdistiller.engine.diagnose import describe_losses, first_bad_tensor
 from mdistiller.engine.method import build_distiller
@@ -35,7 +33,7 @@ def replay(file: Path) -> tuple[str, str]:
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: is no batch that a stopped run has kept ({reason})") from None
-    torch.set_rng_state(rng)
+    set_torch_generators(rng, kept.get("rng_cuda"))
     batch = type(batch)(*(value.to(device) for value in batch))
     logits = None if logits is None else logits.to(device)
     bad, losses = first_bad_tensor(distiller.train(), batch, epoch, cfg.SOLVER.AMP, logits)

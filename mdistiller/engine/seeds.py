@@ -10,7 +10,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller.config import needs_teacher, teacher_names
-from mdistiller.device import generators, set_generators, side_stream
+from mdistiller.device import OwnGenerators, resolve_device, side_stream
 from mdistiller.engine.build import Workspace
 from mdistiller.engine.run import OpenRun, RunRequest, entered, failures, open_workspace
 from mdistiller.engine.trainer import Trainer
@@ -19,6 +19,10 @@ from mdistiller.files import write_atomic
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import counted, say
+
+# torch has 32 streams, which it gives out again and again: two students on one would wait for each other, and one on
+# the stream of the teacher's graph would share its workspace
+MOST_ON_CUDA = 24
 
 
 def seeds_of(seeds: int | Iterable[int] | None) -> list[int] | None:
@@ -45,6 +49,11 @@ def train_seeds(
     if cfg.LOG.WANDB:
         raise UserError(
             "--seeds: Weights & Biases takes one run of a process; set LOG.WANDB False, or run seed by seed"
+        )
+    if len(seeds) > MOST_ON_CUDA and resolve_device(cfg.DEVICE).type == "cuda":
+        raise UserError(
+            f"--seeds: {len(seeds)} students are too many side by side on CUDA; give {MOST_ON_CUDA} at a time, such as "
+            f"--seeds 0-{MOST_ON_CUDA - 1}"
         )
     width = max(len(str(seed)) for seed in seeds)
     requests = []
@@ -93,7 +102,7 @@ def train_seeds(
 
 
 class Student:
-    """One of the set, with the generators' states as they would be if it were alone."""
+    """One of the set; it has the generators' states as they would be if it were alone."""
 
     def __init__(self, request: RunRequest, resume: bool | str, workspace: Workspace, closing: contextlib.ExitStack):
         self.seed, self.label, self.folder = request.cfg.SEED, request.label, request.path
@@ -101,7 +110,7 @@ class Student:
         self.error: UserError | None = None
         self.run = OpenRun(request, resume, workspace, closing)
         self.trainer: Trainer = self.run.trainer
-        self.random = generators()
+        self.trainer.take_generators = OwnGenerators().take
         self.teachers = workspace.teachers
         self.stream = side_stream(workspace.device)
 
@@ -114,7 +123,6 @@ class Student:
 
     def advance(self) -> None:
         """Do one training step, and what is due after it."""
-        set_generators(self.random)
         try:
             with self.stream:
                 next(self.steps)
@@ -123,7 +131,6 @@ class Student:
             self.result = end.value
         except (Preempted, TrainingDiverged) as error:
             self.error = error
-        self.random = generators()
 
     def share_teacher(self) -> None:
         """Share the teacher's memory after the first step, which tells whether the method writes to its teacher."""

@@ -113,6 +113,12 @@ class RunStep:
             self.step.refusal = ""
         return lines
 
+    def replays(self, plan: Tensor) -> bool:
+        """Return whether a step on `plan` is the replay of a graph, which draws nothing on the host, nor on the device
+        where there are other graphs.
+        """
+        return self.graph is not None and plan.shape[1] in self.graph.graphs
+
     def _run(self, plan: Tensor, logits: Tensor | None, epoch: int | Tensor) -> None:
         self.batch, self.logits = self.batches.batch(plan), logits
         if self.teacher is not None:

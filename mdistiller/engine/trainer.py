@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batches
-from mdistiller.device import autocast, side_stream
+from mdistiller.device import autocast, set_torch_generators, side_stream, torch_generators
 from mdistiller.distillers import Distiller, RuleDistiller
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import Scores, scores_of
@@ -71,7 +71,11 @@ class Trainer:
         self.records_samples = temperature == "samples"
         self.average = average_of(self.distiller.student, options.average) if options.average else None
         self.state = RunState(self.step, self.buffer, self.average)
-        self.random: torch.Tensor | None = None  # the host's generator before the latest step
+        # torch's generators before each step since the last look at whether one was bad
+        self.random: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        # called before what may draw random numbers: where several trainers take turns, it makes the process's
+        # generators this one's
+        self.take_generators: Callable[[], None] = lambda: None
 
     def fit(self, recorder: Recorder) -> dict:
         """Train until the last epoch, or until no better one has come for long. Return `result`, and the signal that
@@ -99,6 +103,7 @@ class Trainer:
                 recorder.say(f"warning: {file.name} has nothing of {counted(record.missing, 'finished epoch')}")
         while state.epoch < self.options.epochs and not self.stopped_early:
             begin = time.monotonic() - state.seconds
+            self.take_generators()
             try:
                 self.prepare_teacher()
                 row = yield from self.train_epoch(state.epoch + 1, recorder)
@@ -154,7 +159,9 @@ class Trainer:
         recorder.start_epoch(epoch, each * self.feed.batches.samples_an_epoch, meter.images)
         begin = time.monotonic() - state.seconds
         for plan, logits in self.stop.watch(self.feed.plans(epoch, state.done, self.stop.check)):
-            self.random = torch.get_rng_state()
+            if not self.run_step.replays(plan):
+                self.take_generators()
+            self.random.append(torch_generators())
             if varies:
                 lr = self.schedule.at(epoch, state.done, len(self.feed))
                 set_lr(step.optimizer, lr)
@@ -167,8 +174,10 @@ class Trainer:
             number = (epoch - 1) * len(self.feed) + state.done
             point, last = number % self.options.point_every == 0, state.done == len(self.feed)
             due = self.keeper.due() and not last
-            if (not step.lazy or point or last or due) and step.bad_step() >= 0:
-                self.diverged(epoch)
+            if not step.lazy or point or last or due:
+                if step.bad_step() >= 0:
+                    self.diverged(epoch)
+                self.random.clear()
             recorder.step(each * plan.shape[1], meter.read)
             if self.options.print_every and state.done % self.options.print_every == 0 and not last:
                 recorder.progress(epoch, state.done, len(self.feed), meter.read)
@@ -177,6 +186,7 @@ class Trainer:
             if due:
                 self.save(recorder)
             yield
+        self.take_generators()
         means = meter.read()
         seconds = time.monotonic() - begin  # after the read: the device has finished
         if self.feed.teacher is not None and not self.state.teacher:
@@ -228,6 +238,7 @@ class Trainer:
 
     def save(self, recorder: Recorder) -> None:
         """Write a checkpoint: an epoch's, or inside an epoch one that goes on at the next step."""
+        self.take_generators()
         state = self.state
         recorder.events.flush()
         state.log_bytes = recorder.size
@@ -253,15 +264,17 @@ class Trainer:
 
     def diverged(self, epoch: int) -> NoReturn:
         """Say what went bad in the step that the device has marked, and keep what runs it again."""
-        number = self.state.done - (self.step.steps - self.step.bad_step())  # from 0, in this epoch
+        self.take_generators()
+        back = self.step.steps - self.step.bad_step()
+        number, random = self.state.done - back, self.random[-back]  # from 0, in this epoch
         batch, logits = self.run_step.batch, self.run_step.logits
         if number != self.state.done - 1 or self.run_step.graph:
-            # noticed later, when the generator's state is another; a graph's own tensors are no batch any more
+            # noticed later, when the batch is another; a graph's own tensors are no batch any more
             plan, logits = self.feed.plan(epoch, number)
             batch = self.feed.batches.batch(plan)
         logits = None if logits is None else logits.float()  # of text they may be packed
-        torch.set_rng_state(self.random)
-        state = dump(self.distiller, batch, epoch, self.options.config, self.random, logits)
+        set_torch_generators(*random)
+        state = dump(self.distiller, batch, epoch, self.options.config, random, logits)
         bad, losses = first_bad_tensor(self.distiller, batch, epoch, self.step.amp, logits)
         file = self.keeper.folder / f"bad_batch,epoch_{epoch},step_{number + 1}"
         again = f"`python3 tools/replay.py '{file}'` runs the step again"

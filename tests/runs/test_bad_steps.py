@@ -107,6 +107,33 @@ def test_what_the_device_marked_is_named_at_the_epochs_end(small, tmp_path, harm
         run([*small, "DISTILLER.TYPE", method, "LOG.TENSORBOARD_FREQ", "500"], tmp_path)
 
 
+def test_a_step_that_is_noticed_later_draws_the_same_numbers_again(small, tmp_path, harm, fused_kernels, monkeypatch):
+    """On the host and on the device, here a counter: the dump has both as they were before that step."""
+    harm(4, "gradient")
+    drawn, given, device = [], [], torch.zeros(1, dtype=torch.uint8)
+
+    def counted(self, *batch):
+        drawn.append((torch.get_rng_state(), device.clone()))
+        device.add_(1)
+        update(self, *batch)
+
+    update = Step.update
+    monkeypatch.setattr(Step, "update", counted)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", device.clone)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    with pytest.raises(TrainingDiverged, match="epoch 2, step 2 of 3"):
+        run([*small, "DISTILLER.TYPE", "CRD", "LOG.TENSORBOARD_FREQ", "500"], tmp_path)
+    (file,) = (tmp_path / "distill" / "run").glob("bad_batch*")
+    kept = checkpoint.load(file)
+    assert len(drawn) == 6 and not torch.equal(drawn[4][0], drawn[5][0])
+    assert torch.equal(kept["rng"], drawn[4][0]) and torch.equal(kept["rng_cuda"], drawn[4][1])
+    given.clear()
+    replay(file)
+    assert given and torch.equal(given[-1], drawn[4][1])
+
+
 @pytest.mark.parametrize("how", ["a signal", "a minute that is over"])
 def test_behind_a_bad_step_no_checkpoint_is_written(
     small, tmp_path, harm, fused_kernels, stop_after, save_every_step, how

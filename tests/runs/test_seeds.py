@@ -1,15 +1,18 @@
 """Several students in one process: each is the one that its seed gives alone."""
 
+import functools
 import json
 import math
 import statistics
 from pathlib import Path
 
 import pytest
-from helpers import KINDS, agree, cases, changed, on, outcome, run, run_set, same, unnamed
+import torch
+from helpers import KINDS, Recording, agree, cases, changed, on, outcome, run, run_set, same, unnamed
 
-from mdistiller import config
-from mdistiller.engine import seeds
+from mdistiller import config, device
+from mdistiller.engine import build, graph, seeds, stepmode
+from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.seeds import summary_file, table, train_seeds
 from mdistiller.engine.step import Step
 from mdistiller.errors import FolderInUse, Preempted, RunFailed, UserError
@@ -48,6 +51,41 @@ def test_a_shared_bank_changes_no_bit(small, tmp_path, bank, device):
     _, folders = run_set(opts, tmp_path / "set", [0, 1], TEACHER_BANK_FOLDER=tmp_path / "common")
     by_itself = alone(opts, tmp_path / "alone", 1, TEACHER_BANK_FOLDER=tmp_path / "own")
     assert agree(outcome(folders[1]), outcome(by_itself), device)
+
+
+def test_replays_need_no_generators_of_their_own(small, tmp_path, monkeypatch, save_every_step):
+    """Nothing is drawn in them: to swap every generator twice a step would cost more than to start the graph. What a
+    checkpoint holds is the student's own all the same, inside an epoch too.
+    """
+    monkeypatch.setattr(build, "uses_graph", lambda *given: True)
+    monkeypatch.setattr(stepmode, "GraphStep", functools.partial(GraphStep, capture=Recording))
+    swaps, real = [], device.set_generators
+    monkeypatch.setattr(device, "set_generators", lambda states: swaps.append(1) or real(states))
+    opts = [*on("cpu", small, epochs=6), "DISTILLER.TYPE", "KD"]
+    opts[opts.index("SOLVER.BATCH_SIZE") + 1] = "8"  # 5 steps an epoch
+    _, folders = run_set(opts, tmp_path / "set", [0, 1])
+    assert len(swaps) < 2 * (graph.WARM_UP + 1 + 6 + 2), "30 steps each"
+    assert same(outcome(folders[1]), outcome(alone(opts, tmp_path / "alone", 1)))
+    opts += save_every_step
+    _, folders = run_set(opts, tmp_path / "often", [0, 1], SOLVER__EPOCHS=2)
+    assert same(outcome(folders[1]), outcome(alone(opts, tmp_path / "alone often", 1, SOLVER__EPOCHS=2)))
+
+
+@pytest.mark.parametrize(("students", "kind"), [(25, "cuda"), (24, "cuda"), (25, "cpu")])
+def test_on_cuda_there_are_streams_for_so_many(small, tmp_path, monkeypatch, students, kind):
+    class Begins(Exception):
+        pass
+
+    def begin(*given):
+        raise Begins
+
+    monkeypatch.setattr(seeds, "resolve_device", lambda name: torch.device(kind))
+    monkeypatch.setattr(seeds, "RunRequest", begin)
+    cfg = config.load(None, changed(unnamed(small), tmp_path))
+    too_many = (students, kind) == (25, "cuda")
+    with pytest.raises(UserError if too_many else Begins, match="give 24 at a time" if too_many else None):
+        train_seeds(cfg, range(students))
+    assert not (tmp_path / "distill").exists()
 
 
 def test_the_summary_says_mean_and_deviation_of_last_and_best(small, tmp_path, capsys):

@@ -8,23 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DRAWING, METHODS, cases, gpu, make_trainer, train_steps
+from helpers import CPU, DRAWING, METHODS, Recording, cases, gpu, make_trainer, train_steps
 
 from mdistiller.device import side_stream
 from mdistiller.distillers.KD import KD
 from mdistiller.engine import graph
 from mdistiller.engine.graph import WARM_UP
 from mdistiller.errors import UserError
-
-
-class Recording:
-    """Stands in for a CUDA graph: recording does nothing, a replay does the work on what was recorded."""
-
-    made = 0
-
-    def __init__(self, work, beside=None):
-        Recording.made += 1
-        self.replay = work
 
 
 def make(method, device=CPU, capture=Recording, samples=24, **given):
@@ -165,17 +155,21 @@ def test_replayed_steps_are_left_out_where_they_are_bad(policy, device):
 @gpu
 @pytest.mark.parametrize(("method", "amp"), [(m, amp) for m in METHODS for amp in ("none", "bf16")] + [("dot", "none")])
 def test_fifty_steps_of_a_graph_are_fifty_steps(method, amp):
-    """The losses, within rounding; methods that draw on the device are compared by their first steps' scale alone."""
+    """The losses, within rounding, which grows from step to step as much as that of two eager runs does; those of
+    methods that draw on the device in their scale alone.
+    """
     device, results = torch.device("cuda"), []
-    for capture in (None, Recording):
+    for capture in (None, None, Recording):
         with side_stream(device):
             given = {"samples": 40, "amp": amp, "dot": method == "dot"}
             made = make("KD" if method == "dot" else method, device, capture, **given)
             losses, lines = train_steps(made, 17)
         assert not lines or method == "KDSVD", lines
         results.append(losses)
-    tolerance = 0.1 if amp == "bf16" or method in DRAWING else 2e-2
-    assert results[0] == pytest.approx(results[1], rel=tolerance)
+    eager, again, replayed = map(np.array, results)
+    grown = np.maximum.accumulate(np.abs(eager - again) / np.abs(eager))
+    tolerance = (0.1 if amp == "bf16" or method in DRAWING else 2e-2) + 5 * grown
+    assert (np.abs(replayed - eager) <= tolerance * np.abs(eager)).all()
 
 
 @gpu

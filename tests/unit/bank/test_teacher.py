@@ -1,5 +1,6 @@
 """A teacher's logits on a batch, with a bank and without: the same numbers, however the bank came to be."""
 
+import contextlib
 import errno
 
 import pytest
@@ -123,3 +124,21 @@ def test_files_come_at_intervals(tmp_path, monkeypatch, capsys):
     logits.fill(lambda: None)
     said = capsys.readouterr().out
     assert " % done, 00:0" in said and "complete after 00:0" in said
+
+
+def test_a_bank_is_compared_on_the_stream_that_all_use(tmp_path, monkeypatch):
+    """Elsewhere it would read the input of the teacher's graph while another student's pass writes it."""
+    logits, entered, inside = logits_of(tmp_path), [], []
+
+    @contextlib.contextmanager
+    def stream(given):
+        entered.append(given)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    for name in ("compare", "fill"):
+        monkeypatch.setattr(logits, name, lambda *given, name=name: inside.append((name, *entered)))
+    logits.stream, logits.bank.fill_first = "shared", True
+    logits.prepare(lambda: None)
+    assert inside == [("compare", "shared"), ("fill", "shared")]
