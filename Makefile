@@ -1,4 +1,4 @@
-# make quickstart | text | test | test-long | lint | docs | results
+# make quickstart | text | test | test-long | gpu | lint | docs | results
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ DIGITS := output/digits
 TEXT := output/text
 KILLS ?= 200
 
-.PHONY: install quickstart text test test-long browser lint docs results
+.PHONY: install quickstart text test test-long gpu browser lint docs results
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ test: install
 # Runs that are killed again and again, and what needs a compiler: half an hour.
 test-long: install
 	KILLS=$(KILLS) $(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not browser' -s
+
+# What works on a GPU, and how fast it is: ten minutes, to output/first_light/first_light.md.
+gpu: install
+	$(BIN)/python benchmarks/first_light.py
 
 # The report in a real browser: needs chromium and chromedriver.
 browser: install
