@@ -11,10 +11,11 @@ Each goes on where it was stopped. Several may run at the same time; a run that 
 The decision. Effect of an arm: the mean over seeds of the paired difference of its loss after one fitted temperature
 (same initial weights, same order) to that of KD at its best tau and with the arm's weights of the terms, with its 95 %
 t-interval. An arm helps if the interval lies below 0 and the mean is -0.005 nats or lower. It helps by its temperatures
-if that stays so under FACTOR mean (else it was a weight of tokens) and under DETACH (else it was the gradient through
-the temperatures). It does nothing if the interval holds 0 or the mean lies above -0.005. The last epoch counts; nothing
-is chosen on the test part. Two arms came after the first results: "fixed" with DTKD's weights of the terms, to compare
-with, and "pair", which has the mean of DTKD's temperatures for all tokens.
+if that stays so under FACTOR tau2 (else it was a weight of tokens), under FACTOR mean (else the size of the loss) and
+under DETACH (else the gradient through the temperatures). It does nothing if the interval holds 0 or the mean
+lies above -0.005. The last epoch counts; nothing is chosen on the test part. After the first results came: DTKD's
+reference, "fixed" with its weights of the terms (it had been KD), "pair", which has the mean of DTKD's temperatures for
+all tokens, FACTOR tau2, and std at tau 2.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def dtkd(rule: str, tau: float, *more: str) -> list[str]:
 
 TUNED = {
     "KD": [(tau, kd(tau)) for tau in (0.5, 1, 2)],
-    "KD under std": [(tau, kd(tau, "TEMPERATURE.RULE", "std")) for tau in (0.5, 1)],
+    "KD under std": [(tau, kd(tau, "TEMPERATURE.RULE", "std")) for tau in (0.5, 1, 2)],
     **{f"DTKD, {rule}": [(tau, dtkd(rule, tau)) for tau in (0.5, 1, 2)] for rule in ("fixed", "max_logit", "centred")},
 }
 WHOLE = ("SOLVER.CHUNK", "0")
@@ -60,7 +61,7 @@ PAIR = Path(__file__).with_name("text_pair.py")
 
 
 def arms(best: dict[str, float]) -> dict[str, list[str]]:
-    """Return the arms of the claim by name, at each rule's `best` tau."""
+    """Return the arms of the claim by name, at the `best` tau of their rule, or of `centred` where it was not tuned."""
     tau, centred = best["KD"], best["DTKD, centred"]
     return {
         f"KD, tau {tau:g}": kd(tau),
@@ -73,6 +74,10 @@ def arms(best: dict[str, float]) -> dict[str, list[str]]:
         "KD, reverse KL, tau 1": kd(1, "DIVERGENCE.TYPE", "reverse"),
         f"DTKD, pair, tau {centred:g}": dtkd("pair", centred, "EXPERIMENT.PLUGINS", str(PAIR)),
         f"DTKD, centred, tau {centred:g}, DETACH": dtkd("centred", centred, "TEMPERATURE.DETACH", "True"),
+        f"DTKD, centred, tau {centred:g}, FACTOR tau2": dtkd("centred", centred, "TEMPERATURE.FACTOR", "tau2"),
+        f"DTKD, centred_sharpness, tau {centred:g}, FACTOR tau2": dtkd(
+            "centred_sharpness", centred, "TEMPERATURE.FACTOR", "tau2"
+        ),
         f"DTKD, centred, tau {centred:g}, FACTOR mean": dtkd("centred", centred, "TEMPERATURE.FACTOR", "mean", *WHOLE),
     }
 
@@ -85,13 +90,10 @@ def train(name: str, pairs: list[str]) -> None:
     """Train a run by tools/train_ours.py, unless it is finished."""
     if finished(name):
         return
-    words = [
-        str(ROOT / "tools" / "train_ours.py"),
-        "--cfg",
-        str(Path(__file__).with_suffix(".yaml")),
-        "--resume",
-        "auto",
-    ]
+    if "NONE" not in pairs and not TEACHER.is_file():
+        sys.exit("there is no teacher yet; run `python3 benchmarks/text_rules.py teacher`")
+    words = [str(ROOT / "tools" / "train_ours.py"), "--cfg", str(Path(__file__).with_suffix(".yaml"))]
+    words += ["--resume", "auto"]
     pairs = ["EXPERIMENT.NAME", name, "SOLVER.EPOCHS", str(EPOCHS), *pairs]
     subprocess.run([sys.executable, *words, *pairs], check=False)
 
@@ -126,8 +128,9 @@ def tau_of_each(shown: bool = False) -> dict[str, float]:
     """Return the tau of each rule with the lowest calibrated loss on the validation part."""
     best = {}
     for rule, choices in TUNED.items():
-        found = {tau: last(name_of(f"tune {rule} {tau:g}", 0)) for tau, _ in choices}
-        missing = [tau for tau, row in found.items() if not row]
+        names = {tau: name_of(f"tune {rule} {tau:g}", 0) for tau, _ in choices}
+        found = {tau: last(name) for tau, name in names.items()}
+        missing = [tau for tau, name in names.items() if not finished(name)]
         if missing:
             sys.exit(f"{rule}: not tuned yet at tau {missing}; run `python3 benchmarks/text_rules.py tune`")
         best[rule] = min(found, key=lambda tau: found[tau]["loss_calibrated"])
@@ -149,28 +152,33 @@ def table(seeds: range) -> None:
     """Print what tuning chose, and an arm on each line with its figures and its difference to KD at its best tau."""
     print("| rule | calibrated loss by tau (validation, seed 0) | chosen |\n|---|---|---|")
     best = tau_of_each(shown=True)
-    found = {arm: [last(name_of(arm, seed)) for seed in seeds if finished(name_of(arm, seed))] for arm in arms(best)}
+    found = {}
+    for arm in arms(best):
+        rows = {seed: last(name_of(arm, seed)) for seed in seeds if finished(name_of(arm, seed))}
+        found |= {arm: rows} if rows else {}
     teacher = last("teacher")
     print(f"\nThe teacher, on the validation part: loss {teacher['test_loss']:.4f}, top-1 {teacher['test_acc']:.2f}.\n")
     head = "arm", "runs", "loss", "calibrated", "bits/byte", "top-1", "ECE", "KL to teacher", "fell back"
     print(f"| {' | '.join(head)} | to KD of its weights | to the pair |\n|---|{8 * '---:|'}---|---|")
-    found = {arm: rows for arm, rows in found.items() if rows}
-    losses = {arm: np.array([row["loss_calibrated"] for row in rows]) for arm, rows in found.items()}
-    ours = [arm for arm in found if arm.startswith("DTKD")]
-    for arm, rows in found.items():
+    losses = {arm: {seed: row["loss_calibrated"] for seed, row in rows.items()} for arm, rows in found.items()}
+    references = {
+        name: next(arm for arm in arms(best) if arm.startswith(name)) for name in ("KD", "DTKD, fixed", "DTKD, pair")
+    }
+    for arm, of_seed in found.items():
+        rows, own = list(of_seed.values()), np.array(list(losses[arm].values()))
         cells = [f"{np.mean([row['test_loss'] for row in rows]):.4f}"]
-        cells.append(f"{losses[arm].mean():.4f} ± {losses[arm].std(ddof=1) if len(rows) > 1 else math.nan:.4f}")
+        cells.append(f"{own.mean():.4f} ± {own.std(ddof=1) if len(rows) > 1 else math.nan:.4f}")
         for key, form in (("bits_per_byte", ".4f"), ("test_acc", ".2f"), ("ece", ".2f"), ("teacher_kl", ".4f")):
             values = [row[key] for row in rows if key in row]
             cells.append(format(np.mean(values), form) if values else "")
         back = [100 * row["temperature"]["fell_back"] for row in rows if "temperature" in row]
         cells.append(f"{np.mean(back):.1f} %" if back else "")
-        references = [next(iter(ours if arm in ours else found), ""), next((a for a in ours if "pair" in a), "")]
-        if arm not in ours:
-            references[1] = ""
-        for reference in references:
-            same = reference not in ("", arm) and len(found[reference]) == len(rows)
-            cells.append(interval(losses[arm] - losses[reference]) if same else "")
+        for name in ("DTKD, fixed", "DTKD, pair") if arm.startswith("DTKD") else ("KD", ""):
+            other = losses.get(references.get(name), {})
+            both = [
+                losses[arm][seed] - other[seed] for seed in losses[arm] if seed in other and arm != references[name]
+            ]
+            cells.append(interval(np.array(both)) if both else "")
         print(f"| {arm} | {len(rows)} | {' | '.join(cells)} |")
 
 
@@ -182,7 +190,7 @@ def main() -> None:
     a = parser.parse_args()
     turn = -1 if a.last_first else 1
     if a.stage == "teacher":
-        train("teacher", ["DISTILLER.STUDENT", "gpt4x128", "SOLVER.EPOCHS", "6"])
+        train("teacher", ["DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", "gpt4x128", "SOLVER.EPOCHS", "6"])
     elif a.stage == "tune":
         runs = [(f"tune {rule} {tau:g}", pairs) for rule, choices in TUNED.items() for tau, pairs in choices]
         for arm, pairs in runs[::turn]:

@@ -24,6 +24,7 @@ class TokenSet:
     num_classes: int  # entries of the vocabulary
     source: str  # digest of the text, its tokenizer and the blocks
     bytes_a_token: float  # of the part that is tested on
+    tokenizer: str = ""  # digest of its file; "bytes"; empty: not known
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: str = "none"
@@ -46,7 +47,13 @@ class TokenSet:
 
 
 def token_set(
-    train: Tensor, test: Tensor, block: int, num_classes: int, source: str, bytes_a_token: float = 1.0
+    train: Tensor,
+    test: Tensor,
+    block: int,
+    num_classes: int,
+    source: str,
+    bytes_a_token: float = 1.0,
+    tokenizer: str = "",
 ) -> TokenSet:
     """Return the set of two streams of ids (N,), cut into blocks of `block` tokens; what fills none at the end goes.
 
@@ -65,7 +72,7 @@ def token_set(
             raise UserError(f"the {name} part: ids must be 0 to {num_classes - 1}; got {int(stream.max())}")
         ids = stream[: count * block].to(torch.int32).view(count, block)
         parts += [ids, stream[1 : count * block + 1].long()]
-    return TokenSet(*parts, num_classes, source, bytes_a_token)
+    return TokenSet(*parts, num_classes, source, bytes_a_token, tokenizer)
 
 
 class TokenBatches(Batches):

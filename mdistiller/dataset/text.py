@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import os
 import sysconfig
@@ -50,11 +51,18 @@ def text(root: Path, options: Mapping) -> TokenSet:
     """Read the text file `root`, .gz and .dz unpacked, or all such files below a folder, in an order that their names
     alone decide.
     """
+    root = root.absolute()  # the folder "." has no name
     if root.is_dir():
         files = [path for path in root.rglob("*") if path.is_file() and not hidden(path.relative_to(root))]
         pieces = read_all(root, files, options)
     elif root.is_file():
         pieces = [unpacked(root)]
+        if b"\0" in pieces[0]:
+            raise UserError(
+                f"{root}: holds zero bytes and is no text; DATASET.ROOT is a text file, or a folder of them"
+            )
+        if not pieces[0]:
+            raise UserError(f"{root}: is empty; DATASET.ROOT is a text file, or a folder of them")
     else:
         raise UserError(f"{root}: there is no such file or folder; DATASET.ROOT is a text file, or a folder of them")
     return tokens_of(b"\0".join(pieces), options, root.parent / root.name.split(".")[0])
@@ -113,18 +121,19 @@ def read_all(root: Path, files: list[Path], options: Mapping) -> list[bytes]:
 
 def tokens_of(content: bytes, options: Mapping, beside: Path) -> TokenSet:
     """Return the tokens of a text, cut into its parts by position, at the ends of lines. `options`: the section
-    DATASET. What is trained and encoded for it is kept in files whose names begin as `beside` does.
+    DATASET. What is trained and encoded for it is kept in files beside `beside`, hidden ones, which are no text.
     """
     own = options["TEXT"]
     content = content[: wanted_bytes(options)]
-    cuts = [0, *(content.find(b"\n", int(share * len(content))) + 1 for share in SHARES), len(content)]
+    ends = (int(share * len(content)) for share in SHARES)
+    cuts = [0, *(content.find(b"\n", end) + 1 or end for end in ends), len(content)]
     parts = dict(zip(("train", "valid", "test"), (content[a:b] for a, b in pairwise(cuts)), strict=True))
     ids, vocabulary, digest = encoded(parts, own, beside)
     key = f"{hashlib.sha256(content).hexdigest()} {digest} {own['BLOCK']}"
     test, source = own["TEST"], hashlib.sha256(key.encode()).hexdigest()
     bytes_a_token = len(parts[test]) / max(1, len(ids[test]))
     streams = (torch.from_numpy(ids[name]) for name in ("train", test))
-    return token_set(*streams, own["BLOCK"], vocabulary, source, bytes_a_token)
+    return token_set(*streams, own["BLOCK"], vocabulary, source, bytes_a_token, digest)
 
 
 def encoded(parts: Mapping[str, bytes], own: Mapping, beside: Path) -> tuple[dict[str, np.ndarray], int, str]:
@@ -140,7 +149,7 @@ def encoded(parts: Mapping[str, bytes], own: Mapping, beside: Path) -> tuple[dic
         ) from None
     digest = hashlib.sha256(b"".join(parts.values())).hexdigest()[:12]
     if kind == "bpe":
-        path = beside.with_name(f"{beside.name}.bpe{own['VOCABULARY']}-{digest}.json")
+        path = beside.with_name(f".{beside.name}.bpe{own['VOCABULARY']}-{digest}.json")
         if not path.is_file():
             keep(path, train_bpe(parts["train"], own["VOCABULARY"]))
     else:
@@ -151,11 +160,14 @@ def encoded(parts: Mapping[str, bytes], own: Mapping, beside: Path) -> tuple[dic
         tokenizer = Tokenizer.from_buffer(saved)
     except Exception as error:  # a missing file's, or whatever the library raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"DATASET.TEXT.TOKENIZER: {path} cannot be read as a tokenizer.json: {reason}") from None
+        raise UserError(
+            f"DATASET.TEXT.TOKENIZER: {path} cannot be read as a tokenizer.json ({reason}); set bytes, bpe, or "
+            "the path of one"
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     name = hashlib.sha256(saved).hexdigest()
-    kept = beside.with_name(f"{beside.name}.{name[:12]}-{digest}.npz")
+    kept = beside.with_name(f".{beside.name}.{name[:12]}-{digest}.npz")
     if kept.is_file():
         with np.load(kept, allow_pickle=False) as held:
             return {part: held[part] for part in parts}, tokenizer.get_vocab_size(), name
@@ -204,5 +216,7 @@ def lines(content: bytes) -> Iterator[str]:
 
 def encode(tokenizer, content: bytes) -> np.ndarray:
     """Return the ids of a text, (N,) int32, without the special ones that a model's tokenizer adds."""
-    pieces = [piece.ids for piece in tokenizer.encode_batch([*lines(content)], add_special_tokens=False)]
-    return np.array([one for piece in pieces for one in piece], np.int32)
+    pieces, found = lines(content), [np.zeros(0, np.int32)]
+    while some := [*itertools.islice(pieces, 64)]:  # what the library returns takes a hundred bytes a token
+        found += [np.array(piece.ids, np.int32) for piece in tokenizer.encode_batch(some, add_special_tokens=False)]
+    return np.concatenate(found)

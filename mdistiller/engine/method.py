@@ -1,6 +1,7 @@
 """The method of a configuration with its networks: built by name or copied from the caller's, with their weights."""
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +114,8 @@ def build_distiller(
         name = names[side]
         if isinstance(data, TokenSet):
             model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
-            check_text_network(model, name, data.num_classes)
+            check_text_network(model, name, data.num_classes, size)
+            check_tokenizer(model, name, data)
             return model
         if given is None:
             model = build_model(name, data.num_classes, cfg.DATASET.TYPE, names[f"{side}_SIZE"])
@@ -137,13 +139,14 @@ def build_distiller(
         raise UserError(f"student: {names.STUDENT} has no parameter that learns; student.requires_grad_() thaws all")
     student, teacher = network("STUDENT", networks.student, networks.student_layers), None
     if names.STUDENT_CKPT:
-        source, head = expand(names.STUDENT_CKPT), names.NEW_HEAD
+        source, head = expand(names.STUDENT_CKPT), None if isinstance(data, TokenSet) else names.NEW_HEAD
         checkpoint.load_weights(student, names.STUDENT, data.num_classes, source, head)
     freeze(student, cfg.SOLVER.FREEZE, names.STUDENT)
     if cls.needs_teacher:
         teacher = network("TEACHER", networks.teacher, networks.teacher_layers)
         if teacher_file and networks.teacher is None:
             head = names.NEW_HEAD and bool(cls.needs_features)  # logits of a new one are nothing to learn from
+            head = None if isinstance(data, TokenSet) else head
             checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file, head)
         if networks.teacher is None:
             teacher = join_teachers(cfg, teacher, data, loaded=teacher_file is not None)
@@ -153,19 +156,35 @@ def build_distiller(
     with users_code(what), images_of(tuple(data.train_images.shape[1:3])):
         distiller = cls(student, teacher, cfg, **offered)
     if isinstance(data, TokenSet):
-        set_chunk(distiller, cfg.SOLVER.CHUNK)
+        set_chunk(distiller, cfg)
     if isinstance(distiller, RuleDistiller):
         check_rule(distiller.rule, rule_name(cfg, distiller.own_rule), data.num_classes)
     return prepare_parts(distiller, device)
 
 
-def set_chunk(distiller: Distiller, size: int) -> None:
-    """Let the method see so many tokens at a time, where its step is one that can. Raises UserError where it is asked
-    to and needs all of a batch.
+def check_tokenizer(network: nn.Module, name: str, data: TokenSet) -> None:
+    """Raise UserError where a network begins with weights that a folder has for another tokenizer than the text's."""
+    file = Path(getattr(network, "path", "")) / "tokenizer.json"
+    if not (getattr(network, "loaded", False) and data.tokenizer and file.is_file()):
+        return
+    if hashlib.sha256(file.read_bytes()).hexdigest() != data.tokenizer:
+        raise UserError(
+            f"{name}: begins with weights for another tokenizer than the text's; "
+            f"set DATASET.TEXT.TOKENIZER {file.parent}"
+        )
+
+
+def set_chunk(distiller: Distiller, cfg: CfgNode) -> None:
+    """Let the method see SOLVER.CHUNK tokens at a time, where its step is one that can. Raises UserError where it is
+    asked to and needs all of a batch.
     """
+    size = cfg.SOLVER.CHUNK
     if type(distiller).forward_train in (Vanilla.forward_train, LogitDistiller.forward_train):
-        if size and distiller.needs_batch:
-            raise UserError("SOLVER.CHUNK: what TEMPERATURE asks for needs a whole batch's logits; set SOLVER.CHUNK 0")
+        if distiller.needs_batch and (size or cfg.SOLVER.ACCUMULATE > 1):
+            what = "FACTOR mean" if distiller.factor == "mean" else f"RULE {rule_name(cfg, distiller.own_rule)}"
+            raise UserError(
+                f"TEMPERATURE.{what} looks at all tokens of a batch; set SOLVER.CHUNK 0 and SOLVER.ACCUMULATE 1"
+            )
         distiller.chunk = size
 
 

@@ -23,7 +23,7 @@ from mdistiller.runs.checkpoint import load_weights
 ROWS = 1024  # whose logits exist at a time
 TIMED = 20  # batches by which a speed is measured
 BINS = 15  # of the calibration error
-SCALES = 2.0 ** (0.3 * torch.arange(-6, 7))  # inverse temperatures at which the loss is known: 0.29 to 3.5
+SCALES = 2.0 ** (0.3 * torch.arange(-10, 11))  # inverse temperatures at which the loss is known: 1/8 to 8
 
 
 class TextScores(NamedTuple):
@@ -77,10 +77,13 @@ class TextTest:
     def _teacher(self, number: int, ids: Tensor) -> Tensor | None:
         if self.teacher is None:
             return None
-        if number == len(self.kept):
-            with in_eval_mode(self.teacher):
-                self.kept.append(self.teacher.hidden(ids).float())
-        return self.kept[number]
+        if number < len(self.kept):
+            return self.kept[number]
+        with in_eval_mode(self.teacher):
+            hidden = self.teacher.hidden(ids).float()
+        if not isinstance(self.teacher.head, nn.Identity):  # else they are logits, of the whole test
+            self.kept.append(hidden)
+        return hidden
 
     def _add(self, logits: Tensor, label: Tensor, teacher: Tensor | None, sums: Tensor, bins: Tensor) -> None:
         logp = logits.log_softmax(1)
@@ -109,8 +112,6 @@ def calibrated(sums: np.ndarray, counts: np.ndarray) -> float:
     """
     x, total = np.arange(len(SCALES), dtype=float), 0.0
     for fitted, other in ((0, 1), (1, 0)):
-        if not counts[fitted]:
-            fitted = other
         middle = int(np.clip(sums[fitted].argmin(), 2, len(x) - 3))
         near, fine = slice(middle - 2, middle + 3), np.linspace(middle - 2, middle + 2, 401)
         curves = [

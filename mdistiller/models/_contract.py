@@ -41,8 +41,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def check_text_network(network: nn.Module, name: str, num_classes: int) -> None:
-    """Raise UserError where what `network` makes of four tokens is not what a network of text gives (gpt.py)."""
+def check_text_network(network: nn.Module, name: str, num_classes: int, block: int = 0) -> None:
+    """Raise UserError where what `network` makes of four tokens is not what a network of text gives (gpt.py), or where
+    it cannot see `block` tokens at once.
+    """
+    positions = getattr(network, "positions", None)
+    if positions and block > positions:
+        raise UserError(f"the model {name} has {positions} positions; set DATASET.TEXT.BLOCK {positions}")
     ids = torch.zeros(1, 4, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]), in_eval_mode(network), torch.no_grad(), users_code(f"the model {name}"):
         logits, _ = network(ids)

@@ -40,6 +40,7 @@ class HuggingFace(nn.Module):
         import transformers
 
         self.path, self.num_classes = path, num_classes
+        transformers.utils.logging.disable_progress_bar()  # of loading a file
         given = {"local_files_only": True, "trust_remote_code": False}
         try:
             config = transformers.AutoConfig.from_pretrained(path, **given)
@@ -47,11 +48,12 @@ class HuggingFace(nn.Module):
             if self.loaded:
                 model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **given)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
         except Exception as error:  # of whatever the folder holds
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"hf:{path}: cannot be built: {reason}") from None
         layer, self.model = model.get_output_embeddings(), model
+        self.positions = getattr(config, "max_position_embeddings", None)  # of which a block may have so many
         entries = model.get_input_embeddings().num_embeddings
         if entries < num_classes:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import math
 
 import numpy as np
@@ -17,10 +18,12 @@ from mdistiller.dataset import text as source
 from mdistiller.dataset._tokens import token_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._chunks import chunked
+from mdistiller.engine.method import check_tokenizer
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.text_scores import TextTest
 from mdistiller.errors import ConfigError
 from mdistiller.models import build_model
+from mdistiller.models._contract import check_text_network
 from mdistiller.registry import temperature_rules
 
 WORDS = ("alpha", "beta", "gamma", "delta", "(", ")", "=", "0", "12", "été")
@@ -102,6 +105,13 @@ def test_packed_files_and_folders(written, tmp_path, capsys):
     assert 0.85 * 5000 < short.train_images.numel() < 0.95 * 5000
 
 
+def test_a_text_of_one_line_has_three_parts_too(tmp_path):
+    (tmp_path / "line.txt").write_bytes(bytes(range(32, 132)) * 10)
+    data = load_dataset("text", tmp_path / "line.txt", options(BLOCK=7, TEST="test"))
+    assert (data.train_labels.numel(), data.test_labels.numel()) == (896, 49)
+    assert data.test_images[0].tolist() == list(range(82, 89)), "the last twentieth"
+
+
 def test_what_is_no_text_is_one_line(written, tmp_path):
     with refused("nowhere.txt: there is no such file or folder; DATASET.ROOT is a text file"):
         load_dataset("text", tmp_path / "nowhere.txt", options())
@@ -109,8 +119,11 @@ def test_what_is_no_text_is_one_line(written, tmp_path):
     with refused("holds no text; DATASET.ROOT is a text file, or a folder of them"):
         load_dataset("text", tmp_path / "empty", options())
     (tmp_path / "short.txt").write_bytes(b"")
-    with refused("the training part has 0 tokens, less than one block"):
+    with refused("short.txt: is empty; DATASET.ROOT is a text file"):
         load_dataset("text", tmp_path / "short.txt", options())
+    (tmp_path / "binary.txt").write_bytes(TEXT + b"\0")
+    with refused("binary.txt: holds zero bytes and is no text"):
+        load_dataset("text", tmp_path / "binary.txt", options())
     with refused("the test part has .* take more text, or DATASET.TEXT.BLOCK below 4096"):
         load_dataset("text", written, options(BLOCK=4096))
     (tmp_path / "broken.gz").write_bytes(b"no gzip")
@@ -124,7 +137,7 @@ def test_a_bpe_is_trained_once_and_kept(written, parts, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers")
     own = options(TOKENIZER="bpe", VOCABULARY=300, BLOCK=16)
     first = load_dataset("text", written, own)
-    (kept,) = written.parent.glob("words.bpe300-*.json")
+    (kept,) = written.parent.glob(".words.bpe300-*.json")
     tokenizer = tokenizers.Tokenizer.from_file(str(kept))
     assert source.train_bpe(parts["train"], 300) == kept.read_bytes(), "the same for the same text"
     ids = source.encode(tokenizer, TEXT)
@@ -273,6 +286,26 @@ def test_a_folder_of_transformers_is_a_network_of_text(kind, tmp_path):
         build_model(f"hf:{tmp_path}", 65, "text")
 
 
+def test_a_folder_fits_the_text_or_says_why_not(tmp_path):
+    model = library_model("gpt2", 256)
+    model.config.dtype = "bfloat16"
+    model.config.save_pretrained(tmp_path)
+    network = build_model(f"hf:{tmp_path}", 256, "text")
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    check_text_network(network, "hf:x", 256, 32)
+    with refused("the model hf:x has 32 positions; set DATASET.TEXT.BLOCK 32"):
+        check_text_network(network, "hf:x", 256, 33)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    data = token_set(torch.zeros(9), torch.zeros(9), 4, 256, "", tokenizer="bytes")
+    check_tokenizer(network, "hf:x", data)  # its weights are new
+    model.save_pretrained(tmp_path)
+    network = build_model(f"hf:{tmp_path}", 256, "text")
+    with refused(f"hf:x: begins with weights for another tokenizer.*; set DATASET.TEXT.TOKENIZER {tmp_path}"):
+        check_tokenizer(network, "hf:x", data)
+    digest = hashlib.sha256(b"{}").hexdigest()
+    check_tokenizer(network, "hf:x", token_set(torch.zeros(9), torch.zeros(9), 4, 256, "", tokenizer=digest))
+
+
 def test_chunks_of_a_library_model_are_the_whole(tmp_path):
     library_model("gpt2", 40).save_pretrained(tmp_path)
     ids, target, found = torch.randint(0, 40, (2, 9)), torch.randint(0, 40, (18,)), []
@@ -353,7 +386,7 @@ def test_figures_are_those_of_their_definitions(drawn):
 def test_the_calibrated_loss_is_blind_to_scale(drawn):
     batches, logits = drawn
     best = TextTest(batches, 1.0)(Table(logits))
-    for scale in (1 / 3, 1.0, 3.0):
+    for scale in (1 / 7, 1 / 3, 1.0, 3.0, 7.0):
         scores = TextTest(batches, 1.0)(Table(scale * logits))
         assert scores.more["loss_calibrated"] == pytest.approx(best.loss, abs=1e-3)
         if scale != 1:
@@ -361,10 +394,12 @@ def test_the_calibrated_loss_is_blind_to_scale(drawn):
         assert (scores.more["ece"] < 1) is (scale == 1)
 
 
-def test_a_teacher_beside_itself(drawn):
+@pytest.mark.parametrize("head", [nn.Identity(), nn.Sequential()])
+def test_a_teacher_beside_itself(drawn, head):
     batches, logits = drawn
     test = TextTest(batches, 1.0, teacher=Table(logits))
-    for _ in range(2):  # its hidden states are kept
+    test.teacher.head = head
+    for _ in range(2):  # its hidden states are kept, unless they are the logits of the whole test
         more = test(Table(logits)).more
         assert more["teacher_kl"] == pytest.approx(0, abs=1e-6) and more["teacher_agreement"] == 100
-    assert len(test.kept) == len(batches)
+    assert len(test.kept) == (0 if type(head) is nn.Identity else len(batches))
