@@ -6,11 +6,12 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import KINDS, Recording, agree, cases, changed, on, outcome, run, run_set, same, unnamed
 
-from mdistiller import config, device
+from mdistiller import config
 from mdistiller.engine import build, graph, seeds, stepmode
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.seeds import summary_file, table, train_seeds
@@ -59,8 +60,8 @@ def test_replays_need_no_generators_of_their_own(small, tmp_path, monkeypatch, s
     """
     monkeypatch.setattr(build, "uses_graph", lambda *given: True)
     monkeypatch.setattr(stepmode, "GraphStep", functools.partial(GraphStep, capture=Recording))
-    swaps, real = [], device.set_generators
-    monkeypatch.setattr(device, "set_generators", lambda states: swaps.append(1) or real(states))
+    swaps, real = [], np.random.set_state
+    monkeypatch.setattr(np.random, "set_state", lambda state: swaps.append(1) or real(state))
     opts = [*on("cpu", small, epochs=6), "DISTILLER.TYPE", "KD"]
     opts[opts.index("SOLVER.BATCH_SIZE") + 1] = "8"  # 5 steps an epoch
     _, folders = run_set(opts, tmp_path / "set", [0, 1])
