@@ -45,6 +45,9 @@ def line_of(row: dict, epochs: int, seconds_left: float, columns: int | None = N
     return "  ".join(text for _, text in parts)
 
 
+LEAST_SHARE = 0.025  # a student's temperature is half of both sides' sum where the two are alike
+
+
 def temperature_lines(row: dict) -> list[str]:
     """Return an epoch's temperatures for the worklog: of each figure mean and deviation, extremes and quantiles."""
     t, lines = row["temperature"], []
@@ -60,6 +63,15 @@ def temperature_lines(row: dict) -> list[str]:
         + ", of ".join(correlations)
     )
     return lines
+
+
+def loses_scale(rows: list[dict]) -> bool:
+    """Return whether the student's temperature has just fallen below LEAST_SHARE of both sides' sum, by epochs' rows: a
+    rule that follows the student's scale then no longer holds it, and the student learns little.
+    """
+    means = [[row["temperature"][f"t_{side}"]["mean"] for side in ("student", "teacher")] for row in rows[-2:]]
+    shares = [student / (student + teacher) for student, teacher in means]
+    return len(shares) == 2 and shares[1] < LEAST_SHARE <= shares[0]
 
 
 class Recorder:
@@ -161,6 +173,11 @@ class Recorder:
             scalars["skipped_steps"] = row["skipped_steps"]
         if row.get("temperature"):
             lines += temperature_lines(row)
+            if loses_scale([one for one in self.rows if one.get("temperature")]):
+                self.say(
+                    "warning: the student's logits lose their scale, which its temperature follows "
+                    "(docs/temperature.md); TEMPERATURE.RULE norm does not let them"
+                )
             scalars |= {f"temperature/{k}": v for k, v in config.leaves(row["temperature"], "").items()}
         self.log(*lines)
         for name, value in scalars.items():

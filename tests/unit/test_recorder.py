@@ -39,6 +39,23 @@ def test_what_a_crash_left_behind_is_removed(tmp_path):
     assert (tmp_path / "worklog.txt").read_text() == "head\n  indented\nepoch 1/3  a\n"
 
 
+def test_a_student_that_loses_its_scale_is_told_once(tmp_path, capsys):
+    recorder = Recorder(tmp_path, 5)
+    figures = {"std": 0.0, "min": 0.0, "q05": 0.0, "q25": 0.0, "q50": 0.0, "q75": 0.0, "q95": 0.0, "max": 0.0}
+    said = []
+    for epoch, student in enumerate((0.1, 0.3, 0.1, 0.05, 4.0), 1):  # beside a strong teacher all begin so low
+        sides = {"student": student, "teacher": 8 - student}
+        record = {
+            f"{name}_{side}": figures | {"mean": mean} for side, mean in sides.items() for name in ("t", "sharpness")
+        }
+        record |= {"fell_back": 0.0} | {f"confidence_correlation_t_{side}": 0.0 for side in sides}
+        row = dict.fromkeys(["train_loss", "train_acc", "test_acc", "best_acc", "epoch_seconds", "lr"], 7.0)
+        row |= {"epoch": epoch, "best_epoch": 1, "images_per_second": 10.0, "train_losses": {}, "temperature": record}
+        recorder.end_epoch(row, 0.0)
+        said.append("lose their scale" in capsys.readouterr().out)
+    assert said == [False, False, True, False, False]
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
