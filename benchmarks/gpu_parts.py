@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from mdistiller.bank.inference import Inference
+from mdistiller.dataset import load_dataset
 from mdistiller.device import captured, has_bf16, prepare, seed_everything, set_determinism, side_stream
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine import build
-from mdistiller.engine.build import build_trainer
+from mdistiller.engine.build import Workspace, build_trainer
 from mdistiller.engine.cfg import load
 from mdistiller.engine.method import build_distiller
-from mdistiller.engine.run import open_workspace, train
+from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.solver import set_lr
 from mdistiller.engine.trainer import Trainer
@@ -41,7 +42,7 @@ class Part:
 
     def __init__(self, device: torch.device, folder: Path, file: Path):
         self.device, self.folder, self.file, self.rows = device, folder, file, {}
-        self.cuda = device.type == "cuda"
+        self.data, self.cuda = load_dataset("digits", "."), device.type == "cuda"
         self.teacher = "resnet20" if self.cuda else "resnet8"
 
     @contextlib.contextmanager
@@ -68,7 +69,7 @@ class Part:
         cfg = load(None, self.options(method, **keys))
         set_determinism(cfg.DETERMINISTIC)
         seed_everything(0)
-        workspace = open_workspace(cfg)
+        workspace = Workspace(self.data, self.device)
         distiller = build_distiller(cfg, workspace.data, None, workspace.device)
         return build_trainer(cfg, distiller, workspace, self.folder)[0]
 
@@ -367,7 +368,7 @@ PARTS: dict[str, tuple[Callable[[Part], None], int, int]] = {
     "compiled": (compiled, 60, 0),
     "profile": (profile, 40, 30),
     "digits": (digits, 40, 40),
-    "speed": (speed, 120, 90),
+    "speed": (speed, 120, 120),
     "memory": (memory, 60, 30),
-    "tests": (tests, 600, 40),
+    "tests": (tests, 600, 90),
 }
