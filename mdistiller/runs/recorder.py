@@ -176,7 +176,7 @@ class Recorder:
             if loses_scale([one for one in self.rows if one.get("temperature")]):
                 self.say(
                     "warning: the student's logits lose their scale, which its temperature follows "
-                    "(docs/temperature.md); TEMPERATURE.RULE norm does not let them"
+                    "(docs/temperature.md); TEMPERATURE.FACTOR tau2 holds it better"
                 )
             scalars |= {f"temperature/{k}": v for k, v in config.leaves(row["temperature"], "").items()}
         self.log(*lines)
