@@ -17,6 +17,7 @@ from mdistiller.engine.build import Workspace
 from mdistiller.engine.cfg import load
 from mdistiller.engine.evaluator import Scores, evaluation_batches, scores_of
 from mdistiller.engine.method import NO_NETWORKS, Networks, check_network, layer_names
+from mdistiller.engine.ranks import here
 from mdistiller.engine.run import train as train_run
 from mdistiller.engine.seeds import seeds_of, spread, train_seeds
 from mdistiller.errors import UserError
@@ -174,7 +175,7 @@ def distill(
         cfg.overrides[:] = [pair for pair in cfg.overrides if pair[0] in own] + [("EXPERIMENT.NAME", "run")]
         data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET)
         kept = folder is not None
-        workspace = Workspace(data, resolve_device(cfg.DEVICE), len(numbers or [0]), networks, kept)
+        workspace = Workspace(data, here().device(cfg.DEVICE), len(numbers or [0]), networks, kept)
         return _run(cfg, numbers, resume, workspace)
 
 

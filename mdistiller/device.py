@@ -54,6 +54,11 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` in float32; float64 stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     """Move `model` to the device, convolutions channels-last, and return it. Under autocast its logits come out in
     float32, so that every method's loss on them is computed in float32.
@@ -136,8 +141,8 @@ def logits_in_float32(_model: nn.Module, _inputs: tuple, output: torch.Tensor | 
     """
     output = getattr(output, "logits", output)
     if isinstance(output, torch.Tensor):
-        return output.float(), {}
-    return output[0].float(), *output[1:]
+        return at_least_float32(output), {}
+    return at_least_float32(output[0]), *output[1:]
 
 
 def set_determinism(deterministic: bool) -> None:

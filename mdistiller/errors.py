@@ -15,6 +15,7 @@ class UserError(Exception):
 
     status = 2
     prefix = "error: "
+    silent = False  # whether another process says it
 
     def __init__(self, *lines: str):
         self.lines = tuple(map(_one_line, lines))
@@ -49,6 +50,10 @@ class OtherNetwork(UserError):
 
 class FolderInUse(UserError):
     """Another process trains in that folder."""
+
+
+class ProcessLost(RunFailed):
+    """Another process of the run is gone."""
 
 
 class TrainingDiverged(RunFailed):
@@ -113,7 +118,9 @@ def run_command(
         main()
         sys.stdout.flush()
     except UserError as error:
-        _complain(*(error.prefix + line for line in error.lines))
+        # of several processes every one sees a mistake in the input: a machine's first one says it
+        if not (error.silent or (error.status == 2 and os.environ.get("LOCAL_RANK", "0") != "0")):
+            _complain(*(error.prefix + line for line in error.lines))
         raise SystemExit(error.status) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsent goes nowhere at exit

@@ -117,6 +117,13 @@ add_keys(
             between(0, 2**20 - 1),
             distils=True,
         ),
+        "DISTILLER.TEACHER_SHARD": Key(
+            False,
+            "Of several processes (torchrun): each keeps a share of a frozen teacher that is too large for one device "
+            "(FSDP2); needs TEACHER_BANK off.",
+            role="how",
+            distils=True,
+        ),
         "SOLVER.TRAINER": Key(
             "base",
             "base; dot: task and distillation gradients keep separate momenta; ours, aug: each sample in a weak and a "
@@ -186,6 +193,11 @@ add_keys(
             "Decay of an exponential average of the student's weights and statistics, such as 0.999; its accuracy is "
             "reported beside the student's; 0: none.",
             below(1),
+        ),
+        "SOLVER.SYNC_BN": Key(
+            False,
+            "Of several processes (torchrun): batch normalisations see the statistics of the whole batch, as one "
+            "process's do; else each process its own part's, and the first one's running statistics are kept.",
         ),
         "SOLVER.AMP": Key(
             "none",

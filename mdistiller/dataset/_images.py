@@ -1,7 +1,7 @@
 """Images in memory and the batches made of them, on the training device, in whole-batch tensor operations."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -128,6 +128,10 @@ class Batches:
 
     drop_last = False  # whether an epoch leaves out the samples that fill no batch, others each time
     mixing: Mixing | None = None  # makes soft targets, and mixed images
+    # where several processes share the work: of a batch of n those places that this one trains on, None for all; and
+    # this one's number with that of all, who test in turn
+    own: Callable[[int], Tensor | None] = staticmethod(lambda n: None)
+    tester: tuple[int, int] = (0, 1)
 
     def __init__(
         self,
@@ -173,7 +177,8 @@ class Batches:
         """Let pictures be decoded ahead for the batches of `plan`, (4, N), but for the first `done`."""
         if self.streamed:
             plan = self._decoded(plan)[:, done * self.batch_size : self.samples_an_epoch]
-            self.reader.expect(plan.split(self.batch_size, dim=1) if plan.shape[1] else ())
+            batches = plan.split(self.batch_size, dim=1) if plan.shape[1] else ()
+            self.reader.expect([self._wanted(batch, self.own(batch.shape[1])) for batch in batches])
 
     def _decoded(self, plan: Tensor) -> Tensor:
         """Return what the reader has to know of `plan`: places, and what crops are drawn from or -1, (2, B)."""
@@ -248,8 +253,18 @@ class Batches:
         side = 2 * self.padding + 1
         return torch.stack([index, view // side, view % side, flip])
 
-    def batch(self, plan: Tensor) -> Batch | TwoViews:
-        """Return what `plan` (4, B), on the images' device, says; both views where it has the strong one's rows."""
+    def _wanted(self, plan: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the places `rows` (m,) of a plan (4, B), and behind them those that their images are mixed with."""
+        if rows is None:
+            return plan
+        rows = rows.to(plan.device)
+        return plan[:, torch.cat([rows, plan.shape[1] - 1 - rows]) if self.mixing and self.mixing.mixes else rows]
+
+    def batch(self, plan: Tensor, rows: Tensor | None = None) -> Batch | TwoViews:
+        """Return what `plan` (4, B), on the images' device, says; both views where it has the strong one's rows. `rows`
+        (m,): the places in the batch that are wanted; None: all.
+        """
+        decisions, plan = plan[4:, :1], self._wanted(plan, rows)
         images = self.reader.take(self._decoded(plan)) if self.streamed else None
         plan = plan.to(self.labels.device, non_blocking=True)
         index, top, left, flip = plan[:4]
@@ -258,7 +273,10 @@ class Batches:
             top = left = torch.full_like(index, self.padding)
         weak = self.normalise(self.crop(images, top, left, flip))
         if self.mixing is not None:
-            weak, target = self.mixing(weak, target, plan[4:] if self.mixing.mixes and len(plan) > 4 else None)
+            mixes = self.mixing.mixes and len(plan) > 4
+            decisions = decisions.to(target.device, non_blocking=True) if mixes else None
+            weak, target = self.mixing(weak, target, decisions, rows is not None)
+            index = index[: len(target)]
         if self.strong is None or len(plan) == 4:
             return Batch(weak, target, index)
         strong = self.strong(self.crop(images, *plan[4:7]), plan[7:])
@@ -289,11 +307,13 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the samples in their order, as they are."""
-        plan = torch.arange(self.num_samples)[None].expand(4, -1) if self.streamed else None
+        first, step = self.tester
+        plan = torch.arange(first, self.num_samples, step)[None].expand(4, -1) if self.streamed else None
         if self.streamed:
-            self.start(plan)
-        for start in range(0, self.num_samples, self.batch_size):
-            index = torch.arange(start, min(start + self.batch_size, self.num_samples), device=self.images.device)
-            rows = slice(start, start + self.batch_size)
-            images = self.reader.take(self._decoded(plan[:, rows])) if self.streamed else self.images[rows]
+            self.reader.expect(self._decoded(plan).split(self.batch_size, dim=1))
+        for number, start in enumerate(range(first, self.num_samples, self.batch_size * step)):
+            rows = slice(start, min(start + self.batch_size * step, self.num_samples), step)
+            index = torch.arange(rows.start, rows.stop, step, device=self.images.device)
+            here = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            images = self.reader.take(self._decoded(plan[:, here])) if self.streamed else self.images[rows]
             yield Batch(self.normalise(images), self.labels[rows], index)

@@ -40,16 +40,19 @@ class Mixing(NamedTuple):
         shares = np.stack([generator.beta(alpha, alpha), generator.random(n), generator.random(n)])
         return torch.from_numpy(np.concatenate([kind[None], np.rint(shares * UNIT).astype(np.int64)]))
 
-    def __call__(self, image: Tensor, target: Tensor, plan: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, H, W) and targets (B, K) of images and labels (B,). `plan`: the rows that `draw` gave
-        the batch, (4, B), on its device; None: nothing is mixed.
+    def __call__(
+        self, image: Tensor, target: Tensor, plan: Tensor | None, others: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return images (B, 3, H, W) and targets (B, K) of images and labels (B,). `plan`: what `draw` gave the first
+        place of the batch, (4, 1), on its device; None: nothing is mixed. `others`: the second half of the images is
+        what the first half is mixed with, and only that comes back; else it is the batch in reverse order.
         """
         soft = F.one_hot(target, self.num_classes).float()
         soft = soft * (1 - self.smoothing) + self.smoothing / self.num_classes
         if plan is None:
             return image, soft
         kind, (share, row, column) = plan[0, 0], plan[1:, 0].float() / UNIT
-        other = image.flip(0)
+        (image, other), (soft, soft_other) = (x.chunk(2) if others else (x, x.flip(0)) for x in (image, soft))
         height, width = image.shape[2:]
         side = (1 - share).sqrt()
         inside = [
@@ -60,4 +63,4 @@ class Mixing(NamedTuple):
         cut = kind == CUTMIX
         mixed = torch.where(cut, torch.where(box, other, image), share * image + (1 - share) * other)
         kept = torch.where(cut, 1 - box.float().mean(), share)
-        return mixed, kept * soft + (1 - kept) * soft.flip(0)
+        return mixed, kept * soft + (1 - kept) * soft_other

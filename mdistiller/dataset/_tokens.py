@@ -100,13 +100,14 @@ class TokenBatches(Batches):
     def plan_of(self, rows: Tensor) -> Tensor:
         return rows[None]
 
-    def batch(self, plan: Tensor) -> Batch:
-        """Return what `plan` (1, B) says."""
-        index = plan[0].to(self.images.device)
+    def batch(self, plan: Tensor, rows: Tensor | None = None) -> Batch:
+        """Return what `plan` (1, B) says, or its places `rows` (m,)."""
+        index = self._wanted(plan, rows)[0].to(self.images.device)
         size = self.images.shape[1]
         tokens = (index[:, None] * size + self.places).flatten()
         return Batch(self.images[index].long(), self.labels[tokens], tokens)
 
     def __iter__(self) -> Iterator[Batch]:
-        for rows in torch.arange(self.num_samples).split(self.batch_size):
+        first, step = self.tester
+        for rows in torch.arange(first, self.num_samples, step).split(self.batch_size):
             yield self.batch(rows[None])

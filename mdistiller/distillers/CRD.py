@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller.config import Key, between, one_of
+from mdistiller.device import at_least_float32
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import FeatureDistiller
@@ -51,7 +52,7 @@ class Embed(nn.Module):
         self.linear = nn.Linear(in_features, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return unit(self.linear(x).float(), 1)
+        return unit(at_least_float32(self.linear(x)), 1)
 
 
 class Negatives(nn.Module):
@@ -109,6 +110,7 @@ class CRD(FeatureDistiller):
     needs = ("num_data", "labels")
     needs_labels = True
     needs_features = ("pooled_feat",)
+    needs_batch = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg, num_data: int, labels: Tensor | None = None):
         cfg = cfg.CRD

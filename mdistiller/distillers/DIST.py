@@ -74,6 +74,8 @@ def softened_dist(
 class DIST(RuleDistiller):
     """CE_WEIGHT * cross entropy + KD_WEIGHT * dist_loss at TEMPERATURE, BETA and GAMMA, or under any rule."""
 
+    needs_batch = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
         self.temperature = cfg.DIST.TEMPERATURE

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller.config import Key, all_positive
+from mdistiller.device import at_least_float32
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import RuleDistiller
@@ -67,21 +68,23 @@ def published_masks(logits_teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def strong_view(image: Tensor) -> Tensor:
+def strong_view(image: Tensor, own: slice | None = None, whole: int = 0) -> Tensor:
     """Return a second, harder view of normalised images (B, 3, H, W), each by its own draw: rotated by up to 30
     degrees, sheared by up to 0.3 and shifted by up to a quarter of the side, contrast changed by up to a half, each
     channel shifted by up to a half of its deviation, a square of half the side set to 0, the data set's mean pixel.
+    Where the images are the places `own` of a batch of `whole`, numbers are drawn for all of it.
     """
+    image = at_least_float32(image)
     batch, height, width = len(image), *image.shape[-2:]
 
     def uniform(limit: float, *shape: int) -> Tensor:
-        return limit * (2 * torch.rand(batch, *shape, device=image.device) - 1)
+        return limit * (2 * torch.rand(whole or batch, *shape, device=image.device)[own or slice(None)] - 1)
 
     angle, shear, shift = uniform(math.pi / 6), uniform(0.3), uniform(0.5, 2)  # the grid spans [-1, 1]
     cos, sin = angle.cos(), angle.sin()
     rows = [cos, shear * cos - sin, shift[:, 0], sin, shear * sin + cos, shift[:, 1]]
-    grid = F.affine_grid(torch.stack(rows, 1).view(batch, 2, 3), list(image.shape), align_corners=False)
-    view = F.grid_sample(image.float(), grid, align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, 1).view(batch, 2, 3).to(image.dtype), list(image.shape), align_corners=False)
+    view = F.grid_sample(image, grid, align_corners=False)
     mean = view.mean((1, 2, 3), keepdim=True)
     view = mean + (view - mean) * (1 + uniform(0.5, 1, 1, 1)) + uniform(0.5, 3, 1, 1)
     top, left = ((uniform(1) + 1) / 2 * side for side in (height, width))  # the square's centre; it may overhang
@@ -109,6 +112,7 @@ class MLKD(RuleDistiller):
     """
 
     takes_strong_view = True
+    needs_batch = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg)
@@ -140,7 +144,7 @@ class MLKD(RuleDistiller):
         """
         if image_strong is not None:
             return self.two_views(image, image_strong, target, logits_teacher, **kwargs)
-        strong = strong_view(image)
+        strong = strong_view(image) if self.rows is None else strong_view(image, self.rows, len(kwargs["index"]))
         logits_student, weak_losses = super().forward_train(image, target, logits_teacher, **kwargs)
         _, strong_losses = super().forward_train(strong, target, observe=False, **kwargs)
         return logits_student, {name: weak_losses[name] + strong_losses[name] for name in weak_losses}

@@ -34,6 +34,7 @@ class PKT(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * pkt_loss of the pooled features."""
 
     needs_features = ("pooled_feat",)
+    needs_batch = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.PKT.LOSS.CE_WEIGHT, cfg.PKT.LOSS.FEAT_WEIGHT)

@@ -69,6 +69,7 @@ class RKD(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * rkd_loss of the pooled features."""
 
     needs_features = ("pooled_feat",)
+    needs_batch = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.RKD.LOSS.CE_WEIGHT, cfg.RKD.LOSS.FEAT_WEIGHT)

@@ -31,6 +31,8 @@ def sp_loss(f_s: Tensor | list[Tensor], f_t: Tensor | list[Tensor]) -> Tensor:
 class SP(FeatureDistiller):
     """CE_WEIGHT * cross entropy + FEAT_WEIGHT * sp_loss at the last stage."""
 
+    needs_batch = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
         super().__init__(student, teacher, cfg.SP.LOSS.CE_WEIGHT, cfg.SP.LOSS.FEAT_WEIGHT)
 

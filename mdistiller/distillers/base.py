@@ -33,7 +33,8 @@ class Distiller(nn.Module):
     chunk = 0  # rows of a text's logits that exist at a time; 0: all of a batch's. The engine sets it.
     has_parts = False  # whether TEMPERATURE.PART applies
     takes_divergence = False  # whether DIVERGENCE applies
-    needs_batch = False  # so configured, a rowwise method looks at its other rows all the same
+    needs_batch = False  # it compares a batch's samples: its loss is no mean of theirs, and ranks see each other's
+    rows: slice | None = None  # of a batch that is on several ranks: those whose images this one has; the engine's
     needs_labels = False  # more than `ce_loss` reads the labels, so that they cannot be mixed or smoothed
     capturable = True  # a step draws nothing and decides nothing on the host, so that it can be a CUDA graph
     refused = ""  # why it cannot be chosen, where it cannot

@@ -1,5 +1,6 @@
 """From a configuration to a trainer: data, optimizer, the teacher's logits, the step."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.method import NO_NETWORKS, Networks, build_distiller
+from mdistiller.engine.norms import synchronise
+from mdistiller.engine.ranks import Ranks, here, parts_of
+from mdistiller.engine.shard import shard
 from mdistiller.engine.solver import DOT, Schedule, adamw, by_decay, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
@@ -28,7 +32,7 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
     """Raise UserError where an epoch has no batch, or where its last one is a single image that the networks cannot
     train on, as batch normalisation cannot where one image has one value of a channel.
     """
-    images, solver = len(workspace.data.train_images), cfg.SOLVER
+    images, solver, ranks = len(workspace.data.train_images), cfg.SOLVER, workspace.ranks
     what = "blocks" if isinstance(workspace.data, TokenSet) else "images"
     if solver.DROP_LAST and images < solver.BATCH_SIZE:
         raise UserError(
@@ -36,7 +40,15 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
             "smaller batches, or DROP_LAST False"
         )
     left = images % solver.BATCH_SIZE or solver.BATCH_SIZE
-    if left > 1 or (solver.DROP_LAST and solver.BATCH_SIZE > 1):
+    alone, several = "the last batch", ranks.world > 1
+    if several:
+        left, alone, tested = smallest_share(solver, images, ranks), "a process", len(workspace.data.test_images)
+        if left < 1 or tested < ranks.world:
+            raise UserError(
+                f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of {ranks.world} processes without any of {images} "
+                f"training or {tested} test {what}; start fewer of them, or set SOLVER.DROP_LAST True"
+            )
+    if left > 1 or solver.BATCH_SIZE > 1 and (solver.SYNC_BN if several else solver.DROP_LAST):
         return
     try:
         rehearse(cfg, workspace, 1)
@@ -45,9 +57,17 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
             raise
         instead = "take a larger one" if solver.BATCH_SIZE == 1 else "set SOLVER.DROP_LAST True, or take another"
         raise UserError(
-            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of {images} images to the last batch, and batch "
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of {images} images to {alone}, and batch "
             f"normalisation cannot train on one alone in {cfg.DISTILLER.STUDENT} by {cfg.DISTILLER.TYPE}; {instead}"
         ) from None
+
+
+def smallest_share(solver: CfgNode, images: int, ranks: Ranks) -> int:
+    """Return how many of a batch of an epoch of so many `images`, or of a part of it, a rank has at least."""
+    whole = min(solver.BATCH_SIZE, images)
+    left = whole if solver.DROP_LAST else images % whole or whole
+    parts = [part for size in (whole, left) for part in parts_of(size, solver.ACCUMULATE)]
+    return min(size for part in parts for size in ranks.sizes(len(part)))
 
 
 def rehearse(cfg: CfgNode, workspace: "Workspace", images: int = 8) -> None:
@@ -80,7 +100,8 @@ class Workspace:
         self.device, self.students, self.kept = device, students, kept
         self.local = data.to(device)
         self.teachers = TeacherPool(data.num_classes, self.digest, kept)
-        self.stop = Stop()
+        self.ranks = here()
+        self.stop = Stop(shared=True) if self.ranks.world > 1 else Stop()
 
 
 def training_batches(cfg: CfgNode, data: ImageSet | TokenSet) -> Batches:
@@ -103,18 +124,27 @@ def build_trainer(
 ) -> tuple[Trainer, str]:
     """Return the trainer of a run in `folder`, and a line about the bank of its teacher's logits."""
     solver, teacher, data, device = cfg.SOLVER, distiller.teacher, workspace.local, workspace.device
+    ranks = workspace.ranks
     train = training_batches(cfg, data)
-    test = evaluation_batches(data, cfg.DATASET.TEST.BATCH_SIZE)
+    if ranks.world > 1:
+        train.own = functools.partial(ranks.rows, parts=solver.ACCUMULATE)
+    test = evaluation_batches(data, cfg.DATASET.TEST.BATCH_SIZE, ranks)
     origin = {"data": workspace.digest, "teacher": checkpoint.digest(teacher.state_dict()) if teacher else ""}
     origin["plugins"] = used_code(cfg.plugins, used_names(cfg))
+    if solver.SYNC_BN:
+        synchronise(distiller, ranks, device)
+    if teacher is not None and cfg.DISTILLER.TEACHER_SHARD:
+        shard(teacher, ranks, device)
     logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
     is_text = isinstance(train, TokenBatches)
-    forward, refusal = compiled_form(cfg, distiller, device, 0 if is_text else solver.EPOCHS * len(train))
+    exchanges = ranks.world > 1 and (solver.SYNC_BN or distiller.needs_batch)
+    forward, refusal = compiled_form(cfg, distiller, device, 0 if is_text else solver.EPOCHS * len(train), exchanges)
     later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
-    step.refusal, step.clip, step.parts = refusal, solver.CLIP, solver.ACCUMULATE
-    waits = train.streamed or is_text  # for pictures that are decoded, or a loss in chunks: no graph could
+    step.refusal, step.clip, step.parts, step.ranks = refusal, solver.CLIP, solver.ACCUMULATE, ranks
+    # for pictures that are decoded, a loss in chunks, or other processes: no graph could
+    waits = train.streamed or is_text or ranks.world > 1
     graph = uses_graph(cfg, device, distiller.capturable) and not waits
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
     log = cfg.LOG
@@ -130,7 +160,7 @@ def build_trainer(
         Keeper(folder, origin, log.SAVE_CHECKPOINT_FREQ, log.SAVE_EVERY_SECONDS, workspace.students),
         options,
         workspace.stop,
-        TextTest(test, data.bytes_a_token, solver.AMP, teacher) if is_text else None,
+        TextTest(test, data.bytes_a_token, solver.AMP, teacher, ranks) if is_text else None,
     )
     return trainer, bank
 

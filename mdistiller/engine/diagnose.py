@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mdistiller.dataset import Batch
 from mdistiller.device import autocast
+from mdistiller.engine.shard import whole
 
 
 def first_bad_tensor(
@@ -78,7 +79,7 @@ def dump(
     """
     return {
         "config": config,
-        "model": distiller.state_dict(),
+        "model": {name: whole(value) for name, value in distiller.state_dict().items()},
         "batch": batch._asdict(),
         "epoch": epoch,
         "rng": random[0],

@@ -15,6 +15,7 @@ from mdistiller import config
 from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batch, Batches, ImageSet, TokenBatches, TokenSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
+from mdistiller.engine.ranks import ALONE, Ranks
 from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, default_checkpoint, fit_inputs, give_features
 from mdistiller.registry import model_refusal
@@ -30,8 +31,10 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def scores_of(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Scores:
-    """Return scores of `logits_of`, images (B, 3, H, W) -> logits (B, K). Reads the device once, at the end."""
+def scores_of(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch], ranks: Ranks = ALONE) -> Scores:
+    """Return scores of `logits_of`, images (B, 3, H, W) -> logits (B, K), over the batches of all `ranks`. Reads the
+    device once, at the end.
+    """
     counts, samples = None, 0
     for image, target, _ in batches:
         logits = logits_of(image).float()
@@ -41,7 +44,11 @@ def scores_of(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -
         batch = torch.stack([hit[:, 0].sum().float(), hit.sum().float(), loss])
         counts = batch if counts is None else counts + batch
         samples += len(target)
-    top1, top5, loss = counts.tolist()
+    if ranks.world > 1:
+        counts = torch.cat([counts.double(), counts.new_tensor([samples]).double()])  # whole numbers stay whole
+        ranks.sum([counts])
+        *counts, samples = counts.tolist()
+    top1, top5, loss = counts if ranks.world > 1 else counts.tolist()
     return Scores(100 * top1 / samples, 100 * top5 / samples if logits.shape[1] > 5 else None, loss / samples)
 
 
@@ -61,14 +68,17 @@ def images_together(wanted: int, size: int, device: torch.device) -> int:
     return max(wanted, 1000 * 32**2 // size**2) if device.type == "cuda" else wanted
 
 
-def evaluation_batches(data: ImageSet | TokenSet, wanted: int) -> Batches:
+def evaluation_batches(data: ImageSet | TokenSet, wanted: int, ranks: Ranks = ALONE) -> Batches:
     """Return the test images of `data`, which lie on their device, in batches of `wanted` or what `images_together`
-    makes of it; or the blocks of its text.
+    makes of it; or the blocks of its text. Of several `ranks` each has every so manieth sample.
     """
     if isinstance(data, TokenSet):
-        return TokenBatches(data.test_images, data.test_labels, wanted)
-    images = images_together(wanted, data.test_images.shape[1], data.test_images.device)
-    return Batches(data.test_images, data.test_labels, data.mean, data.std, images)
+        batches = TokenBatches(data.test_images, data.test_labels, wanted)
+    else:
+        images = images_together(wanted, data.test_images.shape[1], data.test_images.device)
+        batches = Batches(data.test_images, data.test_labels, data.mean, data.std, images)
+    batches.tester = (ranks.rank, ranks.world)
+    return batches
 
 
 def other_data(file: Path, dataset: str, num_classes: int) -> str:

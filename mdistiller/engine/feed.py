@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from mdistiller.bank.teacher import WINDOW, TeacherLogits
@@ -24,7 +25,8 @@ class Feed:
 
     def plans(self, epoch: int, done: int, check: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the batches of `epoch` after its first `done`: the plan (4, B) and the teacher's logits (B, K) or None,
-        on the device. The teacher is asked for some batches together; `check` is called after each of its passes.
+        on the device, of the samples that this process trains on. The teacher is asked for some batches together;
+        `check` is called after each of its passes.
         """
         size, samples = self.batches.batch_size, self.batches.samples_an_epoch
         plan = self.batches.plan(epoch)
@@ -34,11 +36,16 @@ class Feed:
         window = size * max(1, WINDOW // (size * each))
         for start in range(done * size, samples, window):
             stop = min(start + window, samples)
-            logits = self.teacher(plan[:, start:stop], check) if self.ahead else None
-            for batch in range(start, stop, size):
-                part = slice(batch, min(batch + size, stop))
-                rows = slice(each * (part.start - start), each * (part.stop - start))
-                yield local[:, part], None if logits is None else logits[rows]
+            parts = [slice(batch, min(batch + size, stop)) for batch in range(start, stop, size)]
+            asked = [self._own(plan[:, part]) for part in parts] if self.ahead else []
+            logits, end = self.teacher(torch.cat(asked, 1), check) if self.ahead else None, 0
+            for number, part in enumerate(parts):
+                begin, end = end, end + (each * asked[number].shape[1] if asked else 0)
+                yield local[:, part], None if logits is None else logits[begin:end]
+
+    def _own(self, plan: Tensor) -> Tensor:
+        rows = self.batches.own(plan.shape[1])
+        return plan if rows is None else plan[:, rows]
 
     def plan(self, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
         """Return plan and logits of one batch of `epoch`, counted from 0."""

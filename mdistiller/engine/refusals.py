@@ -22,6 +22,8 @@ def refuse_unused(cfg: Config) -> None:
         refuse_for_text(cfg, cls)
     if not cls.needs_teacher:
         return
+    if cfg.DISTILLER.TEACHER_SHARD and cls.takes_teacher_logits and cfg.TEACHER_BANK != "off":
+        raise UserError("DISTILLER.TEACHER_SHARD: a teacher in parts runs within the step; set TEACHER_BANK off")
     if cfg.TEACHER_BANK_TOP_K and cfg.DATASET.TYPE not in text_datasets:
         raise UserError(f"TEACHER_BANK_TOP_K: is for text, and {cfg.DATASET.TYPE} is images; leave it out")
     if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
@@ -67,7 +69,7 @@ def refuse_for_text(cfg: Config, cls: type) -> None:
         )
     images_only = (
         "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
-        "DISTILLER.STUDENT_SIZE", "DISTILLER.NEW_HEAD",
+        "DISTILLER.STUDENT_SIZE", "DISTILLER.NEW_HEAD", "DISTILLER.TEACHER_SHARD",
     )  # fmt: skip
     for key in images_only:
         if get(cfg, key):

@@ -11,10 +11,11 @@ from yacs.config import CfgNode
 
 from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher, teacher_names, used_names
 from mdistiller.dataset import load_dataset
-from mdistiller.device import check_amp, has_bf16, resolve_device, seed_everything, set_determinism
+from mdistiller.device import check_amp, has_bf16, seed_everything, set_determinism
 from mdistiller.engine.build import Workspace, build_trainer, check_last_batch, rehearse
 from mdistiller.engine.cfg import describe, unread_overrides
 from mdistiller.engine.method import build_distiller, prepare_parts
+from mdistiller.engine.ranks import here
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.teachers import find_teacher, find_teachers
@@ -22,8 +23,8 @@ from mdistiller.errors import RunFailed, UserError
 from mdistiller.registry import name_and_file
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import RunFolder, resumable, run_folder
-from mdistiller.runs.recorder import Recorder, require_wandb, start_wandb
-from mdistiller.terminal import counted
+from mdistiller.runs.recorder import Recorder, Unrecorded, require_wandb, start_wandb
+from mdistiller.terminal import counted, silence
 
 
 def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None = None) -> dict:
@@ -34,13 +35,14 @@ def train(cfg: Config, resume: bool | str = False, workspace: Workspace | None =
     trained "student", and "mean" and "std" of the training images. Raises UserError before anything is written if a
     part is missing, Preempted where a signal stopped the run, RunFailed where the machine or the loss let it down.
     """
-    request = RunRequest(cfg)
-    request.check(resume, workspace)
-    workspace = workspace or open_workspace(cfg)
-    request.find_teacher(resume, workspace)
-    with failures(cfg, workspace.kept), entered(workspace) as closing:
-        run = OpenRun(request, resume, workspace, closing)
-        return run.trainer.fit(run.start()) | run.outcome()
+    with silence(not here().first):
+        request = RunRequest(cfg)
+        request.check(resume, workspace)
+        workspace = workspace or open_workspace(cfg)
+        request.find_teacher(resume, workspace)
+        with failures(cfg, workspace.kept), entered(workspace) as closing:
+            run = OpenRun(request, resume, workspace, closing)
+            return run.trainer.fit(run.start()) | run.outcome()
 
 
 class RunRequest:
@@ -62,13 +64,13 @@ class RunRequest:
             raise UserError(f"resume: must be False, True or 'auto'; got {resume!r:.100}")
         if workspace is None:
             check(self.cfg)
-        device = resolve_device(self.cfg.DEVICE)
+        device = here().device(self.cfg.DEVICE)
         check_amp(self.cfg.SOLVER.AMP, device)
         check_step(self.cfg, device)
         refuse_unused(self.cfg)  # before a teacher is trained for it
         if self.cfg.LOG.WANDB:
             require_wandb()
-        if resume is True and not resumable(self.path):
+        if resume is True and not here().from_first(lambda: resumable(self.path)):
             raise UserError(
                 f"--resume: there is no run in {self.path}; start it without --resume, or with --resume auto"
             )
@@ -97,9 +99,10 @@ class RunRequest:
 
 def open_workspace(cfg: CfgNode, students: int = 1) -> Workspace:
     """Return what the runs of this process share, with the images that `cfg` names. Raises UserError without them."""
-    return Workspace(
-        load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET), resolve_device(cfg.DEVICE), students
-    )
+    ranks = here()
+    with failures(cfg):
+        data = ranks.after_first(lambda: load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET))
+    return Workspace(data, ranks.device(cfg.DEVICE), students)
 
 
 @contextlib.contextmanager
@@ -135,25 +138,56 @@ class OpenRun:
         else:
             prepare_parts(distiller, workspace.device)
         self.trainer, self.bank = build_trainer(cfg, distiller, workspace, request.path, request.teacher_file)
-        self.folder = RunFolder(request.path, resume)
-        closing.callback(self.folder.close)
-        if self.folder.resumed:
-            self.folder.check_config(cfg)
-            self.trainer.keeper.restore(self.trainer.state.load)
+        ranks = workspace.ranks
+        self.resumed = ranks.from_first(lambda: self.open_folder(resume))
+        if self.resumed:
+            kept = ranks.from_first(self.restored)
+            if not ranks.first:
+                self.trainer.state.load(*kept)
             if self.trainer.state.epoch > cfg.SOLVER.EPOCHS:
                 raise UserError(
                     f"--resume: {counted(self.trainer.state.epoch, 'epoch')} done, more than SOLVER.EPOCHS "
                     f"{cfg.SOLVER.EPOCHS}"
                 )
+        own = [value for name, value in distiller.named_parameters() if not name.startswith("teacher.")]
+        ranks.broadcast([*own, *self.trainer.step.buffers()])
 
-    def start(self) -> Recorder:
-        """Write what the run is, and say it. Return what its figures go to."""
+    def open_folder(self, resume: bool | str) -> bool:
+        """Lock the run's folder. Return whether a run that is there goes on."""
+        self.folder = RunFolder(self.request.path, resume)
+        self.closing.callback(self.folder.close)
+        if self.folder.resumed:
+            self.folder.check_config(self.request.cfg)
+        return self.folder.resumed
+
+    def restored(self) -> tuple[dict, Path]:
+        """Load the newest whole checkpoint, and return it with its path."""
+        loaded: list[tuple[dict, Path]] = []
+
+        def load(state: dict, path: Path) -> None:
+            self.trainer.state.load(state, path)
+            loaded.append((state, path))
+
+        self.trainer.keeper.restore(load)
+        return loaded[-1]
+
+    def start(self) -> Recorder | Unrecorded:
+        """Write what the run is, and say it. Return what its figures go to, on rank 0 alone to files."""
+        recorder: list[Recorder] = []
+        self.workspace.ranks.from_first(lambda: recorder.append(self.record()))
+        result = recorder[0] if recorder else Unrecorded()
+        self.rows = result.rows
+        return result
+
+    def record(self) -> Recorder:
+        """Write what the run is, and say it. Return what writes down its figures."""
         request, cfg, state = self.request, self.request.cfg, self.trainer.state
         given, file = self.workspace.networks.teacher, request.teacher_file
         if given is not None and file is not None and not file.exists():
             checkpoint.save({"model": {key: value.detach().cpu() for key, value in given.state_dict().items()}}, file)
         self.folder.write_config(cfg, request.teacher_file)
         session = {"students": self.workspace.students, "epoch": state.epoch}
+        session |= {"processes": self.workspace.ranks.world} if self.workspace.ranks.world > 1 else {}
         origin = self.trainer.keeper.origin
         self.folder.write_environment(self.workspace.device, cfg.SEED, self.folder.resumed, origin, session)
         wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, request.path.name, cfg) if cfg.LOG.WANDB else None
@@ -162,7 +196,6 @@ class OpenRun:
         recorder.unit = {"tokens": "token"}.get(self.workspace.data.unit, "img")
         self.closing.callback(recorder.close)
         self.introduce(recorder)
-        self.rows = recorder.rows
         return recorder
 
     def outcome(self) -> dict:
@@ -186,6 +219,9 @@ class OpenRun:
                 f"{data.unit}, {classes}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"
                 + (f", in {self.request.path}" if self.workspace.kept else "")
             )
+            if (world := self.workspace.ranks.world) > 1:
+                statistics = "a batch's over all of them" if cfg.SOLVER.SYNC_BN else "each one's own"
+                say_once(f"{world} processes share each batch of {cfg.SOLVER.BATCH_SIZE}; BatchNorm: {statistics}")
             for line in data.doubts():
                 say_once(line)
             if unread := unread_overrides(cfg):
@@ -234,4 +270,6 @@ def failures(cfg: CfgNode, kept: bool = True) -> Iterator[None]:
             raise RunFailed(f"out of memory on {cfg.DEVICE} with {sizes}; halve them, or set SOLVER.AMP bf16") from None
         if "deterministic" in text and cfg.DETERMINISTIC:
             raise RunFailed(f"{cfg.DISTILLER.TYPE} cannot run with DETERMINISTIC True here: {text}") from None
+        if lost := here().lost(error):
+            raise lost from None
         raise

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from mdistiller.config import needs_teacher, teacher_names
 from mdistiller.device import OwnGenerators, resolve_device, side_stream
 from mdistiller.engine.build import Workspace
+from mdistiller.engine.ranks import here
 from mdistiller.engine.run import OpenRun, RunRequest, entered, failures, open_workspace
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import FolderInUse, Preempted, RunFailed, TrainingDiverged, UserError
@@ -36,6 +37,17 @@ def seeds_of(seeds: int | Iterable[int] | None) -> list[int] | None:
     return [int(seed) for seed in numbers]
 
 
+def of_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    """Return the configuration of one student of a set."""
+    own = cfg.clone()
+    own.defrost()
+    own.merge_from_list(["SEED", seed])
+    if any(key == "EXPERIMENT.NAME" for key, _ in own.overrides):  # a name stands alone, and each needs its own
+        own.EXPERIMENT.NAME += f"+SEED:{seed}"
+    own.freeze()
+    return own
+
+
 def train_seeds(
     cfg: CfgNode, seeds: Sequence[int], resume: bool | str = False, workspace: Workspace | None = None
 ) -> dict:
@@ -55,16 +67,12 @@ def train_seeds(
             f"--seeds: {len(seeds)} students are too many side by side on CUDA; give {MOST_ON_CUDA} at a time, such as "
             f"--seeds 0-{MOST_ON_CUDA - 1}"
         )
+    if (world := here().world) > 1:
+        raise UserError(f"--seeds: {world} processes train one student together; set SEED in its place, run by run")
     width = max(len(str(seed)) for seed in seeds)
     requests = []
     for row, seed in enumerate(seeds):
-        own = cfg.clone()
-        own.defrost()
-        own.merge_from_list(["SEED", seed])
-        if any(key == "EXPERIMENT.NAME" for key, _ in own.overrides):  # a name stands alone, and each needs its own
-            own.EXPERIMENT.NAME += f"+SEED:{seed}"
-        own.freeze()
-        requests.append(RunRequest(own, f"seed {seed:>{width}}  ", row))
+        requests.append(RunRequest(of_seed(cfg, seed), f"seed {seed:>{width}}  ", row))
     missing = [str(r.cfg.SEED) for r in requests if resume is True and not resumable(r.path)]
     if missing:
         raise UserError(

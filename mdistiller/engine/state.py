@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.device import rng_state, set_rng_state
+from mdistiller.engine.shard import own_part
 from mdistiller.engine.solver import load_state, state_of
 from mdistiller.engine.step import Step
 from mdistiller.errors import RunFailed, UserError
@@ -40,7 +41,7 @@ class FrozenTeacher:
         """Return a checksum of each parameter's bits. (Its version does not rise where a method writes to `.data`.)"""
         if not self._frozen:
             return []
-        parameters = [p.detach() for p in self.model.parameters()]
+        parameters = [own_part(p.detach()) for p in self.model.parameters()]
         sums = [p.view(getattr(torch, f"int{8 * p.element_size()}")).sum() for p in parameters]
         return torch.stack(sums).tolist() if sums else []
 

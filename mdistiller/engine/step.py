@@ -1,5 +1,6 @@
 """One training step: forward, backward, update."""
 
+import contextlib
 import functools
 import math
 import re
@@ -12,8 +13,9 @@ from torch.nn.utils import get_total_norm
 
 from mdistiller.bank.text import Rows
 from mdistiller.dataset import Batch
-from mdistiller.device import AMP_DTYPES, autocast
+from mdistiller.device import AMP_DTYPES, at_least_float32, autocast
 from mdistiller.distillers import check_output, method_name
+from mdistiller.engine.ranks import ALONE, OwnPasses, Ranks, draws, parts_of
 from mdistiller.engine.solver import DOT
 from mdistiller.errors import RunFailed, users_code
 from mdistiller.runs.temperature import EpochBuffer
@@ -56,7 +58,7 @@ class Meter:
 
 
 class Part(NamedTuple):
-    """What a part of a batch has come to; losses and loss are its share of the batch's."""
+    """What a part of a batch has come to; losses and loss are its share of the batch's, over all ranks."""
 
     loss: Tensor
     losses: dict[str, Tensor]
@@ -68,6 +70,15 @@ def sum_of(values: Sequence[Tensor | None]) -> Tensor | None:
     """Return the sum of the values, where there are some."""
     there = [value for value in values if value is not None]
     return functools.reduce(torch.add, there) if there else None
+
+
+class Piece(NamedTuple):
+    """What goes through the networks at a time: this rank's samples of a part of a batch."""
+
+    batch: Batch
+    logits: Tensor | Rows | None  # the teacher's
+    share: float  # of the batch's loss that this rank's loss on it is
+    sizes: list[int]  # how many samples of the part each rank has
 
 
 def _samples(values: Tensor | Rows, start: int, stop: int, n: int) -> Tensor | Rows:
@@ -104,6 +115,7 @@ class Step:
         self.skip = nan_policy == "skip"
         self.clip = 0.0  # largest norm of the gradient; 0: none
         self.parts = 1  # of a batch, that go through the networks one after the other
+        self.ranks: Ranks = ALONE
         fp16 = AMP_DTYPES[amp] is torch.float16
         self.meter = Meter()
         self.temperatures: EpochBuffer | None = None  # where a method under a temperature rule leaves its record
@@ -126,50 +138,103 @@ class Step:
         self.steps += 1
         self.meter.images += images
 
-    def update(self, batch: Batch, epoch: int | Tensor, logits_teacher: Tensor | None = None) -> None:
-        """Do all of a step that happens on the device. Every tensor that outlives it stays the same tensor."""
+    def update(
+        self, batch: Batch, epoch: int | Tensor, logits_teacher: Tensor | None = None, whole: int | None = None
+    ) -> None:
+        """Do all of a step that happens on the device. Every tensor that outlives it stays the same tensor. `whole`:
+        how many samples the batch has of which `batch` is this rank's part.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        before = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.skip else []
-        parts = [self._backward(*part, epoch) for part in self._parts(batch, logits_teacher)]
+        before = [(buffer, buffer.clone()) for buffer in self.buffers()] if self.skip else []
+        parts = [self._backward(piece, epoch) for piece in self._pieces(batch, logits_teacher, whole)]
         extra = [sum_of(gradients) for gradients in zip(*(part.extra for part in parts), strict=True)]
         with torch.no_grad():
             loss = sum_of([part.loss for part in parts])
+            correct = sum_of([part.correct for part in parts])
+            losses = {name: sum_of([part.losses[name] for part in parts]) for name in parts[0].losses}
+            if self.ranks.world > 1:
+                correct = correct.to(loss.dtype)
+                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                gradients += [gradient for gradient in extra if gradient is not None]
+                self.ranks.sum([*gradients, loss, correct, *losses.values()])
             sound = self._change_parameters(loss, (extra,) if isinstance(self.optimizer, DOT) else ())
             for buffer, value in before:
                 buffer.copy_(torch.where(sound, buffer, value))
-            n = len(batch.target)
-            correct = sum_of([part.correct for part in parts])
-            terms = {f"loss/{name}": n * sum_of([part.losses[name] for part in parts]) for name in parts[0].losses}
+            n = len(batch.target) if whole is None else whole * (len(batch.target) // len(batch.image))
+            terms = {f"loss/{name}": n * value for name, value in losses.items()}
             self.meter.add(n, sound, loss=n * loss, correct=correct, **terms)
             self._number += 1
 
-    def _parts(self, batch: Batch, logits: Tensor | None) -> Iterator[tuple[Batch, Tensor | None, float]]:
-        """Yield the parts of `batch` with the teacher's logits and the share of the batch that each is."""
-        n = len(batch.image)
-        size = -(-n // self.parts)
-        if size >= n:
-            yield batch, logits, 1.0
-            return
-        for start in range(0, n, size):
-            stop = min(start + size, n)
-            given = None if logits is None else _samples(logits, start, stop, n)
-            yield type(batch)(*(_samples(values, start, stop, n) for values in batch)), given, (stop - start) / n
+    @property
+    def gathers(self) -> bool:
+        """Whether the method compares samples of a batch, which lie on several ranks: each sees the outputs of all."""
+        return self.ranks.world > 1 and self.distiller.needs_batch
 
-    def _backward(self, batch: Batch, logits_teacher: Tensor | None, share: float, epoch: int | Tensor) -> Part:
-        """Add the gradients of a part of a batch, of which it is the `share`."""
+    def _pieces(self, batch: Batch, logits: Tensor | Rows | None, whole: int | None) -> Iterator[Piece]:
+        n, start = len(batch.image), 0
+        whole = whole or n
+        for part in parts_of(whole, self.parts):
+            sizes, own = self.ranks.sizes(len(part)), len(self.ranks.own(part))
+            share = len(part) / self.ranks.world / whole if self.gathers else own / whole
+            if own == n:
+                yield Piece(batch, logits, share, sizes)
+                return
+            stop = start + own
+            given = None if logits is None else _samples(logits, start, stop, n)
+            yield Piece(type(batch)(*(_samples(values, start, stop, n) for values in batch)), given, share, sizes)
+            start = stop
+
+    @contextlib.contextmanager
+    def _gathering(self, sizes: list[int]) -> Iterator[None]:
+        """Let the networks give the outputs for all ranks' samples, which have `sizes` of them, with their gradient."""
+        distiller, ranks = self.distiller, self.ranks
+
+        def gathered(value: object) -> object:
+            if isinstance(value, (list, tuple)):
+                return [gathered(item) for item in value]
+            return ranks.gather(value, sizes) if isinstance(value, Tensor) else value
+
+        def of_all(_network: nn.Module, _inputs: tuple, output: tuple) -> tuple:
+            logits, feats = output
+            read = distiller.needs_features or feats
+            return ranks.gather(logits, sizes), {n: gathered(v) if n in read else v for n, v in feats.items()}
+
+        handles = [OwnPasses(distiller.student, ranks)] if draws(distiller.student) else []
+        networks = [net for net in (distiller.student, distiller.teacher) if net is not None]
+        handles += [network.register_forward_hook(of_all) for network in networks]
+        start = sum(sizes[: ranks.rank])
+        distiller.rows = slice(start, start + sizes[ranks.rank])
+        try:
+            yield
+        finally:
+            distiller.rows = None
+            for handle in handles:
+                handle.remove()
+
+    def _backward(self, piece: Piece, epoch: int | Tensor) -> Part:
+        """Add the gradients of a piece."""
+        batch, logits_teacher, share, sizes = piece
+        context = self.ranks.own_draws()
+        if self.gathers:
+            each = len(batch.target) // len(batch.image)
+            rows = [each * size for size in sizes]
+            target, index = (self.ranks.gather(values, rows) for values in (batch.target, batch.index))
+            batch, context = batch._replace(target=target, index=index), self._gathering(sizes)
+            if logits_teacher is not None:
+                logits_teacher = self.ranks.gather(logits_teacher.float(), rows)
         if self.temperatures is not None:
             self.distiller.observer = functools.partial(self.temperatures.put, batch.index)
         if isinstance(logits_teacher, Rows) and not self.distiller.chunk:
             logits_teacher = logits_teacher.float()
         given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
         given |= batch._asdict() | {"epoch": epoch}
-        with autocast(self.device, self.amp):
+        with context, autocast(self.device, self.amp):
             output = self._forward(given)
             if not self.steps:
                 check_output(self.distiller, output, len(batch.target))
             logits, losses = output
             # a method may return terms of any shape, as mdistiller's loop allows
-            losses = {name: value.float().mean() for name, value in losses.items()}
+            losses = {name: at_least_float32(value).mean() for name, value in losses.items()}
             if share != 1:
                 losses = {name: share * value for name, value in losses.items()}
             loss = sum(losses.values())
@@ -185,7 +250,8 @@ class Step:
         label = batch.target if batch.target.ndim == 1 else batch.target.argmax(1)
         losses = {name: value.detach() for name, value in losses.items()}
         predicted = logits if logits.ndim == 1 else logits.argmax(1)
-        return Part(loss.detach(), losses, (predicted == label).sum(), extra)
+        correct = (predicted == label).sum()
+        return Part(loss.detach(), losses, correct * (self.ranks.rank == 0) if self.gathers else correct, extra)
 
     def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:
         epoch = given["epoch"]
@@ -226,7 +292,7 @@ class Step:
             self.scaler.update()
         return sound
 
-    def _buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
         """Return what a forward pass changes: all buffers but those of a teacher in eval mode."""
         teacher = self.distiller.teacher
         frozen = teacher is not None and not teacher.training

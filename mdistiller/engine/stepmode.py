@@ -29,13 +29,16 @@ def uses_graph(cfg: CfgNode, device: torch.device, capturable: bool = True) -> b
     return device.type == "cuda" and wanted and cfg.SOLVER.AMP != "fp16"
 
 
-def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, steps: int) -> tuple[Callable | None, str]:
+def compiled_form(
+    cfg: CfgNode, distiller: nn.Module, device: torch.device, steps: int, exchanges: bool = False
+) -> tuple[Callable | None, str]:
     """Return what is to be called in place of `distiller`, compiled at its first call for each batch size; or None, and
     the reason where SOLVER.STEP asks for it.
 
     auto compiles on a CPU what needs no features, whose storing costs as much as compiling gains, for so many `steps`
     that faster ones make up for the compiling; not VGG, whose max-pooling's compiled backward pass costs more than all
-    the rest gains; not a library's network, whose compiling may take longer than any zoo's.
+    the rest gains; not a library's network, whose compiling may take longer than any zoo's. `exchanges`: a pass takes
+    part in what several processes exchange, which stays as it is.
     """
     own = [
         f"{path}.{name}".lstrip(".")
@@ -47,10 +50,12 @@ def compiled_form(cfg: CfgNode, distiller: nn.Module, device: torch.device, step
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
         pays = device.type == "cpu" and steps >= COMPILE_FROM_STEPS and isinstance(distiller, (LogitDistiller, Vanilla))
         pays = pays and not isinstance(distiller.student, (VGG, LibraryNetwork))
-        if own or not pays or shutil.which(compiler) is None:
+        if own or exchanges or not pays or shutil.which(compiler) is None:
             return None, ""
     elif cfg.SOLVER.STEP != "compile":
         return None, ""
+    if exchanges:
+        return None, f"{cfg.DISTILLER.TYPE} exchanges numbers with other processes on its way"
     if own:  # torch computes parts of the forward pass anew for the backward one, from what it has left by then
         return None, f"{cfg.DISTILLER.TYPE} writes to '{own[0]}', which a compiled backward pass would read too late"
     return compiled_at_first_call(distiller), ""
@@ -120,7 +125,8 @@ class RunStep:
         return self.graph is not None and plan.shape[1] in self.graph.graphs
 
     def _run(self, plan: Tensor, logits: Tensor | None, epoch: int | Tensor) -> None:
-        self.batch, self.logits = self.batches.batch(plan), logits
+        n = plan.shape[1]
+        self.batch, self.logits = self.batches.batch(plan, self.batches.own(n)), logits
         if self.teacher is not None:
             self.logits = logits = self.teacher.of(self.batch.image)
-        self.step.update(self.batch, epoch, logits)
+        self.step.update(self.batch, epoch, logits, n)

@@ -8,6 +8,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller import config
+from mdistiller.engine.ranks import here
 from mdistiller.errors import FolderInUse, Preempted, UserError
 from mdistiller.files import expand
 from mdistiller.models import default_checkpoint, imagenet_model_dict
@@ -19,7 +20,7 @@ from mdistiller.terminal import counted, say
 # keys of SOLVER that are younger than the names of trained teachers
 LATER = (
     "DROP_LAST", "FREEZE", "EARLY_STOP", "SCHEDULE", "WARMUP", "DECAY_NORMS", "CLIP", "LABEL_SMOOTHING", "ACCUMULATE",
-    "EMA",
+    "EMA", "SYNC_BN",
 )  # fmt: skip
 
 
@@ -44,9 +45,9 @@ def find_teacher(
     if resume and resumable(path) and not chosen:
         before = config.leaves(config.read(path / "config.yaml")).get("DISTILLER.TEACHER_CKPT", "")
         files.insert(0, Path(before))
-    for file in files:
-        if os.path.isfile(file):
-            return file
+    found = here().from_first(lambda: next(filter(os.path.isfile, files), None))
+    if found:
+        return found
     own = is_torchvisions(cfg) or cfg.DISTILLER.TEACHER.startswith("hf:")  # which come with weights
     if own and not (chosen or train_it):
         return Path(checkpoint.PRETRAINED)
@@ -185,14 +186,24 @@ def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Pat
             break
         except FolderInUse as error:
             say(f"{error.lines[0].split(';')[0]}; waiting for that teacher")
-            while os.path.exists(run_folder(cfg)) and in_use(run_folder(cfg)):
-                time.sleep(1)
-        if target.is_file():
+        if here().from_first(lambda: _stored_by_others(cfg, target)):
             return target
     if result["signal"]:
-        raise Preempted(f"stopped by {result['signal']} after the teacher's training; --resume auto goes on there")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.load(Path(result["folder"]) / "student_latest")
-    checkpoint.save(state | {"best_acc": result["best_acc"]}, target)
+        line = f"stopped by {result['signal']} after the teacher's training; --resume auto goes on there"
+        raise here().said(Preempted(line))
+
+    def store() -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        state = checkpoint.load(Path(result["folder"]) / "student_latest")
+        checkpoint.save(state | {"best_acc": result["best_acc"]}, target)
+
+    here().from_first(store)
     say(f"stored the teacher's last epoch at {target}")
     return target
+
+
+def _stored_by_others(cfg: CfgNode, target: Path) -> bool:
+    """Wait until no process trains the teacher that `cfg` describes. Return whether it lies at `target` then."""
+    while os.path.exists(run_folder(cfg)) and in_use(run_folder(cfg)):
+        time.sleep(1)
+    return target.is_file()

@@ -15,6 +15,7 @@ from mdistiller.dataset import TokenBatches, load_dataset
 from mdistiller.device import autocast, prepare
 from mdistiller.distillers.losses import kl_divergence
 from mdistiller.engine.evaluator import check_batch_size, evaluation_batches
+from mdistiller.engine.ranks import ALONE, Ranks
 from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, default_checkpoint, in_eval_mode
 from mdistiller.registry import model_refusal
@@ -43,9 +44,11 @@ class TextTest:
     """
 
     def __init__(
-        self, batches: TokenBatches, bytes_a_token: float, amp: str = "none", teacher: nn.Module | None = None
-    ):
+        self, batches: TokenBatches, bytes_a_token: float, amp: str = "none", teacher: nn.Module | None = None,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
         self.batches, self.bytes_a_token, self.amp, self.teacher = batches, bytes_a_token, amp, teacher
+        self.ranks = ranks
         self.kept: list[Tensor] = []  # the teacher's hidden states, by batch
 
     @torch.no_grad()
@@ -63,6 +66,7 @@ class TextTest:
                     teacher = None if of_teacher is None else self.teacher.head(of_teacher[rows]).float()
                     self._add(logits, label, teacher, sums, bins)
                     scaled.index_add_(0, half[index[rows]], _losses(logits, label))
+        self.ranks.sum([sums, bins, scaled])
         loss, hits, top5, kl, agreed = (sums / count).tolist()
         seen, right, trust = bins.cpu()
         more = {

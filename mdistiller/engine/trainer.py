@@ -76,6 +76,7 @@ class Trainer:
         # called before what may draw random numbers: where several trainers take turns, it makes the process's
         # generators this one's
         self.take_generators: Callable[[], None] = lambda: None
+        self.ranks = self.step.ranks
 
     def fit(self, recorder: Recorder) -> dict:
         """Train until the last epoch, or until no better one has come for long. Return `result`, and the signal that
@@ -96,7 +97,7 @@ class Trainer:
         """Do what `fit` does, a training step at a time, so that several trainers can take turns."""
         state, record = self.state, None
         seconds: list[float] = []  # of the epochs since it was started
-        if self.records_samples:
+        if self.records_samples and self.ranks.first:
             file = self.keeper.folder / "temperatures.bin"
             record = RecordFile(file, self.targets, state.epoch)
             if record.missing:
@@ -107,8 +108,11 @@ class Trainer:
             try:
                 self.prepare_teacher()
                 row = yield from self.train_epoch(state.epoch + 1, recorder)
+                self.share_statistics()
                 scores = self.evaluate()
                 averaged = self.scores_of_network(self.average.module) if self.average is not None else None
+                self.agree()
+                self.stop.check()
             except StopRequested:
                 self.leave(recorder)
             row |= self.score(scores) | {"epoch_seconds": time.monotonic() - begin}
@@ -116,6 +120,7 @@ class Trainer:
                 row["ema_acc"] = state.ema_acc = averaged.top1
             left = (self.options.epochs - state.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
             if self.buffer is not None:
+                self.merge_temperatures()
                 row["temperature"] = self.buffer.summary()
                 recorder.histograms(state.epoch, self.buffer)
                 if record:
@@ -173,7 +178,7 @@ class Trainer:
             state.seconds = time.monotonic() - begin
             number = (epoch - 1) * len(self.feed) + state.done
             point, last = number % self.options.point_every == 0, state.done == len(self.feed)
-            due = self.keeper.due() and not last
+            due = self.agree(self.keeper.due() and not last)
             if not step.lazy or point or last or due:
                 if step.bad_step() >= 0:
                     self.diverged(epoch)
@@ -190,10 +195,11 @@ class Trainer:
         means = meter.read()
         seconds = time.monotonic() - begin  # after the read: the device has finished
         if self.feed.teacher is not None and not self.state.teacher:
-            raise RunFailed("the method changes its teacher, which was asked ahead; set TEACHER_BANK off")
+            error = RunFailed("the method changes its teacher, which was asked ahead; set TEACHER_BANK off")
+            raise self.ranks.said(error)
         skipped = int(means.pop("skipped"))
         if skipped == len(self.feed):
-            raise TrainingDiverged(f"epoch {epoch}: no step had a finite loss; lower SOLVER.LR (now {lr:g})")
+            self.give_up(f"epoch {epoch}: no step had a finite loss; lower SOLVER.LR (now {lr:g})")
         row = {
             "epoch": epoch,
             "lr": lr,
@@ -212,7 +218,7 @@ class Trainer:
         batches = self.stop.watch(self.test)
         if not has_default_test(self.distiller):
             with autocast(self.step.device, self.step.amp):
-                return scores_of(lambda image: self.distiller(image=image), batches)
+                return scores_of(lambda image: self.distiller(image=image), batches, self.ranks)
         return self.scores_of_network(self.distiller.student)
 
     def scores_of_network(self, network: nn.Module) -> Scores | TextScores:
@@ -220,12 +226,32 @@ class Trainer:
         if self.text_test is not None:
             return self.text_test(network, self.stop.watch(self.test))
         size = self.test.images.shape[1]
-        return scores_of(Inference(network, self.step.device, self.step.amp, size), self.stop.watch(self.test))
+        inference = Inference(network, self.step.device, self.step.amp, size)
+        return scores_of(inference, self.stop.watch(self.test), self.ranks)
+
+    def agree(self, due: bool = False) -> bool:
+        """Let a signal that has come to any rank count on all of them. Return whether rank 0 thinks it is `due`."""
+        if self.ranks.world > 1:
+            self.stop.signal, due = self.ranks.agree(self.stop.asked, due)
+        return due
+
+    def share_statistics(self) -> None:
+        """Take over rank 0's buffers, such as the running statistics of its normalisations, which count."""
+        average = self.average.buffers() if self.average is not None else ()
+        self.ranks.broadcast([*self.step.buffers(), *average])
+
+    def merge_temperatures(self) -> None:
+        """Bring together what all ranks have recorded; what no rank has seen stays NaN."""
+        if self.buffer is not None and self.ranks.world > 1 and self.state.done:
+            values = self.buffer.values
+            values[values.isnan()] = -torch.inf
+            self.ranks.largest(values)
+            values[values == -torch.inf] = torch.nan
 
     def score(self, scores: Scores | TextScores) -> dict:
         """Close the epoch with its test scores. Return the test figures of its row."""
         if not math.isfinite(scores.loss):
-            raise TrainingDiverged(f"epoch {self.state.epoch + 1}: the test loss is {scores.loss}; lower SOLVER.LR")
+            self.give_up(f"epoch {self.state.epoch + 1}: the test loss is {scores.loss}; lower SOLVER.LR")
         self.state.end_epoch(scores.top1, scores.loss if self.text_test else None)
         return {
             "test_acc": scores.top1,
@@ -239,11 +265,14 @@ class Trainer:
     def save(self, recorder: Recorder) -> None:
         """Write a checkpoint: an epoch's, or inside an epoch one that goes on at the next step."""
         self.take_generators()
-        state = self.state
-        recorder.events.flush()
-        state.log_bytes = recorder.size
         if self.feed.teacher is not None:
             self.feed.teacher.commit()
+        self.merge_temperatures()
+        if not self.ranks.first:
+            return
+        state = self.state
+        recorder.flush()
+        state.log_bytes = recorder.size
         if state.epoch and not state.done:
             if self.average is not None:
                 self.keeper.save_average(state.averaged())
@@ -260,7 +289,10 @@ class Trainer:
         recorder.log(f"stopped by {self.stop.signal} in {where}")
         self.save(recorder)
         goes_on = "the same command with --resume auto goes on there" if self.options.kept else "folder= would keep it"
-        raise Preempted(f"stopped by {self.stop.signal} in {where}; {goes_on}")
+        raise self.ranks.said(Preempted(f"stopped by {self.stop.signal} in {where}; {goes_on}"))
+
+    def give_up(self, *lines: str) -> NoReturn:
+        raise self.ranks.said(TrainingDiverged(*lines))
 
     def diverged(self, epoch: int) -> NoReturn:
         """Say what went bad in the step that the device has marked, and keep what runs it again."""
@@ -268,8 +300,9 @@ class Trainer:
         back = self.step.steps - self.step.bad_step()
         number, random = self.state.done - back, self.random[-back]  # from 0, in this epoch
         batch, logits = self.run_step.batch, self.run_step.logits
-        if number != self.state.done - 1 or self.run_step.graph:
-            # noticed later, when the batch is another; a graph's own tensors are no batch any more
+        if number != self.state.done - 1 or self.run_step.graph or self.ranks.world > 1:
+            # noticed later, when the batch is another; a graph's own tensors are no batch any more; or another rank's
+            # part is bad
             plan, logits = self.feed.plan(epoch, number)
             batch = self.feed.batches.batch(plan)
         logits = None if logits is None else logits.float()  # of text they may be packed
@@ -281,13 +314,13 @@ class Trainer:
         if not self.options.known:
             again = f"the batch and the weights before it are in {file}"
         try:
-            if self.options.kept:
+            if self.options.kept and self.ranks.first:
                 checkpoint.save(state, file)
-            else:
+            elif not self.options.kept:
                 again = "folder= keeps the batch and the weights before it"
         except OSError as error:
             again = f"the batch could not be kept: {error}"
-        raise TrainingDiverged(
+        self.give_up(
             f"epoch {epoch}, step {number + 1} of {len(self.feed)}: the loss or its gradient is not finite "
             f"({describe_losses(losses)}); first to go bad: {bad or 'nothing when the step ran again'}",
             f"lower SOLVER.LR (now {self.schedule.at(epoch):g}), or leave such steps out with SOLVER.NAN_POLICY skip; "

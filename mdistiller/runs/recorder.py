@@ -106,6 +106,10 @@ class Recorder:
         write_atomic(self.folder / "worklog.txt", data)
         self.size = len(data)
 
+    def flush(self) -> None:
+        """Let a look at the run see all of TensorBoard's figures."""
+        self.events.flush()
+
     def _write_rows(self) -> None:
         write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
@@ -208,6 +212,23 @@ class Recorder:
         self._close_bar()
         if self.wandb:
             self.wandb.finish()
+
+
+class Unrecorded:
+    """In a Recorder's place in a process whose figures another one records: it keeps the rows of this session."""
+
+    size, bar_row = 0, 0
+
+    def __init__(self):
+        self.rows: list[dict] = []
+
+    def end_epoch(self, row: dict, seconds_left: float) -> None:
+        self.rows.append(row)
+
+    def nothing(self, *_args: object, **_more: object) -> None:
+        """Do nothing, in the place of all else that a Recorder does."""
+
+    log = say = start_epoch = step = progress = point = histograms = finish = flush = close = nothing
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -23,10 +23,14 @@ class StopRequested(Exception):
 class Stop:
     """While entered, the signals only leave their name here, for the loop to stop at its next step; a SIGINT after
     any of them stops at once. A signal that is ignored (nohup) stays ignored; off the main thread nothing changes.
+
+    `shared`: several processes stop together, so a signal that comes is only `asked` for, until they have agreed on it
+    and it is set as `signal`; none of them stops at once.
     """
 
-    def __init__(self):
-        self.signal = ""
+    def __init__(self, shared: bool = False):
+        self.signal = self.asked = ""
+        self.shared = shared
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Stop":
@@ -41,9 +45,12 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal:
+        if number == signal.SIGINT and self.signal and not self.shared:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.asked = signal.Signals(number).name
+        if self.shared:
+            return
+        self.signal = self.asked
         if number == signal.SIGINT:
             with contextlib.suppress(OSError):  # nobody may read it: `train | tee` ends tee by the same Ctrl-C
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint\n")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mdistiller import config
-from mdistiller.engine.seeds import train_seeds
-from mdistiller.errors import FolderInUse, Preempted, UserError
+from mdistiller.engine.ranks import here
+from mdistiller.engine.run import train
+from mdistiller.engine.seeds import of_seed, train_seeds
+from mdistiller.errors import FolderInUse, Preempted, ProcessLost, UserError
 from mdistiller.study.plan import PlannedGroup
 
 
@@ -26,13 +28,19 @@ class Outcome(NamedTuple):
 
 
 def train_group(file: Path, opts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """Train what is left of the seeds, side by side; return what went wrong, in lines.
+    """Train what is left of the seeds, side by side, or one after the other where several processes share each; return
+    what went wrong, in lines.
 
-    Raises Preempted where a signal stopped them, FolderInUse where another process trains one of them.
+    Raises Preempted where a signal stopped them, FolderInUse where another process trains one of them, ProcessLost
+    where one that shares them is gone.
     """
     try:
-        train_seeds(config.load(file, opts), seeds, resume="auto")
-    except (Preempted, FolderInUse):
+        cfg = config.load(file, opts)
+        if here().world == 1:
+            train_seeds(cfg, seeds, resume="auto")
+        for seed in seeds if here().world > 1 else ():
+            train(of_seed(cfg, seed), resume="auto")
+    except (Preempted, FolderInUse, ProcessLost):
         raise
     except UserError as error:
         return list(error.lines)
@@ -87,6 +95,15 @@ class Local:
         return LocalJob(group.file, group.opts, seeds)
 
 
+def train_task(*work: object) -> list[str]:
+    """Do `train_group` as one of the tasks of a job of submitit's, which are the processes of a run."""
+    import submitit
+
+    if submitit.JobEnvironment().num_tasks > 1:
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    return train_group(*work)
+
+
 class SlurmJob:
     """A job of submitit's."""
 
@@ -102,14 +119,15 @@ class SlurmJob:
 
     def outcome(self) -> Outcome:
         try:
-            return Outcome(True, self.job.result())
+            return Outcome(True, next(filter(None, self.job.results()), []))  # of each task
         except Exception as error:  # cancelled, out of time, a node that failed, a crash: submitit has a class for each
             return Outcome(False, [" ".join(str(error).split())[-300:] or type(error).__name__])
 
 
 class Slurm:
-    """Jobs of Slurm, whose files lie in `folder`; `parameters` are submitit's. `cluster` may be submitit's "local" or
-    "debug" too. Raises UserError where submitit is missing or refuses the parameters.
+    """Jobs of Slurm, whose files lie in `folder`; `parameters` are submitit's. A job has a process for each of its
+    gpus_per_node, or as tasks_per_node says. `cluster` may be submitit's "local" or "debug" too. Raises UserError where
+    submitit is missing or refuses the parameters.
     """
 
     slots = 10_000
@@ -119,6 +137,7 @@ class Slurm:
             raise UserError("--executor slurm needs submitit: pip install submitit")
         import submitit
 
+        parameters = {"tasks_per_node": parameters.get("gpus_per_node") or 1} | dict(parameters)
         try:
             self.executor = submitit.AutoExecutor(folder=folder.resolve() / "%j", cluster=cluster)
             self.executor.update_parameters(**parameters)
@@ -128,6 +147,6 @@ class Slurm:
     def start(self, group: PlannedGroup, seeds: Sequence[int]) -> SlurmJob:
         self.executor.update_parameters(name=re.sub(r"[^\w.-]", "_", group.name))
         try:
-            return SlurmJob(self.executor.submit(train_group, group.file, group.opts, list(seeds)))
+            return SlurmJob(self.executor.submit(train_task, group.file, group.opts, list(seeds)))
         except (RuntimeError, OSError) as error:  # sbatch refuses, is missing, or finds no space
             raise UserError(f"cannot be submitted: {' '.join(str(error).split())}") from None

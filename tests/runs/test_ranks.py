@@ -1,0 +1,158 @@
+"""Several processes give what one gives: weights, figures, counts, and runs that go on under another number of them."""
+
+import functools
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, changed, forked, outcome, run, same, status_of
+
+from mdistiller import config
+from mdistiller.engine import build
+from mdistiller.engine.ranks import Ranks, parts_of
+from mdistiller.engine.run import train
+from mdistiller.runs.stop import Stop
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ranks_exact
+
+# methods with every kind of exchange, beside what a solver may do to a batch and its gradient
+CASES = {
+    "KD": ["SOLVER.TRAINER", "dot", "SOLVER.CLIP", "0.5", "LOG.TEMPERATURE", "samples"],
+    "NONE": "SOLVER.ACCUMULATE 2 SOLVER.EMA 0.9 DATASET.MIXUP 0.4 DATASET.CUTMIX 1 SOLVER.TYPE AdamW".split(),
+    "DTKD": ["TEMPERATURE.FACTOR", "mean", "SOLVER.NAN_POLICY", "skip"],
+    "CRD": [],
+    "MLKD": [],
+    "OFD": ["SOLVER.LABEL_SMOOTHING", "0.1"],
+}
+
+
+def as_rank(rank, world, port, work):
+    """Do `work` as torchrun would have it done."""
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in found.items()}
+    work()
+
+
+def on_ranks(world, work, errors=os.devnull):
+    """Return the statuses of `world` forked processes that do `work` together; each writes to `errors` + its rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = [errors if errors == os.devnull else f"{errors}{rank}" for rank in range(world)]
+    children = [forked(functools.partial(as_rank, r, world, port, work), names[r]) for r in range(world)]
+    return [status_of(child) for child in children]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Options of a run of three steps, of 8, 8 and 6 images, and a test on 11."""
+    opts = ranks_exact.write_data(tmp_path_factory.mktemp("tiny"), images=22, tested=11)
+    return [*opts, "SOLVER.BATCH_SIZE", "8", "EXPERIMENT.NAME", "run"]
+
+
+def train_all(opts, prefix, names=CASES, resume=False):
+    """Train a run of each of `names`, in float64."""
+    ranks_exact.in_float64()
+    for name in names:
+        train(config.load(None, [*changed(opts, prefix / name), "DISTILLER.TYPE", name, *CASES[name]]), resume)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """{W: the folder of undisturbed runs of W processes}."""
+    folders = {world: tmp_path_factory.mktemp(f"whole{world}") for world in (1, 2, 3)}
+    for world, folder in folders.items():
+        assert on_ranks(world, functools.partial(train_all, tiny, folder), folder / "errors") == [0] * world
+    return folders
+
+
+def run_of(folder, name):
+    return folder / name / "distill" / "run"
+
+
+def figures(folder):
+    """A run's weights and momenta, and its last row without the clock's figures."""
+    state, rows = outcome(folder)
+    return {"model": state["model"], "optimizer": state["optimizer"]["state"]}, rows[-1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_processes_gives_what_one_gives(whole, name):
+    expected, row = figures(run_of(whole[1], name))
+    for world in (2, 3):
+        found, other = figures(run_of(whole[world], name))
+        assert max(ranks_exact.differences(expected, found)) < 1e-12, world
+        assert (other["test_acc"], other["train_acc"]) == (row["test_acc"], row["train_acc"])
+        assert other["test_loss"] == pytest.approx(row["test_loss"], rel=1e-6)
+        assert other["train_losses"] == pytest.approx(row["train_losses"], rel=1e-5)
+        assert other.get("ema_acc") == row.get("ema_acc")
+        record, own = (run_of(whole[w], name) / "temperatures.bin" for w in (1, world))
+        assert record.exists() == (name == "KD") and (name != "KD" or record.read_bytes() == own.read_bytes())
+
+
+class Asked(Stop):
+    """A signal comes to the process of rank 1 at its second step."""
+
+    number = signal.SIGTERM
+
+    def watch(self, items):
+        for number, item in enumerate(super().watch(items), 1):
+            if os.environ["RANK"] == "1" and number == 2:
+                os.kill(os.getpid(), self.number)
+            yield item
+
+
+class Struck(Asked):
+    number = signal.SIGKILL
+
+
+def disturbed(kind, opts, prefix, names):
+    build.Stop = kind  # in a child
+    train_all(opts, prefix, names)
+
+
+@pytest.mark.parametrize("name", ["KD", "CRD"])
+def test_all_stop_after_the_same_step_and_any_number_goes_on(tiny, whole, tmp_path, name):
+    errors = tmp_path / "errors"
+    assert on_ranks(3, lambda: disturbed(Asked, tiny, tmp_path, [name]), errors) == [75] * 3
+    said = [Path(f"{errors}{rank}").read_text() for rank in range(3)]
+    assert "stopped by SIGTERM in epoch 1 after step 2 of 3" in said[0] and said[1:] == ["", ""]
+    shutil.copytree(tmp_path / name, tmp_path / "other" / name)
+    assert on_ranks(3, lambda: train_all(tiny, tmp_path, [name], "auto")) == [0] * 3
+    assert same(outcome(run_of(tmp_path, name)), outcome(run_of(whole[3], name))), "the bits of the same number"
+    assert on_ranks(2, lambda: train_all(tiny, tmp_path / "other", [name], "auto")) == [0] * 2
+    found = [figures(run_of(folder, name))[0] for folder in (tmp_path / "other", whole[1])]
+    assert max(ranks_exact.differences(*found)) < 1e-12
+
+
+def test_who_is_left_names_the_process_that_is_gone(tiny, tmp_path):
+    errors = tmp_path / "errors"
+    assert on_ranks(3, lambda: disturbed(Struck, tiny, tmp_path, ["NONE"]), errors) == [1, -signal.SIGKILL, 1]
+    said = [Path(f"{errors}{rank}").read_text().splitlines() for rank in (0, 2)]
+    assert said == [["error: process 1 of 3 is gone; --resume auto goes on from the last checkpoint"], []]
+
+
+def test_what_cannot_be_shared_is_refused_in_one_line(tiny, tmp_path):
+    errors = tmp_path / "errors"
+    assert on_ranks(2, lambda: run(tiny, tmp_path, SOLVER__BATCH_SIZE=3), errors) == [2, 2]
+    said = [Path(f"{errors}{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert len(said[0]) == 1 and "leaves one of 2 processes without any of 22 training" in said[0][0] and not said[1]
+    assert not (tmp_path / "distill").exists()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_place_of_a_batch_is_one_rank_s(parts):
+    for world in (1, 2, 3, 4):
+        ranks = [Ranks(world, rank) for rank in range(world)]
+        for n in (12, 13, 33):
+            rows = [torch.arange(n) if world == 1 else r.rows(n, parts) for r in ranks]
+            assert torch.cat(rows).sort().values.tolist() == list(range(n))
+            for part in parts_of(n, parts):
+                sizes = [len(r.own(part)) for r in ranks]
+                assert sizes == ranks[0].sizes(len(part)) and max(sizes) - min(sizes) <= 1
