@@ -18,7 +18,7 @@ def shard(teacher: nn.Module, ranks: Ranks, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.world,))
-    teacher.requires_grad_(False)
+    teacher.requires_grad_(False).to(memory_format=torch.contiguous_format)  # FSDP2 takes no others
     for block in (*blocks(teacher), teacher):
         fully_shard(block, mesh=mesh)
 

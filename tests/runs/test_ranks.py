@@ -1,11 +1,11 @@
 """Several processes give what one gives: weights, figures, counts, and runs that go on under another number of them."""
 
 import functools
+import importlib.util
 import os
 import shutil
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,12 @@ from mdistiller import config
 from mdistiller.engine import build
 from mdistiller.engine.ranks import Ranks, parts_of
 from mdistiller.engine.run import train
+from mdistiller.engine.shard import own_part, shard
 from mdistiller.runs.stop import Stop
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import ranks_exact
+spec = importlib.util.spec_from_file_location("ranks_exact", ROOT / "benchmarks" / "ranks_exact.py")
+ranks_exact = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ranks_exact)
 
 # methods with every kind of exchange, beside what a solver may do to a batch and its gradient
 CASES = {
@@ -117,7 +119,7 @@ def disturbed(kind, opts, prefix, names):
     train_all(opts, prefix, names)
 
 
-@pytest.mark.parametrize("name", ["KD", "CRD"])
+@pytest.mark.parametrize("name", ["CRD", pytest.param("KD", marks=pytest.mark.slow)])
 def test_all_stop_after_the_same_step_and_any_number_goes_on(tiny, whole, tmp_path, name):
     errors = tmp_path / "errors"
     assert on_ranks(3, lambda: disturbed(Asked, tiny, tmp_path, [name]), errors) == [75] * 3
@@ -144,6 +146,24 @@ def test_what_cannot_be_shared_is_refused_in_one_line(tiny, tmp_path):
     said = [Path(f"{errors}{rank}").read_text().splitlines() for rank in (0, 1)]
     assert len(said[0]) == 1 and "leaves one of 2 processes without any of 22 training" in said[0][0] and not said[1]
     assert not (tmp_path / "distill").exists()
+
+
+def test_a_teacher_in_parts_teaches_the_same(tiny, whole, tmp_path):
+    def work():
+        def sharded(teacher, ranks, device):
+            total = sum(p.numel() for p in teacher.parameters())
+            shard(teacher, ranks, device)
+            own = sum(own_part(p).numel() for p in teacher.parameters())
+            (tmp_path / f"share{ranks.rank}").write_text(str(own / total))
+
+        build.shard = sharded  # in a child
+        train_all([*tiny, "DISTILLER.TEACHER_SHARD", "True"], tmp_path, ["DTKD", "OFD"])
+
+    assert on_ranks(2, work) == [0, 0]
+    assert all(0.4 < float((tmp_path / f"share{rank}").read_text()) < 0.6 for rank in (0, 1))
+    for name in ("DTKD", "OFD"):
+        found = [figures(run_of(folder, name))[0] for folder in (tmp_path, whole[2])]
+        assert max(ranks_exact.differences(*found)) < 1e-12
 
 
 @pytest.mark.parametrize("parts", [1, 3])
