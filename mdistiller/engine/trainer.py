@@ -195,8 +195,8 @@ class Trainer:
         means = meter.read()
         seconds = time.monotonic() - begin  # after the read: the device has finished
         if self.feed.teacher is not None and not self.state.teacher:
-            error = RunFailed("the method changes its teacher, which was asked ahead; set TEACHER_BANK off")
-            raise self.ranks.said(error)
+            line = "the method changes its teacher, which was asked ahead; set TEACHER_BANK off"
+            raise self.ranks.said(RunFailed(line))
         skipped = int(means.pop("skipped"))
         if skipped == len(self.feed):
             self.give_up(f"epoch {epoch}: no step had a finite loss; lower SOLVER.LR (now {lr:g})")
@@ -237,8 +237,7 @@ class Trainer:
 
     def share_statistics(self) -> None:
         """Take over rank 0's buffers, such as the running statistics of its normalisations, which count."""
-        average = self.average.buffers() if self.average is not None else ()
-        self.ranks.broadcast([*self.step.buffers(), *average])
+        self.ranks.broadcast([*self.step.buffers(), *(self.average.buffers() if self.average is not None else ())])
 
     def merge_temperatures(self) -> None:
         """Bring together what all ranks have recorded; what no rank has seen stays NaN."""
@@ -301,8 +300,7 @@ class Trainer:
         number, random = self.state.done - back, self.random[-back]  # from 0, in this epoch
         batch, logits = self.run_step.batch, self.run_step.logits
         if number != self.state.done - 1 or self.run_step.graph or self.ranks.world > 1:
-            # noticed later, when the batch is another; a graph's own tensors are no batch any more; or another rank's
-            # part is bad
+            # noticed later, when the batch is another; a graph's own tensors are none any more; another rank's is bad
             plan, logits = self.feed.plan(epoch, number)
             batch = self.feed.batches.batch(plan)
         logits = None if logits is None else logits.float()  # of text they may be packed
