@@ -86,12 +86,15 @@ def _split(path: Path, images: np.ndarray, labels: np.ndarray, split: str) -> tu
 
 def _remedy(images: np.ndarray) -> str:
     """Return what to call on images of another layout or type before they are saved, where that can be told."""
+    if images.dtype.kind not in "biuf" or not images.size:
+        return ""
     calls = ""
     if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
         calls += ".transpose(0, 2, 3, 1)"
-    if images.dtype.kind == "f" and images.size and 0 <= images.min() and images.max() <= 1:
+    low, high = images.min(), images.max()
+    if images.dtype.kind == "f" and 0 <= low and high <= 1:
         calls = f"(255 * images{calls}).round().astype('uint8')"
-    elif images.dtype != np.uint8 and images.size and 0 <= images.min() and images.max() <= 255:
+    elif images.dtype != np.uint8 and 0 <= low and high <= 255:
         calls = f"images{calls}.astype('uint8')"
     elif calls:
         calls = "images" + calls
