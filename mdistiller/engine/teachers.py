@@ -155,7 +155,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     code = config.used_code(cfg.plugins, {"model": [cfg.DISTILLER.TEACHER], "dataset": [cfg.DATASET.TYPE]})
     parts = [solver, root, cfg.DATASET.AUGMENT, code, _younger(cfg, start)]
     key = checkpoint.digest(parts[:3] + list(filter(None, parts[3:])))[:8]
-    network = names.TEACHER.replace("/", "-")  # hf:PATH
+    network = names.TEACHER.replace("/", "-")[-60:]  # hf:PATH
     tag = f"none,{network},{cfg.DATASET.TYPE},{own.SOLVER.EPOCHS}-epochs,seed{cfg.SEED},{key}"
     own.EXPERIMENT.NAME = own.EXPERIMENT.TAG = tag
     own.freeze()

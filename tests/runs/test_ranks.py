@@ -33,6 +33,9 @@ CASES = {
     "OFD": ["SOLVER.LABEL_SMOOTHING", "0.1"],
 }
 
+QUICK = ("KD", "NONE", "CRD")
+SLOW = tuple(name for name in CASES if name not in QUICK)
+
 
 def as_rank(rank, world, port, work):
     """Do `work` as torchrun would have it done."""
@@ -67,11 +70,15 @@ def train_all(opts, prefix, names=CASES, resume=False):
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """{W: the folder of undisturbed runs of W processes}."""
-    folders = {world: tmp_path_factory.mktemp(f"whole{world}") for world in (1, 2, 3)}
-    for world, folder in folders.items():
-        assert on_ranks(world, functools.partial(train_all, tiny, folder), folder / "errors") == [0] * world
-    return folders
+    """`whole(world, name)`: the folder of undisturbed runs of so many processes, which holds that of a method."""
+
+    @functools.cache
+    def trained(world, names):
+        folder = tmp_path_factory.mktemp(f"whole{world}")
+        assert on_ranks(world, functools.partial(train_all, tiny, folder, names), folder / "errors") == [0] * world
+        return folder
+
+    return lambda world, name: trained(world, QUICK if name in QUICK else SLOW)
 
 
 def run_of(folder, name):
@@ -84,17 +91,17 @@ def figures(folder):
     return {"model": state["model"], "optimizer": state["optimizer"]["state"]}, rows[-1]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_any_number_of_processes_gives_what_one_gives(whole, name):
-    expected, row = figures(run_of(whole[1], name))
+    expected, row = figures(run_of(whole(1, name), name))
     for world in (2, 3):
-        found, other = figures(run_of(whole[world], name))
+        found, other = figures(run_of(whole(world, name), name))
         assert max(ranks_exact.differences(expected, found)) < 1e-12, world
         assert (other["test_acc"], other["train_acc"]) == (row["test_acc"], row["train_acc"])
         assert other["test_loss"] == pytest.approx(row["test_loss"], rel=1e-6)
         assert other["train_losses"] == pytest.approx(row["train_losses"], rel=1e-5)
         assert other.get("ema_acc") == row.get("ema_acc")
-        record, own = (run_of(whole[w], name) / "temperatures.bin" for w in (1, world))
+        record, own = (run_of(whole(w, name), name) / "temperatures.bin" for w in (1, world))
         assert record.exists() == (name == "KD") and (name != "KD" or record.read_bytes() == own.read_bytes())
 
 
@@ -127,9 +134,9 @@ def test_all_stop_after_the_same_step_and_any_number_goes_on(tiny, whole, tmp_pa
     assert "stopped by SIGTERM in epoch 1 after step 2 of 3" in said[0] and said[1:] == ["", ""]
     shutil.copytree(tmp_path / name, tmp_path / "other" / name)
     assert on_ranks(3, lambda: train_all(tiny, tmp_path, [name], "auto")) == [0] * 3
-    assert same(outcome(run_of(tmp_path, name)), outcome(run_of(whole[3], name))), "the bits of the same number"
+    assert same(outcome(run_of(tmp_path, name)), outcome(run_of(whole(3, name), name))), "the bits of the same number"
     assert on_ranks(2, lambda: train_all(tiny, tmp_path / "other", [name], "auto")) == [0] * 2
-    found = [figures(run_of(folder, name))[0] for folder in (tmp_path / "other", whole[1])]
+    found = [figures(run_of(folder, name))[0] for folder in (tmp_path / "other", whole(1, name))]
     assert max(ranks_exact.differences(*found)) < 1e-12
 
 
@@ -157,12 +164,12 @@ def test_a_teacher_in_parts_teaches_the_same(tiny, whole, tmp_path):
             (tmp_path / f"share{ranks.rank}").write_text(str(own / total))
 
         build.shard = sharded  # in a child
-        train_all([*tiny, "DISTILLER.TEACHER_SHARD", "True"], tmp_path, ["DTKD", "OFD"])
+        train_all([*tiny, "DISTILLER.TEACHER_SHARD", "True"], tmp_path, ["KD", "CRD"])
 
     assert on_ranks(2, work) == [0, 0]
     assert all(0.4 < float((tmp_path / f"share{rank}").read_text()) < 0.6 for rank in (0, 1))
-    for name in ("DTKD", "OFD"):
-        found = [figures(run_of(folder, name))[0] for folder in (tmp_path, whole[2])]
+    for name in ("KD", "CRD"):
+        found = [figures(run_of(folder, name))[0] for folder in (tmp_path, whole(2, name))]
         assert max(ranks_exact.differences(*found)) < 1e-12
 
 
