@@ -43,6 +43,7 @@ add_keys(
 
 SHARES = (0.90, 0.95)  # where the training part ends, and the one for validation
 PACKED = (".gz", ".dz")  # .dz: dictzip's, which gzip reads
+WANTED = "DATASET.ROOT is a text file, or a folder of them"
 ENCODED = 2**16  # bytes that are encoded at a time, cut at a line's end
 
 
@@ -58,13 +59,11 @@ def text(root: Path, options: Mapping) -> TokenSet:
     elif root.is_file():
         pieces = [unpacked(root)]
         if b"\0" in pieces[0]:
-            raise UserError(
-                f"{root}: holds zero bytes and is no text; DATASET.ROOT is a text file, or a folder of them"
-            )
+            raise UserError(f"{root}: holds zero bytes and is no text; {WANTED}")
         if not pieces[0]:
-            raise UserError(f"{root}: is empty; DATASET.ROOT is a text file, or a folder of them")
+            raise UserError(f"{root}: is empty; {WANTED}")
     else:
-        raise UserError(f"{root}: there is no such file or folder; DATASET.ROOT is a text file, or a folder of them")
+        raise UserError(f"{root}: there is no such file or folder; {WANTED}")
     return tokens_of(b"\0".join(pieces), options, root.parent / root.name.split(".")[0])
 
 
@@ -115,7 +114,7 @@ def read_all(root: Path, files: list[Path], options: Mapping) -> list[bytes]:
     if passed:
         say(f"{root}: {counted(len(passed), 'file')} passed over, no text, such as {passed[0].relative_to(root)}")
     if not found:
-        raise UserError(f"{root}: holds no text; DATASET.ROOT is a text file, or a folder of them")
+        raise UserError(f"{root}: holds no text; {WANTED}")
     return found
 
 

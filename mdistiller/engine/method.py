@@ -138,15 +138,15 @@ def build_distiller(
     if networks.student is not None and not any(part.requires_grad for part in networks.student.parameters()):
         raise UserError(f"student: {names.STUDENT} has no parameter that learns; student.requires_grad_() thaws all")
     student, teacher = network("STUDENT", networks.student, networks.student_layers), None
+    new_head = None if isinstance(data, TokenSet) else names.NEW_HEAD  # None: not to be had
     if names.STUDENT_CKPT:
-        source, head = expand(names.STUDENT_CKPT), None if isinstance(data, TokenSet) else names.NEW_HEAD
-        checkpoint.load_weights(student, names.STUDENT, data.num_classes, source, head)
+        source = expand(names.STUDENT_CKPT)
+        checkpoint.load_weights(student, names.STUDENT, data.num_classes, source, new_head)
     freeze(student, cfg.SOLVER.FREEZE, names.STUDENT)
     if cls.needs_teacher:
         teacher = network("TEACHER", networks.teacher, networks.teacher_layers)
         if teacher_file and networks.teacher is None:
-            head = names.NEW_HEAD and bool(cls.needs_features)  # logits of a new one are nothing to learn from
-            head = None if isinstance(data, TokenSet) else head
+            head = new_head and bool(cls.needs_features)  # logits of a new one are nothing to learn from
             checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file, head)
         if networks.teacher is None:
             teacher = join_teachers(cfg, teacher, data, loaded=teacher_file is not None)
