@@ -114,14 +114,19 @@ imagenet_models = Registry("ImageNet model")
 text_models = Registry("text model")
 datasets = Registry("dataset")
 temperature_rules = Registry("temperature rule")
-text_datasets: set[str] = set()  # those of `datasets` whose samples are tokens
+tasks: dict[str, str] = {}  # of those `datasets` whose samples are no images of one class each: text, detection
+
+
+def task_of(dataset: str) -> str:
+    """Return what networks learn on a data set, DATASET.TYPE: classification, text or detection."""
+    return tasks.get(dataset, "classification")
 
 
 def constructor(name: str, dataset: str = "") -> Callable:
     """Return the constructor(num_classes=...) of the network that `name` means on that data set, DATASET.TYPE: on
     imagenet the names of imagenet_models come first, and text has networks of its own. Raises UnknownName.
     """
-    if dataset in text_datasets:
+    if task_of(dataset) == "text":
         return text_models[name]
     if dataset == "imagenet" and name in imagenet_models:
         return imagenet_models[name]
@@ -137,10 +142,11 @@ def name_and_file(text: str) -> tuple[str, str]:
 
 def model_refusal(name: str, dataset: str) -> str | None:
     """Return the line on why a configuration may not choose the network `name` on that data set, None where it may."""
-    if dataset in text_datasets:
+    if task_of(dataset) == "text":
         return text_models.refusal(name)
     if text_models.refusal(name) is None:
-        return f"the model {name} is one of text; set DATASET.TYPE {' or '.join(sorted(text_datasets))}"
+        takers = sorted(known for known, task in tasks.items() if task == "text")
+        return f"the model {name} is one of text; set DATASET.TYPE {' or '.join(takers)}"
     here = [*cifar_models.active, *(imagenet_models.active if dataset == "imagenet" else [])]
     if name in here:
         return None

@@ -15,7 +15,7 @@ import _package  # noqa: F401
 
 from mdistiller.config import KEYS, load
 from mdistiller.errors import UserError, run_command
-from mdistiller.registry import text_datasets
+from mdistiller.registry import task_of
 
 
 def evaluate(words: Sequence[str] | None = None) -> None:
@@ -82,7 +82,7 @@ def evaluate(words: Sequence[str] | None = None) -> None:
         section.TYPE, section.ROOT = dataset, a.root or "./data"
         refuse_out(a.out, dataset)
         what = f"{a.model} from {file}"
-        if dataset in text_datasets:
+        if task_of(dataset) == "text":
             reports = evaluate_text({a.model: (a.model, file)}, section, a.batch_size, device, a.amp)
         else:
             report = evaluate_checkpoint((a.model, a.size), file, section, a.batch_size, device, a.amp)
@@ -100,7 +100,7 @@ def evaluate(words: Sequence[str] | None = None) -> None:
 
 def refuse_out(out: Path | None, dataset: str) -> None:
     """Raise UserError where files are asked for that only images have."""
-    if out and dataset in text_datasets:
+    if out and task_of(dataset) == "text":
         raise UserError(f"--out: writes accuracy by class, and {dataset} is text; leave it out, or use --json")
 
 

@@ -16,7 +16,12 @@ from mdistiller.dataset._registry import register_dataset
 from mdistiller.dataset._tokens import TokenBatches, TokenSet, token_set
 from mdistiller.errors import UserError, users_code
 from mdistiller.registry import datasets as dataset_dict
-from mdistiller.registry import text_datasets
+from mdistiller.registry import task_of
+
+KINDS = {  # what a data set is, by its task
+    "classification": (ImageSet, "an ImageSet, which image_set makes"),
+    "text": (TokenSet, "a TokenSet, which token_set makes"),
+}
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -35,10 +40,9 @@ def load_dataset(name: str, root: str | Path, options: Mapping | None = None) ->
             data = load(files.expand(root), *given)
     except OSError as error:
         raise UserError(f"the data set {name}: {error}; set DATASET.ROOT to where its files are") from error
-    if name in text_datasets and not isinstance(data, TokenSet):
-        raise UserError(f"the data set {name} must be a TokenSet, which token_set makes; got {type(data).__name__}")
-    if name not in text_datasets and not isinstance(data, ImageSet):
-        raise UserError(f"the data set {name} must be an ImageSet, which image_set makes; got {type(data).__name__}")
+    kind, wanted = KINDS[task_of(name)]
+    if not isinstance(data, kind):
+        raise UserError(f"the data set {name} must be {wanted}; got {type(data).__name__}")
     return data
 
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 from mdistiller.dataset._images import ImageSet
 from mdistiller.dataset._tokens import TokenSet
-from mdistiller.registry import datasets, text_datasets
+from mdistiller.registry import datasets, tasks
 
 
-def register_dataset(name: str, text: bool = False) -> Callable:
+def register_dataset(name: str, task: str = "classification") -> Callable:
     """Decorator: enters `load(root: Path) -> ImageSet` into dataset_dict, or `load(root, options)`, whose options are
-    the section DATASET; one of `text` gives a TokenSet. `load` raises UserError for bad files.
+    the section DATASET; of the `task` text it gives a TokenSet. `load` raises UserError for bad files.
     """
 
     def register(load: Callable[[Path], ImageSet | TokenSet]) -> Callable[[Path], ImageSet | TokenSet]:
         datasets[name] = load
-        if text:
-            text_datasets.add(name)
+        if task != "classification":
+            tasks[name] = task
         return load
 
     return register

@@ -47,7 +47,7 @@ WANTED = "DATASET.ROOT is a text file, or a folder of them"
 ENCODED = 2**16  # bytes that are encoded at a time, cut at a line's end
 
 
-@register_dataset("text", text=True)
+@register_dataset("text", task="text")
 def text(root: Path, options: Mapping) -> TokenSet:
     """Read the text file `root`, .gz and .dz unpacked, or all such files below a folder, in an order that their names
     alone decide.
@@ -67,7 +67,7 @@ def text(root: Path, options: Mapping) -> TokenSet:
     return tokens_of(b"\0".join(pieces), options, root.parent / root.name.split(".")[0])
 
 
-@register_dataset("python", text=True)
+@register_dataset("python", task="text")
 def python(root: Path, options: Mapping) -> TokenSet:
     """Read the source of the library of the Python that runs, without its tests; a tokenizer is kept in `root`."""
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -3,7 +3,7 @@
 from mdistiller.config import PLUGINS, TWO_VIEWS, Config, get
 from mdistiller.distillers import RuleDistiller, distiller_dict
 from mdistiller.errors import UserError
-from mdistiller.registry import text_datasets
+from mdistiller.registry import task_of
 
 
 def refuse_unused(cfg: Config) -> None:
@@ -18,13 +18,13 @@ def refuse_unused(cfg: Config) -> None:
             f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
         )
     refuse_soft_labels(cfg, cls)
-    if cfg.DATASET.TYPE in text_datasets:
+    if task_of(cfg.DATASET.TYPE) == "text":
         refuse_for_text(cfg, cls)
     if not cls.needs_teacher:
         return
     if cfg.DISTILLER.TEACHER_SHARD and cls.takes_teacher_logits and cfg.TEACHER_BANK != "off":
         raise UserError("DISTILLER.TEACHER_SHARD: a teacher in parts runs within the step; set TEACHER_BANK off")
-    if cfg.TEACHER_BANK_TOP_K and cfg.DATASET.TYPE not in text_datasets:
+    if cfg.TEACHER_BANK_TOP_K and task_of(cfg.DATASET.TYPE) != "text":
         raise UserError(f"TEACHER_BANK_TOP_K: is for text, and {cfg.DATASET.TYPE} is images; leave it out")
     if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
         raise UserError(

@@ -15,7 +15,7 @@ from mdistiller.engine.evaluator import Report, evaluate_checkpoint
 from mdistiller.engine.method import join_teachers
 from mdistiller.engine.text_scores import TextReport, evaluate_text
 from mdistiller.errors import UserError
-from mdistiller.registry import text_datasets
+from mdistiller.registry import task_of
 from mdistiller.study import statistics as st
 from mdistiller.study.charts import Chart, Panel, write_table
 from mdistiller.study.drawing import save
@@ -60,7 +60,7 @@ def evaluate_run(
         except Missing:
             notes.append(f"the teacher {names.TEACHER} is not there any more; name its file with -m and -c")
 
-    if data.TYPE in text_datasets:
+    if task_of(data.TYPE) == "text":
         named = {what: (names[side], str(file)) for what, (side, file) in asked.items()}
         return evaluate_text(named, data, batch_size, device, amp), notes
 

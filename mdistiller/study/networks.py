@@ -18,7 +18,7 @@ from mdistiller.engine.method import join_teachers
 from mdistiller.engine.teachers import teacher_files
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, cifar_model_dict, fit_inputs
-from mdistiller.registry import model_refusal, text_datasets
+from mdistiller.registry import model_refusal, task_of
 from mdistiller.runs.checkpoint import is_source, load_weights
 from mdistiller.study.runs import Run
 
@@ -63,7 +63,7 @@ class Networks:
     def data(self, run: Run) -> ImageSet:
         kind, root = run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT
         config.activate(run.plugins)  # another run's may bear the same names
-        if kind in text_datasets:
+        if task_of(kind) == "text":
             raise Missing(f"{kind} is text, and this is for images; tools/eval.py -r {run.folder} scores its networks")
         if kind not in dataset_dict:
             raise Missing(f"data set '{kind}' is not known here; name its plug-in with --plugins FILE")
