@@ -9,10 +9,11 @@ from pathlib import Path
 from mdistiller import files
 from mdistiller.config import CFG
 from mdistiller.dataset._arrays import image_set
+from mdistiller.dataset._detection import DetectionBatch, DetectionBatches, DetectionSet
 from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
 from mdistiller.dataset._loaders import Loader, get_dataset
 from mdistiller.dataset._mixing import Mixing
-from mdistiller.dataset._registry import register_dataset
+from mdistiller.dataset._registry import Data, register_dataset
 from mdistiller.dataset._tokens import TokenBatches, TokenSet, token_set
 from mdistiller.errors import UserError, users_code
 from mdistiller.registry import datasets as dataset_dict
@@ -21,6 +22,7 @@ from mdistiller.registry import task_of
 KINDS = {  # what a data set is, by its task
     "classification": (ImageSet, "an ImageSet, which image_set makes"),
     "text": (TokenSet, "a TokenSet, which token_set makes"),
+    "detection": (DetectionSet, "a DetectionSet, as scenes makes one"),
 }
 
 for _module in pkgutil.iter_modules(__path__):
@@ -28,7 +30,7 @@ for _module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def load_dataset(name: str, root: str | Path, options: Mapping | None = None) -> ImageSet | TokenSet:
+def load_dataset(name: str, root: str | Path, options: Mapping | None = None) -> Data:
     """Return the data set `name`, read from `root`. `options`: the section DATASET of a configuration, its defaults
     where it is left out, for a loader with a parameter of that name. Raises UserError with one line where the files are
     missing or bad.
@@ -49,6 +51,9 @@ def load_dataset(name: str, root: str | Path, options: Mapping | None = None) ->
 __all__ = [
     "Batch",
     "Batches",
+    "DetectionBatch",
+    "DetectionBatches",
+    "DetectionSet",
     "ImageSet",
     "Loader",
     "Mixing",

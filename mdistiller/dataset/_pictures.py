@@ -153,12 +153,12 @@ class Reader:
     The numbers of a batch are its own: neither the workers nor what was decoded before decide any of them.
     """
 
-    def __init__(self, pictures: Pictures):
-        self.pictures, self.device = pictures, pictures.device
+    def __init__(self, pictures: Pictures, decoding: type = Decoding):
+        self.decoding, self.device = decoding(pictures), pictures.device
         self.units: list[tuple[list[int], list[int]]] = []  # of the epoch, which the loader asks for
         self.expected: deque[Tensor] = deque()  # the batches that are still to be taken
         self.loader = DataLoader(
-            Decoding(pictures), batch_sampler=self.units, collate_fn=_as_it_is, num_workers=pictures.workers,
+            self.decoding, batch_sampler=self.units, collate_fn=_as_it_is, num_workers=pictures.workers,
             persistent_workers=pictures.workers > 0, generator=torch.Generator(),  # nothing of the run's own is drawn
         )  # fmt: skip
         self.images: Iterator[np.ndarray | str] = iter(())
@@ -170,19 +170,28 @@ class Reader:
         self.images = iter(self.loader) if self.units else iter(())
 
     def take(self, batch: Tensor) -> Tensor:
-        """Return the images of `batch` (2, B), uint8 (B, size, size, 3), on the device: those that were decoded ahead,
-        where it is the next of the expected ones. Raises RunFailed where a file cannot be read.
+        """Return the images of `batch` (2, B), uint8 (B, size, size, 3), on the device. Raises RunFailed where a file
+        cannot be read.
+        """
+        return self.on_device(torch.cat([torch.from_numpy(part) for part in self.parts(batch)]))
+
+    def on_device(self, images: Tensor) -> Tensor:
+        return images.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else images
+
+    def parts(self, batch: Tensor) -> list:
+        """Return what the units of `batch` (2, B) are decoded to: ahead of this call, where it is the next of the
+        expected batches. Raises RunFailed where a file cannot be read.
         """
         ahead = bool(self.expected) and torch.equal(self.expected[0], batch)
         units = units_of(batch)
-        source = self.images if ahead else map(Decoding(self.pictures).__getitems__, units)
+        source = self.images if ahead else map(self.decoding.__getitems__, units)
         parts = []
         try:
             for _ in units:
                 part = next(source)
                 if isinstance(part, str):
                     raise RunFailed(f"{part}; --resume auto goes on then")
-                parts.append(torch.from_numpy(part))
+                parts.append(part)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -192,8 +201,7 @@ class Reader:
             ) from None
         if ahead:
             self.expected.popleft()
-        images = torch.cat(parts)
-        return images.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else images
+        return parts
 
 
 def units_of(batch: Tensor) -> list[tuple[list[int], list[int]]]:

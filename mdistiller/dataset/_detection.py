@@ -1,0 +1,286 @@
+"""Images with boxes, and the batches made of them: flipped and scaled as a plan says, boxes with them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mdistiller.config import Check, Key, add_keys
+from mdistiller.dataset._images import Batches
+from mdistiller.dataset._pictures import Reader
+from mdistiller.errors import UserError
+
+add_keys(
+    {
+        "DATASET.JITTER": Key(
+            [0.8, 1.0],
+            "Detection: the size of a training image as a share of that in a test, drawn between these two; with a "
+            "flip. DATASET.AUGMENT none: neither.",
+            Check(
+                lambda v: len(v) == 2 and 0.1 <= v[0] <= v[1] <= 4,
+                "must be two numbers from 0.1 to 4, such as [0.8, 1]",
+            ),
+        ),
+        "DATASET.LONG_SIDE": Key(
+            0,
+            "Detection: pixels of an image's longer side at most, before JITTER; 0: 1333, of scenes DATASET.SIZE.",
+            Check(lambda v: not v or 16 <= v <= 8192, "must be 0, or 16 to 8192"),
+        ),
+    }
+)
+
+
+class Source(Protocol):
+    """Where the images of a side come from: files, or a drawing. A process that decodes gets a copy of it."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, place: int) -> np.ndarray:
+        """Return an image, uint8 (H, W, 3). Raises UserError where it cannot be had."""
+
+
+class Boxes(NamedTuple):
+    """The boxes of N images, all M one after the other: those of image i from starts[i] to starts[i + 1]."""
+
+    box: Tensor  # (M, 4) float32: left, top, right, bottom in pixels
+    label: Tensor  # (M,) int64, from 1
+    crowd: Tensor  # (M,) bool: a region of many, or one that is not to be counted
+    area: Tensor  # (M,) float32, of the object itself: by it small, medium and large ones are told apart
+    starts: tuple[int, ...]  # N + 1
+    ids: tuple[int, ...]  # N: the images' own numbers
+
+    def of(self, place: int) -> dict[str, Tensor | int]:
+        """Return what an image shows, as a target: boxes (n, 4), labels, crowd and area (n,), image_id."""
+        rows = slice(self.starts[place], self.starts[place + 1])
+        return {
+            "boxes": self.box[rows], "labels": self.label[rows], "crowd": self.crowd[rows], "area": self.area[rows],
+            "image_id": self.ids[place],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Side:
+    """Training or test images with their boxes. `held`: the images, uint8 (3, H, W) each, where they are in memory;
+    else `source` gives them, by `workers` processes ahead of the steps.
+    """
+
+    source: Source
+    boxes: Boxes
+    held: tuple[Tensor, ...] | None = None
+    workers: int = 0
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.boxes.ids)
+
+    def image(self, place: int) -> Tensor:
+        """Return an image as it is, uint8 (3, H, W)."""
+        return self.held[place] if self.held is not None else channels_first(self.source.read(place)).to(self.device)
+
+    def target(self, place: int) -> dict[str, Tensor | int]:
+        """Return all boxes of an image, as `Boxes.of` does."""
+        return self.boxes.of(place)
+
+    def to(self, device: torch.device) -> "Side":
+        """Return the side with its boxes, and the images that are held, on `device`."""
+        boxes = self.boxes._replace(**{name: getattr(self.boxes, name).to(device) for name in self.boxes._fields[:4]})
+        held = None if self.held is None else tuple(image.to(device) for image in self.held)
+        return replace(self, boxes=boxes, held=held, device=device)
+
+
+class Views(NamedTuple):
+    """How images come to a detector: in a test so that the shorter side has `short` pixels, or less, where the longer
+    one would have more than `long`; in training that times a factor from `low` to `high`, and mirrored or not.
+    """
+
+    short: int = 800
+    long: int = 1333
+    low: float = 0.8
+    high: float = 1.0
+    flip: bool = True
+
+
+@dataclass(frozen=True)
+class DetectionSet:
+    """Images of any sizes with boxes around the objects of K classes, whose labels are 1 to K; 0 is the background.
+    It has the face of an ImageSet: the sides stand in the images' and in the labels' place.
+    """
+
+    train: Side
+    test: Side
+    classes: tuple[str, ...]
+    source: str  # digest
+    views: Views = Views()
+    notes: tuple[str, ...] = ()  # what was noticed when it was read, a line each
+    unit: ClassVar[str] = "images"
+
+    @property
+    def num_classes(self) -> int:
+        """K + 1, with the background."""
+        return 1 + len(self.classes)
+
+    train_images = train_labels = property(lambda self: self.train)
+    test_images = test_labels = property(lambda self: self.test)
+    class_names = property(lambda self: self.classes)
+
+    def doubts(self) -> list[str]:
+        """Return what was noticed, and a line on classes that no training box is of, which the student cannot learn."""
+        label = self.train.boxes.label
+        counts = torch.bincount(label[~self.train.boxes.crowd], minlength=self.num_classes)[1:].tolist()
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+        line = f"warning: {len(empty)} of {len(counts)} classes have no training box: {names}"
+        return [*self.notes, *([line] if empty else [])]
+
+    def to(self, device: torch.device) -> "DetectionSet":
+        """Return the set on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def digest(self) -> str:
+        """Return the digest of what the set was read from."""
+        return self.source
+
+
+class DetectionBatch(NamedTuple):
+    image: list[Tensor]  # B of float32 (3, H, W) in [0, 1], each of its own size
+    target: list[dict]  # B of Boxes.of
+    index: Tensor  # (B,) int64: the images' places in the set
+
+
+class Decoding:
+    """What a worker does with a unit, (places, -): it returns the images, (H, W, 3) each, or what went wrong."""
+
+    def __init__(self, side: Side):
+        self.source = side.source
+
+    def __getitems__(self, unit: tuple[list[int], list[int]]) -> list[np.ndarray] | str:
+        try:
+            return [self.source.read(place) for place in unit[0]]
+        except UserError as error:
+            return str(error)
+
+
+class DetectionBatches(Batches):
+    """Batches of images with boxes.
+
+    Training (`views` given): each epoch has an order, and each image in it a factor and a flip, all a function of
+    (seed, epoch) alone; crowds, on which nothing is trained, are left out of the targets. A test (`views` None): images
+    and boxes as they are, in their order. Of several processes each has whole batches of a test, since what a detector
+    finds depends on the batch whose size its image is padded to.
+    """
+
+    views = 0  # of an image: there is no end of them, so no bank can hold a teacher's answers
+
+    def __init__(self, side: Side, batch_size: int, views: Views | None = None, seed: int = 0):
+        self.side, self.batch_size, self.scaling, self.seed = side, batch_size, views, seed
+        self.augment, self.strong = None, None
+        self.reader = Reader(side, Decoding) if side.held is None else None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.side)
+
+    @property
+    def targets_each(self) -> int:
+        return 1
+
+    @property
+    def plan_device(self) -> torch.device:
+        """The CPU, which looks at each image's decisions."""
+        return torch.device("cpu")
+
+    def plan(self, epoch: int) -> Tensor:
+        """Return the epoch's decisions on the CPU, (3, N) int64: order, flip, and the factor of the size in
+        thousandths.
+        """
+        n, views = self.num_samples, self.scaling or Views(low=1.0, flip=False)
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(n, generator=generator) if self.scaling else torch.arange(n)
+        flip = torch.randint(0, 2, (n,), generator=generator) * views.flip
+        low, high = round(1000 * views.low), round(1000 * views.high)
+        return torch.stack([order, flip, torch.randint(low, high + 1, (n,), generator=generator)])
+
+    def _decoded(self, plan: Tensor) -> Tensor:
+        return torch.stack([plan[0], torch.full_like(plan[0], -1)])
+
+    def batch(self, plan: Tensor, rows: Tensor | None = None) -> DetectionBatch:
+        """Return what `plan` (3, B) says, or its places `rows` (m,)."""
+        plan = self._wanted(plan, rows).cpu()
+        images, targets = [], []
+        for image, (place, flip, factor) in zip(self._images(plan), plan.T.tolist(), strict=True):
+            target = self.side.target(place)
+            image = image.float() / 255
+            if self.scaling is not None:
+                target = without_crowds(target)
+                height, width = scaled_size(image.shape[1:], self.scaling, factor / 1000)
+                image, target = resize(image, target, height, width)
+                image, target = mirror(image, target) if flip else (image, target)
+            images.append(image)
+            targets.append(target)
+        return DetectionBatch(images, targets, plan[0].to(self.side.device))
+
+    def _images(self, plan: Tensor) -> Iterator[Tensor]:
+        if self.reader is None:
+            yield from (self.side.held[place] for place in plan[0].tolist())
+            return
+        for part in self.reader.parts(self._decoded(plan)):
+            yield from (self.reader.on_device(channels_first(image)) for image in part)
+
+    def __iter__(self) -> Iterator[DetectionBatch]:
+        """Yield this process's batches of the images in their order, as they are."""
+        first, step = self.tester
+        plans = self.plan(0).split(self.batch_size, dim=1)[first::step]
+        if self.streamed:
+            self.reader.expect([self._decoded(plan) for plan in plans])
+        yield from map(self.batch, plans)
+
+
+def channels_first(image: np.ndarray) -> Tensor:
+    """Return an image (H, W, 3) as a tensor (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def scaled_size(size: Sequence[int], views: Views, factor: float = 1.0) -> tuple[int, int]:
+    """Return (height, width) of an image of `size` (height, width) as it comes to a detector."""
+    factor *= min(views.short / min(size), views.long / max(size))
+    return tuple(max(1, int(side * factor)) for side in size)
+
+
+def resize(image: Tensor, target: dict, height: int, width: int) -> tuple[Tensor, dict]:
+    """Return an image (3, H, W) bilinearly scaled to that size, as torchvision's detectors scale theirs, and its boxes
+    with it.
+    """
+    old = image.shape[1:]
+    if (height, width) == tuple(old):
+        return image, target
+    image = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
+    x, y = width / old[1], height / old[0]
+    scale = target["boxes"].new_tensor([x, y, x, y])
+    return image, target | {"boxes": target["boxes"] * scale, "area": target["area"] * (x * y)}
+
+
+def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
+    """Return an image (3, H, W) with left and right exchanged, and its boxes with it."""
+    left, top, right, bottom = target["boxes"].unbind(1)
+    width = image.shape[2]
+    return image.flip(2), target | {"boxes": torch.stack([width - right, top, width - left, bottom], 1)}
+
+
+def without_crowds(target: dict) -> dict:
+    """Return a target without the boxes that are crowds."""
+    if not target["crowd"].any():
+        return target
+    return {name: value if name == "image_id" else value[~target["crowd"]] for name, value in target.items()}
+
+
+def views_of(options: Mapping, short: int = 800, long: int = 1333) -> Views:
+    """Return the views that the section DATASET asks for; `short` and `long` where it leaves that open."""
+    low, high = options["JITTER"]
+    short, long = options["SIZE"] or short, options["LONG_SIDE"] or long
+    if options["AUGMENT"] == "none":
+        return Views(short, long, 1.0, 1.0, flip=False)
+    return Views(short, long, low, high)
