@@ -9,7 +9,7 @@ from pathlib import Path
 from mdistiller import files
 from mdistiller.config import CFG
 from mdistiller.dataset._arrays import image_set
-from mdistiller.dataset._detection import DetectionBatch, DetectionBatches, DetectionSet
+from mdistiller.dataset._detection import Boxes, DetectionBatch, DetectionBatches, DetectionSet
 from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
 from mdistiller.dataset._loaders import Loader, get_dataset
 from mdistiller.dataset._mixing import Mixing
@@ -51,6 +51,7 @@ def load_dataset(name: str, root: str | Path, options: Mapping | None = None) ->
 __all__ = [
     "Batch",
     "Batches",
+    "Boxes",
     "DetectionBatch",
     "DetectionBatches",
     "DetectionSet",
