@@ -57,8 +57,8 @@ def fitted(text: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return 1 run, 2,000 runs, 2 classes."""
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    """Return 1 run, 2,000 runs, 2 classes, 2 boxes."""
+    plural = f"{noun}es" if noun.endswith(("s", "x")) else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
 
 

@@ -27,7 +27,7 @@ add_keys(
         "DATASET.TYPE": Key(
             "cifar100",
             "Data set: cifar100, cifar10, digits, npz; of picture files imagefolder, imagenet, tiny_imagenet; of text "
-            "text, python (the source of Python's own library).",
+            "text, python (the source of Python's own library); of images with boxes coco, voc, scenes (drawn).",
             one_of(registry.datasets),
         ),
         "DATASET.ROOT": Key("./data", "Folder that holds the data set; of npz and text the file itself.", role="where"),

@@ -22,14 +22,14 @@ UNIT = 32  # pictures that a worker decodes at a time
 AREA, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a random crop, torchvision's RandomResizedCrop
 
 
-def decode(path: Path, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
-    """Return the picture, upright as its EXIF data say, in RGB: of 16 bits the upper 8, transparent parts over the
+def decode(path: Path, background: Sequence[int] = (255, 255, 255), upright: bool = True) -> Image.Image:
+    """Return the picture, `upright` as its EXIF data say, in RGB: of 16 bits the upper 8, transparent parts over the
     colour `background`, of several frames the first. Raises UserError that names a file that cannot be read.
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # of large pictures, which are read; too large ones are an error
-            return _in_rgb(ImageOps.exif_transpose(image), background)
+            return _in_rgb(ImageOps.exif_transpose(image) if upright else image, background)
     except (MemoryError, UserError):
         raise
     except Exception as error:  # no list of what damaged bytes raise in PIL is complete

@@ -24,7 +24,8 @@ add_keys(
     {
         "DATASET.SIZE": Key(
             0,
-            "Picture folders: pixels of a side; 0: 224, of tiny_imagenet 64.",
+            "Picture folders: pixels of a side; 0: 224, of tiny_imagenet 64. Detection: of a test image's shorter side; "
+            "0: 800, of scenes 128.",
             Check(lambda v: not v or 8 <= v <= 1024, "must be 0, or 8 to 1024"),
         ),
         "DATASET.CROP": Key(
@@ -40,7 +41,7 @@ add_keys(
         ),
         "DATASET.MEMORY": Key(
             4.0,
-            "Picture folders: GiB that the decoded pictures may take to be kept in memory; larger sets, and those "
+            "Picture files: GiB that the decoded pictures may take to be kept in memory; larger sets, and those "
             "under resized_crop, are decoded in each epoch by DATASET.NUM_WORKERS processes.",
             at_least(0),
             role="how",

@@ -1,0 +1,140 @@
+"""Folders laid out as Pascal VOC's: JPEGImages, Annotations/*.xml, and lists of names in ImageSets/Main."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+from mdistiller.dataset._annotations import Annotations, inside, number_below
+from mdistiller.dataset._detection import DetectionSet, views_of
+from mdistiller.dataset._registry import register_dataset
+from mdistiller.dataset.imagefolder import SUFFIXES
+from mdistiller.errors import UserError
+from mdistiller.files import open_regular
+
+LISTS = {"training": ("train.txt",), "test": ("val.txt", "test.txt")}
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+@register_dataset("voc", task="detection")
+def voc(root: Path, options: Mapping) -> DetectionSet:
+    """Read the pictures and boxes in `root`, or in its VOCdevkit/VOC*. Objects that are marked as difficult are crowds:
+    they are neither trained on nor counted. Raises UserError that names the first file and object that cannot be.
+    """
+    root, trees, lists = inner(root), {}, {}
+    hasher = hashlib.sha256(options["BAD_BOXES"].encode())
+    for what, known in LISTS.items():
+        files = [root / "ImageSets" / "Main" / name for name in known]
+        lists[what] = next((file for file in files if file.is_file()), None)
+        if lists[what] is None:
+            raise UserError(f"{root}: has no ImageSets/Main/{known[0]}; list the names of the {what} pictures there")
+        trees[what] = [(name, *annotated(root, name, lists[what], hasher)) for name in names_in(lists[what])]
+    classes = sorted({name for _, file, tree in trees["training"] for _, _, name in objects(file, tree)})
+    sides, notes = [], []
+    for what, file in lists.items():
+        found = Annotations(what, options["BAD_BOXES"] == "drop")
+        for place, entry in enumerate(trees[what]):
+            enter(*entry, place, classes, found, root / "JPEGImages")
+        sides.append(found.side(root / "JPEGImages", file, options))
+        notes += found.notes()
+    return DetectionSet(*sides, tuple(classes), hasher.hexdigest(), views_of(options), tuple(notes))
+
+
+def inner(root: Path) -> Path:
+    """Return the folder that holds Annotations: `root`, or the last one of its VOCdevkit."""
+    if (root / "Annotations").is_dir():
+        return root
+    for folder in sorted([*root.glob("VOC20*"), *root.glob("VOCdevkit/VOC20*")], reverse=True):
+        if (folder / "Annotations").is_dir():
+            return folder
+    raise UserError(
+        f"{root}: has no folder Annotations; DATASET.ROOT is the one that holds Annotations, ImageSets and JPEGImages"
+    )
+
+
+def names_in(file: Path) -> list[str]:
+    """Return the names that a list has, one a line."""
+    names = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"{file}: is empty; list the names of pictures there, one a line")
+    seen: set[str] = set()
+    for number, name in enumerate(names, 1):
+        if not inside(name) or name in seen:
+            why = "is in the list twice" if name in seen else "is no name of a file"
+            raise UserError(f"{file}: {name!r}, entry {number}, {why}; remove it")
+        seen.add(name)
+    return names
+
+
+def annotated(root: Path, name: str, listed: Path, hasher: "hashlib._Hash") -> tuple[Path, Element]:
+    """Return the XML file of the picture `name`, and its root."""
+    file = root / "Annotations" / f"{name}.xml"
+    if not file.is_file():
+        raise UserError(f"{listed}: there is no {file}; put it there, or remove {name} from the list")
+    with open_regular(file, "an XML file as Pascal VOC has them") as opened:
+        content = opened.read()
+    hasher.update(hashlib.sha256(content).digest())
+    return file, tree_of(content, file)
+
+
+def tree_of(content: bytes, file: Path) -> Element:
+    """Return the root of an XML file. Raises UserError for what is none, and for one that declares entities, which can
+    unfold without end or name other files.
+    """
+    builder, parser = TreeBuilder(), expat.ParserCreate()
+
+    def refuse(*_) -> None:
+        raise UserError(f"{file}: declares an XML entity, which no annotation needs; remove it")
+
+    parser.EntityDeclHandler = refuse
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(content, True)
+        return builder.close()
+    except (expat.ExpatError, ValueError, LookupError) as error:  # an unknown encoding
+        reason = "it is empty" if not content.strip() else str(error)
+        raise UserError(f"{file}: is no XML ({reason}); write it again") from None
+
+
+def text(element: Element, name: str, where: object) -> str:
+    """Return the text of the part `name` of an element."""
+    found = (element.findtext(name) or "").strip()
+    if not found:
+        raise UserError(f"{where}: has no {name}; add it")
+    return found
+
+
+def number(element: Element, name: str, where: object) -> float:
+    try:
+        value = float(text(element, name, where))
+    except ValueError:
+        value = float("nan")
+    if not number_below(value):
+        raise UserError(f"{where}: its {name} must be a number; got {text(element, name, where)!r}")
+    return value
+
+
+def objects(file: Path, tree: Element) -> Iterator[tuple[str, Element, str]]:
+    """Yield each object of an XML file: what names it in a line, itself, and its class."""
+    for count, thing in enumerate(tree.findall("object"), 1):
+        where = f"{file}: object {count}"
+        yield where, thing, text(thing, "name", where)
+
+
+def enter(
+    name: str, file: Path, tree: Element, place: int, classes: list[str], found: Annotations, folder: Path
+) -> None:
+    """Enter the picture `name` of an XML file, and its boxes, into `found`."""
+    size = [number(tree, f"size/{side}", file) for side in ("width", "height")]
+    names = [f"{name}{suffix}" for known in SUFFIXES for suffix in (known, known.upper())]
+    picture = next((picture for picture in names if (folder / picture).is_file()), names[0])
+    found.picture(str(file), folder / picture, picture, size, place)
+    for where, thing, label in objects(file, tree):
+        if label not in classes:
+            raise UserError(f"{where}: its class '{label}' is not in training; it can be no student's answer")
+        left, top, right, bottom = (number(thing, f"bndbox/{side}", where) for side in SIDES)
+        crowd = (thing.findtext("difficult") or "0").strip() == "1"
+        # VOC counts pixels from 1, and right and bottom are the last ones inside
+        found.box(where, place, (left - 1, top - 1, right, bottom), 1 + classes.index(label), crowd, None)
