@@ -10,7 +10,7 @@ from mdistiller import files
 from mdistiller.config import CFG
 from mdistiller.dataset._arrays import image_set
 from mdistiller.dataset._detection import Boxes, DetectionBatch, DetectionBatches, DetectionSet
-from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews
+from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews, images_together
 from mdistiller.dataset._loaders import Loader, get_dataset
 from mdistiller.dataset._mixing import Mixing
 from mdistiller.dataset._registry import Data, register_dataset
@@ -64,6 +64,7 @@ __all__ = [
     "dataset_dict",
     "get_dataset",
     "image_set",
+    "images_together",
     "load_dataset",
     "register_dataset",
     "token_set",

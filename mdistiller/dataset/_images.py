@@ -1,7 +1,7 @@
 """Images in memory and the batches made of them, on the training device, in whole-batch tensor operations."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller.config import AUGMENTATIONS
+from mdistiller.config import AUGMENTATIONS, TWO_VIEWS
 from mdistiller.dataset import _strong
 from mdistiller.dataset._mixing import Mixing
 from mdistiller.dataset._pictures import Pictures, Reader
@@ -36,7 +36,9 @@ class ImageSet:
     augment: str = "crop_flip"  # what suits the images: one of AUGMENTATIONS
     class_names: tuple[str, ...] = ()  # where they are known
     source: str = ""  # digest of the files that the images are of, which stands for theirs
-    unit: ClassVar[str] = "images"
+    task: ClassVar[str] = "classification"
+    unit: ClassVar[str] = "images"  # what is counted
+    samples: ClassVar[str] = "images"  # what a batch has so many of
 
     def __post_init__(self):
         if self.augment not in AUGMENTATIONS:
@@ -79,6 +81,22 @@ class ImageSet:
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def training_batches(self, cfg: Mapping) -> "Batches":
+        """Return the batches of training images that the configuration `cfg` asks for."""
+        solver, asked = cfg.SOLVER, cfg.DATASET
+        augment = self.augment if asked.AUGMENT == "auto" else asked.AUGMENT
+        given = self.train_images, self.train_labels, self.mean, self.std, solver.BATCH_SIZE, augment, cfg.SEED
+        batches = Batches(*given, two_views=solver.TRAINER in TWO_VIEWS)
+        batches.drop_last = solver.DROP_LAST
+        soft = solver.LABEL_SMOOTHING, asked.MIXUP, asked.CUTMIX
+        batches.mixing = Mixing(self.num_classes, *soft) if any(soft) else None
+        return batches
+
+    def test_batches(self, wanted: int) -> "Batches":
+        """Return the test images in batches of `wanted`, or what `images_together` makes of it."""
+        together = images_together(wanted, self.test_images.shape[1], self.test_images.device)
+        return Batches(self.test_images, self.test_labels, self.mean, self.std, together)
+
     def digest(self) -> str:
         """Return the SHA-256 of images and labels, or that of their files."""
         if self.source:
@@ -88,6 +106,13 @@ class ImageSet:
             hasher.update(str(tuple(values.shape)).encode())
             hasher.update(values.contiguous().numpy())
         return hasher.hexdigest()
+
+
+def images_together(wanted: int, size: int, device: torch.device) -> int:
+    """Return how many images of `size` pixels an evaluation batch has, where `wanted` are asked for: on CUDA at least
+    as many pixels as 1,000 images of 32 x 32 have, since fewer leave the device idle.
+    """
+    return max(wanted, 1000 * 32**2 // size**2) if device.type == "cuda" else wanted
 
 
 class Batch(NamedTuple):

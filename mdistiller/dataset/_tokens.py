@@ -1,6 +1,6 @@
 """Text as tokens in memory, and the batches made of it: a sample is a block of tokens, a target the next token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -29,7 +29,9 @@ class TokenSet:
     std: tuple[float, ...] = ()
     augment: str = "none"
     class_names: tuple[str, ...] = ()
+    task: ClassVar[str] = "text"
     unit: ClassVar[str] = "tokens"
+    samples: ClassVar[str] = "blocks"
 
     def doubts(self) -> list[str]:
         """Return a line where the test has so few tokens that its figures say little."""
@@ -40,6 +42,16 @@ class TokenSet:
         """Return the set with its tokens on `device`."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def training_batches(self, cfg: Mapping) -> "TokenBatches":
+        """Return the batches of blocks to train on that the configuration `cfg` asks for."""
+        batches = TokenBatches(self.train_images, self.train_labels, cfg.SOLVER.BATCH_SIZE, cfg.SEED, shuffle=True)
+        batches.drop_last = cfg.SOLVER.DROP_LAST
+        return batches
+
+    def test_batches(self, wanted: int) -> "TokenBatches":
+        """Return the blocks to test on, `wanted` of them a batch."""
+        return TokenBatches(self.test_images, self.test_labels, wanted)
 
     def digest(self) -> str:
         """Return the digest of the text as it was cut into blocks."""

@@ -8,8 +8,8 @@ from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.bank.pool import TeacherPool
-from mdistiller.config import DOT_TRAINERS, TWO_VIEWS, used_code, used_names
-from mdistiller.dataset import Batches, ImageSet, Mixing, TokenBatches, TokenSet, dataset_dict
+from mdistiller.config import DOT_TRAINERS, used_code, used_names
+from mdistiller.dataset import ImageSet, TokenSet, dataset_dict
 from mdistiller.engine.cfg import describe
 from mdistiller.engine.evaluator import evaluation_batches
 from mdistiller.engine.feed import Feed
@@ -20,7 +20,7 @@ from mdistiller.engine.shard import shard
 from mdistiller.engine.solver import DOT, Schedule, adamw, by_decay, sgd
 from mdistiller.engine.step import Step
 from mdistiller.engine.stepmode import RunStep, compiled_form, uses_graph
-from mdistiller.engine.text_scores import TextTest
+from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.trainer import Options, Trainer
 from mdistiller.errors import UserError
 from mdistiller.runs import checkpoint
@@ -33,7 +33,7 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
     train on, as batch normalisation cannot where one image has one value of a channel.
     """
     images, solver, ranks = len(workspace.data.train_images), cfg.SOLVER, workspace.ranks
-    what = "blocks" if isinstance(workspace.data, TokenSet) else "images"
+    what = workspace.data.samples
     if solver.DROP_LAST and images < solver.BATCH_SIZE:
         raise UserError(
             f"SOLVER.DROP_LAST: {images} training {what} fill no batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE}; take "
@@ -77,7 +77,7 @@ def rehearse(cfg: CfgNode, workspace: "Workspace", images: int = 8) -> None:
     data, solver = workspace.local, cfg.SOLVER
     distiller = build_distiller(cfg, workspace.data, None, workspace.device, workspace.networks).train()
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
-    batches = training_batches(cfg, data)
+    batches = data.training_batches(cfg)
     plan = batches.plan(1)[:, : min(images, solver.BATCH_SIZE)].to(workspace.device)
     Step(distiller, optimizer, workspace.device, solver.AMP)(batches.batch(plan), 1)
 
@@ -104,28 +104,13 @@ class Workspace:
         self.stop = Stop(shared=True) if self.ranks.world > 1 else Stop()
 
 
-def training_batches(cfg: CfgNode, data: ImageSet | TokenSet) -> Batches:
-    """Return the batches of training images, or of blocks of a text, that `cfg` asks for."""
-    if isinstance(data, TokenSet):
-        text = TokenBatches(data.train_images, data.train_labels, cfg.SOLVER.BATCH_SIZE, cfg.SEED, shuffle=True)
-        text.drop_last = cfg.SOLVER.DROP_LAST
-        return text
-    augment = data.augment if cfg.DATASET.AUGMENT == "auto" else cfg.DATASET.AUGMENT
-    given = data.train_images, data.train_labels, data.mean, data.std, cfg.SOLVER.BATCH_SIZE, augment, cfg.SEED
-    batches = Batches(*given, two_views=cfg.SOLVER.TRAINER in TWO_VIEWS)
-    batches.drop_last = cfg.SOLVER.DROP_LAST
-    soft = cfg.SOLVER.LABEL_SMOOTHING, cfg.DATASET.MIXUP, cfg.DATASET.CUTMIX
-    batches.mixing = Mixing(data.num_classes, *soft) if any(soft) else None
-    return batches
-
-
 def build_trainer(
     cfg: CfgNode, distiller: nn.Module, workspace: Workspace, folder: Path, teacher_file: Path | None = None
 ) -> tuple[Trainer, str]:
     """Return the trainer of a run in `folder`, and a line about the bank of its teacher's logits."""
     solver, teacher, data, device = cfg.SOLVER, distiller.teacher, workspace.local, workspace.device
     ranks = workspace.ranks
-    train = training_batches(cfg, data)
+    train = data.training_batches(cfg)
     if ranks.world > 1:
         train.own = functools.partial(ranks.rows, parts=solver.ACCUMULATE)
     test = evaluation_batches(data, cfg.DATASET.TEST.BATCH_SIZE, ranks)
@@ -136,21 +121,22 @@ def build_trainer(
     if teacher is not None and cfg.DISTILLER.TEACHER_SHARD:
         shard(teacher, ranks, device)
     logits, bank = workspace.teachers.logits_of(cfg, distiller, train, teacher_file, origin["teacher"])
-    is_text = isinstance(train, TokenBatches)
+    task = TASKS[data.task]
     exchanges = ranks.world > 1 and (solver.SYNC_BN or distiller.needs_batch)
-    forward, refusal = compiled_form(cfg, distiller, device, 0 if is_text else solver.EPOCHS * len(train), exchanges)
+    forward, refusal = compiled_form(cfg, distiller, device, 0 if task.eager else solver.EPOCHS * len(train), exchanges)
     later = 2 if solver.STEP == "auto" else 1  # a run's first step comes at once
     optimizer = build_optimizer(solver, distiller.get_learnable_parameters())
     step = Step(distiller, optimizer, device, solver.AMP, solver.NAN_POLICY, forward, later)
     step.refusal, step.clip, step.parts, step.ranks = refusal, solver.CLIP, solver.ACCUMULATE, ranks
-    # for pictures that are decoded, a loss in chunks, or other processes: no graph could
-    waits = train.streamed or is_text or ranks.world > 1
+    # for pictures that are decoded, or other processes: no graph could
+    waits = train.streamed or task.eager or ranks.world > 1
     graph = uses_graph(cfg, device, distiller.capturable) and not waits
     known = cfg.DATASET.TYPE in dataset_dict and workspace.networks[:2] == (None, None)
     log = cfg.LOG
     options = Options(
         solver.EPOCHS, log.TENSORBOARD_FREQ, log.TEMPERATURE, describe(cfg), workspace.kept, known,
         print_every=log.PRINT_FREQ, patience=solver.EARLY_STOP, average=solver.EMA,
+        unit=data.unit,
     )  # fmt: skip
     trainer = Trainer(
         RunStep(step, train, graph, workspace.students == 1, logits if train.streamed else None),
@@ -160,7 +146,7 @@ def build_trainer(
         Keeper(folder, origin, log.SAVE_CHECKPOINT_FREQ, log.SAVE_EVERY_SECONDS, workspace.students),
         options,
         workspace.stop,
-        TextTest(test, data.bytes_a_token, solver.AMP, teacher, ranks) if is_text else None,
+        task.tester(test, data, cfg, teacher, ranks),
     )
     return trainer, bank
 

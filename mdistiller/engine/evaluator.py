@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from mdistiller import config
 from mdistiller.bank.inference import Inference
-from mdistiller.dataset import Batch, Batches, ImageSet, TokenBatches, TokenSet, dataset_dict, load_dataset
+from mdistiller.dataset import Batch, Batches, ImageSet, TokenSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
 from mdistiller.engine.ranks import ALONE, Ranks
 from mdistiller.errors import OtherNetwork, UserError
@@ -28,6 +28,14 @@ class Scores(NamedTuple):
     top1: float  # percent
     top5: float | None  # percent; None for five classes or fewer, of which it is always 100
     loss: float  # mean cross entropy
+
+    by_loss = False  # whether the best epoch is the one of the lowest loss
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a row of metrics.jsonl has of them."""
+        top5 = {} if self.top5 is None else {"test_acc_top5": self.top5}
+        return {"test_acc": self.top1, **top5, "test_loss": self.loss}
 
 
 @torch.no_grad()
@@ -61,24 +69,25 @@ def scores_on_loader(val_loader: Iterable, distiller: nn.Module) -> Scores:
     return scores_of(lambda image: distiller(image=image), batches)
 
 
-def images_together(wanted: int, size: int, device: torch.device) -> int:
-    """Return how many images of `size` pixels an evaluation batch has, where `wanted` are asked for: on CUDA at least
-    as many pixels as 1,000 images of 32 x 32 have, since fewer leave the device idle.
-    """
-    return max(wanted, 1000 * 32**2 // size**2) if device.type == "cuda" else wanted
-
-
 def evaluation_batches(data: ImageSet | TokenSet, wanted: int, ranks: Ranks = ALONE) -> Batches:
-    """Return the test images of `data`, which lie on their device, in batches of `wanted` or what `images_together`
-    makes of it; or the blocks of its text. Of several `ranks` each has every so manieth sample.
+    """Return what `data`, which lie on their device, are tested on, in batches of `wanted` samples or, of small images
+    on CUDA, of more. Of several `ranks` each has every so manieth sample.
     """
-    if isinstance(data, TokenSet):
-        batches = TokenBatches(data.test_images, data.test_labels, wanted)
-    else:
-        images = images_together(wanted, data.test_images.shape[1], data.test_images.device)
-        batches = Batches(data.test_images, data.test_labels, data.mean, data.std, images)
+    batches = data.test_batches(wanted)
     batches.tester = (ranks.rank, ranks.world)
     return batches
+
+
+class ImageTest:
+    """Called with a network of images: its Scores on those of `batches`, which lie on the device."""
+
+    def __init__(self, batches: Batches, device: torch.device, amp: str = "none", ranks: Ranks = ALONE):
+        self.batches, self.device, self.amp, self.ranks = batches, device, amp, ranks
+
+    def __call__(self, network: nn.Module, batches: Iterable[Batch] | None = None) -> Scores:
+        """`batches`: those of the test, where somebody watches over them."""
+        inference = Inference(network, self.device, self.amp, self.batches.images.shape[1])
+        return scores_of(inference, batches or self.batches, self.ranks)
 
 
 def other_data(file: Path, dataset: str, num_classes: int) -> str:

@@ -2,8 +2,8 @@
 
 from mdistiller.config import PLUGINS, TWO_VIEWS, Config, get
 from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.engine.tasks import task_of_run
 from mdistiller.errors import UserError
-from mdistiller.registry import task_of
 
 
 def refuse_unused(cfg: Config) -> None:
@@ -18,13 +18,13 @@ def refuse_unused(cfg: Config) -> None:
             f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
         )
     refuse_soft_labels(cfg, cls)
-    if task_of(cfg.DATASET.TYPE) == "text":
-        refuse_for_text(cfg, cls)
+    task = task_of_run(cfg)
+    task.refuse(cfg, cls)
     if not cls.needs_teacher:
         return
     if cfg.DISTILLER.TEACHER_SHARD and cls.takes_teacher_logits and cfg.TEACHER_BANK != "off":
         raise UserError("DISTILLER.TEACHER_SHARD: a teacher in parts runs within the step; set TEACHER_BANK off")
-    if cfg.TEACHER_BANK_TOP_K and task_of(cfg.DATASET.TYPE) != "text":
+    if cfg.TEACHER_BANK_TOP_K and not task.top_k:
         raise UserError(f"TEACHER_BANK_TOP_K: is for text, and {cfg.DATASET.TYPE} is images; leave it out")
     if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
         raise UserError(
@@ -56,30 +56,4 @@ def refuse_soft_labels(cfg: Config, cls: type) -> None:
     if cfg.SOLVER.TRAINER in TWO_VIEWS and (cfg.DATASET.MIXUP or cfg.DATASET.CUTMIX):
         raise UserError(
             f"{soft[0]}: SOLVER.TRAINER {cfg.SOLVER.TRAINER} has two views of each image, which are not mixed"
-        )
-
-
-def refuse_for_text(cfg: Config, cls: type) -> None:
-    """Raise UserError where the method cannot learn from text, or where something is asked for that is for images."""
-    if not cls.rowwise:
-        takers = ", ".join(sorted(name for name, taker in distiller_dict.items() if taker.rowwise))
-        raise UserError(
-            f"DISTILLER.TYPE: {cfg.DISTILLER.TYPE} compares more than each token's logits, as {cfg.DATASET.TYPE} has "
-            f"them; use {takers}"
-        )
-    images_only = (
-        "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
-        "DISTILLER.STUDENT_SIZE", "DISTILLER.NEW_HEAD", "DISTILLER.TEACHER_SHARD",
-    )  # fmt: skip
-    for key in images_only:
-        if get(cfg, key):
-            raise UserError(f"{key}: is for images, and {cfg.DATASET.TYPE} is text; leave it out")
-    if cfg.SOLVER.TRAINER not in ("base", "crd"):
-        raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images; set SOLVER.TRAINER base")
-    if cfg.SOLVER.STEP not in ("auto", "eager"):
-        raise UserError("SOLVER.STEP: on text steps run eagerly; set SOLVER.STEP auto")
-    if cls.needs_teacher and cfg.TEACHER_BANK in ("lazy", "full") and not cfg.TEACHER_BANK_TOP_K:
-        raise UserError(
-            f"TEACHER_BANK: {cfg.TEACHER_BANK} needs to know how many of a token's logits to keep; set "
-            "TEACHER_BANK_TOP_K 64"
         )

@@ -18,6 +18,7 @@ from mdistiller.engine.method import build_distiller, prepare_parts
 from mdistiller.engine.ranks import here
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.stepmode import check_step
+from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.teachers import find_teacher, find_teachers
 from mdistiller.errors import RunFailed, UserError
 from mdistiller.registry import name_and_file
@@ -212,8 +213,7 @@ class OpenRun:
         if fresh:
             names = cfg.DISTILLER
             pair = f"{'+'.join(teacher_names(cfg))} -> {names.STUDENT}" if needs_teacher(names.TYPE) else names.STUDENT
-            count = data.num_classes
-            classes = f"a vocabulary of {count:,}" if data.unit == "tokens" else counted(count, "class")
+            classes = TASKS[data.task].classes(data.num_classes)
             recorder.say(
                 f"{names.TYPE}: {pair} on {cfg.DATASET.TYPE} ({len(data.train_labels):,} + {len(data.test_labels):,} "
                 f"{data.unit}, {classes}), {device}, {cfg.SOLVER.AMP} autocast, seed {cfg.SEED}"

@@ -33,6 +33,13 @@ class TextScores(NamedTuple):
     loss: float  # mean cross entropy in nats
     more: dict[str, float]  # the other figures of TextTest
 
+    by_loss = True
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a row of metrics.jsonl has of them."""
+        return {"test_acc": self.top1, "test_acc_top5": self.top5, "test_loss": self.loss} | self.more
+
 
 class TextTest:
     """Called with a network of text: its TextScores on the blocks of `batches`, which lie on the device.

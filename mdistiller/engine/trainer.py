@@ -10,17 +10,16 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batches
 from mdistiller.device import autocast, set_torch_generators, side_stream, torch_generators
 from mdistiller.distillers import Distiller, RuleDistiller
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
-from mdistiller.engine.evaluator import Scores, scores_of
+from mdistiller.engine.evaluator import ImageTest, Scores, scores_of
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.engine.state import RunState
 from mdistiller.engine.stepmode import RunStep
-from mdistiller.engine.text_scores import TextScores, TextTest
+from mdistiller.engine.text_scores import TextScores
 from mdistiller.errors import Preempted, RunFailed, TrainingDiverged
 from mdistiller.runs import checkpoint
 from mdistiller.runs.keeper import Keeper
@@ -42,12 +41,13 @@ class Options:
     known: bool = True  # whether tools/replay.py can build what is trained: the caller brings none of it
     print_every: int = 0  # steps between lines inside an epoch where there is no bar; 0: none
     average: float = 0.0  # decay of the average of the student's weights; 0: none
+    unit: str = "images"  # what is counted by the second
     patience: int = 0  # epochs without a new best after which it stops; 0: never
 
 
 class Trainer:
     """Trains the distiller of `run_step` on the batches of `feed`, tests on `test`, and keeps its run by `keeper`.
-    `text_test` scores a text.
+    `tester` scores a network there, as its data's task says (task.py); left out: as images are scored.
     """
 
     def __init__(
@@ -59,11 +59,12 @@ class Trainer:
         keeper: Keeper,
         options: Options,
         stop: Stop | None = None,
-        text_test: TextTest | None = None,
+        tester: Callable[..., Scores | TextScores] | None = None,
     ):
         self.run_step, self.step, self.distiller = run_step, run_step.step, run_step.step.distiller
         self.feed, self.test, self.schedule, self.keeper = feed, test, schedule, keeper
-        self.options, self.stop, self.text_test = options, stop or Stop(), text_test
+        self.options, self.stop = options, stop or Stop()
+        self.tester = tester or ImageTest(test, self.step.device, self.step.amp, self.step.ranks)
         temperature = options.temperature if isinstance(self.distiller, RuleDistiller) else "off"
         batches = feed.batches
         self.targets = batches.num_samples * batches.targets_each
@@ -206,7 +207,7 @@ class Trainer:
             "train_loss": means["loss"],
             "train_acc": 100 * means["correct"],
             "train_losses": {name: value for name, value in means.items() if name.startswith("loss/")},
-            f"{'tokens' if self.text_test else 'images'}_per_second": meter.images / seconds,
+            f"{self.options.unit}_per_second": meter.images / seconds,
         }
         if step.skip:
             row["skipped_steps"] = skipped
@@ -223,11 +224,7 @@ class Trainer:
 
     def scores_of_network(self, network: nn.Module) -> Scores | TextScores:
         """Return the scores of a network on the test set."""
-        if self.text_test is not None:
-            return self.text_test(network, self.stop.watch(self.test))
-        size = self.test.images.shape[1]
-        inference = Inference(network, self.step.device, self.step.amp, size)
-        return scores_of(inference, self.stop.watch(self.test), self.ranks)
+        return self.tester(network, self.stop.watch(self.test))
 
     def agree(self, due: bool = False) -> bool:
         """Let a signal that has come to any rank count on all of them. Return whether rank 0 thinks it is `due`."""
@@ -251,15 +248,9 @@ class Trainer:
         """Close the epoch with its test scores. Return the test figures of its row."""
         if not math.isfinite(scores.loss):
             self.give_up(f"epoch {self.state.epoch + 1}: the test loss is {scores.loss}; lower SOLVER.LR")
-        self.state.end_epoch(scores.top1, scores.loss if self.text_test else None)
-        return {
-            "test_acc": scores.top1,
-            **({} if scores.top5 is None else {"test_acc_top5": scores.top5}),
-            "test_loss": scores.loss,
-            "best_acc": self.state.best_acc,
-            "best_epoch": self.state.best_epoch,
-            **({"best_loss": self.state.best_loss, **scores.more} if self.text_test else {}),
-        }
+        self.state.end_epoch(scores.top1, scores.loss if scores.by_loss else None)
+        best = {"best_acc": self.state.best_acc, "best_epoch": self.state.best_epoch}
+        return scores.figures | best | ({"best_loss": self.state.best_loss} if scores.by_loss else {})
 
     def save(self, recorder: Recorder) -> None:
         """Write a checkpoint: an epoch's, or inside an epoch one that goes on at the next step."""

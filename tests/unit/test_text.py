@@ -18,8 +18,8 @@ from mdistiller.dataset import text as source
 from mdistiller.dataset._tokens import token_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._chunks import chunked
-from mdistiller.engine.method import check_tokenizer
 from mdistiller.engine.refusals import refuse_unused
+from mdistiller.engine.text import check_tokenizer
 from mdistiller.engine.text_scores import TextTest
 from mdistiller.errors import ConfigError
 from mdistiller.models import build_model

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from mdistiller.bank import inference as inference_module
 from mdistiller.bank.inference import CapturedFunction, Inference
 from mdistiller.bank.onednn import PackedConv, can_fuse
+from mdistiller.dataset import images_together
 from mdistiller.device import autocast, prepare
 from mdistiller.distillers.base import Distiller, Vanilla
-from mdistiller.engine.evaluator import images_together, scores_of
+from mdistiller.engine.evaluator import scores_of
 from mdistiller.engine.trainer import has_default_test
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
