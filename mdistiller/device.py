@@ -139,6 +139,8 @@ def logits_in_float32(_model: nn.Module, _inputs: tuple, output: torch.Tensor | 
     """Return (logits in float32, feats): the hook of every model. One that returns logits alone has no feats,
     nor has one that in training gives a named tuple of `logits` and the outputs of auxiliary classifiers.
     """
+    if isinstance(output, (list, dict)):  # a detector's boxes, or its losses
+        return output
     output = getattr(output, "logits", output)
     if isinstance(output, torch.Tensor):
         return at_least_float32(output), {}

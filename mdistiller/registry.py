@@ -112,6 +112,7 @@ distillers = Registry("method", any_case=True)
 cifar_models = Registry("model")
 imagenet_models = Registry("ImageNet model")
 text_models = Registry("text model")
+detectors = Registry("detector")
 datasets = Registry("dataset")
 temperature_rules = Registry("temperature rule")
 tasks: dict[str, str] = {}  # of those `datasets` whose samples are no images of one class each: text, detection
@@ -122,12 +123,20 @@ def task_of(dataset: str) -> str:
     return tasks.get(dataset, "classification")
 
 
+OWN_NETWORKS = {"text": text_models, "detection": detectors}  # by task, where images of one class have others
+
+
+def networks_of(dataset: str) -> Registry | None:
+    """Return the networks that a data set has for itself, None where it takes those of images of one class each."""
+    return OWN_NETWORKS.get(task_of(dataset))
+
+
 def constructor(name: str, dataset: str = "") -> Callable:
     """Return the constructor(num_classes=...) of the network that `name` means on that data set, DATASET.TYPE: on
-    imagenet the names of imagenet_models come first, and text has networks of its own. Raises UnknownName.
+    imagenet the names of imagenet_models come first; text and detection have networks of their own. Raises UnknownName.
     """
-    if task_of(dataset) == "text":
-        return text_models[name]
+    if (own := networks_of(dataset)) is not None:
+        return own[name]
     if dataset == "imagenet" and name in imagenet_models:
         return imagenet_models[name]
     return cifar_models[name][0]
@@ -142,11 +151,12 @@ def name_and_file(text: str) -> tuple[str, str]:
 
 def model_refusal(name: str, dataset: str) -> str | None:
     """Return the line on why a configuration may not choose the network `name` on that data set, None where it may."""
-    if task_of(dataset) == "text":
-        return text_models.refusal(name)
-    if text_models.refusal(name) is None:
-        takers = sorted(known for known, task in tasks.items() if task == "text")
-        return f"the model {name} is one of text; set DATASET.TYPE {' or '.join(takers)}"
+    if (own := networks_of(dataset)) is not None:
+        return own.refusal(name)
+    for task, others in OWN_NETWORKS.items():
+        if others.refusal(name) is None:
+            takers = " or ".join(sorted(known for known, its in tasks.items() if its == task))
+            return f"the model {name} is {'one of text' if task == 'text' else 'a detector'}; set DATASET.TYPE {takers}"
     here = [*cifar_models.active, *(imagenet_models.active if dataset == "imagenet" else [])]
     if name in here:
         return None

@@ -116,7 +116,11 @@ class DetectionSet:
     source: str  # digest
     views: Views = Views()
     notes: tuple[str, ...] = ()  # what was noticed when it was read, a line each
+    task: ClassVar[str] = "detection"
     unit: ClassVar[str] = "images"
+    samples: ClassVar[str] = "images"
+    mean: ClassVar[tuple[float, ...]] = ()  # a detector normalises images itself
+    std: ClassVar[tuple[float, ...]] = ()
 
     @property
     def num_classes(self) -> int:
@@ -139,6 +143,16 @@ class DetectionSet:
     def to(self, device: torch.device) -> "DetectionSet":
         """Return the set on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def training_batches(self, cfg: Mapping) -> "DetectionBatches":
+        """Return the batches of training images that the configuration `cfg` asks for."""
+        batches = DetectionBatches(self.train, cfg.SOLVER.BATCH_SIZE, self.views, cfg.SEED)
+        batches.drop_last = cfg.SOLVER.DROP_LAST
+        return batches
+
+    def test_batches(self, wanted: int) -> "DetectionBatches":
+        """Return the images to test on, `wanted` of them a batch."""
+        return DetectionBatches(self.test, wanted)
 
     def digest(self) -> str:
         """Return the digest of what the set was read from."""

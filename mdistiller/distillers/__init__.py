@@ -20,18 +20,24 @@ for _module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{_module.name}")
 importlib.import_module(f"{__name__}._upstream")
 
+from mdistiller.distillers._detection import check_levels, on_detectors  # noqa: E402  (of what is registered)
+from mdistiller.distillers._detection import takers as detection_takers  # noqa: E402
+
 __all__ = [
     "Distiller",
     "FeatureDistiller",
     "LogitDistiller",
     "RuleDistiller",
     "Vanilla",
+    "check_levels",
     "check_method",
     "check_output",
     "check_rule",
+    "detection_takers",
     "distiller_dict",
     "load_plugin",
     "method_name",
+    "on_detectors",
     "part_of",
     "register_distiller",
     "register_method",

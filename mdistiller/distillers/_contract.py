@@ -55,7 +55,8 @@ def check_output(distiller: nn.Module, output: object, samples: int) -> None:
         raise UserError(f"{wanted}; got {_shape(output)}")
     logits, losses = output
     wants = 1 if getattr(distiller, "chunk", 0) else 2  # of chunks the predicted classes
-    if not (isinstance(logits, Tensor) and logits.ndim == wants and len(logits) == samples):
+    right = logits is None and not getattr(distiller, "gives_logits", True)
+    if not right and not (isinstance(logits, Tensor) and logits.ndim == wants and len(logits) == samples):
         raise UserError(f"{wanted}; got logits {_shape(logits)} for {samples} images")
     if not (isinstance(losses, Mapping) and losses):
         raise UserError(f"{wanted}; got {_shape(losses)}" if losses != {} else f"{wanted}; got no loss")

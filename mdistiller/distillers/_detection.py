@@ -5,12 +5,12 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers._contract import method_name
+from mdistiller.device import at_least_float32
 from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller, Vanilla
 from mdistiller.distillers.CWD import CWD
 from mdistiller.distillers.features import ConvReg, refuse
 from mdistiller.distillers.FitNet import FitNet, hint_loss
-from mdistiller.distillers.losses import at_least_float32, warmup
+from mdistiller.distillers.losses import warmup
 from mdistiller.distillers.PKD import PKD
 from mdistiller.distillers.ReviewKD import ABF, ReviewKD, hcl_loss
 from mdistiller.registry import distillers
@@ -49,10 +49,6 @@ class OnDetector(Distiller):
     def distillation(self, seen, losses: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
         """Return what the method adds to the detector's own `losses` of a Pass, out of which it may take some."""
         return {}
-
-    def forward_test(self, image: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Return the boxes, labels and scores that the student finds in each image."""
-        return self.student(image)
 
 
 class OnProposals(OnDetector):
@@ -152,12 +148,12 @@ def takers(proposals: bool) -> list[str]:
     return sorted(name for name, form in forms.items() if form and (proposals or not issubclass(form, OnProposals)))
 
 
-def check_levels(distiller: nn.Module) -> None:
-    """Raise UserError where a method compares the pyramids of student and teacher and they have other levels."""
-    if not isinstance(distiller, OnLevels):
+def check_levels(name: str, cls: type, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise UserError where the method `name` compares the pyramids of two networks and they have other levels."""
+    if not issubclass(cls, OnLevels):
         return
-    own, other = (network.level_shapes() for network in (distiller.student, distiller.teacher))
+    own, other = (network.level_shapes() for network in (student, teacher))
     if [shape[1:] for shape in own.values()] != [shape[1:] for shape in other.values()]:
         sides = [", ".join(f"{h} x {w}" for _, h, w in shapes.values()) for shapes in (own, other)]
         reason = f"the student's pyramid has levels of {sides[0]} for 256 x 256 pixels, the teacher's of {sides[1]}"
-        refuse(method_name(distiller), distiller.student, distiller.teacher, f"{reason}; take KD, DKD or DTKD")
+        refuse(name, student, teacher, f"{reason}; take KD, DKD or DTKD")

@@ -30,6 +30,7 @@ class Distiller(nn.Module):
     takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass
     rowwise = False  # each row's loss depends on that row alone, the loss is their mean: rows may be a text's tokens
     takes_strong_view = False  # `forward_train` may be given image_strong (B, 3, H, W), by SOLVER.TRAINER ours or aug
+    gives_logits = True  # of a training batch; else None stands in their place
     chunk = 0  # rows of a text's logits that exist at a time; 0: all of a batch's. The engine sets it.
     has_parts = False  # whether TEMPERATURE.PART applies
     takes_divergence = False  # whether DIVERGENCE applies

@@ -87,6 +87,19 @@ def refuse(method: str, student: nn.Module, teacher: nn.Module, reason: str) -> 
     raise UserError(f"{method}: {type(teacher).__name__} -> {type(student).__name__}: {reason}")
 
 
+def stage_widths(model: nn.Module) -> list[int]:
+    """Return the channels of the model's stages after the stem, or of the levels of a detector's pyramid."""
+    if hasattr(model, "level_shapes"):
+        return [channels for channels, _, _ in model.level_shapes().values()]
+    return list(model.get_stage_channels()[1:])
+
+
+def aligned(widths_student: Sequence[int], widths_teacher: Sequence[int]) -> nn.ModuleList:
+    """Return for each pair of stages a 1 x 1 convolution from the student's channels to the teacher's, or nothing."""
+    pairs = zip(widths_student, widths_teacher, strict=False)
+    return nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in pairs)
+
+
 class ConvReg(nn.Module):
     """Regressor from a student's feature map to a teacher's (FitNets, arXiv 1412.6550, section 2.2).
 

@@ -15,6 +15,7 @@ from mdistiller.engine.ranks import ALONE, Ranks
 from mdistiller.errors import UserError
 from mdistiller.models import in_eval_mode
 
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # as they are written
 COLUMNS = 7  # of a detection: place of its image, left, top, right, bottom, score, label
 
 
@@ -29,6 +30,17 @@ class DetectionScores(NamedTuple):
     ap_small: float | None
     ap_medium: float | None
     ap_large: float | None
+
+    by_loss, loss = False, None
+
+    @property
+    def score(self) -> float:
+        return self.ap
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What a row of metrics.jsonl has of them; test_acc is what the best epoch is chosen by."""
+        return {"test_acc": self.ap} | dict(zip(NAMES, self, strict=True))
 
 
 class DetectionTest:

@@ -32,6 +32,11 @@ class Scores(NamedTuple):
     by_loss = False  # whether the best epoch is the one of the lowest loss
 
     @property
+    def score(self) -> float:
+        """In percent, by which the best epoch is chosen."""
+        return self.top1
+
+    @property
     def figures(self) -> dict[str, float]:
         """What a row of metrics.jsonl has of them."""
         top5 = {} if self.top5 is None else {"test_acc_top5": self.top5}

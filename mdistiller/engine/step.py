@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
     loss: Tensor
     losses: dict[str, Tensor]
-    correct: Tensor
+    correct: Tensor | None  # how many samples were classified right; None: nothing is classified
     extra: list[Tensor | None]  # gradients of distillation, under DOT
 
 
@@ -70,6 +70,12 @@ def sum_of(values: Sequence[Tensor | None]) -> Tensor | None:
     """Return the sum of the values, where there are some."""
     there = [value for value in values if value is not None]
     return functools.reduce(torch.add, there) if there else None
+
+
+def hits(logits: Tensor, target: Tensor) -> Tensor:
+    """Return how many of the logits (B, K), or predicted classes (B,), are right by labels (B,) or soft ones (B, K)."""
+    label = target if target.ndim == 1 else target.argmax(1)
+    return ((logits if logits.ndim == 1 else logits.argmax(1)) == label).sum()
 
 
 class Piece(NamedTuple):
@@ -151,18 +157,19 @@ class Step:
         with torch.no_grad():
             loss = sum_of([part.loss for part in parts])
             correct = sum_of([part.correct for part in parts])
+            counts = {} if correct is None else {"correct": correct}
             losses = {name: sum_of([part.losses[name] for part in parts]) for name in parts[0].losses}
             if self.ranks.world > 1:
-                correct = correct.to(loss.dtype)
+                counts = {name: value.to(loss.dtype) for name, value in counts.items()}
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 gradients += [gradient for gradient in extra if gradient is not None]
-                self.ranks.sum([*gradients, loss, correct, *losses.values()])
+                self.ranks.sum([*gradients, loss, *counts.values(), *losses.values()])
             sound = self._change_parameters(loss, (extra,) if isinstance(self.optimizer, DOT) else ())
             for buffer, value in before:
                 buffer.copy_(torch.where(sound, buffer, value))
             n = len(batch.target) if whole is None else whole * (len(batch.target) // len(batch.image))
             terms = {f"loss/{name}": n * value for name, value in losses.items()}
-            self.meter.add(n, sound, loss=n * loss, correct=correct, **terms)
+            self.meter.add(n, sound, loss=n * loss, **counts, **terms)
             self._number += 1
 
     @property
@@ -247,10 +254,8 @@ class Step:
             raise RunFailed(
                 f"{method_name(self.distiller)}: no gradient of its losses: {error}".split("\n")[0]
             ) from error
-        label = batch.target if batch.target.ndim == 1 else batch.target.argmax(1)
         losses = {name: value.detach() for name, value in losses.items()}
-        predicted = logits if logits.ndim == 1 else logits.argmax(1)
-        correct = (predicted == label).sum()
+        correct = None if logits is None else hits(logits, batch.target)
         return Part(loss.detach(), losses, correct * (self.ranks.rank == 0) if self.gathers else correct, extra)
 
     def _forward(self, given: dict) -> tuple[Tensor, dict[str, Tensor]]:

@@ -65,6 +65,9 @@ class Task:
         """Return the context in which a method is built."""
         return images_of(tuple(data.train_images.shape[1:3]))
 
+    def check_pair(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Raise UserError where the method `name` cannot compare the two."""
+
     def finish(self, distiller: nn.Module, cfg: CfgNode) -> None:
         """Set what the method has to know of the configuration beside its own section."""
 

@@ -2,11 +2,12 @@
 
 from yacs.config import CfgNode
 
+from mdistiller.engine.detection import Detection
 from mdistiller.engine.task import Task
 from mdistiller.engine.text import Text
 from mdistiller.registry import task_of
 
-TASKS: dict[str, Task] = {"classification": Task(), "text": Text()}
+TASKS: dict[str, Task] = {"classification": Task(), "text": Text(), "detection": Detection()}
 
 
 def task_of_run(cfg: CfgNode) -> Task:

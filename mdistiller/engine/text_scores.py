@@ -36,6 +36,10 @@ class TextScores(NamedTuple):
     by_loss = True
 
     @property
+    def score(self) -> float:
+        return self.top1
+
+    @property
     def figures(self) -> dict[str, float]:
         """What a row of metrics.jsonl has of them."""
         return {"test_acc": self.top1, "test_acc_top5": self.top5, "test_loss": self.loss} | self.more

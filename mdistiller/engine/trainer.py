@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mdistiller.dataset import Batches
 from mdistiller.device import autocast, set_torch_generators, side_stream, torch_generators
 from mdistiller.distillers import Distiller, RuleDistiller
+from mdistiller.engine.detection_scores import DetectionScores
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import ImageTest, Scores, scores_of
 from mdistiller.engine.feed import Feed
@@ -27,6 +28,8 @@ from mdistiller.runs.recorder import Recorder
 from mdistiller.runs.stop import Stop, StopRequested, stops_early
 from mdistiller.runs.temperature import EpochBuffer, RecordFile
 from mdistiller.terminal import counted
+
+AnyScores = Scores | TextScores | DetectionScores
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Trainer:
         keeper: Keeper,
         options: Options,
         stop: Stop | None = None,
-        tester: Callable[..., Scores | TextScores] | None = None,
+        tester: Callable[..., AnyScores] | None = None,
     ):
         self.run_step, self.step, self.distiller = run_step, run_step.step, run_step.step.distiller
         self.feed, self.test, self.schedule, self.keeper = feed, test, schedule, keeper
@@ -118,7 +121,7 @@ class Trainer:
                 self.leave(recorder)
             row |= self.score(scores) | {"epoch_seconds": time.monotonic() - begin}
             if averaged is not None:
-                row["ema_acc"] = state.ema_acc = averaged.top1
+                row["ema_acc"] = state.ema_acc = averaged.score
             left = (self.options.epochs - state.epoch) * sum(seconds + [row["epoch_seconds"]]) / (len(seconds) + 1)
             if self.buffer is not None:
                 self.merge_temperatures()
@@ -205,7 +208,7 @@ class Trainer:
             "epoch": epoch,
             "lr": lr,
             "train_loss": means["loss"],
-            "train_acc": 100 * means["correct"],
+            **({"train_acc": 100 * means["correct"]} if "correct" in means else {}),
             "train_losses": {name: value for name, value in means.items() if name.startswith("loss/")},
             f"{self.options.unit}_per_second": meter.images / seconds,
         }
@@ -213,7 +216,7 @@ class Trainer:
             row["skipped_steps"] = skipped
         return row
 
-    def evaluate(self) -> Scores | TextScores:
+    def evaluate(self) -> AnyScores:
         """Return the student's scores on the test set; those of `forward_test` where a method has its own."""
         self.distiller.eval()
         batches = self.stop.watch(self.test)
@@ -222,7 +225,7 @@ class Trainer:
                 return scores_of(lambda image: self.distiller(image=image), batches, self.ranks)
         return self.scores_of_network(self.distiller.student)
 
-    def scores_of_network(self, network: nn.Module) -> Scores | TextScores:
+    def scores_of_network(self, network: nn.Module) -> AnyScores:
         """Return the scores of a network on the test set."""
         return self.tester(network, self.stop.watch(self.test))
 
@@ -244,11 +247,11 @@ class Trainer:
             self.ranks.largest(values)
             values[values == -torch.inf] = torch.nan
 
-    def score(self, scores: Scores | TextScores) -> dict:
+    def score(self, scores: AnyScores) -> dict:
         """Close the epoch with its test scores. Return the test figures of its row."""
-        if not math.isfinite(scores.loss):
+        if scores.loss is not None and not math.isfinite(scores.loss):
             self.give_up(f"epoch {self.state.epoch + 1}: the test loss is {scores.loss}; lower SOLVER.LR")
-        self.state.end_epoch(scores.top1, scores.loss if scores.by_loss else None)
+        self.state.end_epoch(scores.score, scores.loss if scores.by_loss else None)
         best = {"best_acc": self.state.best_acc, "best_epoch": self.state.best_epoch}
         return scores.figures | best | ({"best_loss": self.state.best_loss} if scores.by_loss else {})
 

@@ -128,8 +128,8 @@ def image_list(seen: Pass):
 
 class Sampler:
     """Draws of each image's anchors or proposals those that a loss counts: at most `count`, at most the share
-    `fraction` of them on objects. In the place of torchvision's, whose draws depend on what was drawn before: here those
-    of an image depend on its entry in `seeds` alone, whatever images are beside it.
+    `fraction` of them on objects. In the place of torchvision's, whose draws depend on what was drawn before: here
+    those of an image depend on its entry in `seeds` alone, whatever images are beside it.
     """
 
     def __init__(self, count: int, fraction: float):

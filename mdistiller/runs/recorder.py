@@ -28,8 +28,9 @@ def line_of(row: dict, epochs: int, seconds_left: float, columns: int | None = N
         (0, f"epoch {row['epoch']:>{width}}/{epochs}"),
         (7, f"lr {row['lr']:<7.5g}"),
         (4, f"loss {row['train_loss']:6.3f}"),
-        (5, f"train {row['train_acc']:6.2f}"),
-        (1, f"test {row['test_acc']:6.2f}"),
+        (5, f"train {row['train_acc']:6.2f}" if "train_acc" in row else ""),
+        (1, f"{'AP' if 'AP' in row else 'test'} {row['test_acc']:6.2f}"),
+        (6, f"AP50 {row['AP50']:6.2f}" if "AP50" in row else ""),
         (1, f"loss {row['test_loss']:6.4f}, {row['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in row else ""),
         (6, "" if "bits_per_byte" in row or row.get("test_acc_top5") is None else f"top-5 {row['test_acc_top5']:6.2f}"),
         (3, f"ema {row['ema_acc']:6.2f}" if "ema_acc" in row else ""),
@@ -138,7 +139,8 @@ class Recorder:
             return
         if time.monotonic() - self._bar_time > 0.5:
             means = read_means()
-            self.bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 {100 * means['correct']:.1f}", refresh=False)
+            right = f", top-1 {100 * means['correct']:.1f}" if "correct" in means else ""
+            self.bar.set_postfix_str(f"loss {means['loss']:.3f}{right}", refresh=False)
             self._bar_time = time.monotonic()
         with unbroken():
             self.bar.update(samples)
@@ -149,7 +151,7 @@ class Recorder:
             means, epochs, width = read_means(), self.epochs, len(str(steps))
             say(
                 f"{self.label}epoch {epoch:>{len(str(epochs))}}/{epochs}  step {step:>{width}}/{steps}  "
-                f"loss {means['loss']:6.3f}  train {100 * means['correct']:6.2f}"
+                f"loss {means['loss']:6.3f}" + (f"  train {100 * means['correct']:6.2f}" if "correct" in means else "")
             )
 
     def point(self, step: int, means: dict[str, float]) -> None:
@@ -197,8 +199,9 @@ class Recorder:
         if "last_loss" in result:
             losses = f"test loss {result['last_loss']:.4f} last, {result['best_loss']:.4f} best; "
         place = f", in {self.folder}" if self.kept else ""
+        figure = "AP" if any("AP" in row for row in self.rows) else "test top-1"
         self.say(
-            f"result: {losses}test top-1 {result['last_acc']:.2f} last (epoch {result['epochs']}), "
+            f"result: {losses}{figure} {result['last_acc']:.2f} last (epoch {result['epochs']}), "
             f"{result['best_acc']:.2f} best (epoch {result['best_epoch']}){early}{place}"
         )
 

@@ -1,0 +1,82 @@
+"""What the engine does otherwise for detection."""
+
+import contextlib
+from collections.abc import Sequence
+
+from torch import nn
+from yacs.config import CfgNode
+
+from mdistiller.config import Config
+from mdistiller.dataset import DetectionBatches, DetectionSet
+from mdistiller.distillers import check_levels, detection_takers, distiller_dict, on_detectors
+from mdistiller.engine.detection_scores import DetectionTest
+from mdistiller.engine.ranks import Ranks
+from mdistiller.engine.task import Task, refuse_keys
+from mdistiller.errors import UserError
+from mdistiller.models import build_model
+from mdistiller.terminal import counted
+
+FOR_ONE_CLASS = (
+    "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
+    "DISTILLER.STUDENT_SIZE", "DISTILLER.TEACHER_SHARD",
+)  # fmt: skip
+
+
+class Detection(Task):
+    """Images with boxes around objects of several classes."""
+
+    eager = True  # proposals are as many as there are, and drawn on the host
+
+    def classes(self, num: int) -> str:
+        return f"{counted(num - 1, 'class')} and background"
+
+    def method(self, name: str) -> type:
+        return on_detectors(distiller_dict[name])
+
+    def network(
+        self, cfg: CfgNode, data: DetectionSet, side: str, given: nn.Module | None = None, layers: Sequence[str] = ()
+    ) -> nn.Module:
+        name, method = cfg.DISTILLER[side], cfg.DISTILLER.TYPE
+        model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
+        model.fit_images(data.views.short, data.views.long)
+        if method not in detection_takers(proposals=model.softmax):
+            raise UserError(
+                f"DISTILLER.{side}: {name} has a sigmoid for each class, and {method} compares softmax outputs; take a "
+                f"fasterrcnn_, or use {', '.join(detection_takers(proposals=False))}"
+            )
+        return model
+
+    def building(self, data: DetectionSet) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def finish(self, distiller: nn.Module, cfg: CfgNode) -> None:
+        distiller.seed = cfg.SEED
+
+    def check_pair(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
+        check_levels(name, self.method(name), student, teacher)
+
+    def tester(
+        self, batches: DetectionBatches, data: DetectionSet, cfg: CfgNode, teacher: nn.Module | None, ranks: Ranks
+    ) -> DetectionTest:
+        return DetectionTest(batches, data.test.device, cfg.SOLVER.AMP, ranks)
+
+    def refuse(self, cfg: Config, cls: type) -> None:
+        """Raise UserError where the method cannot train detectors, or where what is asked for is for images of one
+        class each.
+        """
+        names = detection_takers(proposals=True)
+        if cfg.DISTILLER.TYPE not in names:
+            raise UserError(
+                f"DISTILLER.TYPE: {cfg.DISTILLER.TYPE} has no form for detectors, which {cfg.DATASET.TYPE} trains; use "
+                f"{', '.join(names)}"
+            )
+        refuse_keys(cfg, FOR_ONE_CLASS, "images of one class each", "detection")
+        if cfg.SOLVER.TRAINER not in ("base", "crd", "dot", "crd_dot"):
+            raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images of one class; set SOLVER.TRAINER base")
+        if cfg.SOLVER.STEP not in ("auto", "eager"):
+            raise UserError("SOLVER.STEP: of detectors steps run eagerly; set SOLVER.STEP auto")
+        if cls.needs_teacher and cfg.TEACHER_BANK in ("lazy", "full"):
+            raise UserError(
+                f"TEACHER_BANK: {cfg.TEACHER_BANK} keeps logits of whole images, and a teacher's are of the student's "
+                "proposals; set TEACHER_BANK auto"
+            )
