@@ -261,7 +261,7 @@ def _small(kind: str, depth: int, wide: str) -> Callable[..., nn.Module]:
         from torchvision.ops import MultiScaleRoIAlign
         from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-        width, out = WIDTHS[wide], 64
+        width, out = WIDTHS[wide], 32
         stages = [width, 2 * width, 4 * width]
         trunk = nn.Sequential()
         trunk.add_module("stem", _stem(width))
@@ -278,9 +278,9 @@ def _small(kind: str, depth: int, wide: str) -> Callable[..., nn.Module]:
             network = _classes(kind)(
                 backbone,
                 rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 4),
-                rpn_pre_nms_top_n_train=400, rpn_post_nms_top_n_train=200, rpn_pre_nms_top_n_test=200,
+                rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=200, rpn_pre_nms_top_n_test=200,
                 rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64, box_batch_size_per_image=64,
-                box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 5, 2, canonical_scale=40, canonical_level=3),
+                box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 5, 1, canonical_scale=40, canonical_level=3),
                 box_head=TwoMLPHead(out * 5 * 5, 128), box_predictor=_predictor(128, num_classes),
                 **given,
             )  # fmt: skip
