@@ -18,8 +18,8 @@ add_keys(
     {
         "DATASET.JITTER": Key(
             [0.8, 1.0],
-            "Detection: the size of a training image as a share of that in a test, drawn between these two; with a "
-            "flip. DATASET.AUGMENT none: neither.",
+            "Images with boxes: the size of a training image as a share of that in a test, drawn between these two, and "
+            "a flip; DATASET.AUGMENT none: neither.",
             Check(
                 lambda v: len(v) == 2 and 0.1 <= v[0] <= v[1] <= 4,
                 "must be two numbers from 0.1 to 4, such as [0.8, 1]",
@@ -27,7 +27,7 @@ add_keys(
         ),
         "DATASET.LONG_SIDE": Key(
             0,
-            "Detection: pixels of an image's longer side at most, before JITTER; 0: 1333, of scenes DATASET.SIZE.",
+            "Images with boxes: pixels of the longer side at most, before JITTER; 0: 1333, of scenes DATASET.SIZE.",
             Check(lambda v: not v or 16 <= v <= 8192, "must be 0, or 16 to 8192"),
         ),
     }

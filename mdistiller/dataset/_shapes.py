@@ -1,6 +1,8 @@
-"""Things to draw: shapes with exact masks, and the patterns that fill them and what lies behind them."""
+"""What scenes are made of: shapes with exact masks or pictures that are cut out, patterns in them, and backgrounds."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
@@ -90,6 +92,50 @@ def pattern(height: int, width: int, far_from: np.ndarray, random: Generator) ->
         second = (along % (2 * step) - step) ** 2 + (across % (2 * step) - step) ** 2 < (0.6 * step) ** 2
     filled = np.where(second[..., None], colours[5], first)
     return (filled + random.uniform(-60, 60) * (along / (abs(along).max() + 1) - 0.5)[..., None]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Draws the objects of a scene: SHAPES, each filled with a pattern."""
+
+    classes: tuple[str, ...] = tuple(SHAPES)
+
+    def cut(self, label: int, size: float, around: np.ndarray, random: Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return the alpha (h, w) and the colours (h, w, 3), 0 to 255, of an object of class `label`, from 0, whose
+        longer side is `size`. `around` (3,): the colour of what it is pasted on.
+        """
+        alpha = shape(self.classes[label], size, random)
+        return alpha, pattern(*alpha.shape, around, random)
+
+
+@dataclass(frozen=True)
+class CutOuts:
+    """Takes the objects of a scene from `pictures`, uint8 (h, w, 3 or 4), those of each class at the places `members`.
+
+    `turn`: degrees by which one is turned at most; `mirrored`: or seen in a mirror; `painted`: of them the alpha alone
+    counts, and is filled with a pattern.
+    """
+
+    classes: tuple[str, ...]
+    pictures: Sequence[np.ndarray]
+    members: Sequence[np.ndarray]
+    turn: float = 0.0
+    mirrored: bool = True
+    painted: bool = False
+
+    def cut(self, label: int, size: float, around: np.ndarray, random: Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return alpha and colours, as `Shapes.cut` does."""
+        image = Image.fromarray(self.pictures[random.choice(self.members[label])]).convert("RGBA")
+        if self.mirrored and random.integers(2):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.turn:
+            image = image.rotate(random.uniform(-self.turn, self.turn), Image.Resampling.BILINEAR, expand=True)
+            image = image.crop(image.getchannel("A").getbbox())
+        factor = size / max(image.size)
+        image = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
+        values = np.asarray(image)
+        alpha = values[..., 3]
+        return alpha, pattern(*alpha.shape, around, random) if self.painted else values[..., :3].astype(np.float32)
 
 
 def background(height: int, width: int, random: Generator) -> np.ndarray:

@@ -24,8 +24,8 @@ add_keys(
     {
         "DATASET.SIZE": Key(
             0,
-            "Picture folders: pixels of a side; 0: 224, of tiny_imagenet 64. Detection: of a test image's shorter side; "
-            "0: 800, of scenes 128.",
+            "Picture folders: pixels of a side; 0: 224, of tiny_imagenet 64. Images with boxes: pixels of the shorter "
+            "side in a test; 0: 800, of scenes 128.",
             Check(lambda v: not v or 8 <= v <= 1024, "must be 0, or 8 to 1024"),
         ),
         "DATASET.CROP": Key(

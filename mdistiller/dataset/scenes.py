@@ -8,14 +8,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
+from PIL import Image
 
-from mdistiller.config import Key, add_keys, at_least, between
+from mdistiller import registry
+from mdistiller.config import Key, add_keys, at_least, between, one_of
 from mdistiller.dataset._detection import Boxes, DetectionSet, Side, channels_first, views_of
+from mdistiller.dataset._pictures import decode
 from mdistiller.dataset._registry import register_dataset
-from mdistiller.dataset._shapes import SHAPES, SOLID, background, pattern, shape
+from mdistiller.dataset._shapes import SOLID, CutOuts, Shapes, background
+from mdistiller.dataset.imagefolder import TESTS, by_class, with_progress
+from mdistiller.errors import UserError
 
+IMAGE_SETS = ("cifar10", "cifar100", "digits")
 add_keys(
     {
+        "DATASET.SCENES.OF": Key(
+            "shapes",
+            "Scenes: what is in them: shapes, which need no file; pictures, cut out by their transparent parts, of "
+            "ROOT/train/CLASS and ROOT/val/CLASS; or the images of cifar10, cifar100 or digits.",
+            one_of(("shapes", "pictures", *IMAGE_SETS)),
+        ),
         "DATASET.SCENES.TRAIN": Key(2000, "Scenes: images to train on.", between(1, 2**20)),
         "DATASET.SCENES.TEST": Key(500, "Scenes: images to test on.", between(1, 2**20)),
         "DATASET.SCENES.OBJECTS": Key(8, "Scenes: objects in an image, at most.", between(1, 100)),
@@ -36,12 +48,12 @@ SMALLEST = 4  # pixels of a box's side
 class Scenes:
     """Draws the scenes of a side, "train" or "test", each from (seed, side, its number) alone."""
 
+    objects: Shapes | CutOuts
     side: str
     count: int
     size: int  # of the longer side
     most: int
     seed: int
-    classes: tuple[str, ...] = tuple(SHAPES)
 
     def __len__(self) -> int:
         return self.count
@@ -59,8 +71,9 @@ class Scenes:
         owner = np.full((height, width), -1)  # of each pixel
         labels, areas = [], []
         for _ in range(random.integers(1, self.most + 1)):
-            label = int(random.integers(len(self.classes)))
-            alpha, colour = self.cut_out(label, around, random)
+            label = int(random.integers(len(self.objects.classes)))
+            size = self.size * np.exp(random.uniform(*np.log(SIZES)))
+            alpha, colour = self.objects.cut(label, size, around, random)
             where = self.place(alpha, owner, areas, random)
             if where is None:
                 continue
@@ -73,12 +86,6 @@ class Scenes:
         noise = random.standard_normal(image.shape, np.float32) * np.float32(random.uniform(1, 7))
         image = image * np.float32(random.uniform(0.75, 1.1)) + noise
         return image.clip(0, 255).astype(np.uint8), boxes_of(owner, len(labels)), np.array(labels, int)
-
-    def cut_out(self, label: int, around: np.ndarray, random: Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return an object's alpha (h, w), 0 to 255, and its colours (h, w, 3)."""
-        size = self.size * np.exp(random.uniform(*np.log(SIZES)))
-        alpha = shape(self.classes[label], size, random)
-        return alpha, pattern(*alpha.shape, around, random)
 
     def place(self, alpha: np.ndarray, owner: np.ndarray, areas: list[int], random: Generator) -> tuple | None:
         """Return where in the image an object goes, and the part of it that lies inside, as pairs of slices; None where
@@ -119,19 +126,79 @@ def boxes_of(owner: np.ndarray, count: int) -> np.ndarray:
 
 @register_dataset("scenes", task="detection")
 def scenes(root: Path, options: Mapping) -> DetectionSet:
-    """Draw scenes. Nothing is read from `root`."""
+    """Draw scenes. Of shapes nothing is read from `root`."""
     own, size, hasher = options["SCENES"], options["SIZE"] or SIZE, hashlib.sha256()
+    objects = objects_of(own["OF"], root, size)
+    held = 3 * size**2 * (own["TRAIN"] + own["TEST"]) <= options["MEMORY"] * 2**30
     sides = []
     for side, count in (("train", own["TRAIN"]), ("test", own["TEST"])):
-        source = Scenes(side, count, size, own["OBJECTS"], own["SEED"])
-        drawn = [source.draw(place) for place in range(count)]
-        for image, box, label in drawn:
-            for values in (image, box, label):
+        source = Scenes(objects[side == "test"], side, count, size, own["OBJECTS"], own["SEED"])
+        images, boxes, labels = [], [np.zeros((0, 4), np.float32)], [np.zeros(0, int)]
+        for place in with_progress(range(count), f"drawing {side}", "scene"):
+            image, *found = source.draw(place)
+            for values, kept in zip(found, (boxes, labels), strict=True):
+                kept.append(values)
+            for values in (image, *found):
                 hasher.update(np.ascontiguousarray(values))
-        box = torch.from_numpy(np.concatenate([box for _, box, _ in drawn]))
-        label = torch.from_numpy(np.concatenate([label for *_, label in drawn]))
-        starts = np.cumsum([0, *(len(label) for *_, label in drawn)]).tolist()
-        area = (box[:, 2:] - box[:, :2]).prod(1)
-        boxes = Boxes(box, label, torch.zeros(len(box), dtype=torch.bool), area, tuple(starts), tuple(range(count)))
-        sides.append(Side(source, boxes, tuple(channels_first(image) for image, *_ in drawn)))
-    return DetectionSet(*sides, tuple(SHAPES), hasher.hexdigest(), views_of(options, size, size))
+            images += [channels_first(image)] if held else []
+        starts = np.cumsum([0, *map(len, labels[1:])]).tolist()
+        box, label = (torch.from_numpy(np.concatenate(values)) for values in (boxes, labels))
+        area, crowd = (box[:, 2:] - box[:, :2]).prod(1), torch.zeros(len(box), dtype=torch.bool)
+        boxes = Boxes(box, label, crowd, area, tuple(starts), tuple(range(count)))
+        sides.append(Side(source, boxes, tuple(images) if held else None, options["NUM_WORKERS"]))
+    return DetectionSet(*sides, objects[0].classes, hasher.hexdigest(), views_of(options, size, size))
+
+
+def objects_of(kind: str, root: Path, size: int) -> tuple[Shapes | CutOuts, Shapes | CutOuts]:
+    """Return what scenes to train and to test on are made of: different pictures of the same classes."""
+    if kind == "shapes":
+        return Shapes(), Shapes()
+    if kind == "pictures":
+        return pictures_of(root, size)
+    data, grey = registry.datasets[kind](root), kind == "digits"
+    classes = data.class_names or tuple(map(str, range(data.num_classes)))
+    found = []
+    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        pixels = images.numpy()
+        pixels = np.concatenate([pixels, pixels[..., :1]], 3) if grey else pixels  # ink is what is not transparent
+        members = tuple(np.flatnonzero(labels == label) for label in range(data.num_classes))
+        found.append(CutOuts(classes, pixels, members, 15.0 if grey else 0.0, not grey, grey))
+    return tuple(found)
+
+
+def pictures_of(root: Path, size: int) -> tuple[CutOuts, CutOuts]:
+    """Return the pictures of `root`/train/CLASS and `root`/val/CLASS, or test/, none of their sides above `size`."""
+    test = next((name for name in TESTS if (root / name).is_dir()), TESTS[0])
+    folders = root / "train", root / test
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: there is no such folder; DATASET.SCENES.OF pictures needs DATASET.ROOT/train/CLASS/ and "
+                "val/CLASS/ with pictures of objects, transparent around them"
+            )
+    sides = [by_class(folder) for folder in folders]
+    classes = tuple(sorted(sides[0]))
+    if [*classes] != sorted(sides[1]):
+        other = sorted({*classes} ^ {*sides[1]})[0]
+        raise UserError(f"{folders[1]}: the class {other} is in one of train and {test} alone; both need the same ones")
+    found = []
+    for folder, side in zip(folders, sides, strict=True):
+        pictures, members = [], []
+        for name in classes:
+            members.append(np.arange(len(pictures), len(pictures) + len(side[name])))
+            pictures += [cut_out(folder / file, size) for file, _ in side[name]]
+        found.append(CutOuts(classes, pictures, members, 15.0))
+    return tuple(found)
+
+
+def cut_out(file: Path, size: int) -> np.ndarray:
+    """Return what of a picture is not transparent, uint8 (h, w, 4)."""
+    decode(file)  # says what is wrong with a file
+    with Image.open(file) as image:
+        image = image.convert("RGBA")
+    around = image.getchannel("A").point(lambda alpha: 255 * (alpha >= SOLID)).getbbox()
+    if around is None:
+        raise UserError(f"{file}: is transparent everywhere; mend or remove it")
+    image = image.crop(around)
+    image.thumbnail((size, size))
+    return np.asarray(image)

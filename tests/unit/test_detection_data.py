@@ -246,7 +246,7 @@ BROKEN_VOC = {
     "a size of 0": (edit("<width>40", "<width>0"), "the size of traina.jpg must be two whole numbers above 0"),
     "another size": (edit("<width>40", "<width>39"), "traina.jpg: is 40 x 32 pixels"),
     "no class": (edit("<name>cow</name>", ""), "traina.xml: object 1: has no name"),
-    "a class of the test alone": (edit("<name>cow", "<name>eel", "vala"), "object 1: its class 'eel' is not in training"),
+    "a class of the test alone": (edit("<name>cow", "<name>eel", "vala"), "its class 'eel' is not in training"),
     "no box": (edit("<xmin>3</xmin>", ""), "traina.xml: object 1: has no bndbox/xmin"),
     "a text for a number": (edit("<xmin>3", "<xmin>three"), "object 1: its bndbox/xmin must be a number; got 'three'"),
     "not a number": (edit("<xmin>3", "<xmin>nan"), "object 1: its bndbox/xmin must be a number"),

@@ -1,0 +1,182 @@
+"""Average precision: that of pycocotools on the same detections, whatever library and however many processes."""
+
+import builtins
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, refused
+from torch import nn
+
+from mdistiller.config import load
+from mdistiller.dataset import Boxes, DetectionBatches, load_dataset
+from mdistiller.engine.detection_scores import DetectionTest, evaluator, scores_of_boxes
+from mdistiller.engine.ranks import Ranks
+
+pytest.importorskip("faster_coco_eval")
+
+
+def random_case(seed, images=60, classes=4):
+    """Boxes of all three sizes, some of them crowds, and detections: near them, elsewhere, of other classes, with
+    scores of which many are the same.
+    """
+    random = np.random.default_rng(seed)
+    boxes, labels, crowd, starts, found = [], [], [], [0], []
+    for place in range(images):
+        for _ in range(random.integers(0, 7)):
+            size, corner = np.exp(random.uniform(np.log(8), np.log(250), 2)), random.uniform(0, 300, 2)
+            boxes.append([*corner, *(corner + size)])
+            labels.append(int(random.integers(1, classes + 1)))
+            crowd.append(random.random() < 0.15)
+            for _ in range(random.integers(0, 4)):
+                near = boxes[-1] + random.normal(0, 0.08, 4) * [*size, *size]
+                near[2:] = np.maximum(near[2:], near[:2] + 1)
+                label = labels[-1] if random.random() < 0.8 else random.integers(1, classes + 1)
+                found.append([place, *near, round(random.random(), 1), label])
+        for _ in range(random.integers(0, 130) if place % 20 == 7 else 3):  # more than the hundred that count
+            corner = random.uniform(0, 300, 2)
+            found.append(
+                [place, *corner, *(corner + random.uniform(5, 200, 2)), random.random(), random.integers(1, 5)]
+            )
+        starts.append(len(boxes))
+    box = torch.tensor(boxes, dtype=torch.float32)
+    area = (box[:, 2:] - box[:, :2]).prod(1) * torch.tensor(random.uniform(0.5, 1, len(box)), dtype=torch.float32)
+    truth = Boxes(box, torch.tensor(labels), torch.tensor(crowd), area, tuple(starts), tuple(range(images)))
+    return np.array(found, float), truth
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_figures_are_those_of_pycocotools(seed):
+    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    found, truth = random_case(seed)
+    ours = scores_of_boxes(found, truth)
+    assert 1 < ours.ap < ours.ap50 and None not in ours
+    assert ours == pytest.approx(scores_of_boxes(found, truth, (coco.COCO, cocoeval.COCOeval)), abs=1e-6)
+    assert ours == pytest.approx(of_pycocotools(coco.COCO(), cocoeval.COCOeval, found, truth), abs=1e-6)
+
+
+def of_pycocotools(real, judge, found, truth):
+    """The figures as its documentation computes them: an annotation file, and detections that loadRes reads."""
+    place = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts))
+    real.dataset = {
+        "images": [{"id": n} for n in truth.ids],
+        "categories": [{"id": n} for n in range(1, 5)],
+        "annotations": [
+            {
+                "id": 1 + n, "image_id": int(place[n]), "category_id": int(truth.label[n]),
+                "area": float(truth.area[n]), "bbox": [left, top, right - left, bottom - top],
+                "iscrowd": int(truth.crowd[n]),
+            }
+            for n, (left, top, right, bottom) in enumerate(truth.box.double().tolist())
+        ],
+    }  # fmt: skip
+    real.createIndex()
+    rows = np.concatenate([found[:, :3], found[:, 3:5] - found[:, 1:3], found[:, 5:]], 1)
+    judge = judge(real, real.loadRes(rows), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return [100 * float(value) for value in judge.stats[:6]]
+
+
+def test_what_is_found_exactly_is_a_hundred_percent_and_nothing_is_none():
+    _, truth = random_case(0)
+    place = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts))
+    columns = place, *truth.box.numpy().T, np.ones(len(place)), truth.label.numpy()
+    exact = np.stack(columns, 1).astype(float)
+    assert scores_of_boxes(exact, truth) == pytest.approx((100,) * 6)
+    assert scores_of_boxes(exact[:0], truth) == (0,) * 6
+    small = truth._replace(area=torch.full_like(truth.area, 9.0))
+    assert scores_of_boxes(exact, small) == pytest.approx((100, 100, 100, 100, None, None))
+    other = exact.copy()
+    other[:, 6] = 1 + other[:, 6] % 4
+    assert scores_of_boxes(other, truth).ap < 5
+
+
+class Stand(nn.Module):
+    """A detector that knows the boxes, and errs by how far its images are padded, as convolutions do."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.known = {self.key(side.image(n).float() / 255): side.target(n) for n in range(len(side))}
+
+    def key(self, image):
+        return float(image.double().sum())
+
+    def forward(self, images):
+        assert not self.training and not torch.is_grad_enabled()
+        width = max(image.shape[2] for image in images)
+        answers = []
+        for image in images:
+            target = self.known[self.key(image)]
+            random = np.random.default_rng([width, image.shape[1]])
+            shift = torch.from_numpy(random.normal(0, 2, (len(target["boxes"]), 4))).float()
+            scores = torch.from_numpy(random.uniform(0, 1, len(shift)))
+            answers.append({"boxes": target["boxes"] + shift, "labels": target["labels"], "scores": scores})
+        return answers
+
+
+class Threads(Ranks):
+    """Ranks that are threads of one process."""
+
+    def __init__(self, world, rank, shared, barrier):
+        super().__init__(world, rank)
+        self.shared, self.barrier = shared, barrier
+
+    def everybodys(self, value):
+        self.shared[self.rank] = value
+        self.barrier.wait(60)
+        values = [self.shared[rank] for rank in range(self.world)]
+        self.barrier.wait(60)
+        return values
+
+    def sum(self, tensors):
+        tensors[0].copy_(sum(self.everybodys(tensors[0].clone())))
+
+    def gather(self, tensor, sizes):
+        parts = self.everybodys(tensor)
+        assert [len(part) for part in parts] == list(sizes)
+        return torch.cat(parts)
+
+    def from_first(self, work):
+        return self.everybodys(work() if self.rank == 0 else None)[0]
+
+
+def small_scenes():
+    words = ["DATASET.TYPE", "scenes", "DATASET.SCENES.TRAIN", "1", "DATASET.SCENES.TEST", "23"]
+    return load_dataset("scenes", ".", load(None, words).DATASET)
+
+
+def test_any_number_of_processes_gives_the_same_figures():
+    side = small_scenes().test
+    found = {}
+    for world in (1, 2, 4, 9):  # of nine some have no batch
+        shared, barrier, scores = {}, threading.Barrier(world), [None] * world
+
+        def work(rank, world=world, shared=shared, barrier=barrier, scores=scores):
+            batches = DetectionBatches(side, 4)
+            batches.tester = rank, world
+            scores[rank] = DetectionTest(batches, CPU, ranks=Threads(world, rank, shared, barrier))(Stand(side))
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert scores == [scores[0]] * world and scores[0] is not None
+        found[world] = scores[0]
+    assert 1 < found[1].ap < 99 and found[1] == found[2] == found[4] == found[9]
+
+
+def test_a_missing_library_is_a_line(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *more):
+        if name.startswith(("faster_coco_eval", "pycocotools")):
+            raise ImportError(name)
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with refused("pip install faster-coco-eval"):
+        evaluator()
