@@ -18,8 +18,8 @@ add_keys(
     {
         "DATASET.JITTER": Key(
             [0.8, 1.0],
-            "Images with boxes: the size of a training image as a share of that in a test, drawn between these two, and "
-            "a flip; DATASET.AUGMENT none: neither.",
+            "Images with boxes: the size of a training image as a share of that in a test, drawn between these two; "
+            "and a flip; DATASET.AUGMENT none: neither.",
             Check(
                 lambda v: len(v) == 2 and 0.1 <= v[0] <= v[1] <= 4,
                 "must be two numbers from 0.1 to 4, such as [0.8, 1]",
