@@ -160,7 +160,8 @@ def objects_of(kind: str, root: Path, size: int) -> tuple[Shapes | CutOuts, Shap
     found = []
     for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
         pixels = images.numpy()
-        pixels = np.concatenate([pixels, pixels[..., :1]], 3) if grey else pixels  # ink is what is not transparent
+        if grey:  # ink is what is not transparent; the digits that are there are of 8 x 8 pixels
+            pixels = np.concatenate([pixels, pixels[..., :1]], 3)[:, ::4, ::4]
         members = tuple(np.flatnonzero(labels == label) for label in range(data.num_classes))
         found.append(CutOuts(classes, pixels, members, 15.0 if grey else 0.0, not grey, grey))
     return tuple(found)
