@@ -2,24 +2,30 @@
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from torch import nn
 from yacs.config import CfgNode
 
 from mdistiller.config import Config
 from mdistiller.dataset import DetectionBatches, DetectionSet
+from mdistiller.device import autocast
 from mdistiller.distillers import check_levels, detection_takers, distiller_dict, on_detectors
 from mdistiller.engine.detection_scores import DetectionTest
 from mdistiller.engine.ranks import Ranks
 from mdistiller.engine.task import Task, refuse_keys
 from mdistiller.errors import UserError
-from mdistiller.models import build_model
+from mdistiller.files import write_atomic
+from mdistiller.models import build_model, in_eval_mode
+from mdistiller.runs.detections import draw_detections, png
 from mdistiller.terminal import counted
 
 FOR_ONE_CLASS = (
     "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
     "DISTILLER.STUDENT_SIZE", "DISTILLER.TEACHER_SHARD",
 )  # fmt: skip
+SHOWN = 6  # test images in the picture that a run leaves
 
 
 class Detection(Task):
@@ -59,6 +65,18 @@ class Detection(Task):
         self, batches: DetectionBatches, data: DetectionSet, cfg: CfgNode, teacher: nn.Module | None, ranks: Ranks
     ) -> DetectionTest:
         return DetectionTest(batches, data.test.device, cfg.SOLVER.AMP, ranks)
+
+    def leave(self, distiller: nn.Module, data: DetectionSet, cfg: CfgNode, folder: Path) -> None:
+        """Write detections.png: what the networks find in the first test images, beside what there is."""
+        count = min(SHOWN, len(data.test))
+        images = [data.test.image(place) for place in range(count)]
+        rows = {"truth": [data.test.target(place) for place in range(count)]}
+        for side, network in (("teacher", distiller.teacher), ("student", distiller.student)):
+            if network is not None:
+                with torch.no_grad(), in_eval_mode(network), autocast(data.test.device, cfg.SOLVER.AMP):
+                    found = network([image.float() / 255 for image in images])
+                rows[f"{side}: {cfg.DISTILLER[side.upper()]}"] = found
+        write_atomic(folder / "detections.png", png(draw_detections(images, rows, data.classes)))
 
     def refuse(self, cfg: Config, cls: type) -> None:
         """Raise UserError where the method cannot train detectors, or where what is asked for is for images of one

@@ -200,8 +200,13 @@ class OpenRun:
         return recorder
 
     def outcome(self) -> dict:
-        """Return the run's folder, the rows of its epochs, its student and what its images are normalised by."""
+        """Let the task leave what it leaves of a finished run. Return the run's folder, the rows of its epochs, its
+        student and what its images are normalised by.
+        """
         student, data = self.trainer.distiller.student, self.workspace.data
+        if self.workspace.kept and self.workspace.ranks.first:
+            given = self.trainer.distiller, self.workspace.local, self.request.cfg, self.request.path
+            TASKS[data.task].leave(*given)
         shown = {"folder": str(self.request.path), "history": self.rows}
         return shown | {"student": student, "mean": data.mean, "std": data.std}
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from torch import nn
 from yacs.config import CfgNode
@@ -74,6 +75,9 @@ class Task:
     def tester(self, batches: Batches, data: ImageSet, cfg: CfgNode, teacher: nn.Module | None, ranks: Ranks):
         """Return what gives the scores of a network on `batches`: a callable of (network, batches)."""
         return ImageTest(batches, batches.images.device, cfg.SOLVER.AMP, ranks)
+
+    def leave(self, distiller: nn.Module, data: ImageSet, cfg: CfgNode, folder: Path) -> None:
+        """Write into the run's folder what a finished run leaves there beside its figures."""
 
     def refuse(self, cfg: Config, cls: type) -> None:
         """Raise UserError where the configuration asks for what cannot be on such data."""

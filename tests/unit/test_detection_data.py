@@ -22,7 +22,7 @@ WIDE = [2.0, 3.0, 10.5, 20.0]  # a box that fits into all of them but the last
 
 
 def read(kind, root, *pairs):
-    return load_dataset(kind, root, load(None, ["DATASET.TYPE", kind, *pairs]).DATASET)
+    return load_dataset(kind, root, load(None, [*pairs]).DATASET)
 
 
 def photo(seed, width, height):

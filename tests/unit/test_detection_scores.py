@@ -2,17 +2,21 @@
 
 import builtins
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import CPU, refused
+from PIL import Image
 from torch import nn
 
 from mdistiller.config import load
 from mdistiller.dataset import Boxes, DetectionBatches, load_dataset
+from mdistiller.engine.detection import Detection
 from mdistiller.engine.detection_scores import DetectionTest, evaluator, scores_of_boxes
 from mdistiller.engine.ranks import Ranks
+from mdistiller.runs.detections import GAP, SIDE, TITLE, draw_detections, shade
 
 pytest.importorskip("faster_coco_eval")
 
@@ -144,7 +148,7 @@ class Threads(Ranks):
 
 
 def small_scenes():
-    words = ["DATASET.TYPE", "scenes", "DATASET.SCENES.TRAIN", "1", "DATASET.SCENES.TEST", "23"]
+    words = ["DATASET.SCENES.TRAIN", "1", "DATASET.SCENES.TEST", "23"]
     return load_dataset("scenes", ".", load(None, words).DATASET)
 
 
@@ -180,3 +184,25 @@ def test_a_missing_library_is_a_line(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with refused("pip install faster-coco-eval"):
         evaluator()
+
+
+def test_a_run_leaves_a_picture_of_what_its_networks_find(tmp_path):
+    data = small_scenes()
+    cfg = load(None, ["DISTILLER.STUDENT", "resnet8"])
+    for teacher in (None, Stand(data.test)):
+        distiller = SimpleNamespace(student=Stand(data.test), teacher=teacher)
+        Detection().leave(distiller, data, cfg, tmp_path)
+        with Image.open(tmp_path / "detections.png") as grid:
+            assert grid.size == (6 * (SIDE + GAP) - GAP, (2 if teacher is None else 3) * (TITLE + SIDE + GAP))
+
+
+def test_boxes_are_drawn_where_they_are_and_weak_detections_are_not():
+    image = torch.zeros(3, 60, 120, dtype=torch.uint8)
+    boxes = torch.tensor([[30.0, 20.0, 90.0, 50.0], [5.0, 30.0, 20.0, 55.0]])
+    labels, scores = torch.tensor([2, 1]), torch.tensor([0.9, 0.4])
+    found = {"boxes": boxes, "labels": labels, "scores": scores}
+    strong = found | {"scores": scores + 1}
+    truth, drawn = (np.asarray(draw_detections([image], {"": [row]}, ("ant", "ox"))) for row in (strong, found))
+    assert truth.shape == drawn.shape == (TITLE + SIDE + GAP, SIDE, 3)  # twice as large
+    assert tuple(drawn[TITLE + 60, 60]) == tuple(drawn[TITLE + 60, 179]) == shade(2) != shade(1)
+    assert tuple(drawn[TITLE + 80, 10]) == (0, 0, 0) and tuple(truth[TITLE + 80, 10]) == shade(1)
