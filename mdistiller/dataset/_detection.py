@@ -81,6 +81,13 @@ class Side:
         """Return an image as it is, uint8 (3, H, W)."""
         return self.held[place] if self.held is not None else channels_first(self.source.read(place)).to(self.device)
 
+    def size(self, place: int) -> tuple[int, int]:
+        """Return an image's height and width."""
+        if self.held is not None:
+            return tuple(self.held[place].shape[1:])
+        width, height = self.source.sizes[place].tolist()
+        return height, width
+
     def target(self, place: int) -> dict[str, Tensor | int]:
         """Return all boxes of an image, as `Boxes.of` does."""
         return self.boxes.of(place)
@@ -163,6 +170,8 @@ class DetectionBatch(NamedTuple):
     image: list[Tensor]  # B of float32 (3, H, W) in [0, 1], each of its own size
     target: list[dict]  # B of Boxes.of
     index: Tensor  # (B,) int64: the images' places in the set
+    canvas: Tensor | None = None  # (B, 2) int64, in training: height and width of the largest of the whole batch, of
+    # which these may be a part, in every row
 
 
 class Decoding:
@@ -223,6 +232,7 @@ class DetectionBatches(Batches):
 
     def batch(self, plan: Tensor, rows: Tensor | None = None) -> DetectionBatch:
         """Return what `plan` (3, B) says, or its places `rows` (m,)."""
+        canvas = self.canvas(plan) if self.scaling else None
         plan = self._wanted(plan, rows).cpu()
         images, targets = [], []
         for image, (place, flip, factor) in zip(self._images(plan), plan.T.tolist(), strict=True):
@@ -235,7 +245,15 @@ class DetectionBatches(Batches):
                 image, target = mirror(image, target) if flip else (image, target)
             images.append(image)
             targets.append(target)
-        return DetectionBatch(images, targets, plan[0].to(self.side.device))
+        canvas = None if canvas is None else canvas.expand(len(images), 2)
+        return DetectionBatch(images, targets, plan[0].to(self.side.device), canvas)
+
+    def canvas(self, plan: Tensor) -> Tensor:
+        """Return the height and width that hold each image of `plan` (3, B), (2,): known before one is decoded."""
+        sizes = [
+            scaled_size(self.side.size(place), self.scaling, factor / 1000) for place, _, factor in plan.T.tolist()
+        ]
+        return torch.tensor(sizes).amax(0)
 
     def _images(self, plan: Tensor) -> Iterator[Tensor]:
         if self.reader is None:

@@ -59,7 +59,7 @@ class DetectionTest:
         """`batches`: those of the test, where somebody watches over them."""
         found = []
         with in_eval_mode(network), autocast(self.device, self.amp):
-            for images, _, index in batches or self.batches:
+            for images, _, index, *_ in batches or self.batches:
                 answers = network([image.to(self.device) for image in images])
                 found += [rows_of(place, answer) for place, answer in zip(index.tolist(), answers, strict=True)]
         own = torch.cat(found) if found else torch.zeros(0, COLUMNS, dtype=torch.float64)

@@ -32,7 +32,7 @@ def first_bad_tensor(
         return seen
 
     distiller.observer = None  # the temperature record's
-    look("the images", *batch)
+    look("the images", *(batch.image if isinstance(batch.image, list) else batch))
     for name, value in distiller.named_parameters():
         look(f"'{name}'", value)
     given = {} if logits_teacher is None else {"logits_teacher": logits_teacher}
@@ -40,7 +40,7 @@ def first_bad_tensor(
     handles = [module.register_forward_hook(hook(name)) for name, module in distiller.named_modules() if name]
     try:
         distiller.zero_grad(set_to_none=True)
-        with autocast(batch.image.device, amp):
+        with autocast(next(distiller.parameters()).device, amp):
             _, terms = distiller(**batch._asdict(), epoch=epoch, **given)
             losses = {name: value.float().mean() for name, value in terms.items()}
         for name, value in losses.items():
