@@ -1,0 +1,194 @@
+"""Detectors and the methods on them: a step of each, what is drawn, what is compared, what is refused."""
+
+import functools
+
+import pytest
+import torch
+from helpers import CPU, refused, same
+from torch.nn import functional as F
+
+from mdistiller.dataset import load_dataset
+from mdistiller.distillers import detection_takers
+from mdistiller.distillers.CWD import cwd_loss
+from mdistiller.distillers.DKD import dkd_loss
+from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.PKD import pkd_loss
+from mdistiller.engine.cfg import load
+from mdistiller.engine.method import build_distiller
+from mdistiller.engine.refusals import refuse_unused
+from mdistiller.engine.solver import sgd
+from mdistiller.engine.step import Step
+from mdistiller.models.detectors import Sampler, of_rows
+
+SCENES = ["DATASET.TYPE", "scenes", "DATASET.SCENES.TRAIN", "8", "DATASET.SCENES.TEST", "2", "DATASET.SIZE", "64"]
+PAIR = ["DISTILLER.STUDENT", "fasterrcnn_resnet8", "DISTILLER.TEACHER", "fasterrcnn_resnet14"]
+
+
+@functools.cache
+def scenes():
+    return load_dataset("scenes", ".", configured().DATASET)
+
+
+def configured(*pairs):
+    return load(None, [*SCENES, *PAIR, *pairs])
+
+
+def built(method, *pairs):
+    torch.manual_seed(0)
+    return build_distiller(configured("DISTILLER.TYPE", method, *pairs), scenes(), None, CPU).train()
+
+
+def batch(rows=slice(0, 4)):
+    batches = scenes().training_batches(configured("SOLVER.BATCH_SIZE", "4"))
+    plan = batches.plan(1)[:, :4]
+    return batches.batch(plan, None if rows == slice(0, 4) else torch.arange(4)[rows])
+
+
+@pytest.mark.parametrize("method", detection_takers(proposals=True))
+def test_a_step_reaches_every_learnable_parameter_and_nothing_of_the_teacher(method):
+    distiller = built(method)
+    before = [value.clone() for value in distiller.teacher.parameters()] if distiller.teacher else []
+    none, losses = distiller(**batch()._asdict(), epoch=2)
+    assert none is None
+    assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
+    assert ("loss_kd" in losses) is distiller.needs_teacher
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in distiller.get_learnable_parameters())
+    if before:
+        assert same(before, list(distiller.teacher.parameters()))
+        assert all(p.grad is None for p in distiller.teacher.parameters())
+
+
+@pytest.mark.parametrize("method", ["KD", "DKD"])
+def test_proposals_are_compared_by_the_classification_losses(method):
+    distiller, seen = built(method), {}
+    train_on = distiller.student.train_on
+    distiller.student.train_on = lambda *given: seen.setdefault("pass", train_on(*given))
+    _, losses = distiller(**batch()._asdict(), epoch=40)
+    found = seen["pass"]
+    with torch.no_grad():
+        levels = distiller.teacher.backbone(found.images)
+        pooled = distiller.teacher.roi_heads.box_roi_pool(levels, found.proposals, found.sizes)
+        teacher, _ = distiller.teacher.roi_heads.box_predictor(distiller.teacher.roi_heads.box_head(pooled))
+    own = found.logits
+    assert len(own) == len(teacher) == len(found.labels) == 4 * 64
+    if method == "KD":
+        expected = 0.9 * kd_loss(own, teacher, 4.0)
+        assert losses["loss_ce"].allclose(0.1 * F.cross_entropy(own, found.labels))
+    else:
+        expected = dkd_loss(own, teacher, found.labels, 1.0, 8.0, 4.0)
+    assert losses["loss_kd"].allclose(expected)
+    assert "loss_classifier" not in losses, "it is loss_ce"
+
+
+def test_a_rule_and_its_record_see_proposals():
+    distiller, rows = built("KD", "TEMPERATURE.RULE", "std"), []
+    given = batch()
+    distiller.observer = lambda own, other, temperatures: rows.append((own, temperatures.student))
+    distiller(**given._asdict(), epoch=1)
+    ((logits, temperature),) = rows
+    assert logits.shape == (4, 11) and temperature.shape == (4, 1), "one proposal of each image"
+
+
+def test_identical_pyramids_cost_nothing():
+    maps = torch.randn(2, 3, 5, 4)
+    assert cwd_loss(maps, maps, 1.0) == 0 and pkd_loss(maps, maps) == 0
+    scaled = 3 * maps + torch.randn(3)[:, None, None]
+    assert float(pkd_loss(scaled, maps)) == pytest.approx(0, abs=1e-5), "Pearson knows neither scale nor shift"
+    assert float(pkd_loss(-maps, maps)) == pytest.approx(2, abs=1e-4)
+    shifted = maps + torch.randn(2, 3, 1, 1)
+    assert float(cwd_loss(shifted, maps, 1.0)) == pytest.approx(0, abs=1e-5)
+    assert cwd_loss(-maps, maps, 1.0) > 0.1
+    constant = torch.ones(2, 3, 5, 4, requires_grad=True)
+    pkd_loss(constant, maps).backward()
+    assert constant.grad.isfinite().all()
+
+
+def test_what_is_drawn_of_an_image_depends_on_its_seed_alone():
+    labels = [torch.randint(-1, 3, (200,), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    sampler = Sampler(32, 0.25)
+    sampler.seeds = [5, 6, 7]
+    positive, negative = sampler(labels)
+    sampler.seeds = [7]
+    alone = sampler(labels[2:])
+    assert torch.equal(alone[0][0], positive[2]) and torch.equal(alone[1][0], negative[2])
+    for mask, no, label in zip(positive, negative, labels, strict=True):
+        assert int(mask.sum()) == 8 and int(no.sum()) == 24
+        assert (label[mask.bool()] >= 1).all() and (label[no.bool()] == 0).all()
+    sampler.seeds = [1]
+    few, rest = sampler([torch.tensor([1, 0, 0, -1])])
+    assert few[0].tolist() == [1, 0, 0, 0] and rest[0].tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("method", ["NONE", "DKD", "CWD", "REVIEWKD"])
+def test_parts_of_a_batch_add_up_to_it(method):
+    """As two processes, or two accumulated parts, see it: the mean of both parts' losses is the batch's."""
+    distiller = built(method)
+    for module in distiller.modules():  # whose statistics are of what one process has
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    losses = [sum(distiller(**batch(rows)._asdict(), epoch=1)[1].values()) for rows in (slice(0, 4), slice(0, 1))]
+    rest = sum(distiller(**batch(slice(1, 4))._asdict(), epoch=1)[1].values())
+    parts = (0.25 * losses[1] + 0.75 * rest).item()
+    assert losses[0].item() == pytest.approx(parts, rel=1e-5)
+
+
+def test_a_step_of_the_engine_moves_the_student_and_counts_images():
+    distiller = built("DKD")
+    step = Step(distiller, sgd(distiller.get_learnable_parameters(), 0.9, 0.0), CPU)
+    step.optimizer.param_groups[0]["lr"] = 0.01
+    before = [value.clone() for value in distiller.student.parameters()]
+    step(batch(), 1)
+    figures = step.meter.read()
+    assert step.meter.images == 4 and figures["skipped"] == 0 and "correct" not in figures
+    assert not same(before, list(distiller.student.parameters()))
+
+
+def one_line(*pairs):
+    cfg = configured(*pairs)
+    refuse_unused(cfg)
+    build_distiller(cfg, scenes(), None, CPU)
+
+
+RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retinanet_resnet14"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "part"),
+    [
+        (["DISTILLER.TYPE", "CRD"], "CRD has no form for detectors"),
+        (["DISTILLER.TYPE", "AT"], "AT has no form for detectors"),
+        (["DISTILLER.TYPE", "KD", *RETINA], "has a sigmoid for each class, and KD compares softmax outputs"),
+        (["DISTILLER.TYPE", "CWD", "DISTILLER.TEACHER", "tv:fasterrcnn_mobilenet_v3_large_fpn"], "has levels of"),
+        (["DISTILLER.TYPE", "KD", "TEACHER_BANK", "full"], "set TEACHER_BANK auto"),
+        (["SOLVER.LABEL_SMOOTHING", "0.1"], "SOLVER.LABEL_SMOOTHING: is for images of one class each"),
+        (["SOLVER.STEP", "compile"], "set SOLVER.STEP auto"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(pairs, part):
+    refused(lambda: one_line(*pairs), part)
+
+
+def test_networks_and_data_of_different_tasks_are_refused():
+    refused(lambda: load(None, ["DISTILLER.STUDENT", "fasterrcnn_resnet8"]), "is a detector; set DATASET.TYPE")
+    refused(lambda: load(None, [*SCENES, "DISTILLER.STUDENT", "resnet8"]), "unknown detector 'resnet8'")
+    refused(lambda: load(None, [*SCENES, "DISTILLER.STUDENT", "tv:fasterrcnn_resnet19_fpn"]), "near it")
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_sigmoid_heads_learn_from_pyramids(kind):
+    names = ["DISTILLER.STUDENT", f"{kind}_resnet8", "DISTILLER.TEACHER", f"{kind}_resnet8x2"]
+    distiller = built("PKD", *names)
+    _, losses = distiller(**batch()._asdict(), epoch=1)
+    assert "loss_kd" in losses and sum(losses.values()).isfinite()
+
+
+def test_weights_of_coco_are_cut_to_its_categories():
+    own = {"cls_logits.weight": torch.zeros(9 * 3, 2), "box_predictor.bbox_pred.bias": torch.zeros(3 * 4)}
+    wide = {
+        "cls_logits.weight": torch.arange(9 * 91 * 2.0).view(-1, 2),
+        "box_predictor.bbox_pred.bias": torch.arange(364.0),
+    }
+    found = of_rows(wide, own, [0, 1, 5])
+    assert found["cls_logits.weight"][:4, 0].tolist() == [0, 2, 10, 182]
+    assert found["box_predictor.bbox_pred.bias"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22, 23]
