@@ -9,7 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from mdistiller.errors import UserError
+from mdistiller.runs.detections import LEAST
 from mdistiller.study import comparison, tables, temperatures
 from mdistiller.study.charts import Chart, write_numbers, write_table
 from mdistiller.study.drawing import save
@@ -84,6 +88,7 @@ def analyze(
         analysis = Analysis(groups, stage, Networks(say), notes=notes)
         analysis.add_table(results)
         analysis.add(comparison.curves_chart(groups))
+        add_detections(analysis)
         compared = compare_all(analysis)
         add_temperatures(analysis, compared)
         add_comparisons(analysis, compared)
@@ -129,6 +134,26 @@ def compare_all(analysis: Analysis) -> list[comparison.Comparison]:
         except Missing as error:
             analysis.note(group, f"what its networks say: {error}")
     return compared
+
+
+def add_detections(analysis: Analysis) -> None:
+    """Show the picture that the first run of each group of detectors has left."""
+    for group in analysis.groups:
+        file = group.first.folder / "detections.png"
+        if not group.first.is_detection:
+            continue
+        if not file.is_file():
+            analysis.note(group, "what its networks find: the run leaves detections.png where it ends")
+            continue
+        try:
+            picture = np.asarray(Image.open(file).convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:  # what PIL says of damaged files
+            raise UserError(f"{file}: is no picture that can be read ({error}); remove it") from None
+        block = (group.first.name, picture[None], [f"detections with a score of {LEAST} or more"])
+        title = f"What the networks find: {group.label}"
+        caption = "The first test images after the last epoch; each class has its colour."
+        name = name_of("detections", group)
+        analysis.add(Chart(name, "Detections", title, caption, [], group=group.number, pictures=[block]))
 
 
 def add_temperatures(analysis: Analysis, compared: Sequence[comparison.Comparison]) -> None:

@@ -27,11 +27,15 @@ BINS = 15
 
 def curves_chart(groups: Sequence[Group]) -> Chart:
     panels = []
+    detectors = all(group.first.is_detection for group in groups)
     for key, (title, axis) in CURVE_PANELS.items():
+        if detectors and key == "test_acc":
+            title, axis = "average precision in the test", "AP (%)"
         panel = Panel(title, "epoch", axis)
         for group in groups:
             epochs = min(len(run.rows) for run in group.runs)  # some may have stopped early
-            values = np.array([[row[key] for row in run.rows[:epochs]] for run in group.runs])  # (seeds, E)
+            # (seeds, E); detectors have no training accuracy
+            values = np.array([[row.get(key, np.nan) for row in run.rows[:epochs]] for run in group.runs])
             mean, bands = values.mean(0), {}
             if len(values) > 1:
                 std = values.std(0, ddof=1)

@@ -238,18 +238,19 @@ def data_url(image: np.ndarray) -> str:
 
 
 def pictures_spec(heading: str, images: np.ndarray, texts: Sequence[str]) -> dict:
-    """Return pictures in rows, each above the lines of its text."""
+    """Return pictures in rows, each above the lines of its text; a picture alone is as large as it is."""
+    height, width = images.shape[1:3] if len(images) == 1 else (IMAGE, IMAGE)
     rows = [
         {"url": data_url(image), "text": json_values(text.split("\n")), "row": i // IN_A_ROW, "column": i % IN_A_ROW}
         for i, (image, text) in enumerate(zip(images, texts, strict=True))
     ]
     place = {"type": "ordinal", "axis": None}
-    image = {"type": "image", "width": IMAGE, "height": IMAGE, "smooth": False, "yOffset": -20}
-    text = {"type": "text", "yOffset": IMAGE // 2 - 12, "limit": IMAGE + 8}
+    image = {"type": "image", "width": width, "height": height, "smooth": False, "yOffset": -20}
+    text = {"type": "text", "yOffset": height // 2 - 12, "limit": width + 8}
     return {
         "title": printable(heading),
-        "width": {"step": IMAGE + 12},
-        "height": {"step": IMAGE + 50},
+        "width": {"step": width + 12},
+        "height": {"step": height + 50},
         "data": {"values": rows},
         "encoding": {"x": place | {"field": "column"}, "y": place | {"field": "row"}},
         "layer": [

@@ -63,8 +63,12 @@ class Networks:
     def data(self, run: Run) -> ImageSet:
         kind, root = run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT
         config.activate(run.plugins)  # another run's may bear the same names
-        if task_of(kind) == "text":
-            raise Missing(f"{kind} is text, and this is for images; tools/eval.py -r {run.folder} scores its networks")
+        if task_of(kind) != "classification":
+            what = {"text": "text", "detection": "of images with boxes"}[task_of(kind)]
+            raise Missing(
+                f"{kind} is {what}, and this is for images of one class each; tools/eval.py -r {run.folder} scores its "
+                "networks"
+            )
         if kind not in dataset_dict:
             raise Missing(f"data set '{kind}' is not known here; name its plug-in with --plugins FILE")
         key = images_of(run)

@@ -19,7 +19,7 @@ from mdistiller.study.plan import Shipped, Study
 from mdistiller.study.published import DATA, changes, departures, published_figure, read_published, verdict
 from mdistiller.study.records import read_records
 from mdistiller.study.runs import Group, Run
-from mdistiller.study.tables import CAPTION, Table, latex, markdown, numbers, text_table
+from mdistiller.study.tables import Table, caption_of, latex, markdown, numbers, text_table
 from mdistiller.terminal import columns, counted
 
 HEAD = ("pair", "method", "n", "seeds", "last (%)", "best (%)")
@@ -103,7 +103,7 @@ def results_of(
             row += [f"~{figure}" if off else f"{figure:.2f}", group.best.mean - figure]
             row.append(verdict(group.best, figure, off))
         rows.append(row + [None] * (len(HEAD + BESIDE) - len(row)) if compare else row)
-    head, caption = (HEAD + BESIDE, CAPTION + BESIDE_CAPTION) if compare else (HEAD, CAPTION)
+    head, caption = (HEAD + BESIDE, caption_of(groups) + BESIDE_CAPTION) if compare else (HEAD, caption_of(groups))
     by_change: dict[str, list[str]] = {}
     for group, keys in zip(groups, changed, strict=True):
         by_change.setdefault(", ".join(keys), []).append(group.name)

@@ -15,6 +15,7 @@ from mdistiller import config, files
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
+from mdistiller.registry import task_of
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.runs.stop import stops_early
 from mdistiller.study.statistics import Mean, mean_and_std
@@ -26,7 +27,7 @@ NEEDED = (
     "SEED", "DEVICE", "DATASET.TYPE", "DATASET.ROOT", "SOLVER.EPOCHS", "DISTILLER.TYPE", "DISTILLER.STUDENT",
     "DISTILLER.TEACHER", "DISTILLER.TEACHER_CKPT",
 )  # fmt: skip
-FIGURES = ("epoch", "test_acc", "best_acc", "train_acc", "train_loss")
+FIGURES = ("epoch", "test_acc", "best_acc", "train_loss")
 PARTS = {"target": " TCKD", "non_target": " NCKD"}
 
 
@@ -95,6 +96,9 @@ class Run:
     def is_text(self) -> bool:
         """Whether its rows have the figures of text."""
         return bool(self.rows) and "bits_per_byte" in self.rows[0]
+
+    # whether it is of detectors, whose test_acc is the average precision
+    is_detection = property(lambda self: task_of(self.cfg.DATASET.TYPE) == "detection")
 
     @property
     def best_row(self) -> dict:

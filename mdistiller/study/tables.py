@@ -61,7 +61,14 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
         head = [*head, *(f"{which} {name}" for name in OF_TEXT.values() for which in ("last", "best"))]
         for row, group in zip(rows, groups, strict=True):
             row += [of_text(group, key, best) for key in OF_TEXT for best in (False, True)]
-    return Table("results", "Results", CAPTION, head, rows, list(range(len(groups))))
+    return Table("results", "Results", caption_of(groups), head, rows, list(range(len(groups))))
+
+
+def caption_of(groups: Sequence[Group]) -> str:
+    """Return what the figures in a table of these groups are."""
+    detectors = any(group.first.is_detection for group in groups)
+    of_them = "Top-1 accuracy, of detectors COCO's average precision (AP),"
+    return CAPTION.replace("Top-1 accuracy", of_them) if detectors else CAPTION
 
 
 def compared(runs: Sequence[Run]) -> Table:

@@ -26,6 +26,7 @@ TRAIN = ["train_ours", *digits_opts(), "LOG.PREFIX", "out"]
 DISTIL = [*TRAIN, "DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", "x.pth"]
 NPZ = [*TRAIN, "DATASET.TYPE", "npz", "DATASET.ROOT", "x.npz"]
 CIFAR = [*TRAIN, "DATASET.TYPE", "cifar100", "DATASET.ROOT", "."]
+COCO = [*TRAIN, "DATASET.TYPE", "coco", "DATASET.ROOT", ".", "DISTILLER.STUDENT", "fasterrcnn_resnet8"]
 YAML = ["train_ours", "--cfg", "x.yaml", *digits_opts(), "LOG.PREFIX", "out"]
 PLUGIN = [*TRAIN, "EXPERIMENT.PLUGINS", "mine.py"]
 COMPARE, ANALYZE = ["compare", "run"], ["analyze", "run", "-o", "out"]
@@ -53,6 +54,7 @@ FILES = {
     "npz that is a device": ("x.npz", lambda path: path.symlink_to("/dev/zero"), NPZ, "x.npz"),
     "cifar100 without a test file": ("train.bin", bytes(3074), CIFAR, "test.bin"),
     "cifar100 that is a pipe": ("train.bin", os.mkfifo, CIFAR, "train.bin"),
+    "coco without pictures": ("train.json", b"{}", COCO, "has no folder of training pictures"),
     "yaml that is a pipe": ("x.yaml", os.mkfifo, YAML, "x.yaml"),
     "yaml that runs": ("x.yaml", b"!!python/object/apply:os.mkdir ['bomb']", YAML, "x.yaml"),
     "yaml with an unknown key": ("x.yaml", b"SOLVER: {LRR: 1}", YAML, "did you mean SOLVER.LR?"),

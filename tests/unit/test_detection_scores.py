@@ -1,6 +1,7 @@
 """Average precision: that of pycocotools on the same detections, whatever library and however many processes."""
 
 import builtins
+import json
 import threading
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers import CPU, refused
 from PIL import Image
+from studies import write_run
 from torch import nn
 
 from mdistiller.config import load
@@ -17,6 +19,7 @@ from mdistiller.engine.detection import Detection
 from mdistiller.engine.detection_scores import DetectionTest, evaluator, scores_of_boxes
 from mdistiller.engine.ranks import Ranks
 from mdistiller.runs.detections import GAP, SIDE, TITLE, draw_detections, shade
+from mdistiller.study.analyze import analyze
 
 pytest.importorskip("faster_coco_eval")
 
@@ -206,3 +209,24 @@ def test_boxes_are_drawn_where_they_are_and_weak_detections_are_not():
     assert truth.shape == drawn.shape == (TITLE + SIDE + GAP, SIDE, 3)  # twice as large
     assert tuple(drawn[TITLE + 60, 60]) == tuple(drawn[TITLE + 60, 179]) == shade(2) != shade(1)
     assert tuple(drawn[TITLE + 80, 10]) == (0, 0, 0) and tuple(truth[TITLE + 80, 10]) == shade(1)
+
+
+def test_the_report_shows_runs_of_detectors(tmp_path):
+    keys = {"DATASET__TYPE": "scenes", "DISTILLER__STUDENT": "fasterrcnn_resnet8"}
+    folder = write_run(tmp_path, "alone", [10.0, 20.0], **keys)
+    rows = [row | {"AP": row["test_acc"], "APl": None} for row in map(json.loads, (folder / "metrics.jsonl").open())]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({name: row[name] for name in row if name != "train_acc"}) + "\n" for row in rows)
+    )
+    assert not any(chart.pictures for chart in analyze([folder], tmp_path / "report").charts)
+    Image.new("RGB", (500, 300), "red").save(folder / "detections.png")
+    found = analyze([folder], tmp_path / "report")
+    curves, picture = found.charts
+    assert curves.panels[0].y_label == "AP (%)" and picture.pictures[0][1].shape == (1, 300, 500, 3)
+    assert "average precision" in found.tables[0].caption and found.tables[0].rows[0][6].mean == 20
+    assert any("images with boxes" in note for note in found.notes)
+    with Image.open(tmp_path / "report" / "figures" / f"{picture.name}.png") as drawn:
+        assert drawn.width > 500 and (255, 0, 0) in {color for _, color in drawn.getcolors(2**24)}
+    (folder / "detections.png").write_bytes(b"no picture")
+    with refused("detections.png: is no picture"):
+        analyze([folder], tmp_path / "report")
