@@ -35,7 +35,7 @@ LOGIT = {name: (name, []) for name in DISTILS if name not in FEATURES} | {
 
 
 def test_the_registry_is_the_published_list_and_declares_itself():
-    names = "NONE KD DTKD FITNET AT NST PKT KDSVD OFD RKD VID SP CRD REVIEWKD DKD CTKD MLKD DIST NORMKD TTM WTTM RLD"
+    names = "NONE KD DTKD FITNET AT NST PKT KDSVD OFD RKD VID SP CRD REVIEWKD DKD CTKD MLKD DIST NORMKD TTM WTTM RLD CWD PKD"
     assert set(METHODS) == set(names.split())
     for name in METHODS:
         cls = distiller_dict[name]

@@ -190,5 +190,5 @@ def test_weights_of_coco_are_cut_to_its_categories():
         "box_predictor.bbox_pred.bias": torch.arange(364.0),
     }
     found = of_rows(wide, own, [0, 1, 5])
-    assert found["cls_logits.weight"][:4, 0].tolist() == [0, 2, 10, 182]
-    assert found["box_predictor.bbox_pred.bias"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22, 23]
+    assert found[logits][:4, 0].tolist() == [0, 2, 10, 182]
+    assert found[boxes].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22, 23]
