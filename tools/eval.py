@@ -58,7 +58,6 @@ def evaluate(words: Sequence[str] | None = None) -> None:
 
     from mdistiller.device import check_amp, resolve_device  # torch takes seconds to import, and --help needs none
     from mdistiller.engine.evaluator import evaluate_checkpoint
-    from mdistiller.engine.text_scores import evaluate_text
     from mdistiller.files import check_folder
     from mdistiller.study import evaluation
     from mdistiller.study.tables import text_table
@@ -82,8 +81,8 @@ def evaluate(words: Sequence[str] | None = None) -> None:
         section.TYPE, section.ROOT = dataset, a.root or "./data"
         refuse_out(a.out, dataset)
         what = f"{a.model} from {file}"
-        if task_of(dataset) == "text":
-            reports = evaluate_text({a.model: (a.model, file)}, section, a.batch_size, device, a.amp)
+        if evaluate := evaluation.OTHERS.get(task_of(dataset)):
+            reports = evaluate({a.model: (a.model, file)}, section, a.batch_size, device, a.amp)
         else:
             report = evaluate_checkpoint((a.model, a.size), file, section, a.batch_size, device, a.amp)
             reports = {a.model: report}
@@ -100,8 +99,8 @@ def evaluate(words: Sequence[str] | None = None) -> None:
 
 def refuse_out(out: Path | None, dataset: str) -> None:
     """Raise UserError where files are asked for that only images have."""
-    if out and task_of(dataset) == "text":
-        raise UserError(f"--out: writes accuracy by class, and {dataset} is text; leave it out, or use --json")
+    if out and (task := task_of(dataset)) != "classification":
+        raise UserError(f"--out: writes accuracy by class, and {dataset} is {task}; leave it out, or use --json")
 
 
 def main(words: Sequence[str] | None = None) -> None:

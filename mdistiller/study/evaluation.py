@@ -11,6 +11,8 @@ from torch import nn
 
 from mdistiller import config
 from mdistiller.dataset import ImageSet
+from mdistiller.engine.detection_eval import DetectionReport, evaluate_detectors
+from mdistiller.engine.detection_scores import NAMES
 from mdistiller.engine.evaluator import Report, evaluate_checkpoint
 from mdistiller.engine.method import join_teachers
 from mdistiller.engine.text_scores import TextReport, evaluate_text
@@ -28,6 +30,7 @@ OF_TEXT = {  # figures of text: their heads, and how they are written
     "bits_per_byte": ("bits/byte", "{:.4f}"), "loss_calibrated": ("calibrated loss", "{:.4f}"),
     "ece": ("ECE (%)", "{:.2f}"), "teacher_kl": ("KL to teacher", "{:.4f}"),
 }  # fmt: skip
+OTHERS = {"text": evaluate_text, "detection": evaluate_detectors}  # what scores networks, by task
 HEAD = ("network", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "parameters", "images/s")
 
 
@@ -44,7 +47,7 @@ def run_to_evaluate(folder: Path, opts: Sequence[str], plugins: Sequence[str]) -
 
 def evaluate_run(
     run: Run, batch_size: int, device: torch.device, amp: str
-) -> tuple[dict[str, Report | TextReport], list[str]]:
+) -> tuple[dict[str, Report | TextReport | DetectionReport], list[str]]:
     """Return the reports on the run's last student, its best one, its average of weights and its teacher; and lines on
     what is not there. Raises UserError where its folder holds no student.
     """
@@ -60,9 +63,9 @@ def evaluate_run(
         except Missing:
             notes.append(f"the teacher {names.TEACHER} is not there any more; name its file with -m and -c")
 
-    if task_of(data.TYPE) == "text":
+    if evaluate := OTHERS.get(task_of(data.TYPE)):
         named = {what: (names[side], str(file)) for what, (side, file) in asked.items()}
-        return evaluate_text(named, data, batch_size, device, amp), notes
+        return evaluate(named, data, batch_size, device, amp), notes
 
     def join(teacher: nn.Module, images: ImageSet) -> nn.Module:
         return join_teachers(run.cfg, teacher, images)
@@ -82,11 +85,14 @@ def evaluate_run(
     return reports, notes
 
 
-def figures(report: Report | TextReport) -> dict[str, float | int | None]:
+def figures(report: Report | TextReport | DetectionReport) -> dict[str, float | int | None]:
     """Return the figures of a report: accuracies and the expected calibration error (15 bins) in percent."""
     if isinstance(report, TextReport):
         own = {"top1": report.scores.top1, "top5": report.scores.top5, "loss": report.scores.loss} | report.scores.more
         return own | {"parameters": report.parameters, "tokens_per_second": report.tokens_per_second}
+    if isinstance(report, DetectionReport):
+        own = {name: value for name, value in report.scores.figures.items() if name != "test_acc"}
+        return own | {"parameters": report.parameters, "images_per_second": report.images_per_second}
     ece = 100 * st.calibration(report.logits, report.labels).ece
     scores = {"top1": report.scores.top1, "top5": report.scores.top5, "loss": report.scores.loss, "ece": ece}
     return scores | {"parameters": report.parameters, "images_per_second": report.images_per_second}
@@ -96,6 +102,8 @@ def evaluation_table(reports: Mapping[str, Report]) -> Table:
     """Return a row of figures for each network; top-5 where there are more than five classes."""
     if any(isinstance(report, TextReport) for report in reports.values()):
         return text_evaluation_table(reports)
+    if all(isinstance(report, DetectionReport) for report in reports.values()):
+        return detection_evaluation_table(reports)
     rows, head = [], [name for name in HEAD if "top-5" not in name or any(r.scores.top5 for r in reports.values())]
     for name, report in reports.items():
         found = figures(report)
@@ -103,6 +111,15 @@ def evaluation_table(reports: Mapping[str, Report]) -> Table:
         texts = (f"{found['loss']:.4f}", f"{found['ece']:.2f}", f"{found['parameters']:,}")
         rows.append([name, f"{found['top1']:.2f}", *top5, *texts, f"{found['images_per_second']:,.0f}"])
     return Table("evaluation", "Evaluation", "", head, rows)
+
+
+def detection_evaluation_table(reports: Mapping[str, DetectionReport]) -> Table:
+    """Return a row of average precisions for each detector."""
+    rows = []
+    for name, report in reports.items():
+        aps = ["–" if value is None else f"{value:.2f}" for value in report.scores]
+        rows.append([name, *aps, f"{report.parameters:,}", f"{report.images_per_second:,.0f}"])
+    return Table("evaluation", "Evaluation", "", ("network", *NAMES, "parameters", "images/s"), rows)
 
 
 def text_evaluation_table(reports: Mapping[str, TextReport]) -> Table:

@@ -184,11 +184,9 @@ def test_sigmoid_heads_learn_from_pyramids(kind):
 
 
 def test_weights_of_coco_are_cut_to_its_categories():
-    own = {"cls_logits.weight": torch.zeros(9 * 3, 2), "box_predictor.bbox_pred.bias": torch.zeros(3 * 4)}
-    wide = {
-        "cls_logits.weight": torch.arange(9 * 91 * 2.0).view(-1, 2),
-        "box_predictor.bbox_pred.bias": torch.arange(364.0),
-    }
+    logits, boxes = "cls_logits.weight", "box_predictor.bbox_pred.bias"
+    own = {logits: torch.zeros(9 * 3, 2), boxes: torch.zeros(3 * 4)}
+    wide = {logits: torch.arange(9 * 91 * 2.0).view(-1, 2), boxes: torch.arange(364.0)}
     found = of_rows(wide, own, [0, 1, 5])
     assert found[logits][:4, 0].tolist() == [0, 2, 10, 182]
     assert found[boxes].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22, 23]
