@@ -101,6 +101,11 @@ class Run:
     is_detection = property(lambda self: task_of(self.cfg.DATASET.TYPE) == "detection")
 
     @property
+    def task(self) -> str:
+        """What was learned: classification, text or detection."""
+        return "text" if self.is_text else "detection" if self.is_detection else "classification"
+
+    @property
     def best_row(self) -> dict:
         """The row of its best epoch, which the last one names."""
         return self.rows[self.rows[-1]["best_epoch"] - 1]

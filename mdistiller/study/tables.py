@@ -20,10 +20,15 @@ CAPTION = (
     "run's best one, which is chosen on the test set and therefore flatters."
 )
 COMPARED = ("run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at epoch")
-OF_TEXT = {"test_loss": "loss", "bits_per_byte": "bits/byte"}  # figures of text beside accuracy, last and best
+MORE = {  # figures beside accuracy, last and best, by task: their heads, and how they are written
+    "classification": {},
+    "text": {"test_loss": ("loss", "{:.4f}"), "bits_per_byte": ("bits/byte", "{:.4f}")},
+    "detection": {key: (key, "{:.2f}") for key in ("AP50", "AP75", "APs", "APm", "APl")},
+}
 SHARED = ("data", "seed", "epochs")
 TO_THE_RIGHT = (
     "%", "−", "seed", "epoch", "last", "best", "left", "loss", "parameters", "/s", "ms", "p95", "MB", "bits/byte", "KL",
+    "AP",
 )  # fmt: skip
 LEAST_WIDTH = 8  # of a column of texts that is made narrower
 SYMBOLS = {"→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--"}
@@ -57,10 +62,14 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
         rows.append([*row, group.last, group.best, beside, *off])
     head = HEAD if published else HEAD[: -len(BESIDE)]
     rows = [row[: len(head)] for row in rows]
-    if any(group.first.is_text for group in groups):
-        head = [*head, *(f"{which} {name}" for name in OF_TEXT.values() for which in ("last", "best"))]
+    tasks = [group.first.task for group in groups]
+    for task in [task for task in MORE if task in tasks]:
+        head = [*head, *(f"{which} {name}" for name, _ in MORE[task].values() for which in ("last", "best"))]
         for row, group in zip(rows, groups, strict=True):
-            row += [of_text(group, key, best) for key in OF_TEXT for best in (False, True)]
+            row += [more_of(group, task, key, best) for key in MORE[task] for best in (False, True)]
+    detects = {*tasks} == {"detection"}
+    if detects:
+        head = [name.replace(" (%)", " AP") if name in ("last (%)", "best (%)") else name for name in head]
     return Table("results", "Results", caption_of(groups), head, rows, list(range(len(groups))))
 
 
@@ -73,10 +82,13 @@ def caption_of(groups: Sequence[Group]) -> str:
 
 def compared(runs: Sequence[Run]) -> Table:
     """Return a row for each run. What all of them share of SHARED stands in the caption, not in a column. Runs on text
-    have the columns OF_TEXT too; their best epoch is that of the lowest loss.
+    and of detectors have the columns of MORE too; the best epoch is that of the lowest loss on text, and of detectors
+    that of the highest AP, which stands in the accuracy's place.
     """
-    rows, figures = [], [*OF_TEXT] if any(run.is_text for run in runs) else []
-    head = [*COMPARED, *(f"{which} {OF_TEXT[key]}" for key in figures for which in ("last", "best"))]
+    rows, figures = [], {key: of for run in runs for key, of in MORE[run.task].items()}
+    head = [*COMPARED, *(f"{which} {name}" for name, _ in figures.values() for which in ("last", "best"))]
+    if {run.task for run in runs} == {"detection"}:
+        head = [f"{name} AP" if name in ("last", "best") else name for name in head]
     sets = told_apart(runs, "data", [run.cfg.DATASET.TYPE for run in runs])
     teachers = [run.teacher_name if run.taught else "-" for run in runs]
     teachers = told_apart(runs, "teacher checkpoint", teachers)
@@ -85,8 +97,9 @@ def compared(runs: Sequence[Run]) -> Table:
         row = [run.name, names.TYPE, teacher, names.STUDENT, data, run.seed]
         early = ", stopped early" if run.stopped_early else ""
         row += [f"{run.epochs}/{run.cfg.SOLVER.EPOCHS}{early}", float(last["test_acc"]), float(last["best_acc"])]
-        both = (last, run.best_row) if run.is_text else ({}, {})
-        row += [last.get("best_epoch", "-"), *(decimals(one.get(key)) for key in figures for one in both)]
+        both = (last, run.best_row) if figures else ()
+        row += [last.get("best_epoch", "-")]
+        row += [written(one.get(key), form) for key, (_, form) in figures.items() for one in both]
         rows.append(row)
     shared = ("teacher", "student", *SHARED) if figures else SHARED  # the table of a text is wide as it is
     alike = [COMPARED.index(name) for name in shared if len({row[COMPARED.index(name)] for row in rows}) == 1]
@@ -96,17 +109,20 @@ def compared(runs: Sequence[Run]) -> Table:
     return Table("compared", "", caption, [head[place] for place in kept], rows)
 
 
-def of_text(group: Group, key: str, best: bool) -> str | None:
-    """Return a figure of the last epochs, or of the best ones, of runs on text; None of others."""
-    if not all(run.is_text for run in group.runs):
+def more_of(group: Group, task: str, key: str, best: bool) -> str | None:
+    """Return a figure of the last epochs, or of the best ones, of runs of that task; None of others."""
+    if not all(run.task == task for run in group.runs):
         return None
-    mean = mean_and_std([(run.best_row if best else run.rows[-1])[key] for run in group.runs])
-    return decimals(mean.mean) + (f" ± {mean.std:.4f}" if mean.std is not None else "")
+    form, values = MORE[task][key][1], [(run.best_row if best else run.rows[-1])[key] for run in group.runs]
+    if None in values:  # of a size that no object has
+        return None
+    mean = mean_and_std(values)
+    return form.format(mean.mean) + (f" ± {form.format(mean.std)}" if mean.std is not None else "")
 
 
-def decimals(value: float | None) -> str:
-    """Return a loss, or what is counted as one, in text."""
-    return "–" if value is None else f"{value:.4f}"
+def written(value: float | None, form: str) -> str:
+    """Return a figure as it is written, where there is one."""
+    return "–" if value is None else form.format(value)
 
 
 def text(cell: object, signed: bool = False) -> str:
