@@ -42,6 +42,7 @@ SIZES = (0.09, 0.5)  # of an object's longer side, as a share of the image's
 SHOWN = 0.45  # of each object, at least, that is neither outside nor behind others
 TRIES = 6  # at placing an object
 SMALLEST = 4  # pixels of a box's side
+NOBODY = -1
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Scenes:
         height, width = sides if random.integers(2) else sides[::-1]
         image = background(height, width, random)
         around = np.asarray(image.mean((0, 1)))
-        owner = np.full((height, width), -1)  # of each pixel
+        owner = np.full((height, width), NOBODY, np.int16)  # of each pixel
         labels, areas = [], []
         for _ in range(random.integers(1, self.most + 1)):
             label = int(random.integers(len(self.objects.classes)))
@@ -104,13 +105,18 @@ class Scenes:
             rows, columns = shown.any(1).sum(), shown.any(0).sum()
             if shown.sum() < SHOWN * solid.sum() or min(rows, columns) < SMALLEST:
                 continue
+            below = np.unique(owner[inside][shown])
             left_over = owner.copy()
-            left_over[inside][shown] = -1
-            seen = np.bincount(left_over[left_over >= 0], minlength=len(areas))
-            boxes = boxes_of(left_over, len(areas))
-            if all(seen >= SHOWN * np.array(areas)) and (boxes[:, 2:] - boxes[:, :2] >= SMALLEST).all():
+            left_over[inside][shown] = NOBODY
+            if all(self.is_seen(left_over == number, areas[number]) for number in below if number != NOBODY):
                 return inside, part
         return None
+
+    @staticmethod
+    def is_seen(mask: np.ndarray, area: int) -> bool:
+        """Return whether enough is left of an object that was so large."""
+        sides = mask.any(0), mask.any(1)
+        return mask.sum() >= SHOWN * area and all(np.ptp(np.flatnonzero(side)) >= SMALLEST - 1 for side in sides)
 
 
 def boxes_of(owner: np.ndarray, count: int) -> np.ndarray:
