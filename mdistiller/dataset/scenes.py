@@ -31,8 +31,8 @@ add_keys(
         "DATASET.SCENES.TRAIN": Key(2000, "Scenes: images to train on.", between(1, 2**20)),
         "DATASET.SCENES.TEST": Key(500, "Scenes: images to test on.", between(1, 2**20)),
         "DATASET.SCENES.OBJECTS": Key(8, "Scenes: objects in an image, at most.", between(1, 100)),
-        "DATASET.SCENES.SEED": Key(
-            0, "Scenes: what they are drawn from, so that runs of several SEEDs see the same ones.", at_least(0)
+        "DATASET.SCENES.VARIANT": Key(
+            0, "Scenes: another number draws other ones; runs of several SEEDs see the same.", at_least(0)
         ),
     }
 )
@@ -138,7 +138,7 @@ def scenes(root: Path, options: Mapping) -> DetectionSet:
     held = 3 * size**2 * (own["TRAIN"] + own["TEST"]) <= options["MEMORY"] * 2**30
     sides = []
     for side, count in (("train", own["TRAIN"]), ("test", own["TEST"])):
-        source = Scenes(objects[side == "test"], side, count, size, own["OBJECTS"], own["SEED"])
+        source = Scenes(objects[side == "test"], side, count, size, own["OBJECTS"], own["VARIANT"])
         images, boxes, labels = [], [np.zeros((0, 4), np.float32)], [np.zeros(0, int)]
         for place in with_progress(range(count), f"drawing {side}", "scene"):
             image, *found = source.draw(place)

@@ -412,7 +412,7 @@ def test_scenes_are_a_function_of_seed_and_number():
         one, other = data.train.target(place), again.train.target(place)
         assert torch.equal(one["boxes"], other["boxes"]) and torch.equal(one["labels"], other["labels"])
     assert data.digest() == read("scenes", ".", *SMALL).digest() != again.digest()
-    other = read("scenes", ".", *SMALL, "DATASET.SCENES.SEED", "1")
+    other = read("scenes", ".", *SMALL, "DATASET.SCENES.VARIANT", "1")
     shown = [image.float().mean().item() for side in (data.train, data.test, other.train) for image in side.held]
     assert len(set(shown)) == 12 + 5 + 12  # no picture of one is in another
 
