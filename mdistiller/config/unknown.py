@@ -73,6 +73,7 @@ def unknown_key(full: str, is_section: bool) -> str:
     if not is_section:  # the section may be what is wrong: look for the last part anywhere
         last = full.rsplit(".", 1)[-1].casefold()
         same = [key for key in leaves(CFG) if key.rsplit(".", 1)[-1].casefold() == last]
-        close = same if len(same) == 1 or not close else close
+        least = [key for key in same if key.count(".") == min(key.count(".") for key in same)]
+        close = least if len(least) == 1 or not close else close
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"unknown {'section' if is_section else 'key'}{hint}"

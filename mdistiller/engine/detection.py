@@ -18,6 +18,7 @@ from mdistiller.engine.task import Task, refuse_keys
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
 from mdistiller.models import build_model, in_eval_mode
+from mdistiller.runs.checkpoint import PRETRAINED
 from mdistiller.runs.detections import draw_detections, png
 from mdistiller.terminal import counted
 
@@ -57,6 +58,13 @@ class Detection(Task):
 
     def finish(self, distiller: nn.Module, cfg: CfgNode) -> None:
         distiller.seed = cfg.SEED
+
+    def check_source(self, teacher: nn.Module, name: str, source: str) -> None:
+        if source == PRETRAINED and not teacher.whole:
+            raise UserError(
+                f"DISTILLER.TEACHER_CKPT: torchvision has no detector {name} for these classes, only a classifier's "
+                "weights; set DISTILLER.TRAIN_TEACHER True to train one from them, or name a checkpoint"
+            )
 
     def check_pair(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
         check_levels(name, self.method(name), student, teacher)

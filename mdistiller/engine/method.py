@@ -85,6 +85,7 @@ def build_distiller(
     if cls.needs_teacher:
         teacher = task.network(cfg, data, "TEACHER", networks.teacher, networks.teacher_layers)
         if teacher_file and networks.teacher is None:
+            task.check_source(teacher, names.TEACHER, str(teacher_file))
             head = new_head and bool(cls.needs_features)  # logits of a new one are nothing to learn from
             checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file, head)
         if networks.teacher is None:

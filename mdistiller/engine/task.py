@@ -66,6 +66,9 @@ class Task:
         """Return the context in which a method is built."""
         return images_of(tuple(data.train_images.shape[1:3]))
 
+    def check_source(self, teacher: nn.Module, name: str, source: str) -> None:
+        """Raise UserError where what is at `source` is no whole teacher."""
+
     def check_pair(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
         """Raise UserError where the method `name` cannot compare the two."""
 

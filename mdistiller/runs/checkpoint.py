@@ -196,7 +196,8 @@ def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path
     holds a weight of another kind or one that is not finite.
     """
     checkpoint, own = weights_at(path, model, name), model.state_dict()
-    state = own | find_weights(checkpoint, own, (name, num_classes), path, new_head)
+    heads = getattr(model, "heads", ())  # of a detector: several layers, and several rows for each class
+    state = own | find_weights(checkpoint, own, (name, num_classes, heads), path, new_head)
     for key, value in state.items():
         if value.is_floating_point() != own[key].is_floating_point():
             raise UserError(f"{path}: weight '{key}' is {value.dtype}, expected {own[key].dtype}; wrong file?")
@@ -209,10 +210,15 @@ def load_weights(model: nn.Module, name: str, num_classes: int, path: str | Path
 
 
 def find_weights(
-    checkpoint: dict, own: dict[str, Tensor], network: tuple[str, int], path: str | Path, new_head: bool | None
+    checkpoint: dict,
+    own: dict[str, Tensor],
+    network: tuple[str, int, tuple[str, ...]],
+    path: str | Path,
+    new_head: bool | None,
 ) -> dict[str, Tensor]:
     """Return the weights in `checkpoint` that have the keys and shapes of `own`, the state_dict of a `network`, (name,
-    number of classes): under whatever key, inside other dicts, and with whatever prefix their names begin.
+    number of classes, beginnings of the last layers' names, if they are several): under whatever key, inside other
+    dicts, and with whatever prefix their names begin.
 
     Where several fit, those under "model" or "state_dict" are taken, of a distiller the student's. The counters that
     checkpoints older than PyTorch 0.4.1 lack may be missing. Raises UserError where none fits, or several do.
@@ -237,7 +243,7 @@ def find_weights(
         names = ", ".join(".".join(filter(None, (where, prefix.rstrip(".")))) for where, prefix in fits)
         raise UserError(f"{path}: holds several weights that fit {wanted}: {names}; store the wanted ones alone")
     _, _, closest = max(parts, key=lambda part: sum(_fits(part[2], own, key) for key in own))
-    classes, rest = _other_head(closest, own, network[1])
+    classes, rest = _other_head(closest, own, *network[1:])
     if classes and new_head:
         return rest
     found = (network[0], classes) if classes else identify(closest)
@@ -248,10 +254,19 @@ def find_weights(
     raise OtherNetwork(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits{ask}")
 
 
-def _other_head(part: dict[str, Tensor], own: dict[str, Tensor], num_classes: int) -> tuple[int, dict[str, Tensor]]:
-    """Return (number of classes, all but the last layer) of weights that differ from `own` in that number alone; (0,
-    {}) for others.
+def _other_head(
+    part: dict[str, Tensor], own: dict[str, Tensor], num_classes: int, last: tuple[str, ...] = ()
+) -> tuple[int, dict[str, Tensor]]:
+    """Return (number of classes, all but the last layer, or those whose names begin with any of `last`) of weights
+    that differ from `own` in that number alone; (0, {}) for others.
     """
+    if last:
+        heads = {key: value for key, value in part.items() if key.startswith(last) and key in own}
+        rest = {key: value for key, value in part.items() if key not in heads}
+        fits = _misfit(rest, {key: value for key, value in own.items() if not key.startswith(last)}) is None
+        counts = {len(value) * num_classes / len(own[key]) for key, value in heads.items() if value.ndim}
+        whole = len(counts) == 1 and counts.pop()
+        return (int(whole), rest) if fits and whole and whole == int(whole) else (0, {})
     heads = {key: value for key, value in part.items() if key in own and not _fits(part, own, key)}
     rest = {key: value for key, value in part.items() if key not in heads}
     counts = {len(value) if value.ndim and len(value) < 2**31 else 0 for value in heads.values()}

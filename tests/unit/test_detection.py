@@ -18,7 +18,9 @@ from mdistiller.engine.method import build_distiller
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.solver import sgd
 from mdistiller.engine.step import Step
+from mdistiller.models import build_model
 from mdistiller.models.detectors import Sampler, of_rows
+from mdistiller.runs import checkpoint
 
 SCENES = ["DATASET.TYPE", "scenes", "DATASET.SCENES.TRAIN", "8", "DATASET.SCENES.TEST", "2", "DATASET.SIZE", "64"]
 PAIR = ["DISTILLER.STUDENT", "fasterrcnn_resnet8", "DISTILLER.TEACHER", "fasterrcnn_resnet14"]
@@ -166,13 +168,17 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(pairs, part):
-    refused(lambda: one_line(*pairs), part)
+    with refused(part):
+        one_line(*pairs)
 
 
 def test_networks_and_data_of_different_tasks_are_refused():
-    refused(lambda: load(None, ["DISTILLER.STUDENT", "fasterrcnn_resnet8"]), "is a detector; set DATASET.TYPE")
-    refused(lambda: load(None, [*SCENES, "DISTILLER.STUDENT", "resnet8"]), "unknown detector 'resnet8'")
-    refused(lambda: load(None, [*SCENES, "DISTILLER.STUDENT", "tv:fasterrcnn_resnet19_fpn"]), "near it")
+    with refused("is a detector; set DATASET.TYPE"):
+        load(None, ["DISTILLER.STUDENT", "fasterrcnn_resnet8"])
+    with refused("unknown detector 'resnet8'"):
+        load(None, [*SCENES, "DISTILLER.STUDENT", "resnet8"])
+    with refused("near it"):
+        load(None, [*SCENES, "DISTILLER.STUDENT", "tv:fasterrcnn_resnet19_fpn"])
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
@@ -190,3 +196,17 @@ def test_weights_of_coco_are_cut_to_its_categories():
     found = of_rows(wide, own, [0, 1, 5])
     assert found[logits][:4, 0].tolist() == [0, 2, 10, 182]
     assert found[boxes].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet8", "fcos_resnet8"])
+def test_weights_for_other_classes_need_a_new_head(name, tmp_path):
+    torch.manual_seed(1)
+    file, own = tmp_path / "weights.pth", build_model(name, 4, "scenes")
+    checkpoint.save({"model": build_model(name, 7, "scenes").state_dict()}, file)
+    with refused("set DISTILLER.NEW_HEAD True"):
+        checkpoint.load_weights(own, name, 4, file, False)
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    checkpoint.load_weights(own, name, 4, file, True)
+    changed = {key for key, value in own.state_dict().items() if not torch.equal(value, before[key])}
+    assert not any(key.startswith(own.heads) for key in changed)
+    assert {"backbone.body.stem.0.weight", "backbone.fpn.layer_blocks.0.0.weight"} <= changed
