@@ -1,11 +1,13 @@
 """What several test files use."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -315,6 +317,23 @@ def forked(work: Callable[[], None], errors: str | Path = os.devnull) -> int:
 def status_of(child: int) -> int:
     """Wait for the child's end. Return its exit status, negative for the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def as_rank(rank, world, port, work):
+    """Do `work` as torchrun would have it done."""
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in found.items()}
+    work()
+
+
+def on_ranks(world, work, errors=os.devnull):
+    """Return the statuses of `world` forked processes that do `work` together; each writes to `errors` + its rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = [errors if errors == os.devnull else f"{errors}{rank}" for rank in range(world)]
+    children = [forked(functools.partial(as_rank, r, world, port, work), names[r]) for r in range(world)]
+    return [status_of(child) for child in children]
 
 
 def killed(child: int) -> bool:

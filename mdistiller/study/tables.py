@@ -113,7 +113,7 @@ def more_of(group: Group, task: str, key: str, best: bool) -> str | None:
     """Return a figure of the last epochs, or of the best ones, of runs of that task; None of others."""
     if not all(run.task == task for run in group.runs):
         return None
-    form, values = MORE[task][key][1], [(run.best_row if best else run.rows[-1])[key] for run in group.runs]
+    form, values = MORE[task][key][1], [(run.best_row if best else run.rows[-1]).get(key) for run in group.runs]
     if None in values:  # of a size that no object has
         return None
     mean = mean_and_std(values)

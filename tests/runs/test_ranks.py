@@ -5,12 +5,11 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, changed, forked, outcome, run, same, status_of
+from helpers import ROOT, changed, on_ranks, outcome, run, same
 
 from mdistiller import config
 from mdistiller.engine import build
@@ -35,23 +34,6 @@ CASES = {
 
 QUICK = ("KD", "NONE", "CRD")
 SLOW = tuple(name for name in CASES if name not in QUICK)
-
-
-def as_rank(rank, world, port, work):
-    """Do `work` as torchrun would have it done."""
-    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in found.items()}
-    work()
-
-
-def on_ranks(world, work, errors=os.devnull):
-    """Return the statuses of `world` forked processes that do `work` together; each writes to `errors` + its rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = [errors if errors == os.devnull else f"{errors}{rank}" for rank in range(world)]
-    children = [forked(functools.partial(as_rank, r, world, port, work), names[r]) for r in range(world)]
-    return [status_of(child) for child in children]
 
 
 @pytest.fixture(scope="module")
