@@ -310,7 +310,14 @@ def without_crowds(target: dict) -> dict:
 
 
 def views_of(options: Mapping, short: int = 800, long: int = 1333) -> Views:
-    """Return the views that the section DATASET asks for; `short` and `long` where it leaves that open."""
+    """Return the views that the section DATASET asks for; `short` and `long` where it leaves that open. Raises
+    UserError for an augmentation of images of one class each.
+    """
+    if options["AUGMENT"] not in ("auto", "none"):
+        raise UserError(
+            f"DATASET.AUGMENT: {options['AUGMENT']} is for images of one class each; images with boxes take auto, "
+            "which is DATASET.JITTER and a flip, or none"
+        )
     low, high = options["JITTER"]
     short, long = options["SIZE"] or short, options["LONG_SIDE"] or long
     if options["AUGMENT"] == "none":

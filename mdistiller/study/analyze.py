@@ -140,7 +140,7 @@ def add_detections(analysis: Analysis) -> None:
     """Show the picture that the first run of each group of detectors has left."""
     for group in analysis.groups:
         file = group.first.folder / "detections.png"
-        if not group.first.is_detection:
+        if group.first.task != "detection":
             continue
         if not file.is_file():
             analysis.note(group, "what its networks find: the run leaves detections.png where it ends")

@@ -57,7 +57,7 @@ def bar_chart(bars: Sequence[Bar], level: Group | None, title: str, name: str, a
     least = f"{counts[0]}–" if counts[0] != counts[-1] else ""
     seeds = least + counted(counts[-1], "seed")
     chart = Chart(name, "", title, "", [], columns=1)
-    figure = "AP (%)" if all(group.first.is_detection for *_, group in bars) else "top-1 (%)"
+    figure = "AP (%)" if all(group.first.task == "detection" for *_, group in bars) else "top-1 (%)"
     for which in ("best", "last"):
         panel = Panel(f"{which} epoch, mean ± standard deviation over {seeds}", axis, figure)
         for method in methods:

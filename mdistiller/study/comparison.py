@@ -27,7 +27,7 @@ BINS = 15
 
 def curves_chart(groups: Sequence[Group]) -> Chart:
     panels = []
-    detectors = all(group.first.is_detection for group in groups)
+    detectors = all(group.first.task == "detection" for group in groups)
     for key, (title, axis) in CURVE_PANELS.items():
         if detectors and key == "test_acc":
             title, axis = "average precision in the test", "AP (%)"

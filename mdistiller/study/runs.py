@@ -93,17 +93,9 @@ class Run:
         return self.rows[-1]["epoch"] if self.rows else 0
 
     @property
-    def is_text(self) -> bool:
-        """Whether its rows have the figures of text."""
-        return bool(self.rows) and "bits_per_byte" in self.rows[0]
-
-    # whether it is of detectors, whose test_acc is the average precision
-    is_detection = property(lambda self: task_of(self.cfg.DATASET.TYPE) == "detection")
-
-    @property
     def task(self) -> str:
         """What was learned: classification, text or detection."""
-        return "text" if self.is_text else "detection" if self.is_detection else "classification"
+        return task_of(self.cfg.DATASET.TYPE)
 
     @property
     def best_row(self) -> dict:
@@ -115,7 +107,9 @@ class Run:
         """Whether it is finished before SOLVER.EPOCHS, by SOLVER.EARLY_STOP."""
         solver = self.cfg.SOLVER
         # the first of equal ones; of a text the one of the lowest loss
-        best = max(self.rows, key=lambda row: -row["test_loss"] if self.is_text else row.get("test_acc", 0), default={})
+        best = max(
+            self.rows, key=lambda row: -row["test_loss"] if self.task == "text" else row.get("test_acc", 0), default={}
+        )
         return self.epochs < solver.EPOCHS and stops_early(solver.EARLY_STOP, self.epochs, best.get("epoch", 0))
 
     @property

@@ -75,7 +75,7 @@ def results_table(groups: list[Group], published: Mapping) -> Table:
 
 def caption_of(groups: Sequence[Group]) -> str:
     """Return what the figures in a table of these groups are."""
-    detectors = any(group.first.is_detection for group in groups)
+    detectors = any(group.first.task == "detection" for group in groups)
     of_them = "Top-1 accuracy, of detectors COCO's average precision (AP),"
     return CAPTION.replace("Top-1 accuracy", of_them) if detectors else CAPTION
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mdistiller.config import load
 from mdistiller.dataset import DetectionBatches, load_dataset
+from mdistiller.dataset._annotations import Files
 from mdistiller.dataset._detection import Views, mirror, resize, scaled_size
 from mdistiller.dataset._shapes import SHAPES, SOLID, shape
 from mdistiller.dataset.scenes import SMALLEST
@@ -366,6 +367,21 @@ def test_augment_none_leaves_images_as_a_test_sees_them():
     for image, target, place in zip(batch.image, batch.target, batch.index.tolist(), strict=True):
         assert torch.equal(image, data.train.image(place).float() / 255)
         assert torch.equal(target["boxes"], data.train.target(place)["boxes"])
+
+
+def test_crops_are_refused():
+    with refused("DATASET.AUGMENT: crop_flip is for images of one class each; .* auto"):
+        read("scenes", ".", *SMALL, "DATASET.AUGMENT", "crop_flip")
+
+
+def test_nothing_is_decoded_twice_and_what_a_resumed_epoch_has_done_is_not_decoded(tmp_path, monkeypatch):
+    data = read("coco", write_coco(tmp_path), "DATASET.MEMORY", "0", "DATASET.NUM_WORKERS", "0")
+    decoded = []
+    real = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, place: decoded.append(place) or real(self, place))
+    batches = DetectionBatches(data.train, 1, data.views)
+    order = batches.plan(4)[0].tolist()
+    assert len(list(batches.epoch(4, 1))) == 2 and decoded == order[1:]
 
 
 def around(mask):

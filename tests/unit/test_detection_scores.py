@@ -16,7 +16,7 @@ from torch import nn
 from mdistiller.config import load
 from mdistiller.dataset import Boxes, DetectionBatches, load_dataset
 from mdistiller.engine.detection import Detection
-from mdistiller.engine.detection_scores import DetectionTest, evaluator, scores_of_boxes
+from mdistiller.engine.detection_scores import NAMES, DetectionTest, evaluator, scores_of_boxes
 from mdistiller.engine.ranks import Ranks
 from mdistiller.runs.detections import GAP, SIDE, TITLE, draw_detections, shade
 from mdistiller.study.analyze import analyze
@@ -214,7 +214,11 @@ def test_boxes_are_drawn_where_they_are_and_weak_detections_are_not():
 def test_the_report_shows_runs_of_detectors(tmp_path):
     keys = {"DATASET__TYPE": "scenes", "DISTILLER__STUDENT": "fasterrcnn_resnet8"}
     folder = write_run(tmp_path, "alone", [10.0, 20.0], **keys)
-    rows = [row | {"AP": row["test_acc"], "APl": None} for row in map(json.loads, (folder / "metrics.jsonl").open())]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [
+        row | dict.fromkeys(NAMES) | {"AP": row["test_acc"], "AP50": 30.0, "best_epoch": 2}
+        for row in map(json.loads, lines)
+    ]
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({name: row[name] for name in row if name != "train_acc"}) + "\n" for row in rows)
     )
@@ -224,6 +228,7 @@ def test_the_report_shows_runs_of_detectors(tmp_path):
     curves, picture = found.charts
     assert curves.panels[0].y_label == "AP (%)" and picture.pictures[0][1].shape == (1, 300, 500, 3)
     assert "average precision" in found.tables[0].caption and found.tables[0].rows[0][6].mean == 20
+    assert "last AP50" in found.tables[0].head
     assert any("images with boxes" in note for note in found.notes)
     with Image.open(tmp_path / "report" / "figures" / f"{picture.name}.png") as drawn:
         assert drawn.width > 500 and (255, 0, 0) in {color for _, color in drawn.getcolors(2**24)}
