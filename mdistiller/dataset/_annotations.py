@@ -44,6 +44,11 @@ class Files:
     def path(self, place: int) -> Path:
         return self.root / os.fsdecode(bytes(self.names[place]))
 
+    def size(self, place: int) -> tuple[int, int]:
+        """Return height and width as they are announced."""
+        width, height = self.sizes[place].tolist()
+        return height, width
+
     def read(self, place: int) -> np.ndarray:
         """Return a picture, uint8 (H, W, 3): upright as its EXIF data say, unless its announced size is that of the
         picture as it is stored. Raises UserError where it is neither.

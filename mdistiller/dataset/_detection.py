@@ -39,6 +39,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def size(self, place: int) -> tuple[int, int]:
+        """Return the height and width of an image, which is not read for that."""
+
     def read(self, place: int) -> np.ndarray:
         """Return an image, uint8 (H, W, 3). Raises UserError where it cannot be had."""
 
@@ -83,10 +86,7 @@ class Side:
 
     def size(self, place: int) -> tuple[int, int]:
         """Return an image's height and width."""
-        if self.held is not None:
-            return tuple(self.held[place].shape[1:])
-        width, height = self.source.sizes[place].tolist()
-        return height, width
+        return self.source.size(place)
 
     def target(self, place: int) -> dict[str, Tensor | int]:
         """Return all boxes of an image, as `Boxes.of` does."""

@@ -52,28 +52,36 @@ class Scenes:
     objects: Shapes | CutOuts
     side: str
     count: int
-    size: int  # of the longer side
+    long: int  # pixels of the longer side
     most: int
     seed: int
 
     def __len__(self) -> int:
         return self.count
 
+    def begun(self, place: int) -> tuple[Generator, int, int]:
+        """Return what a scene is drawn from, its height and its width."""
+        random = np.random.default_rng([self.seed, self.side == "test", place])
+        sides = [self.long, int(self.long * random.uniform(0.75, 1))]
+        return random, *(sides if random.integers(2) else sides[::-1])
+
+    def size(self, place: int) -> tuple[int, int]:
+        """Return the height and width of a scene."""
+        return self.begun(place)[1:]
+
     def read(self, place: int) -> np.ndarray:
         return self.draw(place)[0]
 
     def draw(self, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return an image, uint8 (H, W, 3), the boxes (n, 4) of what is to be seen of its objects, and their labels."""
-        random = np.random.default_rng([self.seed, self.side == "test", place])
-        sides = [self.size, int(self.size * random.uniform(0.75, 1))]
-        height, width = sides if random.integers(2) else sides[::-1]
+        random, height, width = self.begun(place)
         image = background(height, width, random)
         around = np.asarray(image.mean((0, 1)))
         owner = np.full((height, width), NOBODY, np.int16)  # of each pixel
         labels, areas = [], []
         for _ in range(random.integers(1, self.most + 1)):
             label = int(random.integers(len(self.objects.classes)))
-            size = self.size * np.exp(random.uniform(*np.log(SIZES)))
+            size = self.long * np.exp(random.uniform(*np.log(SIZES)))
             alpha, colour = self.objects.cut(label, size, around, random)
             where = self.place(alpha, owner, areas, random)
             if where is None:

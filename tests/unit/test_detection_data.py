@@ -433,6 +433,13 @@ def test_scenes_are_a_function_of_seed_and_number():
     assert len(set(shown)) == 12 + 5 + 12  # no picture of one is in another
 
 
+def test_scenes_that_fill_the_memory_are_drawn_again():
+    held, streamed = read("scenes", ".", *SMALL), read("scenes", ".", *SMALL, "DATASET.MEMORY", "0")
+    ours, theirs = (DetectionBatches(data.train, 5, data.views) for data in (held, streamed))
+    assert theirs.streamed and not ours.streamed and held.digest() == streamed.digest()
+    same_batches(list(ours.epoch(1)), list(theirs.epoch(1)))
+
+
 def test_boxes_of_scenes_are_around_what_is_seen():
     data = read("scenes", ".", "DATASET.SCENES.TRAIN", "60", "DATASET.SCENES.TEST", "1", "DATASET.SCENES.OBJECTS", "9")
     source = data.train.source
