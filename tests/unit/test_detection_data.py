@@ -455,6 +455,52 @@ def test_boxes_of_scenes_are_around_what_is_seen():
     assert 1 <= min(seen) and max(seen) > 5 and source.read(3).shape[2] == 3
 
 
+def write_cut_outs(root, classes=("cup", "fork")):
+    """Pictures of 40 x 30 pixels of which a rectangle of 20 x 10 is not transparent."""
+    for split in ("train", "val"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            picture = photo(len(name), 40, 30).convert("RGBA")
+            alpha = Image.new("L", (40, 30))
+            alpha.paste(255, (5, 5, 25, 15))
+            picture.putalpha(alpha)
+            picture.save(root / split / name / "0.png")
+    return root
+
+
+def test_scenes_of_pictures_take_what_is_not_transparent(tmp_path):
+    data = read("scenes", write_cut_outs(tmp_path), *SMALL, "DATASET.SCENES.OF", "pictures")
+    assert data.classes == ("cup", "fork") and len(data.train.boxes.box) > 12
+    alpha, colour = data.train.source.objects.cut(1, 30, np.zeros(3), np.random.default_rng(0))
+    assert max(alpha.shape) == 30 and min(alpha.shape) >= 14 and (alpha > 250).mean() > 0.5
+    assert colour.shape == (*alpha.shape, 3)
+    digits = read("scenes", tmp_path, *SMALL, "DATASET.SCENES.OF", "digits")
+    assert digits.classes == tuple("0123456789") and digits.digest() != data.digest()
+
+
+CUT_OUTS = {
+    "no folder": (lambda r: shutil.rmtree(r / "train"), "train: there is no such folder; DATASET.SCENES.OF pictures"),
+    "no test folder": (lambda r: shutil.rmtree(r / "val"), "val: there is no such folder"),
+    "other classes": (
+        lambda r: os.rename(r / "val/cup", r / "val/mug"),
+        "the class cup is in one of train and val alone",
+    ),
+    "nothing to see": (
+        lambda r: Image.new("RGBA", (9, 9)).save(r / "val/cup/0.png"),
+        "0.png: is transparent everywhere",
+    ),
+    "no picture": (lambda r: (r / "train/fork/0.png").write_text("no"), "fork/0.png: is no picture"),
+}
+
+
+@pytest.mark.parametrize("case", CUT_OUTS)
+def test_pictures_that_cannot_be_cut_out_are_a_line(tmp_path, case):
+    breaks, says = CUT_OUTS[case]
+    breaks(write_cut_outs(tmp_path))
+    with refused(says):
+        read("scenes", tmp_path, *SMALL, "DATASET.SCENES.OF", "pictures")
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_fill_the_box_that_is_asked_for(name):
     random = np.random.default_rng(0)
