@@ -89,6 +89,7 @@ class Annotations:
     crowd: list[list[bool]] = field(default_factory=list)
     clipped: int = 0
     dropped: int = 0
+    crowds: int = 0  # training images that are left out, since they show crowds alone
 
     def picture(self, where: str, file: Path, name: str, size: Sequence, number: int) -> None:
         """Enter the picture `file`, which `where` names as `name`; its boxes follow. Raises UserError where there is no
@@ -143,9 +144,18 @@ class Annotations:
         if self.dropped:
             what = f"{counted(self.dropped, 'box')} {of}"
             found.append(f"warning: {what} left out: without width or height, or outside of the image")
+        if self.crowds:
+            found.append(f"{counted(self.crowds, f'{self.what} image')} left out: all of their boxes are crowds")
         if empty := sum(not boxes for boxes in self.boxes):
             found.append(f"{empty:,} {of} have no box: they are kept, as background alone")
         return found
+
+    def leave_out(self, places: Sequence[bool]) -> None:
+        """Leave out the pictures at `places`, which show crowds alone."""
+        self.crowds = sum(places)
+        for name in ("names", "sizes", "ids", "boxes", "labels", "crowd"):
+            kept = [value for value, out in zip(getattr(self, name), places, strict=True) if not out]
+            setattr(self, name, kept)
 
     def side(self, root: Path, where: Path, options: Mapping) -> Side:
         """Return the side whose pictures lie below `root`, in memory where they fit. `where`: what was read. Raises
@@ -155,6 +165,8 @@ class Annotations:
             raise UserError(
                 f"{where}: has no box, and a detector learns from boxes and is tested by them; annotate some"
             )
+        if self.what == "training":  # what is not trained on must not be taken for background
+            self.leave_out([bool(crowd) and all(crowd) for crowd in self.crowd])
         rows = torch.tensor([row for boxes in self.boxes for row in boxes], dtype=torch.float32).view(-1, 5)
         label = torch.tensor([label for labels in self.labels for label in labels])
         crowd = torch.tensor([one for crowd in self.crowd for one in crowd])

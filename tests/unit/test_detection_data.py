@@ -119,11 +119,11 @@ def change(entry, place, **values):
     return write
 
 
-def replace(old, new, name="train"):
+def replace(old, new, name="train", count=-1):
     def write(root):
         file = root / f"annotations/instances_{name}2017.json"
         assert old in file.read_text()
-        file.write_text(file.read_text().replace(old, new))
+        file.write_text(file.read_text().replace(old, new, count))
 
     return write
 
@@ -291,6 +291,17 @@ def test_boxes_beyond_the_image_end_there_and_bad_ones_can_be_left_out(tmp_path)
     data = read("coco", tmp_path, "DATASET.BAD_BOXES", "drop")
     assert len(data.train.boxes.box) == 1 and "1 box of 3 training images left out" in data.doubts()[0]
     assert "2 of 3 training images have no box" in data.doubts()[1]
+
+
+def test_an_image_of_crowds_alone_is_no_background(tmp_path):
+    write_coco(tmp_path)
+    for name in ("train", "val"):
+        replace('"iscrowd": 0', '"iscrowd": 1', name, 1)(tmp_path)
+    data = read("coco", tmp_path)
+    assert len(data.train) == 2 and [data.train.target(n)["image_id"] for n in range(2)] == [15, 20]
+    assert data.train.image(0).shape == (3, 50, 30) and data.train.target(0)["labels"].tolist() == [1]
+    assert len(data.test) == 3 and data.test.target(0)["crowd"].tolist() == [True]
+    assert data.doubts()[0] == "1 training image left out: all of their boxes are crowds"
 
 
 def test_a_turned_picture_is_read_as_its_annotations_saw_it(tmp_path):
