@@ -87,6 +87,40 @@ def of_pycocotools(real, judge, found, truth):
     return [100 * float(value) for value in judge.stats[:6]]
 
 
+def test_a_folder_s_figures_are_those_that_pycocotools_gives_its_json(tmp_path):
+    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    random, numbers = np.random.default_rng(3), (2, 7, 30)
+    pictures, boxes, rows = [], [], []
+    for place in range(20):
+        pictures.append({"id": 1000 - 3 * place, "file_name": f"{place}.png", "width": 300, "height": 280})
+        for _ in range(random.integers(0, 5)):
+            left, top, width, height = (*random.uniform(0, 60, 2), *np.exp(random.uniform(2, 5.3, 2)))
+            number, area = int(random.choice(numbers)), width * height * random.uniform(0.4, 1)
+            box = [round(float(value), 2) for value in (left, top, width, height)]
+            boxes.append({"bbox": box, "category_id": number, "area": area, "iscrowd": int(random.random() < 0.1)})
+            boxes[-1] |= {"id": len(boxes), "image_id": pictures[-1]["id"]}
+            near = np.array(box) + random.normal(0, 2, 4)
+            rows.append([pictures[-1]["id"], *near, random.random(), number])
+    tree = {"images": pictures, "annotations": boxes, "categories": [{"id": n, "name": str(n)} for n in numbers]}
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / f"{split}.json").write_text(json.dumps(tree))
+        for picture in pictures:
+            Image.new("L", (300, 280)).save(tmp_path / split / picture["file_name"])
+    truth = load_dataset("coco", tmp_path, load(None, []).DATASET).test.boxes
+    found = np.array(rows)
+    real = coco.COCO(str(tmp_path / "val.json"))
+    judge = cocoeval.COCOeval(real, real.loadRes(found.copy()), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    found[:, 0] = [truth.ids.index(number) for number in found[:, 0]]
+    found[:, 3:5] += found[:, 1:3]
+    found[:, 6] = [1 + numbers.index(number) for number in found[:, 6]]
+    ours = scores_of_boxes(found, truth)
+    assert ours == pytest.approx([100 * value for value in judge.stats[:6]], abs=1e-6) and 5 < ours.ap < 95
+
+
 def test_what_is_found_exactly_is_a_hundred_percent_and_nothing_is_none():
     _, truth = random_case(0)
     place = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts))
