@@ -31,10 +31,12 @@ def curves_chart(groups: Sequence[Group]) -> Chart:
     for key, (title, axis) in CURVE_PANELS.items():
         if detectors and key == "test_acc":
             title, axis = "average precision in the test", "AP (%)"
+        if detectors and key == "train_acc":  # they have none
+            continue
         panel = Panel(title, "epoch", axis)
         for group in groups:
             epochs = min(len(run.rows) for run in group.runs)  # some may have stopped early
-            # (seeds, E); detectors have no training accuracy
+            # (seeds, E)
             values = np.array([[row.get(key, np.nan) for row in run.rows[:epochs]] for run in group.runs])
             mean, bands = values.mean(0), {}
             if len(values) > 1:
