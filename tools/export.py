@@ -6,6 +6,7 @@ python3 tools/export.py RUN/student_best --to onnx int8 --out deploy
 Into the folder go the files, the weights as safetensors, export.json and a
 model card. torch is torch.export's .pt2. onnx and int8 need
 pip install onnx onnxscript onnxruntime, openvino needs pip install openvino.
+A detector is written as onnx alone.
 """
 
 import argparse

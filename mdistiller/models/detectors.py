@@ -201,29 +201,29 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
 
 
 def _build(name: str, kind: str, trunk: str, num_classes: int) -> nn.Module:
-    from torchvision.models import detection, get_model_weights
+    from torchvision.models import detection, get_model_weights, mobilenet_v2
     from torchvision.models.detection import backbone_utils
     from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-    given, extra = {"_skip_resize": True}, {}
-    if kind == "retinanet" or kind == "fcos":
-        width = 2048 if int(trunk.removeprefix("resnet")) >= 50 else 512
-        # as torchvision's: RetinaNet's P6 comes of the last stage, FCOS's of the last level
-        p6 = LastLevelP6P7(width, 256) if kind == "retinanet" else LastLevelP6P7(256, 256)
-        extra = {"returned_layers": [2, 3, 4], "extra_blocks": p6}
+    given = {"_skip_resize": True}  # of training images, which come scaled
     if trunk in RESNETS:
-        # with weights of its own a trunk keeps its statistics; here none are loaded yet, whose they would be
+        extra = {}
+        if kind != "fasterrcnn":
+            extra = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
         backbone = backbone_utils.resnet_fpn_backbone(
             backbone_name=trunk, weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5, **extra
         )
-    else:
+    elif trunk == "mobilenet_v2":  # levels of a ResNet's strides, of the last block of each
+        names = {block: str(level) for level, block in enumerate(("3", "6", "13", "17"))}
+        backbone = backbone_utils.BackboneWithFPN(
+            mobilenet_v2().features, names, [24, 32, 96, 320], 256, LastLevelMaxPool()
+        )
+    else:  # two levels of one size and a pooled one, as torchvision has it
         backbone = backbone_utils.mobilenet_backbone(
             backbone_name=trunk, weights=None, fpn=True, norm_layer=nn.BatchNorm2d, trainable_layers=6
         )
-        if trunk == "mobilenet_v3_large":  # two levels and a pooled one, as torchvision's
-            sizes = ((32, 64, 128, 256, 512),) * 3
-            given["rpn_anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 3)
+        given["rpn_anchor_generator"] = AnchorGenerator(((32, 64, 128, 256, 512),) * 3, ((0.5, 1.0, 2.0),) * 3)
     network = _classes(kind)(backbone, num_classes, **given)
     full = getattr(detection, name, None)
 

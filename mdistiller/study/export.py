@@ -22,6 +22,7 @@ from mdistiller.errors import UserError
 from mdistiller.files import check_folder
 from mdistiller.runs import checkpoint
 from mdistiller.runs.environment import device_name
+from mdistiller.study.export_detector import ExportedDetector, export_detector
 from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.runs import Run, read_run
 from mdistiller.study.superclasses import class_names
@@ -90,7 +91,9 @@ class Exported:
         return Table("export", "Export", "", HEAD, rows)
 
 
-def export(file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence[str] = (), root: str = "") -> Exported:
+def export(
+    file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence[str] = (), root: str = ""
+) -> Exported | ExportedDetector:
     """Write the student in `file`, RUN/student_best or so, in each of the `forms` of NEEDS into `out`, RUN/export where
     it is None, with its weights as safetensors, export.json and a model card; and measure each beside the teacher.
 
@@ -104,6 +107,8 @@ def export(file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence
         raise UserError(f"{file}: is no checkpoint in a run's folder ({found}); name RUN/student_best")
     check_folder(out or file.parent / "export", "--out")
     run, networks = read_run(file.parent, ["DATASET.ROOT", root] if root else [], plugins), Networks()
+    if run.is_detection:
+        return export_detector(run, file, forms, out or file.parent / "export")
     try:
         data = networks.data(run)
         models = {"student": networks.network(run, "STUDENT", file)}
@@ -247,7 +252,7 @@ WRITERS = {"torch": write_torch, "onnx": write_onnx, "openvino": write_openvino,
 SUFFIXES = {"torch": "pt2", "onnx": "onnx", "openvino": "xml", "int8": "int8.onnx"}
 
 
-def text_of(found: Exported) -> str:
+def text_of(found: Exported | ExportedDetector) -> str:
     """Return the table for the terminal."""
     return text_table(found.table, columns())
 
