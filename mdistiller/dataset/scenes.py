@@ -18,6 +18,7 @@ from mdistiller.dataset._registry import register_dataset
 from mdistiller.dataset._shapes import SOLID, CutOuts, Shapes, background
 from mdistiller.dataset.imagefolder import TESTS, by_class, with_progress
 from mdistiller.errors import UserError
+from mdistiller.terminal import counted
 
 IMAGE_SETS = ("cifar10", "cifar100", "digits")
 add_keys(
@@ -157,6 +158,11 @@ def scenes(root: Path, options: Mapping) -> DetectionSet:
             images += [channels_first(image)] if held else []
         starts = np.cumsum([0, *map(len, labels[1:])]).tolist()
         box, label = (torch.from_numpy(np.concatenate(values)) for values in (boxes, labels))
+        if not len(box):
+            raise UserError(
+                f"DATASET.SIZE {size}: no object is to be seen in {counted(count, 'scene')} ({side}); take a larger "
+                f"size, or more of DATASET.SCENES.{side.upper()}"
+            )
         area, crowd = (box[:, 2:] - box[:, :2]).prod(1), torch.zeros(len(box), dtype=torch.bool)
         boxes = Boxes(box, label, crowd, area, tuple(starts), tuple(range(count)))
         sides.append(Side(source, boxes, tuple(images) if held else None, options["NUM_WORKERS"]))

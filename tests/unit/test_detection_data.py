@@ -380,6 +380,11 @@ def test_augment_none_leaves_images_as_a_test_sees_them():
         assert torch.equal(target["boxes"], data.train.target(place)["boxes"])
 
 
+def test_scenes_too_small_for_objects_are_refused():
+    with refused("DATASET.SIZE 8: no object is to be seen in 12 scenes .train.; take a larger size"):
+        read("scenes", ".", *SMALL, "DATASET.SIZE", "8")
+
+
 def test_crops_are_refused():
     with refused("DATASET.AUGMENT: crop_flip is for images of one class each; .* auto"):
         read("scenes", ".", *SMALL, "DATASET.AUGMENT", "crop_flip")
