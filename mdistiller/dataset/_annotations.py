@@ -28,6 +28,9 @@ add_keys(
 )
 
 
+LEAST_SIDE = 0.01  # pixels of a box; less is nothing in float32
+
+
 @dataclass(frozen=True)
 class Files:
     """Pictures of announced sizes: `names` of the files below `root`, as bytes (N,), and `sizes` (N, 2), width and
@@ -114,9 +117,10 @@ class Annotations:
         left, top, right, bottom = corners
         width, height = self.sizes[place]
         says = ""
-        if right <= left or bottom <= top:
+        shown = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        if min(right - left, bottom - top) < LEAST_SIDE:
             says = f"its box has no width or no height ({right - left:g} x {bottom - top:g})"
-        elif right <= 0 or bottom <= 0 or left >= width or top >= height:
+        elif min(shown[2] - shown[0], shown[3] - shown[1]) < LEAST_SIDE:
             says = (
                 f"its box ({left:g}, {top:g}) to ({right:g}, {bottom:g}) lies outside of the image, {width} x {height}"
             )
@@ -127,10 +131,8 @@ class Annotations:
         if says:
             self.dropped += 1
             return
-        beyond = max(-left, -top, right - width, bottom - height)
-        if beyond > 0:
-            self.clipped += beyond > 1  # less is how tools round
-            left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        self.clipped += max(-left, -top, right - width, bottom - height) > 1  # less is how tools round
+        left, top, right, bottom = shown
         self.boxes[place].append((left, top, right, bottom, (right - left) * (bottom - top) if area is None else area))
         self.labels[place].append(label)
         self.crowd[place].append(crowd)

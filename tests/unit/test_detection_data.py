@@ -193,6 +193,8 @@ BROKEN = {
     "endless digits": (box(1, 2, 3, 10**400), AT + "its bbox must be four numbers"),
     "no width of a box": (box(3, 3, 0, 9), AT + "its box has no width or no height .0 x 9.*BAD_BOXES drop"),
     "a negative height": (box(3, 3, 5, -2), AT + "its box has no width or no height"),
+    "hardly a width": (box(39.0, 3, 1e-6, 9), AT + "its box has no width or no height"),
+    "hardly inside": (box(-5, 3, 5.001, 9), AT + "its box .* lies outside of the image"),
     "outside": (box(41, 3, 5, 5), AT + r"its box \(41, 3\) to \(46, 8\) lies outside of the image, 40 x 32"),
     "outside at the left": (box(-9, 3, 5, 5), AT + "its box .* lies outside of the image"),
     "an area of text": (change("annotations", 0, area="9"), AT + "its area must be a number"),
