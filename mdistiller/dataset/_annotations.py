@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mdistiller.config import Key, add_keys, one_of
-from mdistiller.dataset._detection import Boxes, Side, channels_first
+from mdistiller.dataset._detection import Boxes, DetectionSet, Side, channels_first, views_of
 from mdistiller.dataset._pictures import decode
 from mdistiller.dataset.imagefolder import MOST_CHECKED, in_parallel
 from mdistiller.errors import UserError
@@ -187,6 +187,17 @@ class Annotations:
         if len(files) <= MOST_CHECKED:
             in_parallel(files.look, range(len(files)), f"checking {self.what} images")
         return side
+
+
+def detection_set(
+    sides: Sequence[tuple[Annotations, Path, Path]], classes: tuple[str, ...], digest: str, options: Mapping
+) -> DetectionSet:
+    """Return the set of both sides' annotations, (what is found, the folder of its pictures, where it was read), whose
+    pictures are decoded or looked at only now that all annotations are known to be right.
+    """
+    made = [found.side(folder, file, options) for found, folder, file in sides]
+    notes = tuple(note for found, *_ in sides for note in found.notes())
+    return DetectionSet(*made, classes, digest, views_of(options), notes)
 
 
 def number_below(value: object, high: float = 2**31) -> bool:

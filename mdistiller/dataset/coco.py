@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mdistiller.dataset._annotations import Annotations, inside, number_below
-from mdistiller.dataset._detection import DetectionSet, views_of
+from mdistiller.dataset._annotations import Annotations, detection_set, inside, number_below
+from mdistiller.dataset._detection import DetectionSet
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.errors import UserError
 from mdistiller.files import open_regular
@@ -17,11 +17,13 @@ WHOLE = "must be a whole number"
 
 @register_dataset("coco", task="detection")
 def coco(root: Path, options: Mapping) -> DetectionSet:
-    """Read the pictures and boxes in `root`, as `find` finds them. Raises UserError that names the first file and entry
-    that cannot be.
+    """Read the pictures and boxes in `root` or `root`/coco, as `find` finds them. Raises UserError that names the first
+    file and entry that cannot be.
     """
+    if (root / "coco").is_dir() and not any((root / name).is_dir() for name in (*NAMES["training"], "images")):
+        root = root / "coco"
     hasher, drop = hashlib.sha256(options["BAD_BOXES"].encode()), options["BAD_BOXES"] == "drop"
-    sides, notes, named = [], [], {}
+    sides, named = [], {}
     for what in NAMES:
         folder, file = find(root, what)
         content = read(file)
@@ -39,10 +41,9 @@ def coco(root: Path, options: Mapping) -> DetectionSet:
         places = pictures_of(tree, file, folder, found)
         boxes_of(tree, file, places, {number: label for label, number in enumerate(sorted(named), 1)}, found)
         del tree, content
-        sides.append(found.side(folder, file, options))
-        notes += found.notes()
+        sides.append((found, folder, file))
     classes = tuple(named[number] for number in sorted(named))
-    return DetectionSet(*sides, classes, hasher.hexdigest(), views_of(options), tuple(notes))
+    return detection_set(sides, classes, hasher.hexdigest(), options)
 
 
 def find(root: Path, what: str) -> tuple[Path, Path]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from mdistiller.dataset._annotations import Annotations, inside, number_below
-from mdistiller.dataset._detection import DetectionSet, views_of
+from mdistiller.dataset._annotations import Annotations, detection_set, inside, number_below
+from mdistiller.dataset._detection import DetectionSet
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.dataset.imagefolder import SUFFIXES
 from mdistiller.errors import UserError
@@ -31,14 +31,13 @@ def voc(root: Path, options: Mapping) -> DetectionSet:
             raise UserError(f"{root}: has no ImageSets/Main/{known[0]}; list the names of the {what} pictures there")
         trees[what] = [(name, *annotated(root, name, lists[what], hasher)) for name in names_in(lists[what])]
     classes = sorted({name for _, file, tree in trees["training"] for _, _, name in objects(file, tree)})
-    sides, notes = [], []
+    sides = []
     for what, file in lists.items():
         found = Annotations(what, options["BAD_BOXES"] == "drop")
         for place, entry in enumerate(trees[what]):
             enter(*entry, place, classes, found, root / "JPEGImages")
-        sides.append(found.side(root / "JPEGImages", file, options))
-        notes += found.notes()
-    return DetectionSet(*sides, tuple(classes), hasher.hexdigest(), views_of(options), tuple(notes))
+        sides.append((found, root / "JPEGImages", file))
+    return detection_set(sides, tuple(classes), hasher.hexdigest(), options)
 
 
 def inner(root: Path) -> Path:

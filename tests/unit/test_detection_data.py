@@ -92,9 +92,11 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("below", ["", "coco"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout[1] for layout in LAYOUTS])
-def test_coco_is_found_in_the_layouts_that_people_have(tmp_path, layout):
-    data = read("coco", write_coco(tmp_path, layout))
+def test_coco_is_found_in_the_layouts_that_people_have(tmp_path, layout, below):
+    write_coco(tmp_path / below, layout)
+    data = read("coco", tmp_path)
     assert data.classes == ("ant", "ox") and data.num_classes == 3
     assert [data.train.target(n)["image_id"] for n in range(3)] == [10, 15, 20]
     assert data.train.target(0)["labels"].tolist() == [2] and data.train.target(1)["labels"].tolist() == [1]
