@@ -62,7 +62,7 @@ add_keys(
             "ResNet50",
             "Teacher: a name of cifar_model_dict, timm:NAME or tv:NAME (torchvision's), with DATASET.TYPE imagenet one "
             "of imagenet_model_dict too; of text one of text_model_dict, or hf:PATH, the folder of a model of "
-            "transformers.",
+            "transformers; of detection one such as fasterrcnn_resnet8 or tv:fasterrcnn_resnet50_fpn.",
             distils=True,
         ),
         "DISTILLER.STUDENT": Key("resnet32", "Student: a name as for TEACHER."),

@@ -44,6 +44,8 @@ class Detection(Task):
         self, cfg: CfgNode, data: DetectionSet, side: str, given: nn.Module | None = None, layers: Sequence[str] = ()
     ) -> nn.Module:
         name, method = cfg.DISTILLER[side], cfg.DISTILLER.TYPE
+        if given is not None:
+            raise UserError(f"{side.lower()}: a detector is built by its name; pass one, such as fasterrcnn_resnet8")
         model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
         model.fit_images(data.views.short, data.views.long)
         if method not in detection_takers(proposals=model.softmax):
@@ -62,8 +64,8 @@ class Detection(Task):
     def check_source(self, teacher: nn.Module, name: str, source: str) -> None:
         if source == PRETRAINED and not teacher.whole:
             raise UserError(
-                f"DISTILLER.TEACHER_CKPT: torchvision has no detector {name} for these classes, only a classifier's "
-                "weights; set DISTILLER.TRAIN_TEACHER True to train one from them, or name a checkpoint"
+                f"DISTILLER.TEACHER_CKPT: torchvision has no weights of a whole {name}, only of its trunk; "
+                "set DISTILLER.TRAIN_TEACHER True to train one from them, or name a checkpoint"
             )
 
     def check_pair(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:

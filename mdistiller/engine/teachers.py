@@ -149,7 +149,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         own.SOLVER.EPOCHS, share = names.TEACHER_EPOCHS, names.TEACHER_EPOCHS / cfg.SOLVER.EPOCHS
         own.SOLVER.LR_DECAY_STAGES = sorted({max(1, round(epoch * share)) for epoch in cfg.SOLVER.LR_DECAY_STAGES})
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
-    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE in ("npz", "imagefolder", "text") else ""
+    root = cfg.DATASET.ROOT if cfg.DATASET.TYPE in ("npz", "imagefolder", "text", "coco", "voc", "scenes") else ""
     unnamed = {"STEP", "CHUNK"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}
     solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key not in unnamed}
     code = config.used_code(cfg.plugins, {"model": [cfg.DISTILLER.TEACHER], "dataset": [cfg.DATASET.TYPE]})

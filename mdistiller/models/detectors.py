@@ -45,7 +45,7 @@ class Detector(nn.Module):
     softmax = False
     heads: tuple[str, ...] = ("head.classification_head.cls_logits",)
     fetch: Callable[[], dict[str, Tensor]]
-    whole = False  # whether `fetch` gives heads that have learned, too
+    whole = False  # whether `fetch` gives heads that have learned, too, COCO's
 
     def fit_images(self, short: int, long: int) -> None:
         """Let images come in a test so that the shorter side has `short` pixels, the longer one at most `long`. Those
@@ -229,15 +229,16 @@ def _build(name: str, kind: str, trunk: str, num_classes: int) -> nn.Module:
 
     def fetch() -> dict[str, Tensor]:
         own = network.state_dict()
-        if full is not None and num_classes in (COCO_ROWS, 81):
-            weights = get_model_weights(name).DEFAULT
-            rows = [row for row, category in enumerate(weights.meta["categories"]) if category != "N/A"]
-            return of_rows(weights.get_state_dict(check_hash=True), own, rows)
-        state = get_model_weights(trunk)[(RESNETS | MOBILE)[trunk]].get_state_dict(check_hash=True)
-        state = {f"backbone.body.{key.removeprefix('features.')}": value for key, value in state.items()}
-        return own | {key: value for key, value in state.items() if key in own}
+        if full is None:
+            state = get_model_weights(trunk)[(RESNETS | MOBILE)[trunk]].get_state_dict(check_hash=True)
+            state = {f"backbone.body.{key.removeprefix('features.')}": value for key, value in state.items()}
+            return own | {key: value for key, value in state.items() if key in own}
+        weights = get_model_weights(name).DEFAULT
+        state = weights.get_state_dict(check_hash=True)
+        rows = [row for row, category in enumerate(weights.meta["categories"]) if category != "N/A"]
+        return of_rows(state, own, rows) if num_classes == len(rows) else state
 
-    return _finish(network, KINDS[kind], fetch, full is not None and num_classes in (COCO_ROWS, 81))
+    return _finish(network, KINDS[kind], fetch, full is not None)
 
 
 def of_rows(state: dict[str, Tensor], own: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
