@@ -107,7 +107,7 @@ def export(
         raise UserError(f"{file}: is no checkpoint in a run's folder ({found}); name RUN/student_best")
     check_folder(out or file.parent / "export", "--out")
     run, networks = read_run(file.parent, ["DATASET.ROOT", root] if root else [], plugins), Networks()
-    if run.is_detection:
+    if run.task == "detection":
         return export_detector(run, file, forms, out or file.parent / "export")
     try:
         data = networks.data(run)

@@ -118,3 +118,18 @@ def test_a_classifier_is_no_teacher(detectors, tmp_path):
     with refused("unknown detector 'resnet8'"):
         run(detectors[1], tmp_path, DISTILLER__TEACHER="resnet8")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_detector_is_exported_as_onnx_alone(detectors, tmp_path):
+    found = tool("export", detectors[0] / "student_latest", "--out", tmp_path / "out", cwd=tmp_path)
+    assert found.returncode == 2 and "set --to onnx" in found.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_exported_detector_finds_the_same(detectors, tmp_path):
+    pytest.importorskip("onnxruntime")
+    found = tool("export", detectors[0] / "student_latest", "--to", "onnx", "--out", tmp_path / "out", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    eager, onnx = json.loads((tmp_path / "out" / "export.json").read_text())["forms"]
+    assert onnx["form"] == "onnx" and onnx["ap"] == pytest.approx(eager["ap"], abs=0.05)
+    assert "10 triangle" in (tmp_path / "out" / "README.md").read_text()
