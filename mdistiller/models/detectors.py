@@ -166,7 +166,7 @@ def _finish(network: nn.Module, kind: type, fetch: Callable, whole: bool = False
         heads = network.roi_heads
         heads.fg_bg_sampler = Sampler(heads.fg_bg_sampler.batch_size_per_image, 0.25)
         # torchvision guesses the strides of the levels from the first batch, which may mislead for small images
-        side = 1024
+        side = 4 * DIVISIBLE
         levels = network.backbone.eval()(torch.zeros(1, 3, side, side))
         heads.box_roi_pool({name: maps[:, :1] for name, maps in levels.items()}, [torch.ones(1, 4)], [(side, side)])
     return network.train()
