@@ -79,16 +79,17 @@ def main() -> None:
     batches = Batches(data.train_images, data.train_labels, data.mean, data.std, a.batch, "resized_crop")
     rates = []
     with ProcessPoolExecutor(a.workers) as pool:
+        epochs = -(-a.images // len(data.train_images))
         for number in range(a.rounds + 1):
-            plan = batches.plan(number + 1)[:2, : a.images]
-            parts = plan.split(a.batch, dim=1)
+            plans = [batches.plan(1 + number * epochs + epoch)[:2] for epoch in range(epochs)]
+            parts = torch.cat(plans, 1)[:, : a.images].split(a.batch, dim=1)
             rates.append((alone(pool, data.train_images, parts), stream(batches, parts)))
     rates = rates[1:]  # the first one starts the processes
     ratios = [100 * streamed / decoded for decoded, streamed in rates]
     print(f"alone    {median(rate for rate, _ in rates):8.0f} images/s by {a.workers} processes at once")
     print(f"stream   {median(rate for _, rate in rates):8.0f} images/s")
     print(f"ratio    {median(ratios):8.0f} % (rounds: {', '.join(f'{ratio:.0f}' for ratio in ratios)})")
-    share = waiting(batches, a.rounds + 2, max(2, a.images // a.batch), a.student, data.num_classes)
+    share = waiting(batches, 1, max(2, a.images // a.batch), a.student, data.num_classes)
     print(f"steps    {100 * share:8.1f} % of their time waits for pictures ({a.student}, batches of {a.batch})")
 
 

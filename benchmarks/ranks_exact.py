@@ -1,6 +1,8 @@
 """Whether W processes give what one gives: every method for ten steps in float64, the same runs under W = 1, 2, 3, 4.
 
 python3 benchmarks/ranks_exact.py [--methods KD CRD ...] [--worlds 1 2 3 4] [--out results/ranks]
+python3 benchmarks/ranks_exact.py --run DTKD    # three epochs in float32, the rows of metrics.jsonl side by side
+python3 benchmarks/ranks_exact.py --time DTKD   # an epoch by one process of two threads, and by two of one
 
 A run is tools/train_ours.py's: an epoch of resnet14 -> resnet8 on 316 random images of 16 x 16 pixels, nine batches of
 33 and one of 19, SOLVER.SYNC_BN True, then a test on 101 images, which none of these W divides. A cell is the largest
@@ -10,6 +12,7 @@ are forked, and talk by gloo.
 """
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -18,6 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
@@ -85,9 +89,11 @@ def on_ranks(world: int, work: Callable[[], None]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def train_all(opts: Sequence[str], prefix: Path, names: Iterable[str]) -> None:
+def train_all(opts: Sequence[str], prefix: Path, names: Iterable[str], double: bool = True, threads: int = 1) -> None:
     """Train by every method of `names`, each in a folder of its name below `prefix`."""
-    in_float64()
+    if double:
+        in_float64()
+    torch.set_num_threads(threads)
     for name in names:
         words = [*opts, "DISTILLER.TYPE", name, "LOG.PREFIX", str(prefix), "EXPERIMENT.NAME", name]
         with silence():
@@ -115,17 +121,56 @@ def outcome(folder: Path) -> tuple[dict, float]:
     return {"model": state["model"], "optimizer": state["optimizer"]["state"]}, row["test_acc"] * TESTED / 100
 
 
+def rows_of(folder: Path) -> list[dict]:
+    """Return the rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def print_run(root: Path, opts: Sequence[str], method: str, worlds: Sequence[int]) -> None:
+    """Print the figures of a run of three epochs in float32, under each number of processes."""
+    print("| W | epoch | train_loss | train_acc | test_loss | test_acc |\n|---:|---:|---:|---:|---:|---:|")
+    for world in worlds:
+        work = functools.partial(train_all, [*opts, "SOLVER.EPOCHS", "3"], root / str(world), [method], False)
+        assert not any(on_ranks(world, work))
+        for row in rows_of(root / str(world) / "distill" / method):
+            figures = (f"{row[key]:.7f}" for key in ("train_loss", "train_acc", "test_loss", "test_acc"))
+            print(f"| {world} | {row['epoch']} | {' | '.join(figures)} |")
+
+
+def print_times(root: Path, method: str, rounds: int = 5) -> None:
+    """Print how long a step takes by one process of two threads, and by two processes of one thread, in turn."""
+    opts = write_data(root, 3200, 64, 32)
+    opts += ["SOLVER.BATCH_SIZE", "64", "SOLVER.EPOCHS", "2", "SOLVER.SYNC_BN", "False", "SOLVER.STEP", "eager"]
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(rounds):
+        for world, times in found.items():
+            prefix = root / f"{world}-{number}"
+            work = functools.partial(train_all, opts, prefix, [method], False, 2 // world)
+            assert not any(on_ranks(world, work))
+            times.append(rows_of(prefix / "distill" / method)[-1]["epoch_seconds"] / 50 * 1000)
+    for world, times in found.items():
+        spread = f"{min(times):.1f} to {max(times):.1f}"
+        print(f"W = {world}, {2 // world} threads each: {median(times):.1f} ms a step ({spread})")
+    ratios = [two / one for one, two in zip(*found.values(), strict=True)]
+    print(f"W = 2 takes {median(ratios):.2f} of W = 1's time ({min(ratios):.2f} to {max(ratios):.2f}, {rounds} rounds)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(name for name, cls in distiller_dict.items() if cls.__module__.startswith("mdistiller."))
     parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--out", type=Path, help="write the table to OUT.md")
+    parser.add_argument("--run", choices=known, metavar="METHOD")
+    parser.add_argument("--time", choices=known, metavar="METHOD")
     a = parser.parse_args()
     config.load()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         opts = write_data(root)
+        if a.run or a.time:
+            print_run(root, opts, a.run, a.worlds) if a.run else print_times(root, a.time)
+            return
         for world in {1, *a.worlds}:
             statuses = on_ranks(world, lambda world=world: train_all(opts, root / str(world), a.methods))
             if any(statuses):

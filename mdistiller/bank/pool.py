@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
+from mdistiller.bank.streamed import EpochBanks, StreamedLogits
 from mdistiller.bank.teacher import Bank, TeacherLogits, takes_logits
 from mdistiller.bank.text import TextLogits, TextTeacher
 from mdistiller.bank.topk import TopK
@@ -62,14 +63,7 @@ def check_room(rows: Segments, wanted: int, device: torch.device) -> None:
     if rows.rows >= 2**29:
         raise UserError(f"TEACHER_BANK: {rows.rows:,} views are too many to keep; set TEACHER_BANK off")
     row_bytes = rows.width * rows.dtype.itemsize
-    needed = max(0, wanted - rows.filled) * (8 + row_bytes)
-    parent = next(path for path in (rows.folder, *rows.folder.absolute().parents) if os.path.exists(path))
-    free = shutil.disk_usage(parent).free
-    if needed > 0.95 * free:
-        raise UserError(
-            f"{rows.folder}: needs {needed / 1e6:,.1f} MB of disk space, and {parent} has {free / 1e6:,.1f} MB free; "
-            "set TEACHER_BANK_FOLDER to another disk, or TEACHER_BANK off"
-        )
+    check_disk(rows.folder, max(0, wanted - rows.filled) * (8 + row_bytes))
     if device.type == "cuda" and rows.table is None:
         free, _ = torch.cuda.mem_get_info(device)
         if rows.rows * row_bytes > free // 2:
@@ -77,6 +71,17 @@ def check_room(rows: Segments, wanted: int, device: torch.device) -> None:
                 f"TEACHER_BANK: {rows.rows * row_bytes / 2**30:.1f} GiB of logits are more than half of the device's "
                 f"free {free / 2**30:.1f} GiB; set TEACHER_BANK off"
             )
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise UserError where the disk of `folder` has no room for `needed` bytes."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    free = shutil.disk_usage(parent).free
+    if needed > 0.95 * free:
+        raise UserError(
+            f"{folder}: needs {needed / 1e6:,.1f} MB of disk space, and {parent} has {free / 1e6:,.1f} MB free; "
+            "set TEACHER_BANK_FOLDER to another disk, or TEACHER_BANK off"
+        )
 
 
 class TeacherPool:
@@ -90,7 +95,7 @@ class TeacherPool:
         self.num_classes, self.data_digest, self.kept = num_classes, data_digest, kept
         self.files: list[Path | None] = []
         self.inferences: dict[str, Inference] = {}  # by the digest of the teacher's weights
-        self.banks: dict[Path, Bank] = {}
+        self.banks: dict[Path, Bank | EpochBanks] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
         self.stream: torch.cuda.Stream | None = None
 
@@ -112,24 +117,9 @@ class TeacherPool:
             return None, "teacher bank: none (set TEACHER_BANK_TOP_K 64 for one)" if cfg.SOLVER.EPOCHS > 1 else ""
         if batches.mixing is not None and batches.mixing.mixes:
             return None, "teacher bank: none (images are mixed)"
-        if batches.streamed and cfg.TEACHER_BANK != "auto":
-            raise UserError(
-                f"TEACHER_BANK: {cfg.TEACHER_BANK} keeps views of images in memory, and these are streamed; "
-                "set TEACHER_BANK auto"
-            )
-        device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
-        if device.type == "cuda" and self.stream is None:
-            self.stream = torch.cuda.Stream(device)  # one for all, as a captured graph has one input and one output
-        teacher, amp = distiller.teacher, cfg.SOLVER.AMP
-        if text:
-            form = TopK(cfg.TEACHER_BANK_TOP_K, self.num_classes, dtype, device)
-            logits = TextLogits(batches, TextTeacher(teacher, form, amp), None, self.stream)
-        else:
-            if digest not in self.inferences:
-                self.inferences[digest] = Inference(teacher, device, amp, batches.images.shape[1], captured=True)
-            logits = TeacherLogits(batches, self.inferences[digest], dtype, None, self.stream)
-        if batches.streamed:
-            return logits, "teacher bank: none (pictures are streamed)"
+        logits = self.asked(cfg, distiller.teacher, batches, digest)
+        if batches.streamed and cfg.TEACHER_BANK == "auto":
+            return logits, "teacher bank: none (pictures are streamed; lazy keeps it for later runs of this SEED)"
         views = description(cfg, batches, digest, self.data_digest)
         beside = file
         if checkpoint.is_source(file):  # which lies nowhere
@@ -137,6 +127,8 @@ class TeacherPool:
         root = expand(cfg.TEACHER_BANK_FOLDER) if cfg.TEACHER_BANK_FOLDER else beside.absolute().parent
         stem = os.fsencode(beside.stem)[:237].decode(errors="ignore")  # a name has 255 bytes at most
         folder = root / f"{stem}.bank-{checkpoint.digest(views)[:12]}"
+        if batches.streamed:
+            return logits, self.open_epochs(cfg, logits, folder, views)
         try:
             mode, reason = self.open_bank(cfg, logits, folder, views, max(1, self.files.count(file)))
         except UserError as error:
@@ -150,6 +142,23 @@ class TeacherPool:
         because = f" ({reason})" if reason else ""
         line = f"teacher bank: {mode}{because}, {100 * logits.bank.share:.1f} % held"
         return logits, f"{line}, in {folder}" if self.kept else line
+
+    def asked(self, cfg: CfgNode, teacher: nn.Module, batches: Batches, digest: str) -> TeacherLogits:
+        """Return what asks `teacher`, whose weights have that `digest`, for its logits, without a bank yet."""
+        device, dtype = batches.images.device, getattr(torch, cfg.TEACHER_BANK_DTYPE)
+        if device.type == "cuda" and self.stream is None:
+            self.stream = torch.cuda.Stream(device)  # one for all, as a captured graph has one input and one output
+        form, amp = TopK(cfg.TEACHER_BANK_TOP_K, self.num_classes, dtype, device), cfg.SOLVER.AMP
+        if isinstance(batches, TokenBatches):
+            return TextLogits(batches, TextTeacher(teacher, form, amp), None, self.stream)
+        if digest not in self.inferences:
+            self.inferences[digest] = Inference(teacher, device, amp, batches.images.shape[1], captured=True)
+        given = batches, self.inferences[digest], dtype
+        if batches.streamed:
+            return StreamedLogits(*given, form if cfg.TEACHER_BANK_TOP_K else None, self.stream)
+        if cfg.TEACHER_BANK_TOP_K:
+            raise UserError("TEACHER_BANK_TOP_K: is for text and for streamed pictures; leave it out")
+        return TeacherLogits(*given, None, self.stream)
 
     def open_bank(
         self, cfg: CfgNode, logits: TeacherLogits, folder: Path, views: dict[str, object], students: int
@@ -171,6 +180,18 @@ class TeacherPool:
             each = expected_distinct_views(batches.views, epochs * students, bank.fill_first)
             check_room(bank.rows, int(batches.num_samples * each), device)
         return choice
+
+    def open_epochs(self, cfg: CfgNode, logits: StreamedLogits, folder: Path, views: dict[str, object]) -> str:
+        """Give `logits` of streamed pictures the banks in `folder`, one for each epoch, and return a line on them."""
+        if cfg.TEACHER_BANK == "full":
+            raise UserError("TEACHER_BANK: full is for views that can be counted, and pictures are streamed; set lazy")
+        rows, epochs = logits.batches.num_samples, cfg.SOLVER.EPOCHS
+        banks = EpochBanks(folder, views, rows, logits.width or self.num_classes, logits.dtype)
+        held = banks.held(epochs)
+        check_writable(folder, "TEACHER_BANK_FOLDER")
+        check_disk(folder, (epochs - held) * rows * (8 + banks.row_bytes))
+        logits.banks = self.banks.setdefault(folder, banks)
+        return f"teacher bank: lazy, {held} of {counted(epochs, 'epoch')} held, in {folder}"
 
     def tie(self, teacher: nn.Module, digest: str) -> None:
         """Let teachers of one digest share the memory of their parameters, which nobody changes."""
@@ -203,6 +224,8 @@ def description(cfg: CfgNode, batches: Batches, teacher_digest: str, data_digest
             "padding": batches.padding,
             "scale": " ".join(f"{value:.9g}" for value in (*batches.scale.tolist(), *batches.shift.tolist())),
         }
+    if batches.streamed:  # whose rows are those of an epoch
+        views |= {"pixels": str(tuple(batches.images.shape[1:3])), "seed": cfg.SEED, "top_k": cfg.TEACHER_BANK_TOP_K}
     return {  # whose order is part of a bank's name
         **mean,
         "teacher": "+".join(teacher_names(cfg)),

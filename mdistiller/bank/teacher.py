@@ -156,13 +156,13 @@ class TeacherLogits:
             check()
 
     @torch.no_grad()
-    def of(self, images: Tensor) -> Tensor:
-        """Return the logits of `images` (B, 3, H, W), as `run_teacher` computes them, (B, K) float32."""
+    def passes(self, images: Tensor) -> Tensor:
+        """Return the teacher's logits of `images` (B, 3, H, W), as `run_teacher` computes them, unrounded, (B, K)."""
         parts = []
         for part in images.split(self.chunk):
             padded = torch.cat([part, part[-1:].expand(self.chunk - len(part), -1, -1, -1)])
-            parts.append(rounded(self.inference(padded)[: len(part)], self.dtype))
-        return torch.cat(parts).float()
+            parts.append(self.inference(padded)[: len(part)])
+        return torch.cat(parts)
 
     def prepare(self, check: Callable[[], None]) -> None:
         """See to what has to be there before an epoch: on CUDA the bank's rows in device memory; all of its rows, where
@@ -197,14 +197,18 @@ class TeacherLogits:
             return
         held = self.bank.rows.holds(torch.arange(self.bank.rows.rows)).nonzero()[:, 0]
         rows = held[:: -(-len(held) // self.chunk)]
-        there, own = map(self.comparable, (self.read(rows), torch.cat(list(self.run_teacher(rows)))))
+        self.check_same(self.read(rows), torch.cat(list(self.run_teacher(rows))))
+        self.bank.compared = True
+
+    def check_same(self, there: Tensor, own: Tensor) -> None:
+        """Raise UserError where rows of the bank differ from the teacher's `own`, both as the bank keeps them."""
+        there, own = self.comparable(there), self.comparable(own)
         rounding = 1e-2 if self.inference.amp == "none" else 5e-2  # other processors round otherwise
         if not bool((own - there).abs().max() <= rounding * own.abs().max()):
             raise UserError(
                 f"{self.bank.folder}: holds other logits than this teacher gives, whose code may have changed; remove "
                 "that folder, or set TEACHER_BANK_FOLDER to another one"
             )
-        self.bank.compared = True
 
     def fill(self, check: Callable[[], None]) -> None:
         """Compute every row that the bank lacks. Where `check` raises, what is done by then is kept. Raises RunFailed

@@ -307,8 +307,9 @@ add_keys(
         ),
         "TEACHER_BANK_TOP_K": Key(
             0,
-            "Text: how many of a token's logits the bank keeps, the largest, with five numbers of all others; as many "
-            "as the vocabulary has: whole rows; 0: no bank, the teacher runs within the step.",
+            "How many logits of a row the bank keeps, the largest, with five numbers of all others. Text: 0 is no "
+            "bank, the teacher runs within the step; as many as the vocabulary has: whole rows. Streamed pictures, by "
+            "KD and DKD at temperature 1: 0 is whole rows.",
             between(0, 2**14),
             distils=True,
         ),

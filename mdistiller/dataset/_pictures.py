@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from mdistiller.errors import RunFailed, UserError
 
@@ -140,11 +140,16 @@ class Decoding:
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
 
-    def __getitems__(self, unit: tuple[list[int], list[int]]) -> np.ndarray | str:
+    def __getitems__(self, unit: tuple[list[int], list[int]]) -> Tensor | str:
+        images = torch.empty(len(unit[0]), *self.pictures.shape[1:], dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images.share_memory_()  # where the process that takes them sees them, without a pipe
         try:
-            return np.stack([self.pictures.image(place, draw) for place, draw in zip(*unit, strict=True)])
+            for row, place, draw in zip(images.numpy(), *unit, strict=True):
+                row[...] = self.pictures.image(place, draw)
         except UserError as error:
             return str(error)
+        return images
 
 
 class Reader:
@@ -161,7 +166,7 @@ class Reader:
             self.decoding, batch_sampler=self.units, collate_fn=_as_it_is, num_workers=pictures.workers,
             persistent_workers=pictures.workers > 0, generator=torch.Generator(),  # nothing of the run's own is drawn
         )  # fmt: skip
-        self.images: Iterator[np.ndarray | str] = iter(())
+        self.images: Iterator[Tensor | str] = iter(())
 
     def expect(self, batches: Iterable[Tensor]) -> None:
         """Begin with `batches`, each (2, B) on the CPU: places in the set, and what crops are drawn from or -1."""
@@ -173,9 +178,14 @@ class Reader:
         """Return the images of `batch` (2, B), uint8 (B, size, size, 3), on the device. Raises RunFailed where a file
         cannot be read.
         """
-        return self.on_device(torch.cat([torch.from_numpy(part) for part in self.parts(batch)]))
+        parts = [part.numpy() for part in self.parts(batch)]
+        size = batch.shape[1], *parts[0].shape[1:]
+        images = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        np.concatenate(parts, out=images.numpy())  # by one thread: torch's would wait on the cores that decode
+        return images.to(self.device, non_blocking=True)
 
     def on_device(self, images: Tensor) -> Tensor:
+        """Return `images` on the device of the batches."""
         return images.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else images
 
     def parts(self, batch: Tensor) -> list:
@@ -196,8 +206,8 @@ class Reader:
             if "DataLoader worker" not in str(error):
                 raise
             raise RunFailed(
-                "a process that decodes pictures was killed, as the system does where memory is short; set fewer "
-                "DATASET.NUM_WORKERS, and --resume auto goes on"
+                "a process that decodes pictures was killed, as the system does where memory is short, or a "
+                "container's shared memory; set fewer DATASET.NUM_WORKERS, and --resume auto goes on"
             ) from None
         if ahead:
             self.expected.popleft()
@@ -209,5 +219,5 @@ def units_of(batch: Tensor) -> list[tuple[list[int], list[int]]]:
     return [tuple(part.tolist()) for part in batch.split(UNIT, dim=1)]
 
 
-def _as_it_is(unit: np.ndarray | str) -> np.ndarray | str:
+def _as_it_is(unit: Tensor | str) -> Tensor | str:
     return unit

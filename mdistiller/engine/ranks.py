@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -223,6 +224,28 @@ class OwnPasses:
             hook.remove()
 
 
+def of_this_start(store: "dist.Store", rank: int, world: int) -> "dist.Store":
+    """Return the part of `store` that the `world` processes of this start alone use, as rank 0 names it.
+
+    torchrun keeps one store over its restarts, with addresses of processes that are gone, and a restart has no number
+    that is the same on all machines. So each process asks rank 0 for an answer to itself, which no earlier rank 0 has
+    given.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world):
+            asks = store.get(f"{own}/{other}").decode()
+            store.set(f"{own}/{other}/{asks}", "")
+        return dist.PrefixStore(own, store)
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", own)
+        with contextlib.suppress(dist.DistStoreError):  # the start of a rank 0 that is gone
+            store.wait([f"{start}/{rank}/{own}"], timedelta(seconds=1))
+            return dist.PrefixStore(start, store)
+
+
 ALONE = Ranks()
 
 
@@ -236,6 +259,7 @@ def _joined(world: int, rank: int) -> Ranks:
     if world == 1:
         return ALONE
     store, rank, world = next(dist.rendezvous("env://"))
+    store = of_this_start(store, rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
     atexit.register(dist.destroy_process_group)

@@ -1,7 +1,7 @@
 """What a configuration asks of a method that it does not do, said before anything is built."""
 
 from mdistiller.config import PLUGINS, TWO_VIEWS, Config, get
-from mdistiller.distillers import RuleDistiller, distiller_dict
+from mdistiller.distillers import RuleDistiller, distiller_dict, rule_name
 from mdistiller.engine.tasks import task_of_run
 from mdistiller.errors import UserError
 
@@ -24,8 +24,11 @@ def refuse_unused(cfg: Config) -> None:
         return
     if cfg.DISTILLER.TEACHER_SHARD and cls.takes_teacher_logits and cfg.TEACHER_BANK != "off":
         raise UserError("DISTILLER.TEACHER_SHARD: a teacher in parts runs within the step; set TEACHER_BANK off")
-    if cfg.TEACHER_BANK_TOP_K and not task.top_k:
-        raise UserError(f"TEACHER_BANK_TOP_K: is for text, and {cfg.DATASET.TYPE} is images; leave it out")
+    if cfg.TEACHER_BANK_TOP_K and not task.top_k and not softens_by_1(cfg, cls):
+        raise UserError(
+            "TEACHER_BANK_TOP_K: of pictures the largest logits are enough at temperature 1 alone; take KD or DKD with "
+            "temperature 1 and RULE fixed, or leave it out"
+        )
     if cfg.DISTILLER.ENSEMBLE and cls.needs_features:
         raise UserError(
             f"DISTILLER.ENSEMBLE: {method} compares features, of which several teachers have no mean; name one, or "
@@ -57,3 +60,10 @@ def refuse_soft_labels(cfg: Config, cls: type) -> None:
         raise UserError(
             f"{soft[0]}: SOLVER.TRAINER {cfg.SOLVER.TRAINER} has two views of each image, which are not mixed"
         )
+
+
+def softens_by_1(cfg: Config, cls: type) -> bool:
+    """Return whether the method is KD or DKD at temperature 1, which a row's largest logits and its logsumexp serve."""
+    temperatures = {"KD": "TEMPERATURE", "DKD": "T"}
+    method = cfg.DISTILLER.TYPE
+    return method in temperatures and cfg[method][temperatures[method]] == 1 and rule_name(cfg, cls.own_rule) == "fixed"

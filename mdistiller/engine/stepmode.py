@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from mdistiller.bank.teacher import TeacherLogits
+from mdistiller.bank.streamed import StreamedLogits
 from mdistiller.dataset import Batch, Batches
 from mdistiller.distillers import LogitDistiller, Vanilla
 from mdistiller.engine.graph import GraphStep
@@ -96,7 +96,7 @@ class RunStep:
         batches: Batches,
         graph: bool = False,
         exclusive: bool = True,
-        teacher: TeacherLogits | None = None,
+        teacher: StreamedLogits | None = None,
     ):
         self.step, self.batches, self.teacher = step, batches, teacher
         self.graph = GraphStep(self._run, step.distiller, step.device, exclusive) if graph else None
@@ -128,5 +128,5 @@ class RunStep:
         n = plan.shape[1]
         self.batch, self.logits = self.batches.batch(plan, self.batches.own(n)), logits
         if self.teacher is not None:
-            self.logits = logits = self.teacher.of(self.batch.image)
+            self.logits = logits = self.teacher.of(self.batch, epoch)
         self.step.update(self.batch, epoch, logits, n)

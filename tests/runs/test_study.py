@@ -312,13 +312,17 @@ def test_a_mistake_is_one_line_and_writes_nothing(small_plan, words, message):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_submitit_runs_a_study(small_plan, monkeypatch):
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_submitit_runs_a_study(small_plan, monkeypatch, tasks):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-    here = Slurm(Path("jobs"), {"timeout_min": 5}, "local")
+    here = Slurm(Path("jobs"), {"timeout_min": 5, "tasks_per_node": tasks}, "local")
     status, conductor, _ = conducted(small_plan, here, only=["NONE,resnet8"])
     assert (status, conductor.failed) == (0, {})
     assert set(figures()) == {("NONE,resnet8", 0), ("NONE,resnet8", 1)}
+    for file in Path().rglob("environment.json"):
+        sessions = json.loads(file.read_text())["sessions"]
+        assert {session.get("processes", 1) for session in sessions} == {tasks}
 
 
 def test_slurm_says_what_it_needs_and_what_it_refuses(small_plan, monkeypatch):

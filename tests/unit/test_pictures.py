@@ -8,8 +8,11 @@ import pytest
 import torch
 from helpers import refused, run, same, save_teacher
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torchvision import transforms
 
+from mdistiller.bank.streamed import StreamedLogits
 from mdistiller.config import load
 from mdistiller.dataset import Batches, load_dataset
 from mdistiller.dataset import _pictures as pictures
@@ -309,3 +312,48 @@ def test_a_streamed_run_is_the_run_from_memory(tmp_path, stop_after, monkeypatch
     stop_after(0)
     parts = run(words, tmp_path / "parts", resume=True)
     assert same(torch.load(parts / "student_latest", weights_only=True)["model"], states[0])
+
+
+def test_later_runs_of_a_seed_find_the_teachers_logits_of_streamed_pictures(tmp_path, stop_after, monkeypatch):
+    root, teacher = write_folder(tmp_path / "data", ("a", "b", "c"), 5), save_teacher(tmp_path / "t", "resnet14", 3)
+    words = [
+        "DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root), "DATASET.SIZE", "32", "DISTILLER.STUDENT", "resnet8",
+        "DISTILLER.TEACHER", "resnet14", "DISTILLER.TEACHER_CKPT", str(teacher), "DISTILLER.TYPE", "DTKD",
+        "SOLVER.BATCH_SIZE", "4", "SOLVER.EPOCHS", "2",
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    passes, of_teacher = [], StreamedLogits.passes
+    monkeypatch.setattr(StreamedLogits, "passes", lambda *given: passes.append(1) or of_teacher(*given))
+
+    def weights(name, *more):
+        passes.clear()
+        folder = run([*words, "EXPERIMENT.NAME", "run", *more], tmp_path / name, resume="auto")
+        return torch.load(folder / "student_latest", weights_only=True)["model"]
+
+    without, lazy = weights("auto"), ("TEACHER_BANK", "lazy", "TEACHER_BANK_FOLDER", str(tmp_path / "banks"))
+    assert len(passes) == 8  # four batches an epoch
+    stop_after(6)
+    with pytest.raises(UserError, match="SIGTERM"):
+        weights("lazy", *lazy)
+    stop_after(0)
+    assert same(weights("lazy", *lazy), without) and same(weights("warm", *lazy), without)
+    assert len(passes) == 1  # which compares
+    assert not same(weights("other", *lazy, "SEED", "1"), without) and len(passes) == 8
+    kd = "DISTILLER.TYPE", "KD", "KD.TEMPERATURE", "1.0"
+    assert not same(weights("kd", *lazy, *kd), without) and len(passes) == 1
+    cut = weights("kd2", *lazy, *kd, "TEACHER_BANK_TOP_K", "1")
+    assert len(passes) == 8 and same(weights("kd3", *lazy, *kd, "TEACHER_BANK_TOP_K", "1"), cut) and len(passes) == 1
+    for more, says in (
+        ((*lazy, "TEACHER_BANK_TOP_K", "1"), "temperature 1"),
+        (("TEACHER_BANK", "full"), "set lazy"),
+        ((*kd, "TEACHER_BANK_TOP_K", "1", "DATASET.MEMORY", "1", "DATASET.AUGMENT", "crop_flip"), "streamed pictures"),
+    ):
+        with refused(says):
+            weights("refused", *more)
+        assert not (tmp_path / "refused").exists()
+    for file in (tmp_path / "banks").rglob("*.safetensors"):
+        with safe_open(file, "pt") as held:
+            rows, values, said = held.get_tensor("rows"), held.get_tensor("values"), held.metadata()
+        save_file({"rows": rows, "values": values + 1}, file, said)
+    with refused("holds other logits than this teacher gives"):
+        weights("changed", *lazy)
