@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mdistiller.distillers import RuleDistiller, distiller_dict
 
-COMPARES = dict.fromkeys(("FITNET", "AT", "OFD", "VID", "REVIEWKD", "KDSVD", "NST"), "features")
+COMPARES = dict.fromkeys(("FITNET", "AT", "OFD", "VID", "REVIEWKD", "KDSVD", "NST", "CWD", "PKD"), "features")
 COMPARES |= dict.fromkeys(("PKT", "RKD", "SP", "CRD"), "relations")
 COMPARES |= {"MLKD": "logits and their relations", "DIST": "logits and their relations", "NONE": "labels alone"}
 PAGE = """# Methods
