@@ -24,7 +24,7 @@ from mdistiller.terminal import counted
 
 FOR_ONE_CLASS = (
     "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
-    "DISTILLER.STUDENT_SIZE", "DISTILLER.TEACHER_SHARD",
+    "DISTILLER.STUDENT_SIZE", "DISTILLER.TEACHER_SHARD", "TEACHER_BANK_TOP_K",
 )  # fmt: skip
 SHOWN = 6  # test images in the picture that a run leaves
 

@@ -165,6 +165,7 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
         (["DISTILLER.TYPE", "KD", "TEACHER_BANK", "full"], "set TEACHER_BANK auto"),
         (["SOLVER.LABEL_SMOOTHING", "0.1"], "SOLVER.LABEL_SMOOTHING: is for images of one class each"),
         (["SOLVER.STEP", "compile"], "set SOLVER.STEP auto"),
+        (["DISTILLER.TYPE", "KD", "TEACHER_BANK_TOP_K", "8"], "TEACHER_BANK_TOP_K: is for images of one class each"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(pairs, part):
