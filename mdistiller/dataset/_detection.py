@@ -34,6 +34,9 @@ add_keys(
 )
 
 
+MOST_PIXELS = 2**24  # of a batch of a test: 15 images of 800 x 1333
+
+
 class Source(Protocol):
     """Where the images of a side come from: files, or a drawing. A process that decodes gets a copy of it."""
 
@@ -158,8 +161,8 @@ class DetectionSet:
         return batches
 
     def test_batches(self, wanted: int) -> "DetectionBatches":
-        """Return the images to test on, `wanted` of them a batch."""
-        return DetectionBatches(self.test, wanted)
+        """Return the images to test on, `wanted` of them a batch, or as many as have MOST_PIXELS."""
+        return DetectionBatches(self.test, max(1, min(wanted, MOST_PIXELS // (self.views.short * self.views.long))))
 
     def digest(self) -> str:
         """Return the digest of what the set was read from."""
