@@ -84,6 +84,14 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
+def check_form(cfg: CfgNode, batches: Batches) -> None:
+    """Raise UserError where no bank on `batches` can have the form that `cfg` asks for."""
+    if batches.streamed and cfg.TEACHER_BANK == "full":
+        raise UserError("TEACHER_BANK: full is for views that can be counted, and pictures are streamed; set lazy")
+    if cfg.TEACHER_BANK_TOP_K and not (batches.streamed or isinstance(batches, TokenBatches)):
+        raise UserError("TEACHER_BANK_TOP_K: is for text and for streamed pictures; leave it out")
+
+
 class TeacherPool:
     """The teachers of a process and their banks, which students that have one in common share.
 
@@ -156,8 +164,6 @@ class TeacherPool:
         given = batches, self.inferences[digest], dtype
         if batches.streamed:
             return StreamedLogits(*given, form if cfg.TEACHER_BANK_TOP_K else None, self.stream)
-        if cfg.TEACHER_BANK_TOP_K:
-            raise UserError("TEACHER_BANK_TOP_K: is for text and for streamed pictures; leave it out")
         return TeacherLogits(*given, None, self.stream)
 
     def open_bank(
@@ -183,15 +189,14 @@ class TeacherPool:
 
     def open_epochs(self, cfg: CfgNode, logits: StreamedLogits, folder: Path, views: dict[str, object]) -> str:
         """Give `logits` of streamed pictures the banks in `folder`, one for each epoch, and return a line on them."""
-        if cfg.TEACHER_BANK == "full":
-            raise UserError("TEACHER_BANK: full is for views that can be counted, and pictures are streamed; set lazy")
         rows, epochs = logits.batches.num_samples, cfg.SOLVER.EPOCHS
         banks = EpochBanks(folder, views, rows, logits.width or self.num_classes, logits.dtype)
-        held = banks.held(epochs)
-        check_writable(folder, "TEACHER_BANK_FOLDER")
-        check_disk(folder, (epochs - held) * rows * (8 + banks.row_bytes))
+        begun = banks.begun(epochs)
+        if begun < epochs:
+            check_writable(folder, "TEACHER_BANK_FOLDER")
+        check_disk(folder, (epochs - begun) * rows * (8 + banks.row_bytes))
         logits.banks = self.banks.setdefault(folder, banks)
-        return f"teacher bank: lazy, {held} of {counted(epochs, 'epoch')} held, in {folder}"
+        return f"teacher bank: lazy, {begun} of {counted(epochs, 'epoch')} there, in {folder}"
 
     def tie(self, teacher: nn.Module, digest: str) -> None:
         """Let teachers of one digest share the memory of their parameters, which nobody changes."""

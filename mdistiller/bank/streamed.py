@@ -37,7 +37,7 @@ class EpochBanks:
             self.open = Bank(Segments(self.folder / f"epoch_{epoch}", {**self.views, "epoch": epoch}, *self.form))
         return self.open
 
-    def held(self, epochs: int) -> int:
+    def begun(self, epochs: int) -> int:
         """Return of how many epochs, up to `epochs`, there are rows."""
         return sum(any((self.folder / f"epoch_{epoch}").glob("*.safetensors")) for epoch in range(1, epochs + 1))
 
@@ -62,6 +62,8 @@ class StreamedLogits(TeacherLogits):
         stream: "torch.cuda.Stream | None" = None,
     ):
         super().__init__(batches, inference, WORD if form else dtype, None, stream)
+        own = batches.own(batches.batch_size)  # the teacher's passes are of a step's images, whose bits they decide
+        self.chunk = batches.batch_size if own is None else len(own)
         self.form, self.kept = form, dtype
         self.banks: EpochBanks | None = None
         self.compared = False

@@ -44,9 +44,11 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
     if several:
         left, alone, tested = smallest_share(solver, images, ranks), "a process", len(workspace.data.test_images)
         if left < 1 or tested < ranks.world:
+            enough = min(solver.BATCH_SIZE // solver.ACCUMULATE, tested) >= ranks.world
+            or_drop = ", or set SOLVER.DROP_LAST True" if enough and not solver.DROP_LAST else ""
             raise UserError(
                 f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of {ranks.world} processes without any of {images} "
-                f"training or {tested} test {what}; start fewer of them, or set SOLVER.DROP_LAST True"
+                f"training or {tested} test {what}; start fewer of them{or_drop}"
             )
     if left > 1 or solver.BATCH_SIZE > 1 and (solver.SYNC_BN if several else solver.DROP_LAST):
         return

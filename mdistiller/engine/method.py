@@ -66,8 +66,10 @@ def build_distiller(
     teacher_file: Path | None,
     device: torch.device,
     networks: Networks = NO_NETWORKS,
+    whole_teacher: bool = True,
 ) -> nn.Module:
-    """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`.
+    """Return the method on `device`, its student freshly initialised, its teacher too or loaded from `teacher_file`;
+    without `whole_teacher` that stays in the host's memory.
 
     Raises UserError where a network does not fit the data, or lacks features that the method compares.
     """
@@ -99,7 +101,7 @@ def build_distiller(
     task.finish(distiller, cfg)
     if isinstance(distiller, RuleDistiller):
         check_rule(distiller.rule, rule_name(cfg, distiller.own_rule), data.num_classes)
-    return prepare_parts(distiller, device)
+    return prepare_parts(distiller, device, whole_teacher)
 
 
 def join_teachers(cfg: CfgNode, first: nn.Module, data: ImageSet, loaded: bool = True) -> nn.Module:
@@ -118,9 +120,16 @@ def join_teachers(cfg: CfgNode, first: nn.Module, data: ImageSet, loaded: bool =
     return Ensemble(networks, cfg.DISTILLER.ENSEMBLE_MEAN)
 
 
-def prepare_parts(distiller: nn.Module, device: torch.device) -> nn.Module:
-    """Return the method on `device`, its models in the form that trains fastest there."""
-    for part in (distiller.student, distiller.teacher):
+def prepare_parts(distiller: nn.Module, device: torch.device, whole: bool = True) -> nn.Module:
+    """Return the method on `device`, its models in the form that trains fastest there; its teacher too if it is to be
+    there as a `whole`.
+    """
+    teacher = distiller.teacher
+    for part in (distiller.student, teacher if whole else None):
         if part is not None:
             prepare(part, device)
-    return distiller.to(device)
+    if not whole:
+        distiller.teacher = None
+    distiller.to(device)
+    distiller.teacher = teacher
+    return distiller

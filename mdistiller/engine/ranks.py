@@ -21,7 +21,7 @@ from mdistiller.errors import ProcessLost, RunFailed, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # rank 0 may fetch and decode a data set while the others wait
-ROLL_CALL_SECONDS = 3.0  # in which those that are left say so
+ROLL_CALL_SECONDS = 10.0  # in which those that are left say so; torchrun kills them after 30
 LOST = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]roken pipe|Socket"
 
 
@@ -89,6 +89,11 @@ class Ranks:
         """Take the largest value of the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def wait(self) -> None:
+        """Wait for the others."""
+        if self.world > 1:
+            dist.barrier()
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Take over rank 0's `tensors`, in place."""
@@ -165,8 +170,9 @@ class Ranks:
         except RuntimeError:  # rank 0 has the store where torchrun does not
             there -= {0}
         gone = [r for r in range(self.world) if r not in there]
-        which = f"process {', '.join(map(str, gone))}" if gone else "the connection"
-        failed = ProcessLost(f"{which} of {self.world} is gone; --resume auto goes on from the last checkpoint")
+        which = f"process{'es' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else "the connection"
+        verb = "are" if len(gone) > 1 else "is"
+        failed = ProcessLost(f"{which} of {self.world} {verb} gone; --resume auto goes on from the last checkpoint")
         return failed if self.rank == min(there) else heard(failed)
 
 
@@ -238,12 +244,12 @@ def of_this_start(store: "dist.Store", rank: int, world: int) -> "dist.Store":
             asks = store.get(f"{own}/{other}").decode()
             store.set(f"{own}/{other}/{asks}", "")
         return dist.PrefixStore(own, store)
-    while True:
+    while True:  # the first start that is found may be that of a rank 0 that is gone
         start = store.get("start").decode()
         store.set(f"{start}/{rank}", own)
-        with contextlib.suppress(dist.DistStoreError):  # the start of a rank 0 that is gone
-            store.wait([f"{start}/{rank}/{own}"], timedelta(seconds=1))
+        if store.check([f"{start}/{rank}/{own}"]):
             return dist.PrefixStore(start, store)
+        time.sleep(0.1)
 
 
 ALONE = Ranks()
@@ -258,9 +264,16 @@ def here() -> Ranks:
 def _joined(world: int, rank: int) -> Ranks:
     if world == 1:
         return ALONE
-    store, rank, world = next(dist.rendezvous("env://"))
-    store = of_this_start(store, rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = of_this_start(store, rank, world)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise RunFailed(
+            f"WORLD_SIZE is {world}, and its processes cannot be connected ({reason}); start them with torchrun, or "
+            "unset WORLD_SIZE"
+        ) from None
     atexit.register(dist.destroy_process_group)
     return Ranks(world, rank, int(os.environ.get("LOCAL_RANK", rank)), store)

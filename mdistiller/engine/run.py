@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from mdistiller.bank.pool import check_form
 from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher, teacher_names, used_names
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, seed_everything, set_determinism
@@ -84,6 +85,7 @@ class RunRequest:
             check_last_batch(self.cfg, workspace)
         if not needs_teacher(self.cfg.DISTILLER.TYPE):
             return
+        check_form(self.cfg, workspace.local.training_batches(self.cfg))
         if workspace.networks.teacher is not None:
             self.teacher_file = Path(self.cfg.DISTILLER.TEACHER_CKPT) if self.cfg.DISTILLER.TEACHER_CKPT else None
             return
@@ -135,7 +137,8 @@ class OpenRun:
         set_determinism(cfg.DETERMINISTIC)
         seed_everything(cfg.SEED)
         if distiller is None:
-            distiller = build_distiller(cfg, workspace.data, request.teacher_file, workspace.device, workspace.networks)
+            given = cfg, workspace.data, request.teacher_file, workspace.device, workspace.networks
+            distiller = build_distiller(*given, whole_teacher=not cfg.DISTILLER.TEACHER_SHARD)
         else:
             prepare_parts(distiller, workspace.device)
         self.trainer, self.bank = build_trainer(cfg, distiller, workspace, request.path, request.teacher_file)

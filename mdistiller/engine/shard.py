@@ -9,10 +9,11 @@ from mdistiller.engine.ranks import Ranks
 
 
 def shard(teacher: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Share out the parameters of `teacher`, on that device, over the ranks (torch's FSDP2). One block at a time is
-    whole. Its passes exchange numbers: all ranks have to make as many.
+    """Share out the parameters of `teacher`, which may lie in the host's memory, over the devices of the ranks (torch's
+    FSDP2). One block at a time is whole there. Its passes exchange numbers: all ranks have to make as many.
     """
     if ranks.world == 1:
+        teacher.to(device)
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

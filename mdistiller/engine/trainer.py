@@ -96,6 +96,10 @@ class Trainer:
                     next(steps)
                 except StopIteration as end:
                     return end.value
+                except RuntimeError as error:  # here, where the signal by which torchrun ends the others is heeded
+                    if lost := self.ranks.lost(error):
+                        raise lost from None
+                    raise
 
     def steps(self, recorder: Recorder) -> Generator[None, None, dict]:
         """Do what `fit` does, a training step at a time, so that several trainers can take turns."""
@@ -281,6 +285,7 @@ class Trainer:
         where = f"epoch {state.epoch + 1} after step {state.done} of {len(self.feed)}"
         recorder.log(f"stopped by {self.stop.signal} in {where}")
         self.save(recorder)
+        self.ranks.wait()  # torchrun ends the first one soon after the others
         goes_on = "the same command with --resume auto goes on there" if self.options.kept else "folder= would keep it"
         raise self.ranks.said(Preempted(f"stopped by {self.stop.signal} in {where}; {goes_on}"))
 

@@ -26,6 +26,9 @@ on CIFAR-100, as the configuration's header gives it; no figure of this page was
 `SOLVER.TRAINER dot` is DOT (ICCV 2023, [2307.08436](https://arxiv.org/abs/2307.08436)), under every method
 whose losses separate task and distillation. `TEMPERATURE.RULE` puts any temperature rule, of which LSKD is
 one, under {takers}: see [config.md](config.md).
+`CWD` (ICCV 2021, [2011.13256](https://arxiv.org/abs/2011.13256)) and `PKD` (NeurIPS 2022,
+[2207.02039](https://arxiv.org/abs/2207.02039)) compare features of classifiers too; they were made for
+dense prediction: see [detection.md](detection.md).
 """
 
 

@@ -79,7 +79,7 @@ def test_students_side_by_side_are_the_runs_alone(detectors, tmp_path):
 
 def train_in_float64(opts):
     prepare, batch = method.prepare_parts, DetectionBatches.batch
-    method.prepare_parts = lambda distiller, device: prepare(distiller, device).double()
+    method.prepare_parts = lambda distiller, *given: prepare(distiller, *given).double()
 
     def doubled(batches, *given):
         return tree_map_only(
