@@ -68,8 +68,9 @@ add_keys(
         "DISTILLER.STUDENT": Key("resnet32", "Student: a name as for TEACHER."),
         "DISTILLER.TEACHER_CKPT": Key(
             "",
-            "Teacher checkpoint, .pth or .safetensors; pretrained: the library's own weights; pkg:NAME: those in an "
-            "installed package; empty: download_ckpts/<data set>_teachers/<teacher>_vanilla/.",
+            "Teacher checkpoint, .pth or .safetensors; pretrained: the library's own weights; trunk: ImageNet's, of a "
+            "detector's trunk alone; pkg:NAME: those in an installed package; empty: download_ckpts/"
+            "<data set>_teachers/<teacher>_vanilla/.",
             role="where",
         ),
         "DISTILLER.ENSEMBLE": Key(
@@ -87,7 +88,8 @@ add_keys(
             distils=True,
         ),
         "DISTILLER.STUDENT_CKPT": Key(
-            "", "Weights that the student starts from: a checkpoint, pretrained or pkg:NAME; empty: new weights."
+            "",
+            "Weights that the student starts from: a checkpoint, pretrained, trunk or pkg:NAME; empty: new weights.",
         ),
         "DISTILLER.NEW_HEAD": Key(
             False,
@@ -105,7 +107,7 @@ add_keys(
         "DISTILLER.TRAIN_TEACHER": Key(
             False,
             "Train a missing teacher first, by method NONE with this SOLVER, and store it; fine-tune it where "
-            "TEACHER_CKPT is pretrained or pkg:NAME, or a file under NEW_HEAD.",
+            "TEACHER_CKPT is pretrained, trunk or pkg:NAME, or a file under NEW_HEAD.",
             role="where",
         ),
         "DISTILLER.TEACHER_LR": Key(

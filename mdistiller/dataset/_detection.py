@@ -34,7 +34,7 @@ add_keys(
 )
 
 
-MOST_PIXELS = 2**24  # of a batch of a test: 15 images of 800 x 1333
+MOST_PIXELS = 2**24  # of a padded batch of a test: 9 images of 1344 x 1344, as wide and high ones together need
 
 
 class Source(Protocol):
@@ -161,8 +161,9 @@ class DetectionSet:
         return batches
 
     def test_batches(self, wanted: int) -> "DetectionBatches":
-        """Return the images to test on, `wanted` of them a batch, or as many as have MOST_PIXELS."""
-        return DetectionBatches(self.test, max(1, min(wanted, MOST_PIXELS // (self.views.short * self.views.long))))
+        """Return the images to test on, `wanted` of them a batch, or as many as have MOST_PIXELS, at least one."""
+        side = -(-self.views.long // 32) * 32  # what a detector pads to
+        return DetectionBatches(self.test, max(1, min(wanted, MOST_PIXELS // side**2)))
 
     def digest(self) -> str:
         """Return the digest of what the set was read from."""

@@ -4,15 +4,17 @@ import functools
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from mdistiller.device import at_least_float32
 from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller, Vanilla
 from mdistiller.distillers.CWD import CWD
-from mdistiller.distillers.features import ConvReg, refuse
+from mdistiller.distillers.features import ConvReg
 from mdistiller.distillers.FitNet import FitNet, hint_loss
 from mdistiller.distillers.losses import warmup
 from mdistiller.distillers.PKD import PKD
 from mdistiller.distillers.ReviewKD import ABF, ReviewKD, hcl_loss
+from mdistiller.errors import UserError
 from mdistiller.registry import distillers
 
 CLASSES = ("loss_classifier", "classification")  # torchvision's names of the loss that CE_WEIGHT weighs
@@ -148,12 +150,17 @@ def takers(proposals: bool) -> list[str]:
     return sorted(name for name, form in forms.items() if form and (proposals or not issubclass(form, OnProposals)))
 
 
-def check_levels(name: str, cls: type, student: nn.Module, teacher: nn.Module | None) -> None:
-    """Raise UserError where the method `name` compares the pyramids of two networks and they have other levels."""
+def check_levels(names: CfgNode, cls: type, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise UserError where the method `cls` compares the pyramids of the two networks that the section DISTILLER,
+    `names`, has, and their levels differ.
+    """
     if not issubclass(cls, OnLevels):
         return
     own, other = (network.level_shapes() for network in (student, teacher))
     if [shape[1:] for shape in own.values()] != [shape[1:] for shape in other.values()]:
         sides = [", ".join(f"{h} x {w}" for _, h, w in shapes.values()) for shapes in (own, other)]
-        reason = f"the student's pyramid has levels of {sides[0]} for 256 x 256 pixels, the teacher's of {sides[1]}"
-        refuse(name, student, teacher, f"{reason}; take KD, DKD or DTKD")
+        instead = "KD, DKD or DTKD" if student.softmax and teacher.softmax else "networks with the same levels"
+        raise UserError(
+            f"{names.TYPE}: {names.TEACHER} -> {names.STUDENT}: the student's pyramid has levels of {sides[0]} for "
+            f"256 x 256 pixels, the teacher's of {sides[1]}; take {instead}"
+        )

@@ -18,7 +18,7 @@ from mdistiller.engine.task import Task, refuse_keys
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
 from mdistiller.models import build_model, in_eval_mode
-from mdistiller.runs.checkpoint import PRETRAINED
+from mdistiller.runs.checkpoint import TRUNK
 from mdistiller.runs.detections import draw_detections, png
 from mdistiller.terminal import counted
 
@@ -47,7 +47,7 @@ class Detection(Task):
         if given is not None:
             raise UserError(f"{side.lower()}: a detector is built by its name; pass one, such as fasterrcnn_resnet8")
         model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
-        model.fit_images(data.views.short, data.views.long)
+        model.fit(data)
         if method not in detection_takers(proposals=model.softmax):
             raise UserError(
                 f"DISTILLER.{side}: {name} has a sigmoid for each class, and {method} compares softmax outputs; take a "
@@ -62,14 +62,14 @@ class Detection(Task):
         distiller.seed = cfg.SEED
 
     def check_source(self, teacher: nn.Module, name: str, source: str) -> None:
-        if source == PRETRAINED and not teacher.whole:
+        if source == TRUNK:
             raise UserError(
-                f"DISTILLER.TEACHER_CKPT: torchvision has no weights of a whole {name}, only of its trunk; "
-                "set DISTILLER.TRAIN_TEACHER True to train one from them, or name a checkpoint"
+                f"DISTILLER.TEACHER_CKPT: trunk is no whole {name}; set DISTILLER.TRAIN_TEACHER True to train one from "
+                "it, or name a checkpoint"
             )
 
-    def check_pair(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
-        check_levels(name, self.method(name), student, teacher)
+    def check_pair(self, names: CfgNode, student: nn.Module, teacher: nn.Module | None) -> None:
+        check_levels(names, self.method(names.TYPE), student, teacher)
 
     def tester(
         self, batches: DetectionBatches, data: DetectionSet, cfg: CfgNode, teacher: nn.Module | None, ranks: Ranks

@@ -43,8 +43,8 @@ def evaluate_detectors(
     for what, (model, file) in networks.items():
         network = build_model(model, data.num_classes, section.TYPE)
         path = default_checkpoint(model, section.TYPE) if file == "pretrain" else file
+        network.fit(data)
         load_weights(network, model, data.num_classes, path)
-        network.fit_images(data.views.short, data.views.long)
         network, batches = prepare(network, device), evaluation_batches(data, batch_size)
         scores = DetectionTest(batches, device, amp)(network)
         count = sum(p.numel() for p in network.parameters())
@@ -55,11 +55,12 @@ def evaluate_detectors(
 @torch.no_grad()
 def speed_of(network: nn.Module, batches: DetectionBatches, device: torch.device, amp: str) -> float:
     """Return images a second through the network, on at most TIMED batches."""
-    some, images = [batch.image for batch in itertools.islice(batches, TIMED)], 0
-    begin = time.monotonic()
+    images, seconds = 0, 0.0
     with in_eval_mode(network), autocast(device, amp):
-        for batch in some:
-            found = network([image.to(device) for image in batch])
+        for batch in itertools.islice(batches, TIMED):
+            begin = time.monotonic()
+            found = network([image.to(device) for image in batch.image])
+            float(found[-1]["scores"].sum())  # the device has finished
+            seconds += time.monotonic() - begin
             images += len(found)
-    float(found[-1]["scores"].sum())  # the device has finished
-    return images / (time.monotonic() - begin)
+    return images / seconds

@@ -92,7 +92,7 @@ def build_distiller(
             checkpoint.load_weights(teacher, names.TEACHER, data.num_classes, teacher_file, head)
         if networks.teacher is None:
             teacher = join_teachers(cfg, teacher, data, loaded=teacher_file is not None)
-    task.check_pair(names.TYPE, student, teacher)
+    task.check_pair(names, student, teacher)
     offered = {"num_data": len(data.train_labels), "labels": data.train_labels}
     offered, what = {name: offered[name] for name in cls.needs}, f"the method {names.TYPE}"
     check_signature(cls, (student, teacher, cfg), offered, what, ", ".join(["(student, teacher, cfg", *offered]) + ")")

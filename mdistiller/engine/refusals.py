@@ -39,7 +39,9 @@ def refuse_unused(cfg: Config) -> None:
         stand = not any("LOGIT_STAND" in PLUGINS[digest].text for digest in cfg.plugins)
     rule = "EXPERIMENT.LOGIT_STAND" if stand else "TEMPERATURE.RULE"
     if (cfg.TEMPERATURE.RULE or stand) and not issubclass(cls, RuleDistiller):
-        takers = [name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller)]
+        takers = [
+            name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller) and task.method(name)
+        ]
         raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
     if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
         raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")

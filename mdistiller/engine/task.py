@@ -69,8 +69,8 @@ class Task:
     def check_source(self, teacher: nn.Module, name: str, source: str) -> None:
         """Raise UserError where what is at `source` is no whole teacher."""
 
-    def check_pair(self, name: str, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Raise UserError where the method `name` cannot compare the two."""
+    def check_pair(self, names: CfgNode, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Raise UserError where the method of the section DISTILLER cannot compare the two."""
 
     def finish(self, distiller: nn.Module, cfg: CfgNode) -> None:
         """Set what the method has to know of the configuration beside its own section."""

@@ -12,7 +12,8 @@ from mdistiller.engine.ranks import here
 from mdistiller.errors import FolderInUse, Preempted, UserError
 from mdistiller.files import expand
 from mdistiller.models import default_checkpoint, imagenet_model_dict
-from mdistiller.registry import name_and_file
+from mdistiller.models.detectors import WHOLE
+from mdistiller.registry import name_and_file, task_of
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import counted, say
@@ -68,12 +69,15 @@ def _missing(cfg: CfgNode, chosen: Path | None, published: Path, trained: Path) 
             f"DISTILLER.TRAIN_TEACHER stores the teacher at {trained}"
         )
     near = [] if chosen else sorted(str(file) for file in published.parent.glob("*.pth"))
-    fetch = "  download  python3 tools/download.py teachers   (mdistiller's released ones, for cifar100)"
-    if ":" in name:
-        fetch = "  fetch     DISTILLER.TEACHER_CKPT pretrained   (the library's own weights)"
+    fetch = ["  download  python3 tools/download.py teachers   (mdistiller's released ones, for cifar100)"]
+    detector = task_of(cfg.DATASET.TYPE) == "detection"
+    if ":" in name or detector:
+        fetch = ["  fetch     DISTILLER.TEACHER_CKPT pretrained   (the library's own weights)"]
+    if detector and name.removeprefix("tv:") not in WHOLE:
+        fetch = []
     return UserError(
         f"no checkpoint of the teacher {name} at {chosen or published}; do one of these:",
-        fetch,
+        *fetch,
         f"  point     DISTILLER.TEACHER_CKPT {near[0] if near else 'path/to/checkpoint.pth'}",
         "  train     DISTILLER.TRAIN_TEACHER True   (trains it first, by method NONE, and stores it)",
     )

@@ -22,6 +22,10 @@ DIVISIBLE = 32  # what the sides of a padded batch are multiples of
 COCO_ROWS = 91  # of torchvision's heads: COCO's numbers of categories, ten of which nobody has
 RESNETS = {f"resnet{depth}": "IMAGENET1K_V1" for depth in (18, 34, 50, 101, 152)}
 MOBILE = {"mobilenet_v3_large": "IMAGENET1K_V1", "mobilenet_v2": "IMAGENET1K_V1"}
+WHOLE = (  # of which torchvision has COCO's weights
+    "fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn",
+)  # fmt: skip
+EPSILON_0 = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")  # made with that in the trunk's normalisations
 BLOCKS, WIDTHS = {8: 1, 14: 2, 20: 3}, {"": 16, "x2": 32, "x4": 64}  # of the small ones: by depth, and by name
 
 
@@ -44,14 +48,23 @@ class Detector(nn.Module):
 
     softmax = False
     heads: tuple[str, ...] = ("head.classification_head.cls_logits",)
-    fetch: Callable[[], dict[str, Tensor]]
-    whole = False  # whether `fetch` gives heads that have learned, too, COCO's
+    fetch: Callable[[], dict[str, Tensor]] | None = None  # gives torchvision's COCO weights, where it has them
+    fetch_trunk: Callable[[], dict[str, Tensor]] | None = None  # ImageNet's under heads that are new
+    class_names: tuple[str, ...] = ()  # of the data, without the background
 
-    def fit_images(self, short: int, long: int) -> None:
-        """Let images come in a test so that the shorter side has `short` pixels, the longer one at most `long`. Those
-        of a training batch are scaled when they come.
+    def fit(self, data) -> None:
+        """Let images come in a test as `data`, a DetectionSet, has its views: the shorter side of so many pixels, the
+        longer one of so many at most. Those of a training batch are scaled when they come. Take the classes' names.
         """
-        self.transform.min_size, self.transform.max_size = (short,), long
+        self.transform.min_size, self.transform.max_size = (data.views.short,), data.views.long
+        self.class_names = tuple(data.classes)
+
+    @property
+    def instead(self) -> str:
+        """What to write where weights are asked for that torchvision does not have."""
+        if self.fetch_trunk:
+            return "write trunk for ImageNet's in its trunk, of a teacher with DISTILLER.TRAIN_TEACHER True"
+        return "leave it out: a student has new weights, a teacher is trained by DISTILLER.TRAIN_TEACHER True"
 
     def batched(self, images: Sequence[Tensor], canvas: tuple[int, int] | None = None) -> Tensor:
         """Return images normalised and padded with zeros at the right and below, (B, 3, H, W): H and W are those of
@@ -157,10 +170,9 @@ def _adapted(base: type, kind: type) -> type:
     return type(base.__name__, (kind, base), {"__module__": base.__module__})
 
 
-def _finish(network: nn.Module, kind: type, fetch: Callable, whole: bool = False) -> nn.Module:
+def _finish(network: nn.Module, kind: type) -> nn.Module:
     """Return torchvision's `network` as a Detector."""
     network.__class__ = _adapted(type(network), kind)
-    network.fetch, network.whole = fetch, whole
     if kind is TwoStages:
         network.rpn.fg_bg_sampler = Sampler(network.rpn.fg_bg_sampler.batch_size_per_image, 0.5)
         heads = network.roi_heads
@@ -201,7 +213,7 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
 
 
 def _build(name: str, kind: str, trunk: str, num_classes: int) -> nn.Module:
-    from torchvision.models import detection, get_model_weights, mobilenet_v2
+    from torchvision.models import get_model_weights, mobilenet_v2
     from torchvision.models.detection import backbone_utils
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -224,21 +236,30 @@ def _build(name: str, kind: str, trunk: str, num_classes: int) -> nn.Module:
             backbone_name=trunk, weights=None, fpn=True, norm_layer=nn.BatchNorm2d, trainable_layers=6
         )
         given["rpn_anchor_generator"] = AnchorGenerator(((32, 64, 128, 256, 512),) * 3, ((0.5, 1.0, 2.0),) * 3)
-    network = _classes(kind)(backbone, num_classes, **given)
-    full = getattr(detection, name, None)
+    network = _finish(_classes(kind)(backbone, num_classes, **given), KINDS[kind])
+
+    def fetch_trunk() -> dict[str, Tensor]:
+        own, weights = network.state_dict(), get_model_weights(trunk)[(RESNETS | MOBILE)[trunk]]
+        state = weights.get_state_dict(check_hash=True)
+        state = {f"backbone.body.{key.removeprefix('features.')}": value for key, value in state.items()}
+        return own | {key: value for key, value in state.items() if key in own}
 
     def fetch() -> dict[str, Tensor]:
-        own = network.state_dict()
-        if full is None:
-            state = get_model_weights(trunk)[(RESNETS | MOBILE)[trunk]].get_state_dict(check_hash=True)
-            state = {f"backbone.body.{key.removeprefix('features.')}": value for key, value in state.items()}
-            return own | {key: value for key, value in state.items() if key in own}
         weights = get_model_weights(name).DEFAULT
+        categories = weights.meta["categories"]
+        rows = [row for row, category in enumerate(categories) if category != "N/A"]
+        coco = network.class_names == tuple(categories[row] for row in rows[1:])
+        if network.class_names and num_classes == COCO_ROWS:
+            raise UserError(f"pretrained: {name}'s are of COCO's classes, and the data have 90 others; write trunk")
         state = weights.get_state_dict(check_hash=True)
-        rows = [row for row, category in enumerate(weights.meta["categories"]) if category != "N/A"]
-        return of_rows(state, own, rows) if num_classes == len(rows) else state
+        if name in EPSILON_0 and (coco or num_classes == COCO_ROWS):
+            for module in network.backbone.body.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eps = 0.0
+        return of_rows(state, network.state_dict(), rows) if coco else state
 
-    return _finish(network, KINDS[kind], fetch, full is not None)
+    network.fetch_trunk, network.fetch = fetch_trunk, fetch if name in WHOLE else None
+    return network
 
 
 def of_rows(state: dict[str, Tensor], own: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
@@ -293,10 +314,7 @@ def _small(kind: str, depth: int, wide: str) -> Callable[..., nn.Module]:
             anchors = AnchorGenerator(sizes, ((1.0,),) * 4)
             network = _classes(kind)(backbone, num_classes, anchor_generator=anchors, **given)
 
-        def fetch() -> dict[str, Tensor]:
-            raise UserError("there are none; train it, as DISTILLER.TRAIN_TEACHER True does")
-
-        return _finish(network, KINDS[kind], fetch)
+        return _finish(network, KINDS[kind])
 
     return constructor
 

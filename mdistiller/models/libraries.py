@@ -159,19 +159,22 @@ def give_features(model: nn.Module, wanted: bool) -> nn.Module:
     return model
 
 
-def library_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
+def library_weights(model: nn.Module, name: str, source: str = "pretrained") -> dict[str, Tensor]:
     """Return the state_dict of the library's own weights for `model`, which is called `name`; they may be fetched.
+    `source`: pretrained, or trunk for those of a detector's trunk alone.
 
     Raises UserError where there are none, or where they cannot be fetched.
     """
-    fetch = getattr(model, "fetch", None)
+    fetch = getattr(model, "fetch" if source == "pretrained" else "fetch_trunk", None)
     if fetch is None:
-        raise UserError(
-            f"pretrained: there are no weights of a library for {name}; name a file, or a timm: or tv: network"
-        )
+        instead = getattr(model, "instead", "name a file, or a timm: or tv: network")
+        kind = "weights of a library" if source == "pretrained" else "weights of a detector's trunk"
+        raise UserError(f"{source}: there are no {kind} for {name}; {instead}")
     try:
         with torch.random.fork_rng(devices=[]):
             return fetch()
+    except UserError:
+        raise
     except Exception as error:  # of a network, a hub or a library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(

@@ -33,7 +33,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # older release
 torch.serialization.add_safe_globals(_SAFE)
 
 MOST_DEPTH = 3  # of dicts around the weights of a checkpoint
-PRETRAINED, PACKAGE = "pretrained", "pkg:"  # weights that are no file: a library's own, those in an installed package
+# weights that are no file: a library's own, those of a detector's trunk, those in an installed package
+PRETRAINED, TRUNK, PACKAGE = "pretrained", "trunk", "pkg:"
 ENDINGS = (".pth", ".pt", ".safetensors")
 
 
@@ -108,8 +109,8 @@ def _safetensors(path: str | Path) -> Callable[[bytes], dict[str, Tensor]]:
 
 
 def is_source(text: str | Path) -> bool:
-    """Return whether `text` names weights that are no file: pretrained, or pkg:PACKAGE."""
-    return str(text) == PRETRAINED or str(text).startswith(PACKAGE)
+    """Return whether `text` names weights that are no file: pretrained, trunk, or pkg:PACKAGE."""
+    return str(text) in (PRETRAINED, TRUNK) or str(text).startswith(PACKAGE)
 
 
 def weights_at(source: str | Path, model: nn.Module, name: str) -> dict:
@@ -118,8 +119,8 @@ def weights_at(source: str | Path, model: nn.Module, name: str) -> dict:
     The tensors in an installed package, whose networks have names of their own for their parts, are taken in their
     order. Raises UserError where there is nothing of the kind.
     """
-    if str(source) == PRETRAINED:
-        return {"model": library_weights(model, name)}
+    if str(source) in (PRETRAINED, TRUNK):
+        return {"model": library_weights(model, name, str(source))}
     if not is_source(source):
         return load(source)
     path = _packaged(str(source).removeprefix(PACKAGE))

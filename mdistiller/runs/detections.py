@@ -17,13 +17,14 @@ def draw_detections(
 ) -> Image.Image:
     """Return the images, uint8 (3, H, W) of any sizes, side by side, once for each of `rows`: {its title: the boxes in
     each image}, as dicts of boxes (n, 4), labels (n,) from 1 and, of detections, scores (n,); those below LEAST are
-    left out. `classes`: the names of the labels; each has its colour.
+    left out, and the title says so where that is all. `classes`: the names of the labels; each has its colour.
     """
     height = TITLE + SIDE + GAP
     grid = Image.new("RGB", (len(images) * (SIDE + GAP) - GAP, height * len(rows)), "white")
     draw = ImageDraw.Draw(grid)
     for row, (title, found) in enumerate(rows.items()):
-        draw.text((2, row * height + 2), title, fill="black")
+        weak = all("scores" in boxes and not (boxes["scores"] >= LEAST).any() for boxes in found)
+        draw.text((2, row * height + 2), title + (f" (none above {LEAST})" if weak else ""), fill="black")
         for column, (image, boxes) in enumerate(zip(images, found, strict=True)):
             grid.paste(with_boxes(image, boxes, classes), (column * (SIDE + GAP), row * height + TITLE))
     return grid

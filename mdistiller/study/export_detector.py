@@ -102,8 +102,8 @@ def export_detector(run: Run, file: Path, forms: Sequence[str], folder: Path) ->
     section, name = run.cfg.DATASET, run.cfg.DISTILLER.STUDENT
     data = load_dataset(section.TYPE, section.ROOT, section)
     network = build_model(name, data.num_classes, section.TYPE)
+    network.fit(data)
     load_weights(network, name, data.num_classes, file)
-    network.fit_images(data.views.short, data.views.long)
     network.eval()
     folder.mkdir(parents=True, exist_ok=True)
     found = ExportedDetector(run, file.name, folder, sum(p.numel() for p in network.parameters()))

@@ -25,6 +25,7 @@ MORE = {  # figures beside accuracy, last and best, by task: their heads, and ho
     "text": {"test_loss": ("loss", "{:.4f}"), "bits_per_byte": ("bits/byte", "{:.4f}")},
     "detection": {key: (key, "{:.2f}") for key in ("AP50", "AP75", "APs", "APm", "APl")},
 }
+COMPARED_MORE = {**MORE, "detection": {"AP50": MORE["detection"]["AP50"]}}  # as many as fit beside each other
 SHARED = ("data", "seed", "epochs")
 TO_THE_RIGHT = (
     "%", "−", "seed", "epoch", "last", "best", "left", "loss", "parameters", "/s", "ms", "p95", "MB", "bits/byte", "KL",
@@ -82,10 +83,10 @@ def caption_of(groups: Sequence[Group]) -> str:
 
 def compared(runs: Sequence[Run]) -> Table:
     """Return a row for each run. What all of them share of SHARED stands in the caption, not in a column. Runs on text
-    and of detectors have the columns of MORE too; the best epoch is that of the lowest loss on text, and of detectors
-    that of the highest AP, which stands in the accuracy's place.
+    and of detectors have the columns of COMPARED_MORE too; the best epoch is that of the lowest loss on text, and of
+    detectors that of the highest AP, which stands in the accuracy's place.
     """
-    rows, figures = [], {key: of for run in runs for key, of in MORE[run.task].items()}
+    rows, figures = [], {key: of for run in runs for key, of in COMPARED_MORE[run.task].items()}
     head = [*COMPARED, *(f"{which} {name}" for name, _ in figures.values() for which in ("last", "best"))]
     if {run.task for run in runs} == {"detection"}:
         head = [f"{name} AP" if name in ("last", "best") else name for name in head]

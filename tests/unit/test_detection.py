@@ -1,14 +1,15 @@
 """Detectors and the methods on them: a step of each, what is drawn, what is compared, what is refused."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, refused, same
+from helpers import CPU, ROOT, refused, same
 from torch.nn import functional as F
 
 from mdistiller.dataset import load_dataset
-from mdistiller.distillers import detection_takers
+from mdistiller.distillers import RuleDistiller, detection_takers, distiller_dict
 from mdistiller.distillers.CWD import cwd_loss
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.KD import kd_loss
@@ -18,7 +19,10 @@ from mdistiller.engine.method import build_distiller
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.solver import sgd
 from mdistiller.engine.step import Step
+from mdistiller.engine.teachers import find_teacher
+from mdistiller.errors import UserError
 from mdistiller.models import build_model
+from mdistiller.models._frozen import freeze
 from mdistiller.models.detectors import Sampler, of_rows
 from mdistiller.runs import checkpoint
 
@@ -152,6 +156,9 @@ def one_line(*pairs):
     build_distiller(cfg, scenes(), None, CPU)
 
 
+SOFT = sorted(
+    {*detection_takers(proposals=True)} & {n for n, c in distiller_dict.items() if issubclass(c, RuleDistiller)}
+)
 RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retinanet_resnet14"]
 
 
@@ -161,7 +168,17 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
         (["DISTILLER.TYPE", "CRD"], "CRD has no form for detectors"),
         (["DISTILLER.TYPE", "AT"], "AT has no form for detectors"),
         (["DISTILLER.TYPE", "KD", *RETINA], "has a sigmoid for each class, and KD compares softmax outputs"),
-        (["DISTILLER.TYPE", "CWD", "DISTILLER.TEACHER", "tv:fasterrcnn_mobilenet_v3_large_fpn"], "has levels of"),
+        (
+            ["DISTILLER.TYPE", "CWD", "DISTILLER.TEACHER", "tv:fasterrcnn_mobilenet_v3_large_fpn"],
+            "CWD: tv:fasterrcnn_mobilenet_v3_large_fpn -> fasterrcnn_resnet8: the student's pyramid has levels of",
+        ),
+        (
+            ["DISTILLER.TYPE", "CWD", *RETINA[:3], "tv:retinanet_resnet18_fpn"],
+            "take networks with the same levels",
+        ),
+        (["DISTILLER.TYPE", "CWD", "TEMPERATURE.RULE", "std"], f"leave it out, or use {', '.join(SOFT)}"),
+        (["DISTILLER.STUDENT_CKPT", "pretrained"], "for fasterrcnn_resnet8; leave it out"),
+        (["DISTILLER.STUDENT_CKPT", "trunk"], "no weights of a detector's trunk for fasterrcnn_resnet8; leave it out"),
         (["DISTILLER.TYPE", "KD", "TEACHER_BANK", "full"], "set TEACHER_BANK auto"),
         (["SOLVER.LABEL_SMOOTHING", "0.1"], "SOLVER.LABEL_SMOOTHING: is for images of one class each"),
         (["SOLVER.STEP", "compile"], "set SOLVER.STEP auto"),
@@ -211,3 +228,122 @@ def test_weights_for_other_classes_need_a_new_head(name, tmp_path):
     changed = {key for key, value in own.state_dict().items() if not torch.equal(value, before[key])}
     assert not any(key.startswith(own.heads) for key in changed)
     assert {"backbone.body.stem.0.weight", "backbone.fpn.layer_blocks.0.0.weight"} <= changed
+
+
+def stub_downloads(monkeypatch):
+    """Let torchvision's weights be drawn instead of fetched."""
+    from torchvision.models import WeightsEnum, get_model
+
+    def drawn(self, **given):
+        torch.manual_seed(3)
+        name = type(self).__name__.removesuffix("_Weights").lower()
+        return get_model(name, weights=None, **({"weights_backbone": None} if "fpn" in name else {})).state_dict()
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", drawn)
+
+
+def data_of(classes):
+    return SimpleNamespace(classes=classes, views=SimpleNamespace(short=800, long=1333))
+
+
+def test_a_student_of_coco_begins_with_its_trunk_s_weights(monkeypatch):
+    stub_downloads(monkeypatch)
+    from torchvision.models import ResNet50_Weights
+
+    name = "tv:fasterrcnn_resnet50_fpn"
+    cfg = load(ROOT / "configs/coco/dkd/r101_r50.yaml")
+    network = build_model(name, 81, "coco")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    checkpoint.load_weights(network, name, 81, cfg.DISTILLER.STUDENT_CKPT)
+    trunk = ResNet50_Weights.IMAGENET1K_V1.get_state_dict()
+    for key, value in network.state_dict().items():
+        inside = key.startswith("backbone.body.")
+        assert torch.equal(value, trunk[key.removeprefix("backbone.body.")] if inside else before[key]), key
+    assert not is_whole(cfg.DISTILLER.TEACHER)
+
+
+def is_whole(name):
+    return build_model(name, 3, "coco").fetch is not None
+
+
+def test_coco_s_heads_are_for_coco_s_classes(monkeypatch):
+    stub_downloads(monkeypatch)
+    from torchvision.models import get_model_weights
+
+    categories = get_model_weights("retinanet_resnet50_fpn").DEFAULT.meta["categories"]
+    own = tuple(name for name in categories[1:] if name != "N/A")
+    name = "tv:fasterrcnn_resnet50_fpn"
+    network = build_model(name, 81, "coco")
+    network.fit(data_of(own))
+    checkpoint.load_weights(network, name, 81, "pretrained", False)
+    norms = [part for part in network.backbone.body.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    assert len(norms) == 53 and {norm.eps for norm in norms} == {0.0}
+    for classes in (own[::-1], ()):
+        other = build_model(name, 81, "coco")
+        other.fit(data_of(classes))
+        with refused("with 91 classes, but tv:fasterrcnn_resnet50_fpn with 81 classes is wanted"):
+            checkpoint.load_weights(other, name, 81, "pretrained", False)
+    other = build_model(name, 91, "coco")
+    other.fit(data_of(tuple(map(str, range(90)))))
+    with refused("the data have 90 others"):
+        checkpoint.load_weights(other, name, 91, "pretrained", False)
+    with refused("write trunk"):
+        checkpoint.load_weights(
+            build_model("tv:fcos_resnet18_fpn", 81, "coco"), "tv:fcos_resnet18_fpn", 81, "pretrained"
+        )
+
+
+@pytest.mark.parametrize("kind", ["fasterrcnn", "retinanet", "fcos"])
+def test_the_weights_normalise_as_torchvision_has_it(kind, monkeypatch):
+    stub_downloads(monkeypatch)
+    from torchvision.models import get_model
+
+    name = f"{kind}_resnet50_fpn"
+    theirs, ours = get_model(name, weights="COCO_V1"), build_model(f"tv:{name}", 91, "coco")
+    checkpoint.load_weights(ours, f"tv:{name}", 91, "pretrained")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = (network.eval().backbone(images) for network in (theirs, ours))
+    assert theirs.backbone.body.bn1.eps == ours.backbone.body.bn1.eps
+    torch.testing.assert_close(list(found.values()), list(expected.values()), rtol=1e-4, atol=1e-5)
+
+
+def test_the_trunk_alone_is_no_teacher():
+    names = [
+        "DISTILLER.TYPE",
+        "KD",
+        "DISTILLER.TEACHER",
+        "tv:fasterrcnn_resnet18_fpn",
+        "DISTILLER.TEACHER_CKPT",
+        "trunk",
+    ]
+    cfg = configured(*names)
+    file = find_teacher(cfg, None, False, None, None)
+    with refused("trunk is no whole tv:fasterrcnn_resnet18_fpn; set DISTILLER.TRAIN_TEACHER True"):
+        build_distiller(cfg, scenes(), file, CPU)
+
+
+@pytest.mark.parametrize(("name", "fetched"), [("fasterrcnn_resnet14", False), ("tv:fcos_resnet50_fpn", True)])
+def test_a_missing_teacher_is_fetched_only_where_there_is_one(name, fetched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        find_teacher(configured("DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", name), tmp_path, False, None, None)
+    text = str(caught.value.lines)
+    assert ("pretrained" in text) is fetched and "download.py" not in text and "TRAIN_TEACHER True" in text
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/coco/none").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configurations_keep_normalisations_stem_and_first_stage(file):
+    cfg = load(file)
+    network = build_model(cfg.DISTILLER.STUDENT, 81, "coco")
+    freeze(network, cfg.SOLVER.FREEZE, cfg.DISTILLER.STUDENT)
+    body = network.backbone.body
+    norms = [part for part in body.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    assert norms and not any(p.requires_grad for norm in norms for p in norm.parameters())
+    early = [
+        body[name] for name in (("0", "1", "2", "3") if "mobilenet" in cfg.DISTILLER.STUDENT else ("conv1", "layer1"))
+    ]
+    assert not any(p.requires_grad for part in early for p in part.parameters())
+    later = [p for part in body.modules() if isinstance(part, torch.nn.Conv2d) for p in part.parameters()]
+    first = sum(p.numel() for part in early for p in part.parameters() if p.ndim == 4)
+    assert sum(p.numel() for p in later if not p.requires_grad) == first
