@@ -3,6 +3,8 @@
 import builtins
 import json
 import threading
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +17,16 @@ from torch import nn
 
 from mdistiller.config import load
 from mdistiller.dataset import Boxes, DetectionBatches, load_dataset
+from mdistiller.dataset._detection import MOST_PIXELS, Views
 from mdistiller.engine.detection import Detection
+from mdistiller.engine.detection_eval import TIMED, speed_of
 from mdistiller.engine.detection_scores import NAMES, DetectionTest, evaluator, scores_of_boxes
 from mdistiller.engine.ranks import Ranks
+from mdistiller.models import build_model
 from mdistiller.runs.detections import GAP, SIDE, TITLE, draw_detections, shade
 from mdistiller.study.analyze import analyze
+from mdistiller.study.runs import read_run
+from mdistiller.study.tables import compared, text_table
 
 pytest.importorskip("faster_coco_eval")
 
@@ -269,3 +276,51 @@ def test_the_report_shows_runs_of_detectors(tmp_path):
     (folder / "detections.png").write_bytes(b"no picture")
     with refused("detections.png: is no picture"):
         analyze([folder], tmp_path / "report")
+
+
+@pytest.mark.parametrize(("long", "count"), [(128, 8), (1333, 8), (4000, 1), (8192, 1)])
+def test_a_padded_batch_of_a_test_has_a_bounded_number_of_pixels(long, count):
+    data = replace(small_scenes(), views=Views(16, long, 1.0, 1.0, False))
+    batches = data.test_batches(8)
+    assert batches.batch_size == count
+    detector = build_model("fasterrcnn_resnet8", 11, "scenes")
+    images = [torch.zeros(3, 16, long), torch.zeros(3, long, 16)] if count > 1 else [torch.zeros(3, 16, 16)]
+    assert count == 1 or count * detector.batched(images)[0, 0].numel() <= MOST_PIXELS
+
+
+def test_a_row_without_strong_detections_says_so():
+    image, box = torch.zeros(3, 60, 120, dtype=torch.uint8), torch.tensor([[5.0, 30.0, 20.0, 55.0]])
+    found = {"boxes": box, "labels": torch.tensor([1])}
+
+    def title(*rows):
+        grid = np.asarray(draw_detections([image] * len(rows), {"ours": rows}, ("ant",)))
+        return int((grid[:TITLE] < 128).any(2).sum())  # dark pixels
+
+    weak, strong = (found | {"scores": torch.tensor([score])} for score in (0.4, 0.5))
+    assert title(weak, weak) > title(weak, strong) == title(found, found) > 0
+
+
+def test_a_speed_is_measured_batch_by_batch():
+    data, kept, alive = small_scenes(), [], []
+
+    class Watched(torch.nn.Module):
+        def forward(self, images):
+            kept.append(weakref.ref(images[0]))
+            alive.append(sum(one() is not None for one in kept))
+            return [{"scores": torch.ones(1)} for _ in images]
+
+    assert speed_of(Watched(), data.test_batches(1), torch.device("cpu"), "none") > 0
+    assert len(alive) == min(TIMED, len(data.test)) and max(alive) <= 2
+
+
+def test_the_table_of_compared_detectors_is_narrow(tmp_path):
+    keys = {"DATASET__TYPE": "scenes", "DISTILLER__STUDENT": "fasterrcnn_resnet8"}
+    folder = write_run(tmp_path, "alone", [10.0, 20.0], **keys)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [
+        row | dict.fromkeys(NAMES, 30.0) | {"AP": row["test_acc"], "best_epoch": 2} for row in map(json.loads, lines)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (head, *_) = text_table(compared([read_run(folder)])).splitlines()
+    assert [name in head for name in ("last AP", "best AP", "last AP50", "best AP50")] == [True] * 4
+    assert not any(name in head for name in ("AP75", "APs", "APm", "APl"))
