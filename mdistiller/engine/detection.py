@@ -103,6 +103,11 @@ class Detection(Task):
             raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images of one class; set SOLVER.TRAINER base")
         if cfg.SOLVER.STEP not in ("auto", "eager"):
             raise UserError("SOLVER.STEP: of detectors steps run eagerly; set SOLVER.STEP auto")
+        if cls.needs_teacher and cfg.TEMPERATURE.RULE and "fasterrcnn_" not in cfg.DISTILLER.STUDENT:
+            raise UserError(
+                f"TEMPERATURE.RULE: {cfg.DISTILLER.STUDENT} has a sigmoid for each class, which no temperature softens;"
+                " leave it out"
+            )
         if cls.needs_teacher and cfg.TEACHER_BANK in ("lazy", "full"):
             raise UserError(
                 f"TEACHER_BANK: {cfg.TEACHER_BANK} keeps logits of whole images, and a teacher's are of the student's "

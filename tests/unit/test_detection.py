@@ -177,6 +177,7 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
             "take networks with the same levels",
         ),
         (["DISTILLER.TYPE", "CWD", "TEMPERATURE.RULE", "std"], f"leave it out, or use {', '.join(SOFT)}"),
+        (["DISTILLER.TYPE", "CWD", *RETINA, "TEMPERATURE.RULE", "std"], "which no temperature softens; leave it out"),
         (["DISTILLER.STUDENT_CKPT", "pretrained"], "for fasterrcnn_resnet8; leave it out"),
         (["DISTILLER.STUDENT_CKPT", "trunk"], "no weights of a detector's trunk for fasterrcnn_resnet8; leave it out"),
         (["DISTILLER.TYPE", "KD", "TEACHER_BANK", "full"], "set TEACHER_BANK auto"),
