@@ -1,15 +1,11 @@
 """CWD, Shu et al. (ICCV 2021). https://arxiv.org/abs/2011.13256"""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers.base import FeatureDistiller
-from mdistiller.distillers.features import aligned, match_size, stage_widths
+from mdistiller.distillers._stages import StageDistiller
 from mdistiller.distillers.losses import in_float32
 
 
@@ -26,24 +22,14 @@ def cwd_loss(f_student: Tensor, f_teacher: Tensor, temperature: float) -> Tensor
 
 
 @register_distiller("CWD", defaults={"TEMPERATURE": keys.temperature(1.0), "LOSS": keys.feature_weights(10.0)})
-class CWD(FeatureDistiller):
-    """CE_WEIGHT * cross entropy + FEAT_WEIGHT * the mean of cwd_loss over every stage after the stem, or every level of
-    a detector's pyramid. Where the widths differ, a 1 x 1 convolution brings the student's maps to the teacher's.
-    """
+class CWD(StageDistiller):
+    """CE_WEIGHT * cross entropy + FEAT_WEIGHT * the mean of cwd_loss over stages or levels (StageDistiller)."""
 
-    needs_features = ("feats", "get_stage_channels")
-    least_maps = 2
+    section = "CWD"
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher, cfg.CWD.LOSS.CE_WEIGHT, cfg.CWD.LOSS.FEAT_WEIGHT)
+        super().__init__(student, teacher, cfg)
         self.temperature = cfg.CWD.TEMPERATURE
-        self.align = aligned(stage_widths(student), stage_widths(teacher))
 
-    def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:
-        return self.compare(feats_student["feats"][1:], feats_teacher["feats"][1:])
-
-    def compare(self, maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor], **kwargs) -> Tensor:
-        """Return the loss of stages or levels, the finest first."""
-        pairs = zip(self.align, maps_student, maps_teacher, strict=False)
-        losses = [cwd_loss(*match_size(align(f_s), f_t), self.temperature) for align, f_s, f_t in pairs]
-        return torch.stack(losses).mean()
+    def map_loss(self, f_student: Tensor, f_teacher: Tensor) -> Tensor:
+        return cwd_loss(f_student, f_teacher, self.temperature)

@@ -1,14 +1,11 @@
 """PKD, Cao et al. (NeurIPS 2022). https://arxiv.org/abs/2207.02039"""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
-from mdistiller.distillers.base import FeatureDistiller
-from mdistiller.distillers.features import aligned, match_size, stage_widths
+from mdistiller.distillers._stages import StageDistiller
 from mdistiller.distillers.losses import in_float32
 
 EPSILON = 1e-6  # added to a deviation, so that a channel that is constant has gradients
@@ -31,23 +28,11 @@ def _standardised(f: Tensor) -> Tensor:
 
 
 @register_distiller("PKD", defaults={"LOSS": keys.feature_weights(6.0)})
-class PKD(FeatureDistiller):
-    """CE_WEIGHT * cross entropy + FEAT_WEIGHT * the mean of pkd_loss over every stage after the stem, or every level of
-    a detector's pyramid. Where the widths differ, a 1 x 1 convolution brings the student's maps to the teacher's.
-    """
+class PKD(StageDistiller):
+    """CE_WEIGHT * cross entropy + FEAT_WEIGHT * the mean of pkd_loss over stages or levels (StageDistiller)."""
 
-    needs_features = ("feats", "get_stage_channels")
-    least_maps = 2
+    section = "PKD"
     needs_batch = True
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg):
-        super().__init__(student, teacher, cfg.PKD.LOSS.CE_WEIGHT, cfg.PKD.LOSS.FEAT_WEIGHT)
-        self.align = aligned(stage_widths(student), stage_widths(teacher))
-
-    def feature_loss(self, feats_student: dict, feats_teacher: dict, **kwargs) -> Tensor:
-        return self.compare(feats_student["feats"][1:], feats_teacher["feats"][1:])
-
-    def compare(self, maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor], **kwargs) -> Tensor:
-        """Return the loss of stages or levels, the finest first."""
-        pairs = zip(self.align, maps_student, maps_teacher, strict=False)
-        return torch.stack([pkd_loss(*match_size(align(f_s), f_t)) for align, f_s, f_t in pairs]).mean()
+    def map_loss(self, f_student: Tensor, f_teacher: Tensor) -> Tensor:
+        return pkd_loss(f_student, f_teacher)

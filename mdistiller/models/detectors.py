@@ -20,8 +20,7 @@ from mdistiller.registry import UnknownName, detectors, nearest
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIVISIBLE = 32  # what the sides of a padded batch are multiples of
 COCO_ROWS = 91  # of torchvision's heads: COCO's numbers of categories, ten of which nobody has
-RESNETS = {f"resnet{depth}": "IMAGENET1K_V1" for depth in (18, 34, 50, 101, 152)}
-MOBILE = {"mobilenet_v3_large": "IMAGENET1K_V1", "mobilenet_v2": "IMAGENET1K_V1"}
+RESNETS = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
 WHOLE = (  # of which torchvision has COCO's weights
     "fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn",
 )  # fmt: skip
@@ -239,7 +238,7 @@ def _build(name: str, kind: str, trunk: str, num_classes: int) -> nn.Module:
     network = _finish(_classes(kind)(backbone, num_classes, **given), KINDS[kind])
 
     def fetch_trunk() -> dict[str, Tensor]:
-        own, weights = network.state_dict(), get_model_weights(trunk)[(RESNETS | MOBILE)[trunk]]
+        own, weights = network.state_dict(), get_model_weights(trunk).IMAGENET1K_V1
         state = weights.get_state_dict(check_hash=True)
         state = {f"backbone.body.{key.removeprefix('features.')}": value for key, value in state.items()}
         return own | {key: value for key, value in state.items() if key in own}
@@ -279,7 +278,7 @@ def _small(kind: str, depth: int, wide: str) -> Callable[..., nn.Module]:
     def constructor(num_classes: int) -> nn.Module:
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.backbone_utils import BackboneWithFPN
-        from torchvision.models.detection.faster_rcnn import TwoMLPHead
+        from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
         from torchvision.ops import MultiScaleRoIAlign
         from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -303,7 +302,7 @@ def _small(kind: str, depth: int, wide: str) -> Callable[..., nn.Module]:
                 rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=200, rpn_pre_nms_top_n_test=200,
                 rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64, box_batch_size_per_image=64,
                 box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 5, 1, canonical_scale=40, canonical_level=3),
-                box_head=TwoMLPHead(out * 5 * 5, 128), box_predictor=_predictor(128, num_classes),
+                box_head=TwoMLPHead(out * 5 * 5, 128), box_predictor=FastRCNNPredictor(128, num_classes),
                 **given,
             )  # fmt: skip
         elif kind == "retinanet":
@@ -324,12 +323,6 @@ def _stem(width: int) -> nn.Module:
         return [nn.Conv2d(before, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
 
     return nn.Sequential(*halving(3), *halving(width))
-
-
-def _predictor(width: int, num_classes: int) -> nn.Module:
-    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-
-    return FastRCNNPredictor(width, num_classes)
 
 
 detectors.libraries["tv"] = _torchvision
