@@ -175,6 +175,11 @@ class Annotations:
         starts = np.cumsum([0, *map(len, self.labels)]).tolist()
         boxes = Boxes(rows[:, :4].contiguous(), label, crowd, rows[:, 4].contiguous(), tuple(starts), tuple(self.ids))
         sizes = np.array(self.sizes)
+        if rows[:, 2:4].max() <= 1 < sizes.max():
+            raise UserError(
+                f"{where}: no box reaches beyond the first pixel, so they seem to be fractions of the image; multiply "
+                "them by its width and height"
+            )
         files = Files(root, np.array([os.fsencode(name) for name in self.names]), sizes)
         side, held = Side(files, boxes, None, options["NUM_WORKERS"]), [None] * len(files)
 
@@ -196,8 +201,11 @@ def detection_set(
     pictures are decoded or looked at only now that all annotations are known to be right.
     """
     made = [found.side(folder, file, options) for found, folder, file in sides]
-    notes = tuple(note for found, *_ in sides for note in found.notes())
-    return DetectionSet(*made, classes, digest, views_of(options), notes)
+    notes = [note for found, *_ in sides for note in found.notes()]
+    train, test = ({folder / name for name in found.names} for found, folder, _ in sides)
+    if both := len(train & test):
+        notes.append(f"warning: {both:,} of {counted(len(test), 'test image')} are training images too")
+    return DetectionSet(*made, classes, digest, views_of(options), tuple(notes))
 
 
 def number_below(value: object, high: float = 2**31) -> bool:

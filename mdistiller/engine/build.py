@@ -138,7 +138,7 @@ def build_trainer(
     options = Options(
         solver.EPOCHS, log.TENSORBOARD_FREQ, log.TEMPERATURE, describe(cfg), workspace.kept, known,
         print_every=log.PRINT_FREQ, patience=solver.EARLY_STOP, average=solver.EMA,
-        unit=data.unit,
+        unit=data.unit, teacher_first=task.teacher_first,
     )  # fmt: skip
     trainer = Trainer(
         RunStep(step, train, graph, workspace.students == 1, logits if train.streamed else None),

@@ -33,6 +33,7 @@ class Detection(Task):
     """Images with boxes around objects of several classes."""
 
     eager = True  # proposals are as many as there are, and drawn on the host
+    teacher_first = True
 
     def classes(self, num: int) -> str:
         return f"{counted(num - 1, 'class')} and background"
@@ -92,6 +93,7 @@ class Detection(Task):
         """Raise UserError where the method cannot train detectors, or where what is asked for is for images of one
         class each.
         """
+        super().refuse(cfg, cls)
         names = detection_takers(proposals=True)
         if cfg.DISTILLER.TYPE not in names:
             raise UserError(
@@ -101,8 +103,6 @@ class Detection(Task):
         refuse_keys(cfg, FOR_ONE_CLASS, "images of one class each", "detection")
         if cfg.SOLVER.TRAINER not in ("base", "crd", "dot", "crd_dot"):
             raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images of one class; set SOLVER.TRAINER base")
-        if cfg.SOLVER.STEP not in ("auto", "eager"):
-            raise UserError("SOLVER.STEP: of detectors steps run eagerly; set SOLVER.STEP auto")
         if cls.needs_teacher and cfg.TEMPERATURE.RULE and "fasterrcnn_" not in cfg.DISTILLER.STUDENT:
             raise UserError(
                 f"TEMPERATURE.RULE: {cfg.DISTILLER.STUDENT} has a sigmoid for each class, which no temperature softens;"

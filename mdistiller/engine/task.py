@@ -26,6 +26,7 @@ class Task:
 
     eager = False  # whether steps run one operation at a time, neither compiled nor as graphs
     top_k = False  # whether a bank may keep the largest of a teacher's logits alone
+    teacher_first = False  # whether a run says first what its teacher reaches on the test set
     new_head = True  # whether a network of other classes may get a new last layer
 
     def classes(self, num: int) -> str:
@@ -84,6 +85,8 @@ class Task:
 
     def refuse(self, cfg: Config, cls: type) -> None:
         """Raise UserError where the configuration asks for what cannot be on such data."""
+        if self.eager and cfg.SOLVER.STEP not in ("auto", "eager"):
+            raise UserError(f"SOLVER.STEP: on {cfg.DATASET.TYPE} steps run eagerly; set SOLVER.STEP auto")
 
 
 def refuse_keys(cfg: Config, keys: Sequence[str], are_for: str, what: str) -> None:

@@ -55,6 +55,7 @@ class Text(Task):
 
     def refuse(self, cfg: Config, cls: type) -> None:
         """Raise UserError where the method cannot learn from text, or where what is asked for is for images."""
+        super().refuse(cfg, cls)
         if not cls.rowwise:
             takers = ", ".join(sorted(name for name, taker in distiller_dict.items() if taker.rowwise))
             raise UserError(
@@ -64,8 +65,6 @@ class Text(Task):
         refuse_keys(cfg, FOR_IMAGES, "images", "text")
         if cfg.SOLVER.TRAINER not in ("base", "crd"):
             raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images; set SOLVER.TRAINER base")
-        if cfg.SOLVER.STEP not in ("auto", "eager"):
-            raise UserError("SOLVER.STEP: on text steps run eagerly; set SOLVER.STEP auto")
         if cls.needs_teacher and cfg.TEACHER_BANK in ("lazy", "full") and not cfg.TEACHER_BANK_TOP_K:
             raise UserError(
                 f"TEACHER_BANK: {cfg.TEACHER_BANK} needs to know how many of a token's logits to keep; set "

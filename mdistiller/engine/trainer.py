@@ -45,6 +45,7 @@ class Options:
     print_every: int = 0  # steps between lines inside an epoch where there is no bar; 0: none
     average: float = 0.0  # decay of the average of the student's weights; 0: none
     unit: str = "images"  # what is counted by the second
+    teacher_first: bool = False  # whether what the teacher reaches on the test set is said before the first step
     patience: int = 0  # epochs without a new best after which it stops; 0: never
 
 
@@ -115,6 +116,8 @@ class Trainer:
             self.take_generators()
             try:
                 self.prepare_teacher()
+                if self.options.teacher_first and not (state.epoch or state.done):
+                    self.show_teacher(recorder)
                 row = yield from self.train_epoch(state.epoch + 1, recorder)
                 self.share_statistics()
                 scores = self.evaluate()
@@ -158,6 +161,14 @@ class Trainer:
             teacher.prepare(self.stop.check)
             if self.run_step.graph:
                 self.run_step.graph.exclusive &= teacher.complete  # else its graph runs beside the steps'
+
+    def show_teacher(self, recorder: Recorder) -> None:
+        """Say what the teacher reaches on the test set, where there is one."""
+        if self.distiller.teacher is None:
+            return
+        figures = self.scores_of_network(self.distiller.teacher).figures
+        shown = [f"{name} {value:.2f}" for name, value in figures.items() if name != "test_acc" and value is not None]
+        recorder.say(f"the teacher on the test set: {', '.join(shown)}")
 
     def train_epoch(self, epoch: int, recorder: Recorder) -> Generator[None, None, dict]:
         """Pass once over the training set, or over what is left of it. Return the training figures of the row."""

@@ -52,7 +52,7 @@ def test_rows_have_average_precision(detectors):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(detectors, tmp_path, stop_after):
-    for items in (2, 5):  # after step 2 of epoch 1; in its test
+    for items in (2, 5, 3):  # in the teacher's test; after step 2 of epoch 1; in its test
         stop_after(items)
         with pytest.raises(Preempted):
             run(detectors[1], tmp_path, resume="auto")
@@ -112,6 +112,8 @@ def test_what_the_run_left_is_evaluated(detectors, tmp_path):
     reports = json.loads(found.stdout)
     assert {*reports} == {"student, last", "student, best", "teacher"}
     assert reports["student, last"]["AP"] == pytest.approx(read_metrics(detectors[0])[-1]["AP"], abs=1e-9)
+    said = f"the teacher on the test set: AP {reports['teacher']['AP']:.2f}, AP50 "
+    assert (detectors[0] / "worklog.txt").read_text().count(said) == 1
 
 
 def test_a_classifier_is_no_teacher(detectors, tmp_path):

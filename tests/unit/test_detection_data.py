@@ -201,6 +201,10 @@ BROKEN = {
     "outside at the left": (box(-9, 3, 5, 5), AT + "its box .* lies outside of the image"),
     "an area of text": (change("annotations", 0, area="9"), AT + "its area must be a number"),
     "a negative area": (change("annotations", 0, area=-1), AT + "its area must be a number"),
+    "fractions": (
+        several(annotations=[one | {"bbox": [0.2, 0.3, 0.5, 0.4]} for one in tree()["annotations"]]),
+        "train2017.json: no box reaches beyond the first pixel, .* multiply them by its width and height",
+    ),
     "a crowd of 2": (change("annotations", 0, iscrowd=2), AT + "its iscrowd must be 0 or 1"),
 }  # fmt: skip
 
@@ -295,6 +299,12 @@ def test_boxes_beyond_the_image_end_there_and_bad_ones_can_be_left_out(tmp_path)
     data = read("coco", tmp_path, "DATASET.BAD_BOXES", "drop")
     assert len(data.train.boxes.box) == 1 and "1 box of 3 training images left out" in data.doubts()[0]
     assert "2 of 3 training images have no box" in data.doubts()[1]
+
+
+def test_pictures_that_are_trained_on_and_tested_on_are_counted(tmp_path):
+    write_voc(tmp_path)
+    listed("traina\nvalb\n", "val.txt")(tmp_path)
+    assert "warning: 1 of 2 test images are training images too" in read("voc", tmp_path).doubts()
 
 
 def test_an_image_of_crowds_alone_is_no_background(tmp_path):
