@@ -1,18 +1,18 @@
 """The library: `train` what a configuration says, `distill` networks and data of your own, `evaluate` a network."""
 
 import copy
-import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from mdistiller.bank.inference import Inference
 from mdistiller.config import Config, merge_pairs, needs_teacher
-from mdistiller.dataset import ImageSet, image_set, load_dataset
+from mdistiller.dataset import ImageSet, image_set, load_dataset, normalised
 from mdistiller.device import callers_state, prepare, resolve_device, unprepare
+from mdistiller.distillers import enter
 from mdistiller.engine.build import Workspace
 from mdistiller.engine.cfg import load
 from mdistiller.engine.evaluator import Scores, evaluation_batches, scores_of
@@ -108,13 +108,15 @@ def distill(
     train: object = "digits",
     test: object = None,
     *,
-    method: str | None = None,
+    method: str | type | None = None,
     epochs: int = 30,
     folder: str | Path | None = None,
     seeds: int | Iterable[int] | None = None,
     resume: bool | str = False,
     num_classes: int = 0,
     augment: str = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     quiet: bool = False,
     layers: tuple[Sequence[str], Sequence[str]] | None = None,
     **overrides: object,
@@ -126,7 +128,7 @@ def distill(
     DISTILLER.TEACHER_CKPT says), or any nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats)
     for methods that compare features. Of several teachers, [net1, net2] or ["resnet56", "resnet20"], the mean is
     distilled, DISTILLER.ENSEMBLE_MEAN. A module is copied: the student starts from its weights, under every seed.
-    `method`: a name of distiller_dict; left out, DTKD, or NONE without a teacher.
+    `method`: a name of distiller_dict or a class derived from Distiller; left out, DTKD, or NONE without a teacher.
     `layers`: for features of modules that return logits alone, the names of the teacher's and of the student's
     submodules whose outputs are compared, in the order of the forward pass, the stem first: (["stem", "layer1"],
     ["stem", "layer1"]).
@@ -135,7 +137,8 @@ def distill(
     labels) or a torch Dataset of (image, label), which is read once, before training; see
     mdistiller.dataset.image_set. `num_classes`: 0 for one more than the largest label. `augment`: crop_flip, crop or
     none; auto for what the data set declares, and crop for what you bring, as only you know whether a mirror image is
-    still of its class.
+    still of its class. `mean` and `std`, three numbers each, normalise the images for teacher and student: give what a
+    teacher of your own was trained with. Left out they are those of the data set, or of the training images.
 
     `folder`: where the run keeps its checkpoints and figures, needed for `resume`; None keeps nothing. `quiet`: print
     nothing. The caller's random generators are left as they are. Other keywords are configuration keys, with __ for the
@@ -149,6 +152,8 @@ def distill(
     for name, network in (("teacher", teacher), ("student", student)):
         check_network(name, network)
     numbers, named = seeds_of(seeds), layer_names(layers, teacher, student)
+    if isinstance(method, type):
+        method = enter(method)
     if method is None:
         method = "NONE" if teacher is None else "DTKD"
     data = _image_set(train, test, num_classes)
@@ -173,7 +178,7 @@ def distill(
         cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
         own = {key.replace("__", ".") for key in overrides}
         cfg.overrides[:] = [pair for pair in cfg.overrides if pair[0] in own] + [("EXPERIMENT.NAME", "run")]
-        data = data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET)
+        data = normalised(data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET), mean, std)
         kept = folder is not None
         workspace = Workspace(data, here().device(cfg.DEVICE), len(numbers or [0]), networks, kept)
         return _run(cfg, numbers, resume, workspace)
@@ -212,8 +217,7 @@ def evaluate(
         data = load_dataset(given_name, "./data")
     elif not isinstance(data, ImageSet):
         data = image_set(data, data)
-    given = {"mean": mean, "std": std}
-    data = replace(data, **{name: _per_channel(name, values) for name, values in given.items() if values is not None})
+    data = normalised(data, mean, std)
     size = data.test_images.shape[1]
     network = copy.deepcopy(model) if isinstance(model, nn.Module) else build_model(model, data.num_classes, given_name)
     if isinstance(model, str):
@@ -234,17 +238,6 @@ def evaluate(
         return logits
 
     return scores_of(logits_of, evaluation_batches(data.to(where), 64))
-
-
-def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Return the mean or deviation of each channel. Raises UserError where they are none."""
-    try:
-        numbers = tuple(map(float, values))
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
-        raise UserError(f"{name}: must be three numbers, one a channel, of pixels in [0, 1]; got {values!r}")
-    return numbers
 
 
 def load_config(

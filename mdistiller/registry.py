@@ -80,9 +80,9 @@ class Registry(UserDict):
         return None
 
     @property
-    def active(self) -> list[str]:
-        """The names that a configuration may choose."""
-        return [name for name in self.data if name not in self.out_of_use]
+    def active(self) -> dict[str, object]:
+        """What a configuration may choose, by name."""
+        return {name: item for name, item in self.data.items() if name not in self.out_of_use}
 
     def named(self, name: str) -> str:
         """Return the active name that `name` means, whose case and underscores do not count; `name` if none is."""
@@ -153,16 +153,16 @@ def model_refusal(name: str, dataset: str) -> str | None:
     """Return the line on why a configuration may not choose the network `name` on that data set, None where it may."""
     if (own := networks_of(dataset)) is not None:
         return own.refusal(name)
+    here = [*cifar_models.active, *(imagenet_models.active if dataset == "imagenet" else [])]
+    if name in here:
+        return None
     for task, others in OWN_NETWORKS.items():
         if others.refusal(name) is None:
             takers = " or ".join(sorted(known for known, its in tasks.items() if its == task))
             return f"the model {name} is {'one of text' if task == 'text' else 'a detector'}; set DATASET.TYPE {takers}"
-    here = [*cifar_models.active, *(imagenet_models.active if dataset == "imagenet" else [])]
-    if name in here:
-        return None
     if name.partition(":")[0] in cifar_models.libraries:
         return cifar_models.refusal(name)
-    return unknown(cifar_models.kind, name, here)
+    return f"{unknown(cifar_models.kind, name, here)}; timm:NAME and tv:NAME for those of timm and torchvision"
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """YAML files and the _BASE_ files that they inherit from, as plain trees."""
 
+import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,6 +52,11 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct
 _StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)  # a date is text
 
 
+@functools.lru_cache(64)  # a plan has the same files for all of its runs
+def _parse(text: str) -> object:
+    return yaml.load(text, Loader=_StrictLoader)
+
+
 def read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> dict:
     """Return the tree of `path` over those of its _BASE_ files. `seen`: the files that led here."""
     wanted = f"an existing YAML file as _BASE_ of {seen[-1]}" if seen else "an existing YAML file with --cfg"
@@ -60,7 +67,7 @@ def read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> d
             raise UserError(f"{path}: is larger than {MOST_BYTES:,} bytes; pass {wanted}")
         if path.resolve() in seen:
             raise UserError(f"{path}: _BASE_ leads back to this file; remove one of the _BASE_ lines")
-        tree = yaml.load(data.decode(), Loader=_StrictLoader)
+        tree = copy.deepcopy(_parse(data.decode()))
     except UserError as error:
         problems += error.lines
         return {}

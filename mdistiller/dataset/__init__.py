@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mdistiller import files
 from mdistiller.config import CFG
-from mdistiller.dataset._arrays import image_set
+from mdistiller.dataset._arrays import image_set, normalised
 from mdistiller.dataset._detection import Boxes, DetectionBatch, DetectionBatches, DetectionSet
 from mdistiller.dataset._images import Batch, Batches, ImageSet, TwoViews, images_together
 from mdistiller.dataset._loaders import Loader, get_dataset
@@ -66,6 +66,7 @@ __all__ = [
     "image_set",
     "images_together",
     "load_dataset",
+    "normalised",
     "register_dataset",
     "token_set",
 ]

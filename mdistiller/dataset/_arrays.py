@@ -1,6 +1,8 @@
 """A data set out of what the user has in memory: arrays, tensors, a torch Dataset."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -107,3 +109,25 @@ def _as_pixels(images: np.ndarray, name: str) -> np.ndarray:
     if images.dtype != np.uint8:
         raise UserError(f"{name}: images must be uint8, or floats in [0, 1]; got {images.dtype}")
     return np.broadcast_to(images, (*images.shape[:3], 3)).copy()
+
+
+def normalised(data: ImageSet, mean: Sequence[float] | None, std: Sequence[float] | None) -> ImageSet:
+    """Return the images with what is given in place of their own mean and deviation. Raises UserError where that is no
+    three numbers.
+    """
+    given = {"mean": mean, "std": std}
+    given = {name: _per_channel(name, values) for name, values in given.items() if values is not None}
+    if given and not isinstance(data, ImageSet):
+        raise UserError("mean, std: are for images of one class each; leave them out")
+    return replace(data, **given)
+
+
+def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Return the mean or deviation of each channel. Raises UserError where they are none."""
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
+        raise UserError(f"{name}: must be three numbers, one a channel, of pixels in [0, 1]; got {values!r}")
+    return numbers

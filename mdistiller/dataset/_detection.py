@@ -181,6 +181,8 @@ class DetectionBatch(NamedTuple):
 class Decoding:
     """What a worker does with a unit, (places, -): it returns the images, (H, W, 3) each, or what went wrong."""
 
+    goes_on = "--resume auto goes on then"
+
     def __init__(self, side: Side):
         self.source = side.source
 

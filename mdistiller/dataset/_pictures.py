@@ -137,6 +137,8 @@ class Decoding:
     went wrong.
     """
 
+    goes_on = "--resume auto goes on then, if all files are as long as they were"
+
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
 
@@ -200,7 +202,7 @@ class Reader:
             for _ in units:
                 part = next(source)
                 if isinstance(part, str):
-                    raise RunFailed(f"{part}; --resume auto goes on then")
+                    raise RunFailed(f"{part}; {self.decoding.goes_on}")
                 parts.append(part)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

@@ -51,7 +51,8 @@ add_keys(
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained networks expect
-MOST_CHECKED = 200_000  # pictures whose first bytes are read before training starts
+MOST_CHECKED = 200_000  # pictures whose first and last bytes are read before training starts
+END, ENDS_WITHIN = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 64  # of a whole file, in so many bytes at its end
 TESTS = ("val", "test")
 Item = TypeVar("Item")
 
@@ -106,6 +107,9 @@ def read_folders(
         raise UserError(
             f"{root / test}: has the class {unknown[0]}, which is not in train; it can be no student's answer"
         )
+    if untested := [name for name in classes if name not in names[test]]:
+        what = counted(len(untested), "class")
+        say(f"warning: {root / test}: {what} of train have no picture to test on, such as {untested[0]}")
     paths, labels, hasher = {}, {}, hashlib.sha256(f"{size} {crop} {list(options['BACKGROUND'])}".encode())
     for split, by in names.items():
         pairs = [(classes.index(name), file) for name in classes for file, _ in by.get(name, ())]
@@ -126,7 +130,7 @@ def read_folders(
         files = {split: decoded(part, split) for split, part in files.items()}
     elif images <= MOST_CHECKED:
         for split, part in files.items():
-            check_headers(part, split)
+            check_files(part, split)
     return ImageSet(
         files["train"], labels["train"], files[test], labels[test], len(classes), MEAN, STD, augment, tuple(classes),
         hasher.hexdigest(),
@@ -200,14 +204,20 @@ def decoded(pictures: Pictures, split: str) -> Tensor:
     return images
 
 
-def check_headers(pictures: Pictures, split: str) -> None:
-    """Raise UserError for a file whose first bytes are no picture's."""
+def check_files(pictures: Pictures, split: str) -> None:
+    """Raise UserError for a file whose first bytes are no picture's, or which is cut off: what does not end as a JPEG
+    or PNG does is decoded, to know.
+    """
 
     def look(place: int) -> None:
+        path = pictures.path(place)
         try:
-            with Image.open(pictures.path(place)):
-                pass
-        except Exception:  # it is read again, for the reason
+            with Image.open(path) as image, open(path, "rb") as file:
+                file.seek(-min(ENDS_WITHIN, os.path.getsize(path)), os.SEEK_END)
+                whole = END[image.format] in file.read()
+        except Exception:  # it is decoded, for the reason, or since its kind has no such mark
+            whole = False
+        if not whole:
             pictures.image(place)
 
     in_parallel(look, range(len(pictures)), f"checking {split}")

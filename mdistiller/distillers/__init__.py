@@ -6,7 +6,7 @@ import pkgutil
 from mdistiller.config import load_plugin
 from mdistiller.distillers._adapter import adapt
 from mdistiller.distillers._contract import check_method, check_output, method_name, part_of
-from mdistiller.distillers._registry import register_distiller
+from mdistiller.distillers._registry import enter, register_distiller
 from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller, RuleDistiller, Vanilla
 from mdistiller.distillers.rules import check_rule, register_rule, rule_name
 from mdistiller.registry import distillers as distiller_dict
@@ -35,6 +35,7 @@ __all__ = [
     "check_rule",
     "detection_takers",
     "distiller_dict",
+    "enter",
     "load_plugin",
     "method_name",
     "on_detectors",

@@ -146,7 +146,7 @@ def _mixed(form: type, cls: type) -> type:
 
 def takers(proposals: bool) -> list[str]:
     """Return the names of the methods on detectors: all, or those alone that need no logits of proposals."""
-    forms = {name: on_detectors(cls) for name, cls in distillers.items()}
+    forms = {name: on_detectors(cls) for name, cls in distillers.active.items()}
     return sorted(name for name, form in forms.items() if form and (proposals or not issubclass(form, OnProposals)))
 
 

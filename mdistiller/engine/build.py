@@ -39,10 +39,10 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
             f"SOLVER.DROP_LAST: {images} training {what} fill no batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE}; take "
             "smaller batches, or DROP_LAST False"
         )
-    left = images % solver.BATCH_SIZE or solver.BATCH_SIZE
-    alone, several = "the last batch", ranks.world > 1
+    left, several = smallest_share(solver, images, ranks), ranks.world > 1
+    alone = "a process" if several else "a part of a batch" if solver.ACCUMULATE > 1 else "the last batch"
     if several:
-        left, alone, tested = smallest_share(solver, images, ranks), "a process", len(workspace.data.test_images)
+        tested = len(workspace.data.test_images)
         if left < 1 or tested < ranks.world:
             enough = min(solver.BATCH_SIZE // solver.ACCUMULATE, tested) >= ranks.world
             or_drop = ", or set SOLVER.DROP_LAST True" if enough and not solver.DROP_LAST else ""
@@ -50,7 +50,7 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
                 f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of {ranks.world} processes without any of {images} "
                 f"training or {tested} test {what}; start fewer of them{or_drop}"
             )
-    if left > 1 or solver.BATCH_SIZE > 1 and (solver.SYNC_BN if several else solver.DROP_LAST):
+    if left > 1 or several and solver.BATCH_SIZE > 1 and solver.SYNC_BN:
         return
     try:
         rehearse(cfg, workspace, 1)
@@ -58,6 +58,8 @@ def check_last_batch(cfg: CfgNode, workspace: "Workspace") -> None:
         if "more than 1 value per channel" not in str(error):
             raise
         instead = "take a larger one" if solver.BATCH_SIZE == 1 else "set SOLVER.DROP_LAST True, or take another"
+        if solver.ACCUMULATE > 1:
+            instead = f"lower SOLVER.ACCUMULATE {solver.ACCUMULATE}, or take another"
         raise UserError(
             f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of {images} images to {alone}, and batch "
             f"normalisation cannot train on one alone in {cfg.DISTILLER.STUDENT} by {cfg.DISTILLER.TYPE}; {instead}"
@@ -138,7 +140,7 @@ def build_trainer(
     options = Options(
         solver.EPOCHS, log.TENSORBOARD_FREQ, log.TEMPERATURE, describe(cfg), workspace.kept, known,
         print_every=log.PRINT_FREQ, patience=solver.EARLY_STOP, average=solver.EMA,
-        unit=data.unit, teacher_first=task.teacher_first,
+        unit=data.unit, teacher_first=task.teacher_first or workspace.networks.teacher is not None,
     )  # fmt: skip
     trainer = Trainer(
         RunStep(step, train, graph, workspace.students == 1, logits if train.streamed else None),

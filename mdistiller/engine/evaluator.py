@@ -15,6 +15,7 @@ from mdistiller import config
 from mdistiller.bank.inference import Inference
 from mdistiller.dataset import Batch, Batches, ImageSet, TokenSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
+from mdistiller.distillers import Distiller
 from mdistiller.engine.ranks import ALONE, Ranks
 from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, default_checkpoint, fit_inputs, give_features
@@ -164,3 +165,13 @@ def evaluate_checkpoint(
     rate = batches.num_samples / (time.monotonic() - begin)
     logits, labels = torch.cat(parts).cpu().numpy(), data.test_labels.cpu().numpy()
     return Report(scores, sum(p.numel() for p in network.parameters()), rate, logits, labels, data.class_names)
+
+
+def has_default_test(distiller: nn.Module) -> bool:
+    """Return whether a test is the student's forward pass alone: the method changes nothing of it, and has no hooks."""
+    own = any(
+        getattr(getattr(distiller, name, None), "__func__", None) is not getattr(Distiller, name)
+        for name in ("forward", "forward_test")
+    )
+    hooks = getattr(distiller, "_forward_hooks", {}) or getattr(distiller, "_forward_pre_hooks", {})
+    return not own and not hooks

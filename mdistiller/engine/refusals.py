@@ -12,7 +12,7 @@ def refuse_unused(cfg: Config) -> None:
     """
     method, cls = cfg.DISTILLER.TYPE, distiller_dict[cfg.DISTILLER.TYPE]
     if cfg.SOLVER.TRAINER in TWO_VIEWS and not cls.takes_strong_view:
-        takers = [name for name, taker in distiller_dict.items() if taker.takes_strong_view]
+        takers = [name for name, taker in distiller_dict.active.items() if taker.takes_strong_view]
         raise UserError(
             f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} gives a second, strong view, which {method} does not take; set "
             f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
@@ -40,7 +40,9 @@ def refuse_unused(cfg: Config) -> None:
     rule = "EXPERIMENT.LOGIT_STAND" if stand else "TEMPERATURE.RULE"
     if (cfg.TEMPERATURE.RULE or stand) and not issubclass(cls, RuleDistiller):
         takers = [
-            name for name, taker in distiller_dict.items() if issubclass(taker, RuleDistiller) and task.method(name)
+            name
+            for name, taker in distiller_dict.active.items()
+            if issubclass(taker, RuleDistiller) and task.method(name)
         ]
         raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
     if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 @dataclass(frozen=True)
@@ -153,3 +154,9 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         for parameter in group["params"] if fused else ():  # none yet: the state was an eager one's
             if optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def average_of(network: nn.Module, decay: float) -> AveragedModel:
+    """Return the exponential average of a network's weights and statistics, which begins as a copy of the network."""
+    with torch.random.fork_rng(devices=[]):
+        return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False)

@@ -57,7 +57,7 @@ class Text(Task):
         """Raise UserError where the method cannot learn from text, or where what is asked for is for images."""
         super().refuse(cfg, cls)
         if not cls.rowwise:
-            takers = ", ".join(sorted(name for name, taker in distiller_dict.items() if taker.rowwise))
+            takers = ", ".join(sorted(name for name, taker in distiller_dict.active.items() if taker.rowwise))
             raise UserError(
                 f"DISTILLER.TYPE: {cfg.DISTILLER.TYPE} compares more than each token's logits, as {cfg.DATASET.TYPE} "
                 f"has them; use {takers}"

@@ -8,16 +8,15 @@ from typing import NoReturn
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdistiller.dataset import Batches
 from mdistiller.device import autocast, set_torch_generators, side_stream, torch_generators
-from mdistiller.distillers import Distiller, RuleDistiller
+from mdistiller.distillers import RuleDistiller
 from mdistiller.engine.detection_scores import DetectionScores
 from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
-from mdistiller.engine.evaluator import ImageTest, Scores, scores_of
+from mdistiller.engine.evaluator import ImageTest, Scores, has_default_test, scores_of
 from mdistiller.engine.feed import Feed
-from mdistiller.engine.solver import Schedule, set_lr
+from mdistiller.engine.solver import Schedule, average_of, set_lr
 from mdistiller.engine.state import RunState
 from mdistiller.engine.stepmode import RunStep
 from mdistiller.engine.text_scores import TextScores
@@ -166,9 +165,10 @@ class Trainer:
         """Say what the teacher reaches on the test set, where there is one."""
         if self.distiller.teacher is None:
             return
-        figures = self.scores_of_network(self.distiller.teacher).figures
-        shown = [f"{name} {value:.2f}" for name, value in figures.items() if name != "test_acc" and value is not None]
-        recorder.say(f"the teacher on the test set: {', '.join(shown)}")
+        scores = self.scores_of_network(self.distiller.teacher)
+        ap50 = scores.figures.get("AP50")
+        reached = f"top-1 {scores.score:.2f}" if ap50 is None else f"AP {scores.score:.2f}, AP50 {ap50:.2f}"
+        recorder.say(f"the teacher on the test set: {reached}")
 
     def train_epoch(self, epoch: int, recorder: Recorder) -> Generator[None, None, dict]:
         """Pass once over the training set, or over what is left of it. Return the training figures of the row."""
@@ -336,25 +336,9 @@ class Trainer:
         )
 
 
-def has_default_test(distiller: nn.Module) -> bool:
-    """Return whether a test is the student's forward pass alone: the method changes nothing of it, and has no hooks."""
-    own = any(
-        getattr(getattr(distiller, name, None), "__func__", None) is not getattr(Distiller, name)
-        for name in ("forward", "forward_test")
-    )
-    hooks = getattr(distiller, "_forward_hooks", {}) or getattr(distiller, "_forward_pre_hooks", {})
-    return not own and not hooks
-
-
 def __getattr__(name: str) -> object:
     if name in ("BaseTrainer", "CRDTrainer", "DOT"):  # as mdistiller's files import them
         from mdistiller.engine import base_trainer
 
         return getattr(base_trainer, name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-def average_of(network: nn.Module, decay: float) -> AveragedModel:
-    """Return the exponential average of a network's weights and statistics, which begins as a copy of the network."""
-    with torch.random.fork_rng(devices=[]):
-        return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False)

@@ -25,10 +25,17 @@ def default_checkpoint(name: str, dataset: str = "cifar100") -> str:
     return f"download_ckpts/{folder}_teachers/{name}_vanilla/ckpt_epoch_240.pth"
 
 
-def register_model(constructor: Callable) -> Callable:
-    """Enter `constructor(num_classes=...)`, a class or function, under its own name into cifar_model_dict. Raises
-    UserError for anything else.
+def register_model(constructor: Callable | str) -> Callable:
+    """Enter `constructor(num_classes=...)`, a class or function, into cifar_model_dict: under its own name, by
+    @register_model("name") under that one. Raises UserError for anything else.
     """
+    if isinstance(constructor, str):
+
+        def register(named: Callable) -> Callable:
+            cifar_models[constructor] = named
+            return named
+
+        return register
     if not hasattr(constructor, "__name__") or isinstance(constructor, nn.Module):
         raise UserError(
             f"register_model: takes a class or a function, called with num_classes=...; got {_said(constructor)}; "

@@ -6,6 +6,7 @@ weights expect them: of their own mean, deviation and, where they take one size 
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,6 +17,7 @@ from mdistiller.errors import UserError
 from mdistiller.models._common import default_checkpoint
 from mdistiller.models._contract import in_eval_mode
 from mdistiller.registry import UnknownName, cifar_models, nearest
+from mdistiller.terminal import say
 
 MOST_STAGES = 4  # of a network whose maps are all of one size, as a ViT's are
 HEADS = ("avgpool", "classifier", "fc", "head", "heads", "permute", "flatten")  # what follows torchvision's trunks
@@ -170,6 +172,8 @@ def library_weights(model: nn.Module, name: str, source: str = "pretrained") -> 
         instead = getattr(model, "instead", "name a file, or a timm: or tv: network")
         kind = "weights of a library" if source == "pretrained" else "weights of a detector's trunk"
         raise UserError(f"{source}: there are no {kind} for {name}; {instead}")
+    say(f"{name}: taking the library's weights, which it fetches where they are not here yet")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which else tells of every try
     try:
         with torch.random.fork_rng(devices=[]):
             return fetch()
@@ -197,7 +201,8 @@ def _build(name: str, make: Callable[..., nn.Module], **given) -> nn.Module:
         return make(**given)
     except Exception as error:  # a library's refusal of a size or a number of classes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: cannot be built with {given}: {reason}") from None
+        sizes = "; DISTILLER.STUDENT_SIZE and TEACHER_SIZE are in pixels of a side" if len(given) > 1 else ""
+        raise UserError(f"{name}: cannot be built with {given}: {reason}{sizes}") from None
 
 
 def _known(prefix: str, name: str, names: list[str]) -> None:

@@ -250,7 +250,7 @@ def find_weights(
     found = (network[0], classes) if classes else identify(closest)
     holds = f"holds {found[0]} with {counted(found[1], 'class')}" if found else "holds no architecture of the zoo"
     misfit = "" if found else f" (it has {_listed(checkpoint)}; the first that does not fit: {_misfit(closest, own)})"
-    ask = ", or set DISTILLER.NEW_HEAD True for a new last layer (a teacher's with DISTILLER.TRAIN_TEACHER True)"
+    ask = ", or set DISTILLER.NEW_HEAD True for a new last layer, with DISTILLER.TRAIN_TEACHER True for a teacher's"
     ask = ask if classes and new_head is not None else ""
     raise OtherNetwork(f"{path}: {holds}, but {wanted} is wanted{misfit}; pass the file that fits{ask}")
 
@@ -327,7 +327,7 @@ def identify(state: dict[str, Tensor]) -> tuple[str, int] | None:
     num_classes = len(matrices[-1])
     if not 0 < num_classes < 2**31:  # a model of so many cannot be described, let alone be held
         return None
-    for name, (constructor, _) in cifar_model_dict.items():
+    for name, (constructor, _) in cifar_model_dict.active.items():
         try:
             with torch.device("meta"):
                 model = constructor(num_classes=num_classes)

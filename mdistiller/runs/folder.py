@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ MOST_BYTES = 200  # of a run's name: what is made of it has to fit 255
 
 def run_folder(cfg: config.Config) -> Path:
     """Return LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides]; a NAME that is an override stands alone. Names keep
-    their spaces, overrides lose theirs.
+    their spaces, overrides lose theirs. Of a name that is too long for a folder the end is replaced by a hash of it.
 
     Raises UserError where that is no name for a folder.
     """
@@ -33,7 +34,7 @@ def run_folder(cfg: config.Config) -> Path:
     if name.strip(".") == "" or not name.isprintable():
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
     if len(name.encode()) > MOST_BYTES:
-        raise UserError(f"the run's name would exceed {MOST_BYTES} bytes; give it one with EXPERIMENT.NAME")
+        name = name.encode()[: MOST_BYTES - 10].decode(errors="ignore") + ".." + sha256(name.encode()).hexdigest()[:8]
     return files.expand(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT / name
 
 

@@ -45,6 +45,15 @@ def test_a_result_says_how_its_student_is_fed(amp):
         assert md.evaluate(result.student, darker, device="cpu").loss != expected[2]  # by these images' own
 
 
+def test_images_are_normalised_as_the_teacher_was_taught(capsys):
+    given, (teacher, student) = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}, nets()
+    result = quick(teacher, student, epochs=1, **given)
+    assert (result.mean, result.std) == (given["mean"], given["std"])
+    reached = md.evaluate(teacher, TEST, device="cpu", **given).top1
+    assert f"the teacher on the test set: top-1 {reached:.2f}\n" in capsys.readouterr().out
+    assert result.history != quick(teacher, student, epochs=1).history
+
+
 def test_the_callers_state_is_left_and_quiet_is_silent(capsys):
     np.random.seed(5), torch.manual_seed(5)
     expected = np.random.rand(), torch.rand(1)
@@ -67,11 +76,16 @@ def test_the_method_is_the_one_that_is_named():
             logits, losses = super().forward_train(image, target, **kwargs)
             return logits, {"alone": 2 * losses["ce"]}
 
+    class Unnamed(Alone):
+        pass
+
     try:
-        runs = [quick(None, nets()[1], method=method, epochs=1) for method in (None, "NONE", "ALONE")]
+        named = None, "NONE", "ALONE", Alone, Unnamed, Unnamed
+        runs = [quick(None, nets()[1], method=method, epochs=1) for method in named]
     finally:
-        del distiller_dict.own["ALONE"], distiller_dict.data["ALONE"]
-    assert [[*run.history[0]["train_losses"]] for run in runs] == [["loss/ce"], ["loss/ce"], ["loss/alone"]]
+        for name in ("ALONE", "Unnamed"):
+            del distiller_dict.own[name], distiller_dict.data[name]
+    assert [[*run.history[0]["train_losses"]] for run in runs] == [["loss/ce"]] * 2 + [["loss/alone"]] * 4
     assert {*quick(*nets(), method=None, epochs=1).history[0]["train_losses"]} == {"loss/loss_ce", "loss/loss_kd"}
 
 

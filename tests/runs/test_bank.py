@@ -70,7 +70,7 @@ def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkey
     assert len(passes) == 5
     monkeypatch.setattr(build, "Stop", Stop)
     assert same(outcome(run(opts, tmp_path, resume="auto")), wanted)
-    assert sum(passes) == 40 * 81, "no view came twice"
+    assert sum(passes) == 40 * 25, "no view came twice"
 
 
 @pytest.mark.parametrize(("method", "device"), cases(["DTKD"], ("DTKD",)))

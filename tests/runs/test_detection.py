@@ -112,7 +112,7 @@ def test_what_the_run_left_is_evaluated(detectors, tmp_path):
     reports = json.loads(found.stdout)
     assert {*reports} == {"student, last", "student, best", "teacher"}
     assert reports["student, last"]["AP"] == pytest.approx(read_metrics(detectors[0])[-1]["AP"], abs=1e-9)
-    said = f"the teacher on the test set: AP {reports['teacher']['AP']:.2f}, AP50 "
+    said = f"the teacher on the test set: AP {reports['teacher']['AP']:.2f}, AP50"
     assert (detectors[0] / "worklog.txt").read_text().count(said) == 1
 
 

@@ -236,8 +236,8 @@ def test_auxiliary_classifiers_in_training_are_left_alone():
     [
         ("register_model(Net(4))", "got an object, Net(...): pass the class itself"),
         (
-            "register_model('net')",
-            "register_model: takes a class or a function, called with num_classes=...; got 'net'",
+            "register_model('net')(Net(4))",
+            "the model 'net': must be a class or a function of num_classes; got an obj",
         ),
         (
             "cifar_model_dict['net'] = Net(4)",
@@ -396,6 +396,11 @@ def test_a_last_batch_of_one_image_is_known_before_anything_is_written(tmp_path)
     for method, more, says in (
         ("REVIEWKD", [], "131 leaves one of 1442 images to the last batch.*set SOLVER.DROP_LAST True"),
         ("REVIEWKD", ["SOLVER.BATCH_SIZE", 1], "take a larger one"),
+        (
+            "REVIEWKD",
+            ["SOLVER.BATCH_SIZE", 8, "SOLVER.ACCUMULATE", 8],
+            "to a part of a batch.*lower SOLVER.ACCUMULATE 8",
+        ),
         ("NONE", ["SOLVER.DROP_LAST", True, "SOLVER.BATCH_SIZE", 2000], "1442 training images fill no batch"),
     ):
         with pytest.raises(md.UserError, match=says):

@@ -47,7 +47,7 @@ def test_the_strong_view_reaches_a_method_and_the_file_of_a_bad_step(small, tmp_
 
     monkeypatch.setattr(distiller_dict["MLKD"], "forward_train", watched)
     run([*small, *MLKD, "ours"], tmp_path / "sound", SOLVER__EPOCHS=1)
-    assert [view.shape for view in seen] == [(16, 3, 32, 32), (16, 3, 32, 32), (8, 3, 32, 32)]
+    assert [view.shape for view in seen] == [(16, 3, 16, 16), (16, 3, 16, 16), (8, 3, 16, 16)]
     assert all(view.dtype == torch.float32 and view.isfinite().all() for view in seen)
     update = Step.update
 

@@ -176,7 +176,7 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
             ["DISTILLER.TYPE", "CWD", *RETINA[:3], "tv:retinanet_resnet18_fpn"],
             "take networks with the same levels",
         ),
-        (["DISTILLER.TYPE", "CWD", "TEMPERATURE.RULE", "std"], f"leave it out, or use {', '.join(SOFT)}"),
+        (["DISTILLER.TYPE", "CWD", "TEMPERATURE.RULE", "std"], f"leave it out, or use {'.*'.join(SOFT)}"),
         (["DISTILLER.TYPE", "CWD", *RETINA, "TEMPERATURE.RULE", "std"], "which no temperature softens; leave it out"),
         (["DISTILLER.STUDENT_CKPT", "pretrained"], "for fasterrcnn_resnet8; leave it out"),
         (["DISTILLER.STUDENT_CKPT", "trunk"], "no weights of a detector's trunk for fasterrcnn_resnet8; leave it out"),

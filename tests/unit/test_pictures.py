@@ -242,8 +242,15 @@ def clear(folder):
 def test_what_cannot_be_is_one_line_before_training(tmp_path, case):
     change, says = ODD[case]
     change(write_folder(tmp_path))
-    with refused(says):
-        read(tmp_path, "DATASET.AUGMENT", "crop_flip")
+    for augment in ("crop_flip", "resized_crop"):  # decoded, and streamed
+        with refused(says):
+            read(tmp_path, "DATASET.AUGMENT", augment)
+
+
+def test_a_class_without_a_picture_to_test_on_is_named(tmp_path, capsys):
+    os.rename(write_folder(tmp_path) / "val" / "cat", tmp_path / "cat")
+    read(tmp_path)
+    assert "val: 1 class of train have no picture to test on, such as cat" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -286,14 +293,14 @@ def test_a_file_that_breaks_while_training_ends_the_run_in_a_line(tmp_path):
     write_folder(tmp_path)
     data = read(tmp_path, "DATASET.NUM_WORKERS", "2")
     (tmp_path / "train" / "dog" / "2.png").write_bytes(b"gone")
-    with refused("dog/2.png: is no picture that can be read .*--resume auto goes on then"):
+    with refused("dog/2.png: is no picture that can be read .*--resume auto goes on then, if"):
         list(batches(data).epoch(1))
 
 
 def test_a_streamed_run_is_the_run_from_memory(tmp_path, stop_after, monkeypatch):
     root, teacher = write_folder(tmp_path / "data", ("a", "b", "c"), 5), save_teacher(tmp_path / "t", "resnet14", 3)
     words = [
-        "DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root), "DATASET.SIZE", "32", "DATASET.AUGMENT", "crop_flip",
+        "DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root), "DATASET.SIZE", "16", "DATASET.AUGMENT", "crop_flip",
         "DISTILLER.STUDENT", "resnet8", "DISTILLER.TEACHER", "resnet14", "DISTILLER.TEACHER_CKPT", str(teacher),
         "DISTILLER.TYPE", "DTKD", "SOLVER.BATCH_SIZE", "4", "SOLVER.EPOCHS", "2",
     ]  # fmt: skip
@@ -317,7 +324,7 @@ def test_a_streamed_run_is_the_run_from_memory(tmp_path, stop_after, monkeypatch
 def test_later_runs_of_a_seed_find_the_teachers_logits_of_streamed_pictures(tmp_path, stop_after, monkeypatch):
     root, teacher = write_folder(tmp_path / "data", ("a", "b", "c"), 5), save_teacher(tmp_path / "t", "resnet14", 3)
     words = [
-        "DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root), "DATASET.SIZE", "32", "DISTILLER.STUDENT", "resnet8",
+        "DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root), "DATASET.SIZE", "16", "DISTILLER.STUDENT", "resnet8",
         "DISTILLER.TEACHER", "resnet14", "DISTILLER.TEACHER_CKPT", str(teacher), "DISTILLER.TYPE", "DTKD",
         "SOLVER.BATCH_SIZE", "4", "SOLVER.EPOCHS", "2",
     ]  # fmt: skip

@@ -101,6 +101,11 @@ def test_a_run_is_named_by_what_was_typed():
     assert str(run_folder(load(None, ["SEED", "3", "EXPERIMENT.NAME", "y"]))) == "output/distill/y"
 
 
+def test_a_name_too_long_for_a_folder_ends_in_a_hash_of_it():
+    names = {run_folder(load(None, ["EXPERIMENT.TAG", "é" * 99 + end])).name for end in ("xyz", "xyzw", "xyw")}
+    assert len(names) == 3 and all(len(name.encode()) <= 200 and name.startswith("é" * 95 + "..") for name in names)
+
+
 def test_names_keep_their_spaces():
     """Else `my run` and `myrun` were one folder, and a project's spaces alone stayed."""
     named = load(None, ["EXPERIMENT.NAME", " my first  run ", "EXPERIMENT.PROJECT", "my pairs"])

@@ -14,8 +14,7 @@ from mdistiller.bank.onednn import PackedConv, can_fuse
 from mdistiller.dataset import images_together
 from mdistiller.device import autocast, prepare
 from mdistiller.distillers.base import Distiller, Vanilla
-from mdistiller.engine.evaluator import scores_of
-from mdistiller.engine.trainer import has_default_test
+from mdistiller.engine.evaluator import has_default_test, scores_of
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 
 FAMILIES = ["resnet8", "resnet8x4", "vgg8", "wrn_16_2", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
