@@ -231,16 +231,23 @@ def test_weights_for_other_classes_need_a_new_head(name, tmp_path):
     assert {"backbone.body.stem.0.weight", "backbone.fpn.layer_blocks.0.0.weight"} <= changed
 
 
+@functools.cache
+def drawn(name):
+    """Weights for the network of torchvision that is called so."""
+    from torchvision.models import get_model
+
+    torch.manual_seed(3)
+    return get_model(name, weights=None, **({"weights_backbone": None} if "fpn" in name else {})).state_dict()
+
+
 def stub_downloads(monkeypatch):
     """Let torchvision's weights be drawn instead of fetched."""
-    from torchvision.models import WeightsEnum, get_model
+    from torchvision.models import WeightsEnum
 
-    def drawn(self, **given):
-        torch.manual_seed(3)
-        name = type(self).__name__.removesuffix("_Weights").lower()
-        return get_model(name, weights=None, **({"weights_backbone": None} if "fpn" in name else {})).state_dict()
+    def get_state_dict(self, **given):
+        return dict(drawn(type(self).__name__.removesuffix("_Weights").lower()))
 
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", drawn)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
 
 
 def data_of(classes):
