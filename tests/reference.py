@@ -32,6 +32,11 @@ def published() -> dict:
     return json.loads((FOLDER / "published.json").read_text())
 
 
+@functools.lru_cache(64)
+def normal(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.RandomState(zlib.crc32(repr(shape).encode())).standard_normal(shape).astype(np.float32)
+
+
 @torch.no_grad()
 def fill(module: torch.nn.Module) -> torch.nn.Module:
     """Overwrite the module's tensors from their shapes and names alone."""
@@ -43,7 +48,7 @@ def fill(module: torch.nn.Module) -> torch.nn.Module:
         memory = name in ("memory_v1", "memory_v2")
         if name not in ("weight", "bias", "running_mean", "running_var") and not memory:
             continue
-        g = np.random.RandomState(zlib.crc32(repr(shape).encode())).standard_normal(shape).astype(np.float32)
+        g = normal(shape)
         if name == "running_var":
             g = 1 + 0.5 * np.abs(g)
         elif name in ("running_mean", "bias"):
