@@ -24,7 +24,7 @@ from mdistiller.errors import UserError
 from mdistiller.models import build_model
 from mdistiller.runs.checkpoint import load_weights
 from mdistiller.runs.environment import device_name
-from mdistiller.study.export_forms import write_weights
+from mdistiller.study.export_forms import onnx_session, write_weights
 from mdistiller.study.runs import Run
 from mdistiller.study.tables import Table, markdown
 from mdistiller.terminal import counted, say
@@ -69,9 +69,7 @@ class Session(nn.Module):
 
     def __init__(self, file: Path):
         super().__init__()
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        self.session = onnx_session(file)
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         names = ("boxes", "labels", "scores")

@@ -6,6 +6,7 @@ Every form takes RGB images in [0, 1], float32 (B, 3, H, W) of the training imag
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,10 +87,19 @@ def write_onnx(deployed: nn.Module, data: ImageSet, target: Path) -> Infer:
     return _session(target)
 
 
-def _session(file: Path) -> Infer:
+def onnx_session(file: Path) -> Any:
+    """Return onnxruntime's session of an ONNX file, on as many threads as torch has: else it takes every core, and its
+    latency would be no other form's.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _session(file: Path) -> Infer:
+    session = onnx_session(file)
     return lambda image: session.run(None, {"image": image})[0]
 
 
@@ -98,7 +108,8 @@ def write_openvino(deployed: nn.Module, data: ImageSet, target: Path) -> Infer:
 
     model = openvino.convert_model(_program(deployed, data))
     openvino.save_model(model, target, compress_to_fp16=False)
-    compiled = openvino.compile_model(target, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    how = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(target, "CPU", how)
     return lambda image: compiled(image)[0]
 
 
