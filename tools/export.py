@@ -30,6 +30,7 @@ def main() -> None:
         metavar="FORM",
         help=f"of {', '.join(FORMS)}; default: torch",
     )
+    parser.add_argument("--int8", action="store_true", help="the form int8 besides, as --to FORM int8")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export")
     parser.add_argument("--root", default="", help="where the run's data are now")
     parser.add_argument(
@@ -39,7 +40,8 @@ def main() -> None:
     from mdistiller.study.export import export, text_of  # torch takes seconds to import, and --help needs none
     from mdistiller.terminal import say
 
-    found = export(a.checkpoint, a.to, a.out, a.plugins, a.root)
+    forms = dict.fromkeys([*a.to, *(["int8"] if a.int8 else [])])
+    found = export(a.checkpoint, [*forms], a.out, a.plugins, a.root)
     say("\n" + text_of(found))
     say(f"\nwritten to {found.folder}: README.md is the model card")
 

@@ -39,12 +39,14 @@ def evaluate_detectors(
         if refusal := model_refusal(model, section.TYPE):
             raise UserError(f"-m {model}: {refusal}")
     check_batch_size(batch_size)
-    data, reports = load_dataset(section.TYPE, section.ROOT, section).to(device), {}
+    data, loaded, reports = load_dataset(section.TYPE, section.ROOT, section).to(device), {}, {}
     for what, (model, file) in networks.items():
         network = build_model(model, data.num_classes, section.TYPE)
         path = default_checkpoint(model, section.TYPE) if file == "pretrain" else file
         network.fit(data)
         load_weights(network, model, data.num_classes, path)
+        loaded[what] = network
+    for what, network in loaded.items():  # only now: a file that does not fit is found at once
         network, batches = prepare(network, device), evaluation_batches(data, batch_size)
         scores = DetectionTest(batches, device, amp)(network)
         count = sum(p.numel() for p in network.parameters())

@@ -149,7 +149,7 @@ def evaluate_checkpoint(
         load_weights(network, model, num_classes, path)
     except OtherNetwork as error:
         other = "" if f"with {num_classes} classes, but" in str(error) else other_data(Path(path), dataset, num_classes)
-        raise UserError(f"{error}{other}") from None
+        raise OtherNetwork(f"{error}{other}") from None
     data = data or load_dataset(dataset, section.ROOT, section)
     fit_inputs(network, data.mean, data.std, data.test_images.shape[1])
     network = prepare(join(network, data), device)

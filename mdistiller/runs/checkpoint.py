@@ -36,6 +36,7 @@ MOST_DEPTH = 3  # of dicts around the weights of a checkpoint
 # weights that are no file: a library's own, those of a detector's trunk, those in an installed package
 PRETRAINED, TRUNK, PACKAGE = "pretrained", "trunk", "pkg:"
 ENDINGS = (".pth", ".pt", ".safetensors")
+DEPLOYED = (".pt2", ".onnx", ".xml")  # of tools/export.py's files, and others' of their kinds
 
 
 def digest(value: object) -> str:
@@ -152,8 +153,10 @@ def _packaged(package: str) -> Path:
 
 def refuse_other_kinds(path: str | Path, error: str) -> None:
     """Raise UserError where the file, which torch refused with that `error`, is of a kind that can be named: a
-    pickled object, safetensors under another name, text, a network of TorchScript, an archive.
+    pickled object, safetensors under another name, a network to deploy, text, a network of TorchScript, an archive.
     """
+    if Path(path).suffix in DEPLOYED:
+        raise UserError(f"{path}: is no checkpoint but a network to deploy; take the .safetensors beside it")
     if pickled := re.search(r"(?:GLOBAL|global:?) '?([\w.]+\.\w+)", error):
         raise UserError(
             f"{path}: is no checkpoint of plain tensors but a pickled {pickled[1]}, which would run code; where its "

@@ -16,12 +16,12 @@ from mdistiller.engine.detection_scores import NAMES
 from mdistiller.engine.evaluator import Report, evaluate_checkpoint
 from mdistiller.engine.method import join_teachers
 from mdistiller.engine.text_scores import TextReport, evaluate_text
-from mdistiller.errors import UserError
+from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.registry import task_of
 from mdistiller.study import statistics as st
 from mdistiller.study.charts import Chart, Panel, write_table
 from mdistiller.study.drawing import save
-from mdistiller.study.networks import Missing, Networks
+from mdistiller.study.networks import Missing, Networks, headless
 from mdistiller.study.runs import Run, lacking_plugins, read_run
 from mdistiller.study.superclasses import class_names
 from mdistiller.study.tables import Table
@@ -65,23 +65,25 @@ def evaluate_run(
 
     if evaluate := OTHERS.get(task_of(data.TYPE)):
         named = {what: (names[side], str(file)) for what, (side, file) in asked.items()}
-        return evaluate(named, data, batch_size, device, amp), notes
+        try:
+            return evaluate(named, data, batch_size, device, amp), notes
+        except OtherNetwork:
+            if not names.NEW_HEAD or not named.pop("teacher", None):
+                raise
+            return evaluate(named, data, batch_size, device, amp), [*notes, headless(run)]
 
     def join(teacher: nn.Module, images: ImageSet) -> nn.Module:
         return join_teachers(run.cfg, teacher, images)
 
-    reports = {
-        what: evaluate_checkpoint(
-            (names[side], names[f"{side}_SIZE"]),
-            str(file),
-            data,
-            batch_size,
-            device,
-            amp,
-            *([join] if what == "teacher" else []),
-        )  # fmt: skip
-        for what, (side, file) in asked.items()
-    }
+    reports = {}
+    for what, (side, file) in asked.items():
+        network, joined = (names[side], names[f"{side}_SIZE"]), [join] if what == "teacher" else []
+        try:
+            reports[what] = evaluate_checkpoint(network, str(file), data, batch_size, device, amp, *joined)
+        except OtherNetwork:
+            if what != "teacher" or not names.NEW_HEAD:
+                raise
+            notes.append(headless(run))
     return reports, notes
 
 

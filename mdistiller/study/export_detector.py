@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdistiller.dataset import DetectionSet, load_dataset
@@ -25,9 +24,10 @@ from mdistiller.errors import UserError
 from mdistiller.models import build_model
 from mdistiller.runs.checkpoint import load_weights
 from mdistiller.runs.environment import device_name
+from mdistiller.study.export_forms import onnx_session, write_weights
 from mdistiller.study.runs import Run
 from mdistiller.study.tables import Table, markdown
-from mdistiller.terminal import say
+from mdistiller.terminal import counted, say
 
 OPSET = 17
 TIMED = 20  # images by which a latency is measured
@@ -69,9 +69,7 @@ class Session(nn.Module):
 
     def __init__(self, file: Path):
         super().__init__()
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        self.session = onnx_session(file)
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         names = ("boxes", "labels", "scores")
@@ -108,7 +106,7 @@ def export_detector(run: Run, file: Path, forms: Sequence[str], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     found = ExportedDetector(run, file.name, folder, sum(p.numel() for p in network.parameters()))
     weights, target = folder / "student.safetensors", folder / "student.onnx"
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, weights)
+    write_weights(network, weights)
     write_onnx(network, data, target)
     test = DetectionTest(evaluation_batches(data, 1), torch.device("cpu"))
     for form, deployed, where in (("eager", network, weights), ("onnx", Session(target), target)):
@@ -169,11 +167,14 @@ def card(found: ExportedDetector, data: DetectionSet) -> str:
             f"{data.views.long}. **Output** `boxes` (n, 4), left, top, right, bottom in the image's pixels, `labels` "
             "(n,), `scores` (n,).",
             f"- **Classes**: {classes}.",
+            "- **Files**: `student.onnx`; `student.safetensors`, the weights alone, for the network in PyTorch, which "
+            "is `eager` below and takes the same images; `export.json`, each figure in full.",
             "",
             markdown(found.table).strip(),
             "",
             f"AP: COCO's average precision on {len(data.test):,} test images, one at a time. Latency: median and 95th "
-            f"percentile of one image, {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads.",
+            f"percentile of one image, {device_name(torch.device('cpu'))}, "
+            f"{counted(torch.get_num_threads(), 'thread')}.",
             "",
         ]
     )

@@ -16,7 +16,7 @@ from mdistiller.device import prepare, resolve_device
 from mdistiller.engine.evaluator import CLASSES
 from mdistiller.engine.method import join_teachers
 from mdistiller.engine.teachers import teacher_files
-from mdistiller.errors import UserError
+from mdistiller.errors import OtherNetwork, UserError
 from mdistiller.models import build_model, cifar_model_dict, fit_inputs
 from mdistiller.registry import model_refusal, task_of
 from mdistiller.runs.checkpoint import is_source, load_weights
@@ -145,14 +145,27 @@ class Networks:
             raise Missing(refusal if is_library else other)
         model = build_model(name, data.num_classes, run.cfg.DATASET.TYPE, size)
         fit_inputs(model, data.mean, data.std, data.test_images.shape[1])
-        load_weights(model, name, data.num_classes, file)
-        return join_teachers(run.cfg, model, data) if beside else model
+        try:
+            load_weights(model, name, data.num_classes, file)
+            return join_teachers(run.cfg, model, data) if beside else model
+        except OtherNetwork:
+            if side == "TEACHER" and run.cfg.DISTILLER.NEW_HEAD:
+                raise Missing(headless(run)) from None
+            raise
 
     def _predict(self, run: Run, side: str, file: Path, split: str, beside: Sequence[str] = ()) -> Predictions:
         data, device = self.data(run), resolve_device(run.cfg.DEVICE)
         model = self.network(run, side, file, beside)
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         return predict(prepare(model, device).eval(), images, labels, data, device)
+
+
+def headless(run: Run) -> str:
+    """Return a line on a teacher whose file is for other classes, which DISTILLER.NEW_HEAD allows where a method
+    compares features alone.
+    """
+    name = run.cfg.DISTILLER.TEACHER
+    return f"the teacher {name} has no last layer for these classes: DISTILLER.NEW_HEAD gave it a new, untrained one"
 
 
 def images_of(run: Run) -> tuple:

@@ -2,12 +2,13 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import on_ranks, outcome, refused, run, same, tool
+from helpers import called, on_ranks, outcome, refused, run, same, tool
 from torch.utils._pytree import tree_map_only
 
 from mdistiller import config
@@ -116,6 +117,18 @@ def test_what_the_run_left_is_evaluated(detectors, tmp_path):
     assert (detectors[0] / "worklog.txt").read_text().count(said) == 1
 
 
+def test_a_teacher_of_other_classes_is_left_out(detectors, tmp_path):
+    folder = shutil.copytree(detectors[0], tmp_path / "run")
+    checkpoint.save({"model": build_model("fasterrcnn_resnet14", 4, "scenes").state_dict()}, tmp_path / "four.pth")
+    given = yaml.safe_load((folder / "config.yaml").read_text())
+    given["DISTILLER"] |= {"NEW_HEAD": True, "TEACHER_CKPT": str(tmp_path / "four.pth")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(given))
+    found = called("eval", "-r", folder, "--json", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert {*json.loads(found.stdout)} == {"student, last", "student, best"}
+    assert "the teacher fasterrcnn_resnet14 has no last layer for these classes" in found.stderr
+
+
 def test_a_classifier_is_no_teacher(detectors, tmp_path):
     with refused("unknown detector 'resnet8'"):
         run(detectors[1], tmp_path, DISTILLER__TEACHER="resnet8")
@@ -135,3 +148,4 @@ def test_an_exported_detector_finds_the_same(detectors, tmp_path):
     eager, onnx = json.loads((tmp_path / "out" / "export.json").read_text())["forms"]
     assert onnx["form"] == "onnx" and onnx["ap"] == pytest.approx(eager["ap"], abs=0.05)
     assert "10 triangle" in (tmp_path / "out" / "README.md").read_text()
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1

@@ -197,6 +197,14 @@ def test_an_archive_is_named(tmp_path):
         check_refused(tmp_path / name, "is an archive, no checkpoint; unpack it .* tools/download.py teachers --from")
 
 
+@pytest.mark.parametrize("ending", ["pt2", "onnx", "int8.onnx", "xml"])
+def test_a_network_to_deploy_is_named(tmp_path, ending):
+    file = tmp_path / f"student.{ending}"
+    with zipfile.ZipFile(file, "w") as archive:  # as a .pt2 is
+        archive.writestr("weights", "bytes")
+    check_refused(file, "is no checkpoint but a network to deploy; take the .safetensors beside it")
+
+
 # {kind: (what is saved, what the refusal says)}
 ODD = {
     "other architecture": (

@@ -1,0 +1,182 @@
+"""What an export has come to: its figures, as export.json and as a model card."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mdistiller.dataset import ImageSet
+from mdistiller.models.libraries import LibraryNetwork
+from mdistiller.runs import checkpoint
+from mdistiller.runs.environment import device_name
+from mdistiller.study.export_forms import CALIBRATED
+from mdistiller.study.runs import Run
+from mdistiller.study.superclasses import class_names
+from mdistiller.study.tables import Table, markdown
+from mdistiller.terminal import counted
+
+BATCHES = (1, 64)  # whose latency is measured
+COMPARED = 256  # test images whose logits are compared, at most
+HEAD = ("network", "form", "top-1 (%)", "difference", "ms, 1", "p95", "ms, 64", "p95", "MB")
+CROPS = {"imagefolder": 0.875, "imagenet": 0.875, "tiny_imagenet": 1.0}  # of picture files, where DATASET.CROP is 0
+FILES = {  # what a file of each form is
+    "safetensors": "the weights alone, for the network in PyTorch, which is `eager` below",
+    "torch": "torch.export's; `torch.export.load(FILE).module()` is the network",
+    "onnx": "ONNX, float32",
+    "int8": "ONNX with 8-bit weights and activations, whose ranges are those on {calibrated}",
+    "openvino": "OpenVINO, float32, and its weights (.bin)",
+    "figures": "what this page says and each figure in full",
+}
+
+
+@dataclass
+class Form:
+    """A network in one form. `difference`: the largest one of its logits from the run's own; latencies in
+    milliseconds, {batch: (median, 95th percentile)}.
+    """
+
+    network: str
+    form: str
+    top1: float
+    difference: float
+    latency: dict[int, tuple[float, float]]
+    megabytes: float
+
+
+@dataclass
+class Exported:
+    """What an export has come to. `parameters` and `flops` (of one image, a multiplication and addition are two) by
+    network; `weights`: by network what its safetensors' images are normalised by; `files`: {name: its form}.
+    """
+
+    run: Run
+    checkpoint: str
+    folder: Path
+    forms: list[Form] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def table(self) -> Table:
+        rows = []
+        for f in self.forms:
+            times = [f"{value:.2f}" for batch in BATCHES for value in f.latency[batch]]
+            rows.append([f.network, f.form, f"{f.top1:.2f}", f"{f.difference:.1e}", *times, f"{f.megabytes:.2f}"])
+        return Table("export", "Export", "", HEAD, rows)
+
+
+def normalised_by(network: nn.Module, data: ImageSet) -> dict:
+    """Return mean and std of the images in [0, 1] that a network takes where no form does that for it: a library's
+    network, in the library's own hands, those of its weights, at its own `size` where the data have another.
+    """
+    own = isinstance(network, LibraryNetwork)
+    mean, std = (network.mean, network.std) if own else (data.mean, data.std)
+    return {"mean": [*mean], "std": [*std]} | ({"size": network.own_size} if own and network.resized else {})
+
+
+def preparation(run: Run, data: ImageSet) -> dict:
+    """Return how the test images are made: their size and, where they are picture files, how those are scaled and cut
+    (`dataset/_pictures.py`).
+    """
+    height, width = data.test_images.shape[1:3]
+    section, found = run.cfg.DATASET, {"size": [height, width], "divided_by": 255}
+    if section.TYPE not in CROPS:
+        return found
+    short = max(height, round(height / (section.CROP or CROPS[section.TYPE])))
+    scaled = {"shorter_side": short, "interpolation": "bilinear, antialiased", "center_crop": [height, width]}
+    return found | scaled | {"background": [*section.BACKGROUND], "exif_orientation": True}
+
+
+def described(found: Exported, data: ImageSet) -> dict[str, list[str]]:
+    """Return {what it is: the names of the files} of this export."""
+    calibrated, names = counted(min(CALIBRATED, len(data.train_labels)), "training image"), {}
+    for name, form in found.files.items():
+        names.setdefault(FILES[form].format(calibrated=calibrated), []).append(name)
+    return names
+
+
+def report(found: Exported, data: ImageSet) -> dict:
+    """Return all figures as JSON holds them."""
+    run, device = found.run, torch.device("cpu")
+    about = {"run": str(run.folder), "checkpoint": found.checkpoint, "method": run.cfg.DISTILLER.TYPE}
+    about |= {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about |= {"files": {name: what for what, names in described(found, data).items() for name in names}}
+    about |= {"preprocessing": preparation(run, data), "safetensors_normalised_by": found.weights}
+    about |= {"images_compared": min(COMPARED, len(data.test_labels))}
+    if "int8" in found.files.values():
+        about |= {"int8_calibrated_on": {"split": "train", "images": min(CALIBRATED, len(data.train_labels))}}
+    counts = {"parameters": found.parameters, "flops": found.flops}
+    return about | counts | {"forms": [asdict(form) for form in found.forms]}
+
+
+def card(found: Exported, data: ImageSet) -> str:
+    """Return the model card."""
+    run, names = found.run, found.run.cfg.DISTILLER
+    taught = f", distilled from {names.TEACHER} by {names.TYPE}" if run.taught else ""
+    height, width = data.test_images.shape[1:3]
+    classes = ", ".join(class_names(run.cfg.DATASET.TYPE, data.num_classes, data.class_names))
+    last = run.rows[-1] if run.rows else {}
+    figures = (
+        f"last {last['test_acc']:.2f}, best {last['best_acc']:.2f} (epoch {last['best_epoch']})" if last else "unknown"
+    )
+    sizes = ", ".join(
+        f"{name} {found.parameters[name]:,} parameters and {flops / 1e6:,.1f} MFLOPs"
+        for name, flops in found.flops.items()
+    )
+    digest = checkpoint.digest(checkpoint.load(run.folder / found.checkpoint)["model"])
+    files = [f"- {', '.join(f'`{name}`' for name in group)}: {what}." for what, group in described(found, data).items()]
+    compared = counted(min(COMPARED, len(data.test_labels)), "test image")
+    return "\n".join(
+        [
+            f"# {names.STUDENT} for {run.cfg.DATASET.TYPE}",
+            "",
+            f"A {names.STUDENT}{taught}, {run.epochs} epochs, seed {run.seed}; `{found.checkpoint}` of the run "
+            f"`{run.folder.name}`, SHA-256 of its weights {digest[:16]}.",
+            "",
+            f"- **Input** `image`: RGB in [0, 1], float32 (B, 3, {height}, {width}), any B. **Output** `logits` "
+            f"(B, {data.num_classes}).",
+            *_pictures(preparation(run, data)),
+            f"- **Normalisation** is part of every form but the safetensors, which take {_normalised(found.weights)}.",
+            f"- **Classes**: {classes}.",
+            f"- **Test accuracy of the run** ({len(data.test_labels):,} images): {figures}. The best epoch is chosen "
+            "on the test set, which flatters it.",
+            f"- **Size**: {sizes} for an image (a multiplication and an addition are two).",
+            "",
+            "The files:",
+            "",
+            *files,
+            "",
+            markdown(found.table).strip(),
+            "",
+            f"Difference: the largest one of the logits of {compared} from the eager "
+            f"ones. Latency: median and 95th percentile in milliseconds for 1 and 64 images, "
+            f"{device_name(torch.device('cpu'))}, {counted(torch.get_num_threads(), 'thread')}.",
+            "",
+        ]
+    )
+
+
+def _pictures(made: dict) -> list[str]:
+    """Return the card's line on how an image is made of a picture file; none where the data are none."""
+    if "shorter_side" not in made:
+        return []
+    side = made["size"][0]
+    return [
+        "- **From a picture file**: turned as its EXIF data say, RGB, transparent parts over "
+        f"{tuple(made['background'])}; the shorter side scaled to {made['shorter_side']} pixels "
+        f"({made['interpolation']}, as Pillow's BILINEAR), the middle {side} x {side} cut out, divided by "
+        f"{made['divided_by']}."
+    ]
+
+
+def _normalised(weights: dict[str, dict]) -> str:
+    """Return the card's words on what each network's safetensors take."""
+    said = {}
+    for name, given in weights.items():
+        mean, std = (", ".join(f"{value:.4g}" for value in given[key]) for key in ("mean", "std"))
+        size = f", scaled to {given['size']} pixels a side" if "size" in given else ""
+        said.setdefault(f"mean ({mean}), std ({std}){size}", []).append(name)
+    return "; ".join(["(image - mean) / std", *(f"{' and '.join(names)}: {what}" for what, names in said.items())])
