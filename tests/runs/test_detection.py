@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import called, on_ranks, outcome, refused, run, same, tool
+from helpers import called, on_ranks, outcome, refused, run, same
 from torch.utils._pytree import tree_map_only
 
 from mdistiller import config
@@ -108,7 +108,7 @@ def test_two_processes_give_what_one_gives(detectors, tmp_path, name):
 
 
 def test_what_the_run_left_is_evaluated(detectors, tmp_path):
-    found = tool("eval", "-r", detectors[0], "--json", cwd=tmp_path)
+    found = called("eval", "-r", detectors[0], "--json", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     reports = json.loads(found.stdout)
     assert {*reports} == {"student, last", "student, best", "teacher"}
@@ -136,14 +136,14 @@ def test_a_classifier_is_no_teacher(detectors, tmp_path):
 
 
 def test_a_detector_is_exported_as_onnx_alone(detectors, tmp_path):
-    found = tool("export", detectors[0] / "student_latest", "--out", tmp_path / "out", cwd=tmp_path)
+    found = called("export", detectors[0] / "student_latest", "--out", tmp_path / "out", cwd=tmp_path)
     assert found.returncode == 2 and "set --to onnx" in found.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_an_exported_detector_finds_the_same(detectors, tmp_path):
     pytest.importorskip("onnxruntime")
-    found = tool("export", detectors[0] / "student_latest", "--to", "onnx", "--out", tmp_path / "out", cwd=tmp_path)
+    found = called("export", detectors[0] / "student_latest", "--to", "onnx", "--out", tmp_path / "out", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     eager, onnx = json.loads((tmp_path / "out" / "export.json").read_text())["forms"]
     assert onnx["form"] == "onnx" and onnx["ap"] == pytest.approx(eager["ap"], abs=0.05)

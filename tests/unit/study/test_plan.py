@@ -41,9 +41,8 @@ def test_what_is_on_record_is_found_again():
     records = read_records(ROOT / "results" / "runs.jsonl")
     lines = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]
     assert len(records) == len(lines) > 12
-    planned = {
-        name: {run.hash for run in runs_of(plan.load(PLANS / f"{name}.yaml"))} for name in ("cpu_charts", "resnet8")
-    }
+    names = "cpu_charts", "resnet8", "scenes"
+    planned = {name: {run.hash for run in runs_of(plan.load(PLANS / f"{name}.yaml"))} for name in names}
     assert planned["cpu_charts"] < set(records) <= set.union(*planned.values())
     assert [run.label for run in records.values()] == [f"{line['cell']},seed{line['seed']}" for line in lines]
 
