@@ -90,6 +90,8 @@ def check_form(cfg: CfgNode, batches: Batches) -> None:
         raise UserError("TEACHER_BANK: full is for views that can be counted, and pictures are streamed; set lazy")
     if cfg.TEACHER_BANK_TOP_K and not (batches.streamed or isinstance(batches, TokenBatches)):
         raise UserError("TEACHER_BANK_TOP_K: is for text and for streamed pictures; leave it out")
+    if cfg.TEACHER_BANK_TOP_K and cfg.TEACHER_BANK == "off":
+        raise UserError("TEACHER_BANK_TOP_K: TEACHER_BANK off keeps no logits; leave one of the two out")
 
 
 class TeacherPool:

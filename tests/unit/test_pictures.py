@@ -353,6 +353,7 @@ def test_later_runs_of_a_seed_find_the_teachers_logits_of_streamed_pictures(tmp_
     for more, says in (
         ((*lazy, "TEACHER_BANK_TOP_K", "1"), "temperature 1"),
         (("TEACHER_BANK", "full"), "set lazy"),
+        ((*kd, "TEACHER_BANK", "off", "TEACHER_BANK_TOP_K", "1"), "TEACHER_BANK off keeps no logits"),
         ((*kd, "TEACHER_BANK_TOP_K", "1", "DATASET.MEMORY", "1", "DATASET.AUGMENT", "crop_flip"), "streamed pictures"),
     ):
         with refused(says):
