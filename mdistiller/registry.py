@@ -139,6 +139,10 @@ def constructor(name: str, dataset: str = "") -> Callable:
         return own[name]
     if dataset == "imagenet" and name in imagenet_models:
         return imagenet_models[name]
+    if name not in cifar_models:  # of a data set that is not imported yet
+        for others in OWN_NETWORKS.values():
+            if name in others:
+                return others[name]
     return cifar_models[name][0]
 
 
@@ -152,7 +156,8 @@ def name_and_file(text: str) -> tuple[str, str]:
 def model_refusal(name: str, dataset: str) -> str | None:
     """Return the line on why a configuration may not choose the network `name` on that data set, None where it may."""
     if (own := networks_of(dataset)) is not None:
-        return own.refusal(name)
+        line = own.refusal(name)
+        return f"the model {name} is a classifier; {line}" if line and name in cifar_models else line
     here = [*cifar_models.active, *(imagenet_models.active if dataset == "imagenet" else [])]
     if name in here:
         return None

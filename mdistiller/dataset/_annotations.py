@@ -29,6 +29,7 @@ add_keys(
 
 
 LEAST_SIDE = 0.01  # pixels of a box; less is nothing in float32
+MANY = 5  # one box in so many, and more than ten, that reach beyond their images are no slips
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Annotations:
             raise UserError(
                 f"{where}: the size of {name} must be two whole numbers above 0; got {size[0]!r} x {size[1]!r}; mend it"
             )
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UserError(f"{where}: there is no picture {file}; put it there, or remove that image")
         self.names.append(name)
         self.sizes.append((int(size[0]), int(size[1])))
@@ -143,6 +144,8 @@ class Annotations:
         if self.clipped:
             what = f"{counted(self.clipped, 'box')} {of}"
             found.append(f"warning: {what} reached more than a pixel beyond the image, and end there now")
+            if self.clipped > max(10, sum(map(len, self.boxes)) / MANY):
+                found[-1] += "; they are so many that they may be given otherwise than docs/detection.md says"
         if self.dropped:
             what = f"{counted(self.dropped, 'box')} {of}"
             found.append(f"warning: {what} left out: without width or height, or outside of the image")
@@ -202,9 +205,10 @@ def detection_set(
     """
     made = [found.side(folder, file, options) for found, folder, file in sides]
     notes = [note for found, *_ in sides for note in found.notes()]
-    train, test = ({folder / name for name in found.names} for found, folder, _ in sides)
-    if both := len(train & test):
-        notes.append(f"warning: {both:,} of {counted(len(test), 'test image')} are training images too")
+    (train, folder, _), (test, other, _) = sides
+    common = {*train.names} & {*test.names}  # of the same name and length: the same picture
+    if both := sum((folder / name).stat().st_size == (other / name).stat().st_size for name in common):
+        notes.append(f"warning: {both:,} of {counted(len(test.names), 'test image')} are training images too")
     return DetectionSet(*made, classes, digest, views_of(options), tuple(notes))
 
 

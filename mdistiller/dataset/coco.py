@@ -113,6 +113,7 @@ def categories_of(tree: dict, file: Path) -> dict[int, str]:
 def pictures_of(tree: dict, file: Path, folder: Path, found: Annotations) -> dict[int, int]:
     """Enter the pictures into `found`; return the place of each by its id."""
     places: dict[int, int] = {}
+    files: dict[str, int] = {}
     for place, entry in enumerate(tree["images"]):
         number, name = entry.get("id"), entry.get("file_name")
         if not whole(number):
@@ -122,8 +123,10 @@ def pictures_of(tree: dict, file: Path, folder: Path, found: Annotations) -> dic
             raise UserError(f"{where}: two images have that id; give each its own")
         if not inside(name):
             raise UserError(f"{where}: its file_name must be that of a file in {folder}; got {name!r}")
+        if name in files:
+            raise UserError(f"{where}: {name} is image {files[name]} as well; give its boxes to one of the two")
         found.picture(where, folder / name, name, (entry.get("width"), entry.get("height")), number)
-        places[number] = place
+        places[number], files[name] = place, number
     if not places:
         raise UserError(f"{file}: the list 'images' is empty; there is nothing to look at")
     return places

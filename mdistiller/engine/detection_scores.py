@@ -93,8 +93,9 @@ def evaluator() -> tuple[type, type]:
 
 
 def scores_of_boxes(found: np.ndarray, truth: Boxes, library: tuple[type, type] | None = None) -> DetectionScores:
-    """Return the scores of detections (n, COLUMNS), the best hundred of each image, against the boxes of all images. A
-    crowd may be found by several detections, which count for nothing. `library`: as `evaluator` returns it.
+    """Return the scores of detections (n, COLUMNS), of each class in an image the best hundred, against the boxes of
+    all images. A crowd may be found by several detections, which count for nothing. `library`: as `evaluator` returns
+    it.
     """
     COCO, COCOeval = library or evaluator()
     place = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts))

@@ -310,7 +310,7 @@ def _small(kind: str, depth: int, wide: str) -> Callable[..., nn.Module]:
             anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 4)
             network = _classes(kind)(backbone, num_classes, anchor_generator=anchors, **given)
         else:
-            anchors = AnchorGenerator(sizes, ((1.0,),) * 4)
+            anchors = AnchorGenerator(((4,), (8,), (16,), (32,)), ((1.0,),) * 4)  # FCOS takes a size for the stride
             network = _classes(kind)(backbone, num_classes, anchor_generator=anchors, **given)
 
         return _finish(network, KINDS[kind])

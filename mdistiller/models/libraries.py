@@ -181,9 +181,10 @@ def library_weights(model: nn.Module, name: str, source: str = "pretrained") -> 
         raise
     except Exception as error:  # of a network, a hub or a library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        file = ", or name a file that you have, path/to/weights.safetensors" if source == "pretrained" else ""
         raise UserError(
-            f"pretrained: the weights of {name} cannot be fetched ({reason}); fetch them where there is a network, or "
-            "name a file that you have, path/to/weights.safetensors"
+            f"{source}: the weights of {name} cannot be fetched ({reason}); fetch them where there is a network, and "
+            f"copy the cache of torch or Hugging Face from there{file}"
         ) from None
 
 

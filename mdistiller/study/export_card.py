@@ -133,8 +133,8 @@ def card(found: Exported, data: ImageSet) -> str:
         [
             f"# {names.STUDENT} for {run.cfg.DATASET.TYPE}",
             "",
-            f"A {names.STUDENT}{taught}, {run.epochs} epochs, seed {run.seed}; `{found.checkpoint}` of the run "
-            f"`{run.folder.name}`, SHA-256 of its weights {digest[:16]}.",
+            f"A {names.STUDENT}{taught}, {counted(run.epochs, 'epoch')}, seed {run.seed}; `{found.checkpoint}` of the "
+            f"run `{run.folder.name}`, SHA-256 of its weights {digest[:16]}.",
             "",
             f"- **Input** `image`: RGB in [0, 1], float32 (B, 3, {height}, {width}), any B. **Output** `logits` "
             f"(B, {data.num_classes}).",

@@ -159,8 +159,8 @@ def card(found: ExportedDetector, data: DetectionSet) -> str:
         [
             f"# {names.STUDENT} for {run.cfg.DATASET.TYPE}",
             "",
-            f"A {names.STUDENT}{taught}, {run.epochs} epochs, seed {run.seed}; `{found.checkpoint}` of the run "
-            f"`{run.folder.name}`, {found.parameters:,} parameters.",
+            f"A {names.STUDENT}{taught}, {counted(run.epochs, 'epoch')}, seed {run.seed}; `{found.checkpoint}` of the "
+            f"run `{run.folder.name}`, {found.parameters:,} parameters.",
             "",
             "- **Input** `image`: RGB in [0, 1], float32 (3, H, W) of any size; the network scales it so that the "
             f"shorter side has {data.views.short} pixels, or less where the longer one would have more than "

@@ -355,3 +355,16 @@ def test_the_configurations_keep_normalisations_stem_and_first_stage(file):
     later = [p for part in body.modules() if isinstance(part, torch.nn.Conv2d) for p in part.parameters()]
     first = sum(p.numel() for part in early for p in part.parameters() if p.ndim == 4)
     assert sum(p.numel() for p in later if not p.requires_grad) == first
+
+
+@pytest.mark.parametrize("name", ["fcos_resnet8", "tv:fcos_resnet18_fpn"])
+def test_fcos_takes_a_levels_stride_for_its_size(name):
+    network = build_model(name, 3, "coco")
+    with torch.no_grad():
+        maps = network.eval().backbone(torch.zeros(1, 3, 256, 256)).values()
+    assert network.anchor_generator.sizes == tuple((256 // level.shape[-1],) for level in maps)
+
+
+def test_a_classifier_is_called_one():
+    with refused("the model resnet8 is a classifier; unknown detector 'resnet8'; did you mean fcos_resnet8"):
+        configured("DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", "resnet8")

@@ -53,7 +53,7 @@ def write_coco(
         for path in (folder, file.parent):
             path.mkdir(parents=True, exist_ok=True)
         for n, size in enumerate(SIZES):
-            photo(n, *size).save(folder / f"{n}.png")
+            photo(10 * number + n, *size).save(folder / f"{n}.png")
         file.write_text(json.dumps(tree()))
     return root
 
@@ -201,6 +201,8 @@ BROKEN = {
     "outside at the left": (box(-9, 3, 5, 5), AT + "its box .* lies outside of the image"),
     "an area of text": (change("annotations", 0, area="9"), AT + "its area must be a number"),
     "a negative area": (change("annotations", 0, area=-1), AT + "its area must be a number"),
+    "a file twice": (change("images", 1, file_name="0.png"), "image 15: 0.png is image 10 as well"),
+    "a name too long": (change("images", 0, file_name="a" * 300), "image 10: there is no picture"),
     "fractions": (
         several(annotations=[one | {"bbox": [0.2, 0.3, 0.5, 0.4]} for one in tree()["annotations"]]),
         "train2017.json: no box reaches beyond the first pixel, .* multiply them by its width and height",
@@ -302,9 +304,19 @@ def test_boxes_beyond_the_image_end_there_and_bad_ones_can_be_left_out(tmp_path)
 
 
 def test_pictures_that_are_trained_on_and_tested_on_are_counted(tmp_path):
-    write_voc(tmp_path)
-    listed("traina\nvalb\n", "val.txt")(tmp_path)
-    assert "warning: 1 of 2 test images are training images too" in read("voc", tmp_path).doubts()
+    listed("traina\nvalb\n", "val.txt")(write_voc(tmp_path / "voc"))
+    assert "warning: 1 of 2 test images are training images too" in read("voc", tmp_path / "voc").doubts()
+    photo(0, *SIZES[0]).save(write_coco(tmp_path / "coco") / "val2017" / "0.png")
+    assert "warning: 1 of 3 test images are training images too" in read("coco", tmp_path / "coco").doubts()
+
+
+def test_many_boxes_beyond_their_images_are_doubted(tmp_path):
+    one = tree()["annotations"][0] | {"bbox": [20, 20, 39, 30]}  # a right and a bottom, no width and height
+    several(annotations=[one | {"id": n} for n in range(12)])(write_coco(tmp_path))
+    assert "12 boxes of 3 training images reached more than a pixel beyond" in (
+        line := read("coco", tmp_path).doubts()[0]
+    )
+    assert "may be given otherwise" in line
 
 
 def test_an_image_of_crowds_alone_is_no_background(tmp_path):
