@@ -251,7 +251,7 @@ def find_weights(
     if classes and new_head:
         return rest
     found = (network[0], classes) if classes else identify(closest)
-    holds = f"holds {found[0]} with {counted(found[1], 'class')}" if found else "holds no classifier of the zoo"
+    holds = f"holds {found[0]} with {counted(found[1], 'class')}" if found else "holds no architecture of the zoo"
     misfit = "" if found else f" (it has {_listed(checkpoint)}; the first that does not fit: {_misfit(closest, own)})"
     ask = ", or set DISTILLER.NEW_HEAD True for a new last layer, with DISTILLER.TRAIN_TEACHER True for a teacher's"
     ask = ask if classes and new_head is not None else ""

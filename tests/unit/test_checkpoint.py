@@ -211,7 +211,7 @@ ODD = {
         lambda: {"model": model("resnet20", 100).state_dict()},
         "holds resnet20 with 100 classes, but resnet8 with 10 classes is wanted",
     ),
-    "no architecture": (lambda: {"model": {"w": torch.ones(3, 3)}}, "no classifier of the zoo"),
+    "no architecture": (lambda: {"model": {"w": torch.ones(3, 3)}}, "no architecture of the zoo"),
     "a key less": (lambda: {"model": dict(list(model().state_dict().items())[:-1])}, "no architecture"),
     "a key of two lines": (lambda: {"model": model().state_dict() | {"a\nb": torch.ones(3)}}, "no architecture"),
     "classes beyond counting": (lambda: {"model": {"fc.weight": torch.ones(2**61, 0)}}, "no architecture"),
