@@ -180,8 +180,7 @@ def test_mistakes_are_a_line(trained, tmp_path, monkeypatch):
         export(trained / "student_best", ["torch"], None, root="gone.npz")
     with refused("--out /dev/null: .* is a file; name a folder of yours"):
         export(trained / "student_best", ["torch"], Path("/dev/null"))
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if name == "onnx" else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "onnx" else None)
     with refused("--to openvino: needs openvino; pip install openvino$"):
         export(trained / "student_best", ["torch", "openvino"], None)
     with refused("--to onnx int8: needs onnxscript onnxruntime; pip install onnxscript onnxruntime$"):
