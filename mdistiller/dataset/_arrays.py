@@ -119,7 +119,7 @@ def normalised(data: ImageSet, mean: Sequence[float] | None, std: Sequence[float
     given = {name: _per_channel(name, values) for name, values in given.items() if values is not None}
     if given and not isinstance(data, ImageSet):
         raise UserError("mean, std: are for images of one class each; leave them out")
-    return replace(data, **given)
+    return replace(data, **given) if given else data
 
 
 def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
