@@ -7,7 +7,7 @@ python3 tools/document.py docs
 import argparse
 from pathlib import Path
 
-import _package  # noqa: F401
+import _package
 
 
 def main() -> None:
@@ -16,11 +16,11 @@ def main() -> None:
     folder = parser.parse_args().folder
 
     from mdistiller.engine import cfg  # torch takes seconds to import, and --help needs none
-    from mdistiller.study import methods, reference
+    from mdistiller.study.reference import api_page, methods_page
 
-    (folder / "api.md").write_text(reference.api_page(), encoding="utf-8")
+    (folder / "api.md").write_text(api_page(_package.ROOT), encoding="utf-8")
     (folder / "config.md").write_text(cfg.config_page(), encoding="utf-8")
-    (folder / "methods.md").write_text(methods.methods_page(Path(__file__).resolve().parents[1]), encoding="utf-8")
+    (folder / "methods.md").write_text(methods_page(_package.ROOT), encoding="utf-8")
 
 
 if __name__ == "__main__":
