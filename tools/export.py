@@ -37,12 +37,13 @@ def main() -> None:
         "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins that bring the model or the data"
     )
     a = parser.parse_args()
-    from mdistiller.study.export import export, text_of  # torch takes seconds to import, and --help needs none
-    from mdistiller.terminal import say
+    from mdistiller.study.export import export  # torch takes seconds to import, and --help needs none
+    from mdistiller.study.tables import text_table
+    from mdistiller.terminal import columns, say
 
     forms = dict.fromkeys([*a.to, *(["int8"] if a.int8 else [])])
     found = export(a.checkpoint, [*forms], a.out, a.plugins, a.root)
-    say("\n" + text_of(found))
+    say("\n" + text_table(found.table, columns()))
     say(f"\nwritten to {found.folder}: README.md is the model card")
 
 

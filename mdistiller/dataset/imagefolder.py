@@ -54,6 +54,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pr
 MOST_CHECKED = 200_000  # pictures whose first and last bytes are read before training starts
 END, ENDS_WITHIN = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 64  # of a whole file, in so many bytes at its end
 TESTS = ("val", "test")
+CROPS = {"imagefolder": 0.875, "imagenet": 0.875, "tiny_imagenet": 1.0}  # where DATASET.CROP is 0
 Item = TypeVar("Item")
 
 
@@ -74,7 +75,9 @@ def imagenet(root: Path, options: Mapping) -> ImageSet:
 @register_dataset("tiny_imagenet")
 def tiny_imagenet(root: Path, options: Mapping) -> ImageSet:
     """Read Tiny-ImageNet as it is published, in `root` or `root`/tiny-imagenet-200, or with a val/ of class folders."""
-    return read_folders(below(root, "tiny-imagenet-200"), options, size=64, crop=1.0, augment="crop_flip")
+    return read_folders(
+        below(root, "tiny-imagenet-200"), options, size=64, crop=CROPS["tiny_imagenet"], augment="crop_flip"
+    )
 
 
 def below(root: Path, name: str) -> Path:
@@ -82,7 +85,7 @@ def below(root: Path, name: str) -> Path:
 
 
 def read_folders(
-    root: Path, options: Mapping, size: int = 224, crop: float = 0.875, augment: str = "resized_crop"
+    root: Path, options: Mapping, size: int = 224, crop: float = CROPS["imagefolder"], augment: str = "resized_crop"
 ) -> ImageSet:
     """Return the pictures below `root`, in memory where they fit and need no crops of the originals. `options`: the
     section DATASET; the others are its defaults.

@@ -2,11 +2,13 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from mdistiller.dataset import ImageSet
+from mdistiller.dataset import DetectionSet, ImageSet
+from mdistiller.dataset.imagefolder import CROPS
 from mdistiller.models.libraries import LibraryNetwork
 from mdistiller.runs import checkpoint
 from mdistiller.runs.environment import device_name
@@ -18,8 +20,6 @@ from mdistiller.terminal import counted
 
 BATCHES = (1, 64)  # whose latency is measured
 COMPARED = 256  # test images whose logits are compared, at most
-HEAD = ("network", "form", "top-1 (%)", "difference", "ms, 1", "p95", "ms, 64", "p95", "MB")
-CROPS = {"imagefolder": 0.875, "imagenet": 0.875, "tiny_imagenet": 1.0}  # of picture files, where DATASET.CROP is 0
 FILES = {  # what a file of each form is
     "safetensors": "the weights alone, for the network in PyTorch, which is `eager` below",
     "torch": "torch.export's; `torch.export.load(FILE).module()` is the network",
@@ -36,12 +36,37 @@ class Form:
     milliseconds, {batch: (median, 95th percentile)}.
     """
 
+    head: ClassVar = ("network", "form", "top-1 (%)", "difference", "ms, 1", "p95", "ms, 64", "p95", "MB")
+
     network: str
     form: str
     top1: float
     difference: float
     latency: dict[int, tuple[float, float]]
     megabytes: float
+
+    @property
+    def cells(self) -> list[str]:
+        times = [f"{value:.2f}" for batch in BATCHES for value in self.latency[batch]]
+        return [self.network, self.form, f"{self.top1:.2f}", f"{self.difference:.1e}", *times, f"{self.megabytes:.2f}"]
+
+
+@dataclass
+class DetectorForm:
+    """A detector in one form; latencies of one image in milliseconds, median and 95th percentile."""
+
+    head: ClassVar = ("network", "form", "AP", "AP50", "ms", "p95", "MB")
+
+    form: str
+    ap: float
+    ap50: float
+    latency: tuple[float, float]
+    megabytes: float
+
+    @property
+    def cells(self) -> list[str]:
+        times = [f"{value:.1f}" for value in self.latency]
+        return ["student", self.form, f"{self.ap:.2f}", f"{self.ap50:.2f}", *times, f"{self.megabytes:.2f}"]
 
 
 @dataclass
@@ -53,7 +78,7 @@ class Exported:
     run: Run
     checkpoint: str
     folder: Path
-    forms: list[Form] = field(default_factory=list)
+    forms: list[Form] | list[DetectorForm] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     weights: dict[str, dict] = field(default_factory=dict)
@@ -61,11 +86,7 @@ class Exported:
 
     @property
     def table(self) -> Table:
-        rows = []
-        for f in self.forms:
-            times = [f"{value:.2f}" for batch in BATCHES for value in f.latency[batch]]
-            rows.append([f.network, f.form, f"{f.top1:.2f}", f"{f.difference:.1e}", *times, f"{f.megabytes:.2f}"])
-        return Table("export", "Export", "", HEAD, rows)
+        return Table("export", "Export", "", self.forms[0].head, [form.cells for form in self.forms])
 
 
 def normalised_by(network: nn.Module, data: ImageSet) -> dict:
@@ -98,30 +119,54 @@ def described(found: Exported, data: ImageSet) -> dict[str, list[str]]:
     return names
 
 
+def about(found: Exported) -> dict:
+    """Return what was exported, and where its figures were measured."""
+    made = {"run": str(found.run.folder), "checkpoint": found.checkpoint, "method": found.run.cfg.DISTILLER.TYPE}
+    device = device_name(torch.device("cpu"))
+    return made | {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
 def report(found: Exported, data: ImageSet) -> dict:
     """Return all figures as JSON holds them."""
-    run, device = found.run, torch.device("cpu")
-    about = {"run": str(run.folder), "checkpoint": found.checkpoint, "method": run.cfg.DISTILLER.TYPE}
-    about |= {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {"files": {name: what for what, names in described(found, data).items() for name in names}}
-    about |= {"preprocessing": preparation(run, data), "safetensors_normalised_by": found.weights}
-    about |= {"images_compared": min(COMPARED, len(data.test_labels))}
+    files = {name: what for what, names in described(found, data).items() for name in names}
+    made = about(found) | {"files": files, "preprocessing": preparation(found.run, data)}
+    made |= {"safetensors_normalised_by": found.weights, "images_compared": min(COMPARED, len(data.test_labels))}
     if "int8" in found.files.values():
-        about |= {"int8_calibrated_on": {"split": "train", "images": min(CALIBRATED, len(data.train_labels))}}
+        made |= {"int8_calibrated_on": {"split": "train", "images": min(CALIBRATED, len(data.train_labels))}}
     counts = {"parameters": found.parameters, "flops": found.flops}
-    return about | counts | {"forms": [asdict(form) for form in found.forms]}
+    return made | counts | {"forms": [asdict(form) for form in found.forms]}
+
+
+def detector_report(found: Exported) -> dict:
+    return about(found) | {"parameters": found.parameters["student"], "forms": [asdict(form) for form in found.forms]}
+
+
+def _card(found: Exported, digest: str, said: list[str], figures: str) -> str:
+    """Return a model card: a heading with a `digest` of the network, what is `said` of it, its table, and the words on
+    that table's `figures`.
+    """
+    run, names = found.run, found.run.cfg.DISTILLER
+    taught = f", distilled from {names.TEACHER} by {names.TYPE}" if run.taught else ""
+    made = f"`{found.checkpoint}` of the run `{run.folder.name}`, {digest}"
+    where = f"{device_name(torch.device('cpu'))}, {counted(torch.get_num_threads(), 'thread')}"
+    return f"""# {names.STUDENT} for {run.cfg.DATASET.TYPE}
+
+A {names.STUDENT}{taught}, {counted(run.epochs, "epoch")}, seed {run.seed}; {made}.
+
+{chr(10).join(said)}
+
+{markdown(found.table).strip()}
+
+{figures}, {where}.
+"""
 
 
 def card(found: Exported, data: ImageSet) -> str:
-    """Return the model card."""
-    run, names = found.run, found.run.cfg.DISTILLER
-    taught = f", distilled from {names.TEACHER} by {names.TYPE}" if run.taught else ""
-    height, width = data.test_images.shape[1:3]
+    """Return the model card of a classifier."""
+    run, (height, width) = found.run, data.test_images.shape[1:3]
     classes = ", ".join(class_names(run.cfg.DATASET.TYPE, data.num_classes, data.class_names))
-    last = run.rows[-1] if run.rows else {}
-    figures = (
-        f"last {last['test_acc']:.2f}, best {last['best_acc']:.2f} (epoch {last['best_epoch']})" if last else "unknown"
-    )
+    last = run.rows[-1]
+    figures = f"last {last['test_acc']:.2f}, best {last['best_acc']:.2f} (epoch {last['best_epoch']})"
     sizes = ", ".join(
         f"{name} {found.parameters[name]:,} parameters and {flops / 1e6:,.1f} MFLOPs"
         for name, flops in found.flops.items()
@@ -129,34 +174,42 @@ def card(found: Exported, data: ImageSet) -> str:
     digest = checkpoint.digest(checkpoint.load(run.folder / found.checkpoint)["model"])
     files = [f"- {', '.join(f'`{name}`' for name in group)}: {what}." for what, group in described(found, data).items()]
     compared = counted(min(COMPARED, len(data.test_labels)), "test image")
-    return "\n".join(
-        [
-            f"# {names.STUDENT} for {run.cfg.DATASET.TYPE}",
-            "",
-            f"A {names.STUDENT}{taught}, {counted(run.epochs, 'epoch')}, seed {run.seed}; `{found.checkpoint}` of the "
-            f"run `{run.folder.name}`, SHA-256 of its weights {digest[:16]}.",
-            "",
-            f"- **Input** `image`: RGB in [0, 1], float32 (B, 3, {height}, {width}), any B. **Output** `logits` "
-            f"(B, {data.num_classes}).",
-            *_pictures(preparation(run, data)),
-            f"- **Normalisation** is part of every form but the safetensors, which take {_normalised(found.weights)}.",
-            f"- **Classes**: {classes}.",
-            f"- **Test accuracy of the run** ({len(data.test_labels):,} images): {figures}. The best epoch is chosen "
-            "on the test set, which flatters it.",
-            f"- **Size**: {sizes} for an image (a multiplication and an addition are two).",
-            "",
-            "The files:",
-            "",
-            *files,
-            "",
-            markdown(found.table).strip(),
-            "",
-            f"Difference: the largest one of the logits of {compared} from the eager "
-            f"ones. Latency: median and 95th percentile in milliseconds for 1 and 64 images, "
-            f"{device_name(torch.device('cpu'))}, {counted(torch.get_num_threads(), 'thread')}.",
-            "",
-        ]
-    )
+    said = [
+        f"- **Input** `image`: RGB in [0, 1], float32 (B, 3, {height}, {width}), any B. **Output** `logits` "
+        f"(B, {data.num_classes}).",
+        *_pictures(preparation(run, data)),
+        f"- **Normalisation** is part of every form but the safetensors, which take {_normalised(found.weights)}.",
+        f"- **Classes**: {classes}.",
+        f"- **Test accuracy of the run** ({len(data.test_labels):,} images): {figures}. The best epoch is chosen "
+        "on the test set, which flatters it.",
+        f"- **Size**: {sizes} for an image (a multiplication and an addition are two).",
+        "\nThe files:\n",
+        *files,
+    ]
+    return _card(
+        found, f"SHA-256 of its weights {digest[:16]}", said,
+        f"Difference: the largest one of the logits of {compared} from the eager ones. Latency: median and 95th "
+        "percentile in milliseconds for 1 and 64 images",
+    )  # fmt: skip
+
+
+def detector_card(found: Exported, data: DetectionSet) -> str:
+    """Return the model card of a detector."""
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(data.classes, 1))
+    said = [
+        "- **Input** `image`: RGB in [0, 1], float32 (3, H, W) of any size; the network scales it so that the "
+        f"shorter side has {data.views.short} pixels, or less where the longer one would have more than "
+        f"{data.views.long}. **Output** `boxes` (n, 4), left, top, right, bottom in the image's pixels, `labels` "
+        "(n,), `scores` (n,).",
+        f"- **Classes**: {classes}.",
+        "- **Files**: `student.onnx`; `student.safetensors`, the weights alone, for the network in PyTorch, which "
+        "is `eager` below and takes the same images; `export.json`, each figure in full.",
+    ]
+    return _card(
+        found, f"{found.parameters['student']:,} parameters", said,
+        f"AP: COCO's average precision on {len(data.test):,} test images, one at a time. Latency: median and 95th "
+        "percentile of one image",
+    )  # fmt: skip
 
 
 def _pictures(made: dict) -> list[str]:

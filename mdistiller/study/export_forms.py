@@ -1,9 +1,14 @@
 """The forms in which a trained student is deployed, and how each is written.
 
-Every form takes RGB images in [0, 1], float32 (B, 3, H, W) of the training images' size, B as wanted, and gives logits
-(B, K): what the images are normalised by is part of it.
+Every form of a classifier takes RGB images in [0, 1], float32 (B, 3, H, W) of the training images' size, B as wanted,
+and gives logits (B, K): what the images are normalised by is part of it. A detector's takes one image in [0, 1],
+float32 (3, H, W) of any size, scales it as the run's tests do, and gives boxes (n, 4) in its pixels, labels (n,) from
+1 and scores (n,).
 """
 
+import contextlib
+import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ NEEDS = {
     "int8": ("onnx", "onnxscript", "onnxruntime"),
 }
 CALIBRATED = 256  # training images that INT8 is calibrated on
+FOUND = ("boxes", "labels", "scores")  # what a detector gives
 Infer = Callable[[np.ndarray], np.ndarray]  # images (B, 3, H, W) in [0, 1] -> logits (B, K)
 
 
@@ -138,3 +144,37 @@ def write_int8(deployed: nn.Module, data: ImageSet, target: Path) -> Infer:
 
 WRITERS = {"torch": write_torch, "onnx": write_onnx, "openvino": write_openvino, "int8": write_int8}
 SUFFIXES = {"torch": "pt2", "onnx": "onnx", "openvino": "xml", "int8": "int8.onnx"}
+
+
+class Alone(nn.Module):
+    """A detector of one image, whose answer is a tuple."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        (found,) = self.network([image])
+        return tuple(found[name] for name in FOUND)
+
+
+class DetectorSession(nn.Module):
+    """An ONNX file in a detector's place."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.session = onnx_session(file)
+
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        found = (self.session.run(FOUND, {"image": image.numpy()}) for image in images)
+        return [dict(zip(FOUND, map(torch.from_numpy, values), strict=True)) for values in found]
+
+
+def write_detector(network: nn.Module, image: Tensor, target: Path) -> nn.Module:
+    """Write the detector as ONNX: traced on an `image`, as torchvision's detectors are made for, for any size."""
+    sizes = {"image": {1: "height", 2: "width"}} | {name: {0: "found"} for name in FOUND}
+    names = {"input_names": ["image"], "output_names": [*FOUND], "dynamic_axes": sizes}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Alone(network).eval(), (image,), str(target), dynamo=False, opset_version=17, **names)
+    return DetectorSession(target)

@@ -16,28 +16,24 @@ from torch.nn import functional as F
 
 from mdistiller.config import load
 from mdistiller.dataset import load_dataset
+from mdistiller.dataset.imagefolder import CROPS
 from mdistiller.models import build_model, fit_inputs
 from mdistiller.study import export as exporting
 from mdistiller.study.evaluation import evaluate_run, run_to_evaluate
 from mdistiller.study.export import NEEDS, export, flops_of
-from mdistiller.study.export_card import CROPS, normalised_by, preparation
+from mdistiller.study.export_card import normalised_by, preparation
 from mdistiller.study.export_forms import Deployed, write_weights
+from mdistiller.study.tables import text_table
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(
-        exporting, "latency_of", lambda infer, data, batch: (float(infer(batch_of(data, batch)).mean()), 0.0)
-    )
+    monkeypatch.setattr(exporting, "latency_of", lambda infer, inputs: (float(infer(inputs[0]).mean()), 0.0))
 
 
 @pytest.fixture
 def trained(small, tmp_path, quick):
     return run([*small, "DISTILLER.TYPE", "KD"], tmp_path)
-
-
-def batch_of(data, count):
-    return exporting.pixels(data.test_images[:count])
 
 
 def test_the_torch_form_and_what_lies_beside_it(trained, tmp_path):
@@ -63,7 +59,7 @@ def test_the_torch_form_and_what_lies_beside_it(trained, tmp_path):
     assert {*figures["files"]} == {path.name for path in found.folder.iterdir()} - {"README.md"}
     assert all(f"`{name}`" in card for name in figures["files"])
     assert len({path.stat().st_mode for path in found.folder.iterdir()}) == 1
-    assert max(map(len, exporting.text_of(found).splitlines())) <= 80
+    assert max(map(len, text_table(found.table).splitlines())) <= 80
 
 
 def needs(*forms):

@@ -45,7 +45,7 @@ def of_a_test(words):
 def test_the_walk_through_runs_from_its_first_command_to_its_last(tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "latency_of", lambda infer, data, batch: (1.0, 1.0))
+    monkeypatch.setattr(export, "latency_of", lambda infer, inputs: (1.0, 1.0))
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for kind in ("bird", "fish"):
