@@ -57,7 +57,6 @@ def evaluate(words: Sequence[str] | None = None) -> None:
         raise UserError("say what to evaluate: -r RUN, or -m MODEL -c CHECKPOINT -d DATASET")
 
     from mdistiller.device import check_amp, resolve_device  # torch takes seconds to import, and --help needs none
-    from mdistiller.engine.evaluator import evaluate_checkpoint
     from mdistiller.files import check_folder
     from mdistiller.study import evaluation
     from mdistiller.study.tables import text_table
@@ -81,11 +80,8 @@ def evaluate(words: Sequence[str] | None = None) -> None:
         section.TYPE, section.ROOT = dataset, a.root or "./data"
         refuse_out(a.out, dataset)
         what = f"{a.model} from {file}"
-        if evaluate := evaluation.OTHERS.get(task_of(dataset)):
-            reports = evaluate({a.model: (a.model, file)}, section, a.batch_size, device, a.amp)
-        else:
-            report = evaluate_checkpoint((a.model, a.size), file, section, a.batch_size, device, a.amp)
-            reports = {a.model: report}
+        networks = {a.model: (a.model, a.size, file)}
+        reports = evaluation.evaluate(networks, section, a.batch_size, device, a.amp)
     if a.json:
         print(json.dumps({name: evaluation.figures(report) for name, report in reports.items()}, indent=2))
     else:
