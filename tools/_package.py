@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "results" / "published.json"
 sys.path.insert(1, str(ROOT))  # before one of another checkout that is installed
 missing = [name for name in ("torch", "torchvision", "yacs", "numpy", "tqdm") if importlib.util.find_spec(name) is None]
 if missing:

@@ -14,12 +14,9 @@ something left; 130 a second Ctrl-C.
 import argparse
 from pathlib import Path
 
-import _package  # noqa: F401
+from _package import PUBLISHED, ROOT
 
 from mdistiller.errors import UserError, run_command
-
-ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ROOT / "results" / "published.json"
 
 
 def main() -> None:
@@ -41,9 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, metavar="FOLDER", help="in place of the plan's: runs.jsonl, tables, charts"
     )
-    parser.add_argument(
-        "--published", type=Path, default=PUBLISHED if PUBLISHED.exists() else None, help="figures to compare with"
-    )
+    parser.add_argument("--published", type=Path, default=PUBLISHED, help="figures to compare with")
     words, opts = parser.parse_known_args()
     flags = [word for word in opts if word.startswith("--")]
     if flags:

@@ -11,12 +11,9 @@ python3 tools/results.py --page docs/reproduction.md
 import argparse
 from pathlib import Path
 
-import _package  # noqa: F401
+from _package import PUBLISHED, ROOT
 
 from mdistiller.errors import UserError, run_command
-
-ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ROOT / "results" / "published.json"
 
 
 def main() -> None:
@@ -25,9 +22,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="PATTERN", action="append", default=[], help="as in tools/reproduce.py")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where a plan's runs.jsonl lies")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; beside the runs.jsonl")
-    parser.add_argument(
-        "--published", type=Path, default=PUBLISHED if PUBLISHED.exists() else None, help="figures to compare with"
-    )
+    parser.add_argument("--published", type=Path, default=PUBLISHED, help="figures to compare with")
     parser.add_argument("--page", type=Path, help="a Markdown page with markers")
     words = parser.parse_args()
     if words.page and (words.what or words.only or words.out):

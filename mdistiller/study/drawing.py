@@ -12,6 +12,7 @@ import vl_convert
 from PIL import Image
 
 from mdistiller.study.charts import Chart, Panel, Series
+from mdistiller.study.tables import printable
 
 WIDTH, HEIGHT, SQUARE = 300, 220, 320  # of a panel, in pixels; on the page it is as wide as its place
 MOST_NAMES = 20  # so many names fit along a matrix
@@ -140,11 +141,6 @@ def json_values(values: Sequence) -> list:
     if len(values) and isinstance(values[0], str):
         return [printable(value) for value in values]
     return [float(f"{v:.5g}") if np.isfinite(v) else None for v in np.asarray(values, float)]
-
-
-def printable(text: object) -> str:
-    """Return the text with a space for each control character."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def x_axis(panel: Panel) -> dict:

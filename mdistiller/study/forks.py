@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,8 @@ def try_fork(path: Path, pairs: Sequence[str] = ()) -> Fork:
             cfg = config.load(file, plugin)
         except UserError as error:
             if _is_configuration(file):
-                files.append(Trial(str(file.relative_to(folder)), "", _without_place(error.lines[0], file)))
+                reason = error.lines[0].replace(f" ({file})", "").removeprefix(f"{file}: ")
+                files.append(Trial(str(file.relative_to(folder)), "", reason))
             continue
         files.append(Trial(str(file.relative_to(folder)), "", ""))
         examples.setdefault(cfg.DISTILLER.TYPE, []).append(file)
@@ -88,33 +89,25 @@ def try_fork(path: Path, pairs: Sequence[str] = ()) -> Fork:
 
 def try_method(name: str, files: Iterable[Path], plugin: list) -> Trial:
     """Train the method for a step by the first YAML file of its own that loads, or without one."""
-    pair, reason = "", ""
-    for cfg in _configurations(name, files, plugin):
-        if isinstance(cfg, UserError):
-            reason = cfg.lines[0]
+    words = ["DISTILLER.TYPE", name, "DISTILLER.TEACHER", "resnet20", "DISTILLER.STUDENT", "resnet8"]
+    if registry.distillers[name].takes_strong_view:
+        words += ["SOLVER.TRAINER", "ours"]
+    reason = ""
+    for file, own in [*((file, []) for file in files), (None, words)]:
+        try:
+            cfg = config.load(file, [*plugin, *own])
+        except UserError as error:
+            reason = error.lines[0]
             continue
         pair = f"{cfg.DISTILLER.TEACHER} -> {cfg.DISTILLER.STUDENT}"
         try:
             one_step(cfg)
         except UserError as error:
-            reason = error.lines[0]
+            return Trial(name, pair, error.lines[0])
         except Exception as error:  # whatever a method does, the others have their rows
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        else:
-            reason = ""
-        break
-    return Trial(name, pair, reason)
-
-
-def _configurations(name: str, files: Iterable[Path], plugin: list) -> Iterator[Config | UserError]:
-    pair = ["DISTILLER.TEACHER", "resnet20", "DISTILLER.STUDENT", "resnet8"]
-    if registry.distillers[name].takes_strong_view:
-        pair += ["SOLVER.TRAINER", "ours"]
-    for file, words in [*((file, []) for file in files), (None, ["DISTILLER.TYPE", name, *pair])]:
-        try:
-            yield config.load(file, [*plugin, *words])
-        except UserError as error:
-            yield error
+            return Trial(name, pair, f"{type(error).__name__}: {error}".split("\n")[0])
+        return Trial(name, pair, "")
+    return Trial(name, "", reason)
 
 
 def one_step(cfg: Config) -> dict[str, float]:
@@ -150,10 +143,6 @@ def _is_configuration(file: Path) -> bool:
         return "DISTILLER" in config.read(file)
     except UserError:
         return True
-
-
-def _without_place(line: str, file: Path) -> str:
-    return line.replace(f" ({file})", "").removeprefix(f"{file}: ")
 
 
 def find_all(paths: Iterable[Path], pairs: Sequence[str] = ()) -> str:

@@ -63,8 +63,7 @@ class Networks:
     def data(self, run: Run) -> ImageSet:
         kind, root = run.cfg.DATASET.TYPE, run.cfg.DATASET.ROOT
         config.activate(run.plugins)  # another run's may bear the same names
-        if task_of(kind) != "classification":
-            what = {"text": "text", "detection": "of images with boxes"}[task_of(kind)]
+        if what := {"text": "text", "detection": "of images with boxes"}.get(task_of(kind)):
             raise Missing(
                 f"{kind} is {what}, and this is for images of one class each; tools/eval.py -r {run.folder} scores its "
                 "networks"
@@ -92,15 +91,8 @@ class Networks:
     def teacher(self, run: Run, split: str) -> Predictions:
         """Return what the teacher says of a split: train or test."""
         file, name, names = self.teacher_file(run), run.teacher_name, run.cfg.DISTILLER
-        key = (
-            str(file),
-            *names.ENSEMBLE,
-            names.TEACHER,
-            names.TEACHER_SIZE,
-            names.ENSEMBLE_MEAN,
-            *images_of(run),
-            split,
-        )
+        own = names.TEACHER, names.TEACHER_SIZE, names.ENSEMBLE_MEAN, *names.ENSEMBLE
+        key = (split, str(file), *own, *images_of(run))
         if key not in self._teachers:
             self.say(f"{run.name}: the teacher {name} on the {split} set")
             self._teachers[key] = self._predict(run, "TEACHER", file, split, names.ENSEMBLE)
@@ -170,5 +162,4 @@ def headless(run: Run) -> str:
 
 def images_of(run: Run) -> tuple:
     """Return what tells the images of a run from those of another one."""
-    data = run.cfg.DATASET
-    return data.TYPE, data.ROOT, data.SIZE, data.CROP, tuple(data.BACKGROUND), run.plugins
+    return str(run.cfg.DATASET), run.plugins

@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from mdistiller import __version__
 from mdistiller.study.charts import Chart, colour
-from mdistiller.study.drawing import data_url, page_spec, printable
+from mdistiller.study.drawing import data_url, page_spec
 from mdistiller.study.runs import Group
-from mdistiller.study.tables import Table, cells, number
+from mdistiller.study.tables import Table, cells, number, printable
 from mdistiller.terminal import counted
 
 GENERATOR = '<meta name="generator" content="mdistiller analyze">'

@@ -1,6 +1,5 @@
 """Studies: a short YAML grid of pairs, methods, rules and seeds becomes the groups of runs that it stands for."""
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from mdistiller import config, registry
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.errors import ConfigError, UserError
-from mdistiller.runs.folder import MOST_BYTES, run_folder
+from mdistiller.runs.folder import run_folder
 from mdistiller.study.runs import Group, Run, own_rule
 
 # key: its default, by whose type it is checked, and its meaning
@@ -260,35 +259,22 @@ def _group(
         raise ConfigError(f"pairs: {refusal}" if refusal else lacks)
     changed |= {k: v for k, v in overrides.items() if _reads(method, k)}
     changed |= {"TEMPERATURE.RULE": rule} if rule else {}
-    words = words_of(changed)
     tag = ",".join(filter(None, [re.sub(r"\W", "_", method.lower()), teacher, student]))
     places = {"EXPERIMENT.PROJECT": f"campaign/{shipped.folder.name}", "EXPERIMENT.TAG": tag}
     if source:
         places["DISTILLER.TEACHER_CKPT"] = str(source.student_file)
-    if len(",".join([tag, *words, "SEED", str(2**32)])) > MOST_BYTES:  # the folder's name cannot hold the changes
-        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
-        places["EXPERIMENT.NAME"] = f"{tag}+{digest}"
-    group = PlannedGroup([], file=file, opts=[*words, *words_of(places), *opts], teacher=source)
+    group = PlannedGroup([], file=file, opts=[*words_of(changed | places), *opts], teacher=source)
     problems = []
     for seed in sorted(seeds):
         try:
-            group.runs.append(_run(group, seed))
+            cfg = config.load(file, [*group.opts, "SEED", str(seed)])
+            refuse_unused(cfg)
+            group.runs.append(Run(run_folder(cfg), cfg, [], teacher=source.settings if source else None))
         except UserError as error:
             problems += [line.replace("(command line)", "(overrides)") for line in error.lines]
     if problems:
         raise ConfigError(*problems)
     return group
-
-
-def _run(group: PlannedGroup, seed: int) -> Run:
-    """Return the group's run of the seed, with no row yet. Raises UserError where it cannot be configured."""
-    opts = [*group.opts, "SEED", str(seed)]
-    cfg = config.load(group.file, opts)
-    refuse_unused(cfg)
-    folder = run_folder(cfg)
-    if "EXPERIMENT.NAME" in opts[::2]:  # as train_seeds has it
-        folder = folder.with_name(f"{folder.name}+SEED:{seed}")
-    return Run(folder, cfg, [], teacher=group.teacher.settings if group.teacher else None)
 
 
 def _reads(method: str, key: str) -> bool:

@@ -1,7 +1,6 @@
 """A study's runs.jsonl: one line a finished run, exported from its folder, which may be gone since."""
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,18 +52,11 @@ def run_of(record: Mapping) -> Run:
     Raises KeyError, TypeError, ValueError or AttributeError where the line is no record.
     """
     teacher, curve, digests = record["teacher"], record["curve"], dict(record["sha256"])
-    texts = [record["cell"], record["plan"], record["device"], digests["data"], record["versions"]["torch"]]
-    texts += [commit["commit"] for commit in record["git"] if commit]
     taught_by = None
     if teacher:
         digests["teacher"] = teacher["sha256"]
-        texts.append(teacher["sha256"])
-        complete(teacher["config"])  # which refuses values of another kind
         taught_by = config.computed(teacher["config"])
-    finite = all(map(math.isfinite, [*curve, record["seconds"], record["students"]]))
-    if not (finite and record["students"] > 0 and 0 < len(curve) == record["epochs"]):
-        raise ValueError
-    if not all(isinstance(text, str) for text in texts):
+    if not 0 < len(curve) == record["epochs"]:
         raise ValueError
     seconds = record["seconds"] / len(curve)
     rows = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from mdistiller import config, files
+from mdistiller import config
 from mdistiller.distillers import LogitDistiller, distiller_dict
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
@@ -132,8 +132,7 @@ class Run:
         """What it was computed from, by digests of environment.json: "data", "teacher checkpoint" where nothing says
         how the teacher was trained, and "code of plug-ins" where it used any.
         """
-        digests = self.environment.get("sha256")
-        digests = digests if isinstance(digests, dict) else {}
+        digests = self.environment.get("sha256", {})
         teacher = {} if self.teacher or not self.taught else {"teacher checkpoint": str(digests.get("teacher", ""))}
         code = {"code of plug-ins": str(digests["plugins"])} if digests.get("plugins") else {}
         return {"data": str(digests.get("data", ""))} | teacher | code
@@ -308,7 +307,6 @@ def read_run(folder: Path, opts: Sequence[str] = (), plugins: Sequence[str] = ()
     reason = next((f"it lacks {key}" for key in NEEDED if key not in flat), reason)
     if reason:
         raise UserError(f"{file}: is no configuration of this framework; {reason}")
-    files.open_regular(metrics, "a run's folder").close()
     rows = read_metrics(folder)
     if not all(isinstance(row.get(key), (int, float)) and abs(row[key]) < 1e38 for row in rows for key in FIGURES):
         raise UserError(f"{metrics}: holds a line that is no epoch of this framework")

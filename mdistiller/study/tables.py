@@ -133,7 +133,12 @@ def text(cell: object, signed: bool = False) -> str:
     if isinstance(cell, float):
         rounded = round(cell, 2) + 0.0  # no minus before a zero
         return (f"{rounded:+.2f}" if signed else f"{rounded:.2f}").replace("-", "−")
-    return "".join(c if c.isprintable() else " " for c in str(cell))
+    return printable(cell)
+
+
+def printable(text: object) -> str:
+    """Return the text with a space for each control character."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def number(cell: object) -> float | None:

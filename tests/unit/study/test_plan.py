@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers import ROOT
 from studies import PLANS, PUBLISHED, change, write
 
@@ -181,21 +180,6 @@ def test_runs_that_would_share_a_folder_are_refused(small_plan):
     write(Path("configs/dtkd/pair.yaml"), _BASE_="../kd/pair.yaml", DISTILLER={"TYPE": "DTKD"})
     with pytest.raises(ConfigError, match=r"DTKD,resnet14,resnet8,seed1: is not alone in the folder output/"):
         plan.load(change(small_plan, overrides={}))
-
-
-def test_many_overrides_give_runs_a_short_name(small_plan):
-    before = [run.folder for run in runs_of(plan.load(small_plan))]
-    solver = {
-        "LR": 0.0123456789012345, "LR_DECAY_RATE": 0.123456789, "WEIGHT_DECAY": 0.000123456789,
-        "MOMENTUM": 0.8765432109876543, "BATCH_SIZE": 20, "EPOCHS": 2, "NAN_POLICY": "skip",
-    }  # fmt: skip
-    tree = yaml.safe_load(small_plan.read_text())
-    many = {"SOLVER": solver, "DATASET": {"AUGMENT": "none"}}
-    names = {run.folder.name for run in runs_of(plan.load(change(small_plan, overrides=many)))}
-    assert all(len(name) < 60 and "SOLVER" not in name for name in names), names
-    solver["LR"] = 0.02
-    assert not names & {run.folder.name for run in runs_of(plan.load(change(small_plan, overrides=many)))}
-    assert [run.folder for run in runs_of(plan.load(write(small_plan, **tree)))] == before
 
 
 def test_seeds_times_and_parameters():
