@@ -163,7 +163,7 @@ def add_temperatures(analysis: Analysis, compared: Sequence[comparison.Compariso
         if group.rule == "-":
             continue
         try:
-            summaries.append(temperatures.summaries_of(group))
+            summaries.append((group, temperatures.summaries_of(group)))
         except Missing as error:
             lacking.append(error)
         try:  # whatever the summaries lack: a damaged record is refused, never passed over

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mdistiller import config
 from mdistiller.study.runs import Group, Run
 
 
@@ -50,18 +49,16 @@ def _named_inputs(run: Run, others: Sequence[Run]) -> dict[str, str]:
     """Return the run's `inputs` by the names of their files, or by their digests where files of `others` bear the same
     name.
     """
-    files_of = {"data": "DATASET.ROOT", "teacher checkpoint": "DISTILLER.TEACHER_CKPT"}
 
-    def path(of: Run, name: str) -> str:
-        return str(config.leaves(of.cfg)[files_of[name]]) if name in files_of else ""
+    def texts(of: Run, name: str) -> list[str]:
+        files = {"data": of.cfg.DATASET.ROOT, "teacher checkpoint": of.cfg.DISTILLER.TEACHER_CKPT}
+        return [Path(files.get(name, "")).name, files.get(name, "")]
 
     named = {}
     for name, digest in run.inputs.items():
-        rivals = [path(other, name) for other in others if other.inputs.get(name) != digest]
-        texts = (Path(path(run, name)).name, path(run, name))
-        taken = [{Path(rival).name for rival in rivals}, set(rivals)]
-        free = (text for text, held in zip(texts, taken, strict=True) if text and text not in held)
-        named[name] = next(free, digest[:8] or "unknown")
+        taken = [text for other in others if other.inputs.get(name) != digest for text in texts(other, name)]
+        free = [text for text in texts(run, name) if text and text not in taken]
+        named[name] = (free or [digest[:8] or "unknown"])[0]
     return named
 
 

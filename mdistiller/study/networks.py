@@ -132,9 +132,10 @@ class Networks:
         """Return the run's STUDENT or TEACHER with the weights of `file`; an ensemble has more `beside` the first."""
         name, size, data = run.cfg.DISTILLER[side], run.cfg.DISTILLER[f"{side}_SIZE"], self.data(run)
         if refusal := model_refusal(name, run.cfg.DATASET.TYPE):  # now that the run's plug-ins are known
-            is_library = name.partition(":")[0] in cifar_model_dict.libraries
-            other = f"model '{name}' is not known here; name its plug-in with --plugins FILE"
-            raise Missing(refusal if is_library else other)
+            library = name.partition(":")[0] in cifar_model_dict.libraries
+            raise Missing(
+                refusal if library else f"model '{name}' is not known here; name its plug-in with --plugins FILE"
+            )
         model = build_model(name, data.num_classes, run.cfg.DATASET.TYPE, size)
         fit_inputs(model, data.mean, data.std, data.test_images.shape[1])
         try:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,16 +35,9 @@ QUARTILES = ("q25", "q75")
 HALF = 0.5
 
 
-class Summaries(NamedTuple):
-    """A group's temperatures: `figures` has a row for each recorded epoch, its index, and the columns SUMMARISED."""
-
-    group: Group
-    figures: pd.DataFrame
-
-
-def summaries_of(group: Group) -> Summaries:
-    """Return means over the seeds that recorded the same epochs as the first that recorded any. Raises Missing where
-    none did.
+def summaries_of(group: Group) -> pd.DataFrame:
+    """Return a row for each recorded epoch, its index, with the columns SUMMARISED: means over the seeds that recorded
+    the same epochs as the first that recorded any. Raises Missing where none did.
     """
     found = [rows for run in group.runs if (rows := {r["epoch"]: t for r in run.rows if (t := r.get("temperature"))})]
     if not found:
@@ -56,7 +48,7 @@ def summaries_of(group: Group) -> Summaries:
     except (KeyError, TypeError, ValueError, AttributeError):
         file = group.first.folder / "metrics.jsonl"
         raise UserError(f"{file}: its temperature summaries are of another format") from None
-    return Summaries(group, sum(frames) / len(frames))
+    return sum(frames) / len(frames)
 
 
 @dataclass
@@ -121,18 +113,18 @@ def samples_of(group: Group, networks: Networks) -> Samples:
     columns |= {f"hot_{SIDES[side]}": st.hot_share(v) for side, v in values.items()}
     frame = pd.DataFrame({"index": np.arange(student.shape[1])} | columns)
     samples = Samples(group, run, frame, np.array([st.spearman(row, student[-1]) for row in student]))
-    for part, add in DIFFICULTY.items():
-        try:
-            add(frame, run, networks)
-        except Missing as error:
-            samples.notes.append(f"temperature against {part}: {error}")
-            if add is add_difficulty:
-                break
+    try:
+        add_difficulty(samples, networks)
+    except Missing as error:
+        samples.notes.append(f"temperature against difficulty: {error}")
     return samples
 
 
-def add_difficulty(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
-    data = networks.data(run)
+def add_difficulty(samples: Samples, networks: Networks) -> None:
+    """Add to the frame how hard the samples are, as the last student, the teacher and the saved checkpoints say; what
+    only the latter two lack is noted.
+    """
+    run, frame, data = samples.run, samples.frame, networks.data(samples.run)
     labels = data.train_labels.numpy()
     if len(labels) != len(frame):
         raise UserError(
@@ -144,21 +136,18 @@ def add_difficulty(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
     logits = networks.student(run, "train").logits
     frame["right"] = logits.argmax(1) == labels
     frame["loss"], frame["margin"] = st.cross_entropy(logits, labels), st.margin(logits, labels)
+    try:
+        frame["teacher_loss"] = st.cross_entropy(networks.teacher(run, "train").logits, labels)
+    except Missing as error:
+        samples.notes.append(f"temperature against the teacher's loss: {error}")
+    try:
+        right = networks.history(run)
+        frame["forgetting_events"], frame["learnt"] = st.forgetting_events(right), right.any(0)
+    except Missing as error:
+        samples.notes.append(f"temperature against forgetting: {error}")
 
 
-def add_teacher_loss(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
-    frame["teacher_loss"] = st.cross_entropy(networks.teacher(run, "train").logits, frame["label"])
-
-
-def add_forgetting(frame: pd.DataFrame, run: Run, networks: Networks) -> None:
-    right = networks.history(run)
-    frame["forgetting_events"], frame["learnt"] = st.forgetting_events(right), right.any(0)
-
-
-DIFFICULTY = {"difficulty": add_difficulty, "the teacher's loss": add_teacher_loss, "forgetting": add_forgetting}
-
-
-def epochs_chart(found: Sequence[Summaries]) -> Chart:
+def epochs_chart(found: Sequence[tuple[Group, pd.DataFrame]]) -> Chart:
     panels = [Panel(f"T of the {name}", "epoch", "temperature") for name in SIDES.values()]
     panels.append(Panel("samples that fell back to tau", "epoch", "share (%)"))
     panels.append(Panel("T of the student and the teacher's confidence", "epoch", "Pearson correlation"))
@@ -169,10 +158,8 @@ def epochs_chart(found: Sequence[Summaries]) -> Chart:
             panel.add(group, epochs, figures[f"{side}.q50"], bands=bands)
         panels[2].add(group, epochs, 100 * figures["fell_back"])
         panels[3].add(group, epochs, figures[CORRELATION])
-    most = max(
-        (s.y.max() for s in panels[2].series), default=0
-    )  # a share is seen from 0, also where it is 0 throughout
-    panels[2].y_range = (0, 1.05 * most or 1)
+    most = max((s.y.max() for s in panels[2].series), default=0)
+    panels[2].y_range = (0, 1.05 * most or 1)  # a share is seen from 0, also where it is 0 throughout
     caption = (
         "Median over the training samples; bands hold 50% and 90% of them. Means over seeds. A sample falls back where "
         "the rule is undefined for its logits."
@@ -219,9 +206,8 @@ def persistence_chart(found: Sequence[Samples]) -> Chart:
     for epochs in sorted({s.epochs for s in found}):
         counts = np.arange(1, epochs + 1)
         chance = 100 * binom.sf(counts - 1, epochs, 0.1)
-        stay.series.append(
-            Series(f"by chance, {counted(epochs, 'epoch')}", None, 100 * counts / epochs, chance, dashed=True)
-        )
+        name = f"by chance, {counted(epochs, 'epoch')}"
+        stay.series.append(Series(name, None, 100 * counts / epochs, chance, dashed=True))
     for s in found:
         counts = np.arange(1, s.epochs + 1)
         hot = np.round(s.frame["hot_student"] * s.epochs)
@@ -237,10 +223,8 @@ def persistence_chart(found: Sequence[Samples]) -> Chart:
 
 def class_chart(found: Sequence[Samples], compared: Sequence[Comparison]) -> Chart:
     """Return the chart of the groups whose students were `compared` on the test set."""
-    panels = [
-        Panel(f"T of the {name}", "mean temperature of the class", "test accuracy of the class (%)")
-        for name in SIDES.values()
-    ]
+    axes = "mean temperature of the class", "test accuracy of the class (%)"
+    panels = [Panel(f"T of the {name}", *axes) for name in SIDES.values()]
     for s, c in product(found, compared):
         if s.group is c.group and "label" in s.frame:
             for panel, side in zip(panels, SIDES, strict=True):
@@ -259,7 +243,7 @@ FINDINGS = (
 )  # fmt: skip
 
 
-def findings_table(summaries: Sequence[Summaries], recorded: Sequence[Samples]) -> Table:
+def findings_table(summaries: Sequence[tuple[Group, pd.DataFrame]], recorded: Sequence[Samples]) -> Table:
     """`recorded`: the samples of those groups that have some."""
     samples = {s.group.number: ranks(s) for s in recorded}
     rows = []

@@ -43,10 +43,10 @@ def test_summaries_are_averaged_over_the_seeds_that_recorded_the_same_epochs(tmp
     runs = [run_in(tmp_path, temperature=summary(t)) for t in (2.0, 4.0)]
     runs += [run_in(tmp_path), run_in(tmp_path, rows=2, temperature=summary(9.0))]
     found = temperatures.summaries_of(Group(runs))
-    assert [*found.figures.index] == [1, 2, 3, 4]
-    assert found.figures["t_student.q50"].tolist() == [3.0] * 4
-    assert found.figures["confidence_correlation_t_student"].tolist() == [0.5] * 4
-    back = temperatures.epochs_chart([found]).panels[2]
+    assert [*found.index] == [1, 2, 3, 4]
+    assert found["t_student.q50"].tolist() == [3.0] * 4
+    assert found["confidence_correlation_t_student"].tolist() == [0.5] * 4
+    back = temperatures.epochs_chart([(Group(runs), found)]).panels[2]
     assert list(back.series[0].y) == [25.0] * 4 and back.y_range[0] == 0
     with pytest.raises(temperatures.Missing, match="LOG.TEMPERATURE summary"):
         temperatures.summaries_of(Group([run_in(tmp_path)]))
@@ -84,7 +84,8 @@ def test_hot_samples_are_ranked_against_difficulty(tmp_path):
     columns = {"t_student": 4 + hard / 100, "t_teacher": 4 - hard / 100, "loss": hard, "margin": -hard}
     frame = pd.DataFrame(columns | {"hot_student": 0.0, "hot_teacher": 0.0})
     samples = temperatures.Samples(Group([run]), run, frame, np.ones(4))
-    table = temperatures.findings_table([temperatures.summaries_of(Group([run]))], [samples])
+    group = Group([run])
+    table = temperatures.findings_table([(group, temperatures.summaries_of(group))], [samples])
     row = dict(zip(table.head, table.rows[0], strict=True))
     assert row["rank corr. with loss"] == pytest.approx(1)
     assert row["rank corr. with margin"] == pytest.approx(-1)
