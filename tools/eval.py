@@ -67,20 +67,21 @@ def evaluate(words: Sequence[str] | None = None) -> None:
     check_amp(a.amp, device)
     if a.out:
         check_folder(a.out, "--out")
-    notes: list[str] = []
     if a.run:
         run = evaluation.run_to_evaluate(a.run, [*(["DATASET.ROOT", a.root] if a.root else []), *part], a.plugins)
         dataset, what = run.cfg.DATASET.TYPE, str(a.run)
-        refuse_out(a.out, dataset)
-        reports, notes = evaluation.evaluate_run(run, a.batch_size, device, a.amp)
     else:
         file, dataset = a.ckpt or "pretrain", a.dataset or "cifar100"
         section = cfg.DATASET.clone()
         section.defrost()
         section.TYPE, section.ROOT = dataset, a.root or "./data"
-        refuse_out(a.out, dataset)
         what = f"{a.model} from {file}"
-        networks = {a.model: (a.model, a.size, file)}
+    if a.out and (task := task_of(dataset)) != "classification":
+        raise UserError(f"--out: writes accuracy by class, and {dataset} is {task}; leave it out, or use --json")
+    if a.run:
+        reports, notes = evaluation.evaluate_run(run, a.batch_size, device, a.amp)
+    else:
+        networks, notes = {a.model: (a.model, a.size, file)}, []
         reports = evaluation.evaluate(networks, section, a.batch_size, device, a.amp)
     if a.json:
         print(json.dumps({name: evaluation.figures(report) for name, report in reports.items()}, indent=2))
@@ -91,12 +92,6 @@ def evaluate(words: Sequence[str] | None = None) -> None:
         print(line, file=sys.stderr)
     if a.out:
         evaluation.write_evaluation(a.out, reports, dataset)
-
-
-def refuse_out(out: Path | None, dataset: str) -> None:
-    """Raise UserError where files are asked for that only images have."""
-    if out and (task := task_of(dataset)) != "classification":
-        raise UserError(f"--out: writes accuracy by class, and {dataset} is {task}; leave it out, or use --json")
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -21,8 +21,8 @@ VERSIONS = ("mdistiller", "python", "torch", "numpy", "cuda", "cudnn")
 def read_records(file: Path) -> dict[str, Run]:
     """Return {hash: run} of the lines of `file`, in their order; nothing where there is no file.
 
-    The hash is computed anew, so that a key of the configuration which was added since has its default. A last line
-    that was cut short is left out. Raises UserError that names any other line which is no record.
+    The hash is computed anew, so that a key of the configuration which was added since has its default. Raises
+    UserError that names a line which is no record.
     """
     return {run.hash: run for _, run in _lines(file)}
 
@@ -30,19 +30,14 @@ def read_records(file: Path) -> dict[str, Run]:
 def _lines(file: Path) -> list[tuple[str, Run]]:
     found = []
     try:
-        text = file.read_text(errors="replace")
-    except FileNotFoundError:
-        return []
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give another folder for results") from None
-    lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            if line.strip():
-                found.append((line, run_of(json.loads(line))))
+            found.append((line, run_of(json.loads(line))))
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            if number < len(lines):  # the last one ends without a line break
-                raise UserError(f"{file}, line {number}: is no record of a run; mend or remove that line") from None
+            raise UserError(f"{file}, line {number}: is no record of a run; mend or remove that line") from None
     return found
 
 

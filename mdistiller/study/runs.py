@@ -308,10 +308,9 @@ def read_run(folder: Path, opts: Sequence[str] = (), plugins: Sequence[str] = ()
     if reason:
         raise UserError(f"{file}: is no configuration of this framework; {reason}")
     rows = read_metrics(folder)
-    if not all(isinstance(row.get(key), (int, float)) and abs(row[key]) < 1e38 for row in rows for key in FIGURES):
-        raise UserError(f"{metrics}: holds a line that is no epoch of this framework")
-    if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
-        raise UserError(f"{metrics}: its epochs do not count 1, 2, 3, ...; the file is damaged")
+    numbers = all(isinstance(row.get(key), (int, float)) and abs(row[key]) < 1e38 for row in rows for key in FIGURES)
+    if not numbers or [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise UserError(f"{metrics}: holds something other than the epochs 1, 2, 3, ... of this framework")
     if not rows:
         raise UserError(f"{folder}: no epoch is finished yet; wait for the first one")
     return Run(folder, cfg, rows, read_environment(folder), plugins=brought, lacking=gone)
