@@ -40,7 +40,7 @@ class Analysis:
         """Draw the chart. A line says which part of it has nothing to draw."""
         self.notes += [f"{chart.title}: there is nothing to draw of: {title}" for title in chart.drop_empty()]
         if not chart.empty:
-            save(chart, self.folder / "figures", [group.figures for group in self.groups])
+            save(chart, self.folder / "figures")
             write_numbers(chart, self.folder / "figures" / f"{chart.name}.csv")
             self.charts.append(chart)
 
@@ -153,7 +153,7 @@ def add_detections(analysis: Analysis) -> None:
         title = f"What the networks find: {group.label}"
         caption = "The first test images after the last epoch; each class has its colour."
         name = name_of("detections", group)
-        analysis.add(Chart(name, "Detections", title, caption, [], group=group.number, pictures=[block]))
+        analysis.add(Chart(name, "Detections", title, caption, [], group=group, pictures=[block]))
 
 
 def add_temperatures(analysis: Analysis, compared: Sequence[comparison.Comparison]) -> None:

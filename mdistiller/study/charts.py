@@ -38,6 +38,7 @@ class Series:
     dashed: bool = False
     text: Sequence[str] = ()  # one for each point: shown on hover; above bars and levels
     colour: str = ""  # the group's where it is empty
+    legend: str = ""  # what a legend has in the name's place
 
     @property
     def empty(self) -> bool:
@@ -65,7 +66,8 @@ class Panel:
 
     def add(self, group: Group, x: Sequence, y: Sequence, kind: str = "line", **more: object) -> None:
         """Add what is of one group, under its label and in its colour. `more`: other fields of the Series."""
-        self.series.append(Series(group.label, group.number, x, y, kind, **more))
+        legend = f"{group.label}: {group.figures}"
+        self.series.append(Series(group.label, group.number, x, y, kind, legend=legend, **more))
 
     @property
     def square(self) -> bool:
@@ -81,7 +83,7 @@ class Chart:
     title: str
     caption: str
     panels: list[Panel]
-    group: int | None = None  # the one group that it is of, if it is of one
+    group: Group | None = None  # the one that it is of, if it is of one
     columns: int = 3  # panels in a row, at most
     # a chart of pictures has, in place of panels, blocks: a heading, uint8 images (M, H, W, 3) and a text for each
     pictures: list[tuple[str, np.ndarray, list[str]]] = field(default_factory=list)

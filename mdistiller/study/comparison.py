@@ -102,8 +102,9 @@ def calibration_chart(found: Sequence[Comparison]) -> Chart:
         c, dashed = st.calibration(predictions.logits, comparison.labels, BINS), number is None
         name, filled = f"{name}: ECE {100 * c.ece:.1f}%", c.share * len(comparison.labels) >= LEAST
         text = [f"{part:.1%} of the samples" for part in c.share[filled]]
-        curve.series.append(Series(name, number, c.confidence[filled], c.accuracy[filled], dashed=dashed, text=text))
-        share.series.append(Series(name, number, (np.arange(BINS) + 0.5) / BINS, 100 * c.share, dashed=dashed))
+        how = {"dashed": dashed, "legend": "" if dashed else f"{name}: {comparison.group.figures}"}
+        curve.series.append(Series(name, number, c.confidence[filled], c.accuracy[filled], text=text, **how))
+        share.series.append(Series(name, number, (np.arange(BINS) + 0.5) / BINS, 100 * c.share, **how))
     caption = (
         f"Test set, {BINS} bins of the top-1 probability at temperature 1; on the dotted line confidence is right. "
         "ECE: expected calibration error (Guo et al., 1706.04599). Dashed: teachers. Bins of fewer than "
@@ -150,7 +151,7 @@ def correlation_chart(c: Comparison, name: str) -> Chart:
     title = f"Logit correlations, student minus teacher: {c.group.label}"
     matrix, ticks = difference[np.ix_(order, order)], [c.names[i] for i in order]
     panel = Panel("student minus teacher", matrix=matrix, ticks=ticks)
-    return Chart(name, SECTION, title, caption, [panel], group=c.group.number)
+    return Chart(name, SECTION, title, caption, [panel], group=c.group)
 
 
 def tsne_chart(c: Comparison, name: str) -> Chart:
@@ -175,7 +176,7 @@ def tsne_chart(c: Comparison, name: str) -> Chart:
         f"{c.group.figures}."
     )
     title = f"t-SNE of pooled features: {c.group.label}"
-    return Chart(name, SECTION, title, caption, panels, group=c.group.number)
+    return Chart(name, SECTION, title, caption, panels, group=c.group)
 
 
 COMPARED = (

@@ -50,30 +50,25 @@ NEAREST = {
 WITH_MARGIN = {"zero": False, "padding": 8}  # pixels, so that no point lies on an axis
 
 
-def save(chart: Chart, folder: Path, figures: Sequence[str] = ()) -> None:
-    """Write FOLDER/NAME.png and .svg. `figures`: of each group the accuracy that stands beside its name."""
-    spec = paper_spec(chart, figures)
+def save(chart: Chart, folder: Path) -> None:
+    """Write FOLDER/NAME.png and .svg."""
+    spec = paper_spec(chart)
     (folder / f"{chart.name}.svg").write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
     picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=1.5)))
     picture.convert("RGB").save(folder / f"{chart.name}.png", optimize=True)
 
 
-def page_spec(chart: Chart, panel: Panel, figures: Sequence[str]) -> dict:
+def page_spec(panel: Panel) -> dict:
     """Return the specification of one panel for the page: as wide as its place, and a pointer asks for values."""
-    if chart.group is not None:  # the chart's caption says its figures
-        figures = ()
     size = {"width": "container", "height": SQUARE if panel.square else HEIGHT, "padding": 2}
     fit = {"background": "transparent", "autosize": {"type": "fit-x", "contains": "padding"}}
     # the page itself says which colour is which group
-    return COMMON | size | fit | panel_spec(panel, figures, colours([panel], figures), panel.bare, hover=True)
+    return COMMON | size | fit | panel_spec(panel, colours([panel]), panel.bare, hover=True)
 
 
-def paper_spec(chart: Chart, figures: Sequence[str]) -> dict:
+def paper_spec(chart: Chart) -> dict:
     """Return the specification of the whole chart: title, panels side by side, and one legend for all."""
-    title = [chart.title]
-    if chart.group is not None and figures:
-        title.append(figures[chart.group])
-        figures = ()
+    title = [chart.title, *([chart.group.figures] if chart.group else [])]
     columns = min(len(chart.panels), chart.columns)
     across = max(45 * columns, 55 if chart.pictures else 40)  # letters of the title
     lines = [printable(line) for text in title for line in textwrap.wrap(text, across)]
@@ -81,15 +76,15 @@ def paper_spec(chart: Chart, figures: Sequence[str]) -> dict:
     paper = COMMON | {"background": "white", "padding": 12, "title": heading}
     if chart.pictures:
         return paper | {"vconcat": [pictures_spec(*block) for block in chart.pictures]}
-    names, panels = colours(chart.panels, figures), []
+    names, panels = colours(chart.panels), []
     for panel in chart.panels:
         size = {"width": SQUARE, "height": SQUARE} if panel.square else {"width": WIDTH, "height": HEIGHT}
         head = {"title": printable(panel.title)[:60]} | size
-        panels.append(head | panel_spec(panel, figures, names, len(names) > 1))
+        panels.append(head | panel_spec(panel, names, len(names) > 1))
     return paper | {"concat": panels, "columns": columns, "resolve": {"scale": {"color": "shared"}}}
 
 
-def panel_spec(panel: Panel, figures: Sequence[str], names: dict[str, str], legend: bool, hover: bool = False) -> dict:
+def panel_spec(panel: Panel, names: dict[str, str], legend: bool, hover: bool = False) -> dict:
     """Return the layers of one panel. `names`: the colours of all series that its legend has."""
     if panel.matrix is not None:
         return matrix_spec(panel)
@@ -107,7 +102,7 @@ def panel_spec(panel: Panel, figures: Sequence[str], names: dict[str, str], lege
         mark = {"type": "line", "color": "#999", "strokeDash": [2, 3], "strokeWidth": 1}
         layers.append({"data": ends, "mark": mark, "encoding": {"x": x, "y": y}})
     for kind in dict.fromkeys(s.kind for s in panel.series):
-        rows = [row_of(number, s, figures) for number, s in enumerate(panel.series) if s.kind == kind]
+        rows = [row_of(number, s) for number, s in enumerate(panel.series) if s.kind == kind]
         arrays = list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, list)))
         marks = layers_of(kind, y, arrays)
         layers.append({
@@ -119,21 +114,21 @@ def panel_spec(panel: Panel, figures: Sequence[str], names: dict[str, str], lege
     return {"layer": layers}
 
 
-def row_of(number: int, s: Series, figures: Sequence[str]) -> dict:
+def row_of(number: int, s: Series) -> dict:
     """Return a series as one row of data, whose lists the specification unfolds into points."""
-    row = {"number": number, "name": label(s, figures), "group": s.group, "dashed": s.dashed}
+    row = {"number": number, "name": label(s), "group": s.group, "dashed": s.dashed}
     row |= {"x": json_values(s.x), "y": json_values(s.y)} | ({"text": json_values(s.text)} if len(s.text) else {})
     for i, (low, high) in enumerate(s.bands.values()):
         row |= {f"low{i}": json_values(low), f"high{i}": json_values(high)}
     return row
 
 
-def label(s: Series, figures: Sequence[str]) -> str:
-    return printable(s.name if s.group is None or not figures else f"{s.name}: {figures[s.group]}")
+def label(s: Series) -> str:
+    return printable(s.legend or s.name)
 
 
-def colours(panels: Sequence[Panel], figures: Sequence[str]) -> dict[str, str]:
-    return {label(s, figures): s.shade for panel in panels for s in panel.series}
+def colours(panels: Sequence[Panel]) -> dict[str, str]:
+    return {label(s): s.shade for panel in panels for s in panel.series}
 
 
 def json_values(values: Sequence) -> list:

@@ -1,7 +1,6 @@
 """The report's page: report.html filled in by jinja2, with its style, its script and Vega inside."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -37,7 +36,7 @@ def report_page(
         sections=list(dict.fromkeys(chart.section for chart in charts)),
         generator=Markup(GENERATOR), library=Markup(vl_convert.javascript_bundle()),
         columns_and_rows=columns_and_rows, colour=colour, data_url=data_url,
-        spec_of=partial(page_spec, figures=[group.figures for group in groups]),
+        spec_of=page_spec,
     )  # fmt: skip
 
 

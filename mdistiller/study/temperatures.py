@@ -282,4 +282,4 @@ def extremes_chart(s: Samples, name: str, images: np.ndarray, count: int = 16) -
         blocks.append((f"{which} temperature of the {SIDES[side]}", images[chosen.index], texts))
     caption = f"Training images with class, temperatures, student / teacher, and number. {s.group.figures}."
     title = f"Hottest and coldest samples: {s.group.label}"
-    return Chart(name, SECTION, title, caption, [], group=s.group.number, pictures=blocks)
+    return Chart(name, SECTION, title, caption, [], group=s.group, pictures=blocks)

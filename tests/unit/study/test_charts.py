@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -10,9 +11,16 @@ from PIL import Image
 from mdistiller.study import drawing
 from mdistiller.study.charts import COLOURS, GREY, Chart, Panel, Series, write_numbers
 
+GROUP = SimpleNamespace(number=0, figures="last 1, best 2")
 NASTY = "a $x^ <script>alert(1)</script> </style> \"'& \x07 ${{%s}} %{y} <b>|_,"
 LINE = Series(
-    "line", 0, [1, 2, 3], [3, np.nan, 5], bands={("low", "high"): ([2, 3, 4], [4, 5, 6])}, text=["a", "b", "c"]
+    "line",
+    0,
+    [1, 2, 3],
+    [3, np.nan, 5],
+    bands={("low", "high"): ([2, 3, 4], [4, 5, 6])},
+    text=["a", "b", "c"],
+    legend="line: last 1, best 2",
 )
 OTHER = Series("other", None, [1], [2])
 LEVEL = Series("level", None, ["teacher"], [2.0], "level", {("lo", "hi"): ([1.0], [3.0])}, dashed=True, text=["2.0"])
@@ -26,16 +34,16 @@ def every_chart():
     return [
         Chart("lines", "S", "Lines", "", [Panel("p", "epoch", "y", [LINE], diagonal=True), Panel("", series=[OTHER])]),
         Chart("bars", "S", "Bars", "", [Panel("p", "teacher", "%", [BARS, LEVEL], y_range=(0.5, 4))], columns=1),
-        Chart("points", "S", "Points", "", [points, points], group=0),
-        Chart("matrix", "S", "Matrix", "", [matrix], group=0),
-        Chart("pictures", "S", "Pictures", "", [], group=0, pictures=[("block", image, ["cat\n1.00", "dog\n2.00"])]),
+        Chart("points", "S", "Points", "", [points, points], group=GROUP),
+        Chart("matrix", "S", "Matrix", "", [matrix], group=GROUP),
+        Chart("pictures", "S", "Pictures", "", [], GROUP, pictures=[("block", image, ["cat\n1.00", "dog\n2.00"])]),
         Chart("nasty", NASTY, NASTY, NASTY, [Panel(NASTY, NASTY, NASTY, [Series(NASTY, 0, [1], [2], text=[NASTY])])]),
     ]  # fmt: skip
 
 
 def test_every_kind_of_chart_is_drawn(tmp_path):
     for chart in every_chart():
-        drawing.save(chart, tmp_path, ["last 1, best 2", "last 3, best 4"])
+        drawing.save(chart, tmp_path)
         picture = np.asarray(Image.open(tmp_path / f"{chart.name}.png"))
         assert min(picture.shape[:2]) > 100 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 5, chart.name
         svg = (tmp_path / f"{chart.name}.svg").read_text()
@@ -50,7 +58,7 @@ def test_every_kind_of_chart_is_drawn(tmp_path):
 
 def test_the_page_s_panel_switches_groups_and_says_values():
     lines, bars, points, matrix = every_chart()[:4]
-    spec = drawing.page_spec(lines, lines.panels[0], ["last 1, best 2"])
+    spec = drawing.page_spec(lines.panels[0])
     assert spec["width"] == "container" and {"name": "hidden", "value": []} in spec["params"]
     layer = spec["layer"][1]
     (row,) = layer["data"]["values"]
@@ -59,12 +67,12 @@ def test_the_page_s_panel_switches_groups_and_says_values():
     assert layer["layer"][-1] == drawing.NEAREST
     assert layer["encoding"]["color"]["legend"] is None, "the page's bar of runs is the legend"
     assert layer["encoding"]["x"]["axis"]["values"] == [1, 2, 3], "no tick between two epochs"
-    spec = drawing.page_spec(points, points.panels[0], ["last 1, best 2"])
+    spec = drawing.page_spec(points.panels[0])
     assert (
         spec["layer"][0]["encoding"]["color"]["legend"] and spec["layer"][0]["data"]["values"][0]["name"] == "class 0"
     )
     for chart in (lines, bars, points, matrix):
-        json.dumps([drawing.page_spec(chart, panel, ["", ""]) for panel in chart.panels], allow_nan=False)
+        json.dumps([drawing.page_spec(panel) for panel in chart.panels], allow_nan=False)
 
 
 def test_the_numbers_behind_a_chart(tmp_path):
@@ -93,4 +101,4 @@ def test_what_has_nothing_to_draw_is_left_out():
     chart = Chart("a", "", "A chart", "", panels)
     assert chart.drop_empty() == ["none"]
     assert [(panel.title, panel.series) for panel in chart.panels] == [("some", [LINE])]
-    drawing.paper_spec(chart, [""])
+    drawing.paper_spec(chart)
