@@ -23,9 +23,8 @@ from mdistiller.runs.checkpoint import load_weights
 from mdistiller.study import export_card as cards
 from mdistiller.study.export_card import BATCHES, COMPARED, DetectorForm, Exported, Form
 from mdistiller.study.export_forms import (
-    NEEDS,
-    SUFFIXES,
-    WRITERS,
+    CALIBRATED,
+    KINDS,
     Deployed,
     Infer,
     eager,
@@ -36,7 +35,7 @@ from mdistiller.study.export_forms import (
 )  # fmt: skip
 from mdistiller.study.networks import Missing, Networks
 from mdistiller.study.runs import read_run
-from mdistiller.terminal import say
+from mdistiller.terminal import counted, say
 
 STUDENTS = ("student_best", "student_latest", "student_ema")
 TIMED = 20  # images by which a detector's latency is measured
@@ -44,14 +43,14 @@ Input = TypeVar("Input")
 
 
 def export(file: Path, forms: Sequence[str], out: Path | None, plugins: Sequence[str] = (), root: str = "") -> Exported:
-    """Write the student in `file`, RUN/student_best or so, in each of the `forms` of NEEDS into `out`, RUN/export where
+    """Write the student in `file`, RUN/student_best or so, in each of the `forms` of KINDS into `out`, RUN/export where
     it is None, with its weights as safetensors, export.json and a model card; and measure each form, a classifier's
     beside the teacher.
 
     Raises UserError where a package or the run's data are missing, `file` is no student's of a run, or a detector is
     to be written as something other than onnx.
     """
-    lacking = {form: [name for name in NEEDS[form] if importlib.util.find_spec(name) is None] for form in forms}
+    lacking = {form: [name for name in KINDS[form].needs if importlib.util.find_spec(name) is None] for form in forms}
     if missing := " ".join(dict.fromkeys(name for names in lacking.values() for name in names)):
         asked = " ".join(form for form in forms if lacking[form])
         raise UserError(f"--to {asked}: needs {missing}; pip install {missing}")
@@ -80,6 +79,7 @@ def export_images(found: Exported, file: Path, forms: Sequence[str]) -> tuple[di
         except (Missing, UserError) as error:  # what was asked for is the student
             say(f"without the teacher; {str(error).partition(';')[0]}")
     found.folder.mkdir(parents=True, exist_ok=True)
+    calibrated = counted(min(CALIBRATED, len(data.train_labels)), "training image")
     for name, model in models.items():
         deployed = Deployed(model, data.mean, data.std).eval()
         found.parameters[name] = sum(p.numel() for p in model.parameters())
@@ -87,12 +87,13 @@ def export_images(found: Exported, file: Path, forms: Sequence[str]) -> tuple[di
         found.weights[name] = cards.normalised_by(model, data)
         weights, written = found.folder / f"{name}.safetensors", {"eager": eager(deployed)}
         write_weights(model, weights)
-        found.files[weights.name], sizes = "safetensors", {"eager": weights.stat().st_size}
+        found.files[weights.name] = "the weights alone, for the network in PyTorch, which is `eager` below"
+        sizes = {"eager": weights.stat().st_size}
         for form in forms:
-            target = found.folder / f"{name}.{SUFFIXES[form]}"
-            written[form] = WRITERS[form](deployed, data, target)
+            target = found.folder / f"{name}.{KINDS[form].suffix}"
+            written[form] = KINDS[form].write(deployed, data, target)
             beside = [target, *([target.with_suffix(".bin")] if form == "openvino" else [])]  # its weights
-            found.files |= {path.name: form for path in beside}
+            found.files |= {path.name: KINDS[form].what.format(calibrated=calibrated) for path in beside}
             sizes[form] = sum(path.stat().st_size for path in beside)
         images = pixels(data.test_images[:COMPARED])
         own = written["eager"](images)
@@ -101,7 +102,7 @@ def export_images(found: Exported, file: Path, forms: Sequence[str]) -> tuple[di
             latency = {b: latency_of(infer, [np.resize(images[:b], (b, *images.shape[1:]))]) for b in BATCHES}
             found.forms.append(Form(name, form, accuracy_of(infer, data), difference, latency, sizes[form] / 1e6))
             say(f"{name}, {form}: {found.forms[-1].top1:.2f} %, largest difference {difference:.1e}")
-    found.files["export.json"] = "figures"
+    found.files["export.json"] = "what this page says and each figure in full"
     return cards.report(found, data), cards.card(found, data)
 
 

@@ -20,14 +20,6 @@ from mdistiller.terminal import counted
 
 BATCHES = (1, 64)  # whose latency is measured
 COMPARED = 256  # test images whose logits are compared, at most
-FILES = {  # what a file of each form is
-    "safetensors": "the weights alone, for the network in PyTorch, which is `eager` below",
-    "torch": "torch.export's; `torch.export.load(FILE).module()` is the network",
-    "onnx": "ONNX, float32",
-    "int8": "ONNX with 8-bit weights and activations, whose ranges are those on {calibrated}",
-    "openvino": "OpenVINO, float32, and its weights (.bin)",
-    "figures": "what this page says and each figure in full",
-}
 
 
 @dataclass
@@ -72,7 +64,7 @@ class DetectorForm:
 @dataclass
 class Exported:
     """What an export has come to. `parameters` and `flops` (of one image, a multiplication and addition are two) by
-    network; `weights`: by network what its safetensors' images are normalised by; `files`: {name: its form}.
+    network; `weights`: by network what its safetensors' images are normalised by; `files`: {name: what it is}.
     """
 
     run: Run
@@ -111,14 +103,6 @@ def preparation(run: Run, data: ImageSet) -> dict:
     return found | scaled | {"background": [*section.BACKGROUND], "exif_orientation": True}
 
 
-def described(found: Exported, data: ImageSet) -> dict[str, list[str]]:
-    """Return {what it is: the names of the files} of this export."""
-    calibrated, names = counted(min(CALIBRATED, len(data.train_labels)), "training image"), {}
-    for name, form in found.files.items():
-        names.setdefault(FILES[form].format(calibrated=calibrated), []).append(name)
-    return names
-
-
 def about(found: Exported) -> dict:
     """Return what was exported, and where its figures were measured."""
     made = {"run": str(found.run.folder), "checkpoint": found.checkpoint, "method": found.run.cfg.DISTILLER.TYPE}
@@ -128,10 +112,9 @@ def about(found: Exported) -> dict:
 
 def report(found: Exported, data: ImageSet) -> dict:
     """Return all figures as JSON holds them."""
-    files = {name: what for what, names in described(found, data).items() for name in names}
-    made = about(found) | {"files": files, "preprocessing": preparation(found.run, data)}
+    made = about(found) | {"files": found.files, "preprocessing": preparation(found.run, data)}
     made |= {"safetensors_normalised_by": found.weights, "images_compared": min(COMPARED, len(data.test_labels))}
-    if "int8" in found.files.values():
+    if any(form.form == "int8" for form in found.forms):
         made |= {"int8_calibrated_on": {"split": "train", "images": min(CALIBRATED, len(data.train_labels))}}
     counts = {"parameters": found.parameters, "flops": found.flops}
     return made | counts | {"forms": [asdict(form) for form in found.forms]}
@@ -172,7 +155,9 @@ def card(found: Exported, data: ImageSet) -> str:
         for name, flops in found.flops.items()
     )
     digest = checkpoint.digest(checkpoint.load(run.folder / found.checkpoint)["model"])
-    files = [f"- {', '.join(f'`{name}`' for name in group)}: {what}." for what, group in described(found, data).items()]
+    files: dict[str, list[str]] = {}
+    for name, what in found.files.items():
+        files.setdefault(what, []).append(f"`{name}`")
     compared = counted(min(COMPARED, len(data.test_labels)), "test image")
     said = [
         f"- **Input** `image`: RGB in [0, 1], float32 (B, 3, {height}, {width}), any B. **Output** `logits` "
@@ -184,7 +169,7 @@ def card(found: Exported, data: ImageSet) -> str:
         "on the test set, which flatters it.",
         f"- **Size**: {sizes} for an image (a multiplication and an addition are two).",
         "\nThe files:\n",
-        *files,
+        *(f"- {', '.join(names)}: {what}." for what, names in files.items()),
     ]
     return _card(
         found, f"SHA-256 of its weights {digest[:16]}", said,

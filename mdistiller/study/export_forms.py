@@ -11,7 +11,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,6 @@ from mdistiller.dataset import ImageSet
 from mdistiller.files import write_atomic
 from mdistiller.models import give_features
 
-NEEDS = {
-    "torch": (),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino",),
-    "int8": ("onnx", "onnxscript", "onnxruntime"),
-}
 CALIBRATED = 256  # training images that INT8 is calibrated on
 FOUND = ("boxes", "labels", "scores")  # what a detector gives
 Infer = Callable[[np.ndarray], np.ndarray]  # images (B, 3, H, W) in [0, 1] -> logits (B, K)
@@ -142,8 +136,25 @@ def write_int8(deployed: nn.Module, data: ImageSet, target: Path) -> Infer:
     return _session(target)
 
 
-WRITERS = {"torch": write_torch, "onnx": write_onnx, "openvino": write_openvino, "int8": write_int8}
-SUFFIXES = {"torch": "pt2", "onnx": "onnx", "openvino": "xml", "int8": "int8.onnx"}
+class Kind(NamedTuple):
+    """A form of a classifier: the packages that it needs, how its file's name ends, what writes it, and what it is."""
+
+    needs: tuple[str, ...]
+    suffix: str
+    write: Callable[[nn.Module, ImageSet, Path], Infer]
+    what: str
+
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+KINDS = {
+    "torch": Kind((), "pt2", write_torch, "torch.export's; `torch.export.load(FILE).module()` is the network"),
+    "onnx": Kind(ONNX, "onnx", write_onnx, "ONNX, float32"),
+    "openvino": Kind(("openvino",), "xml", write_openvino, "OpenVINO, float32, and its weights (.bin)"),
+    "int8": Kind(
+        ONNX, "int8.onnx", write_int8,
+        "ONNX with 8-bit weights and activations, whose ranges are those on {calibrated}",
+    ),
+}  # fmt: skip
 
 
 class Alone(nn.Module):

@@ -19,7 +19,7 @@ from mdistiller.study.jobs import Local, Slurm
 from mdistiller.study.plan import PlannedGroup
 from mdistiller.study.published import read_published
 from mdistiller.study.records import read_records, recorded
-from mdistiller.study.results import results_of, shipped_for
+from mdistiller.study.results import results_of
 from mdistiller.study.runs import Run
 from mdistiller.study.tables import Table, text_table
 from mdistiller.terminal import columns, counted, say
@@ -81,7 +81,7 @@ def reproduce(words, folder: Path, opts: Sequence[str]) -> int:
         total, are = counted(len(runs), "run"), "is" if kept == 1 else "are"
         say(f"{kept} of {total} {are} on record in {conductor.file}; --results FOLDER starts another")
     status = conductor.run()
-    found = results_of(conductor.records.values(), figures, shipped_for(figures, folder), study)
+    found = results_of(conductor.records.values(), figures, folder, study)
     found.write(home)
     say(f"\n{found.text}\n")
     left = conductor.left()

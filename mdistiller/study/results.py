@@ -78,13 +78,13 @@ class StudyResults:
 
 
 def results_of(
-    runs: Iterable[Run], published: Mapping, shipped: Shipped, study: Study | None = None, only: Sequence[str] = ()
+    runs: Iterable[Run], published: Mapping, folder: Path, study: Study | None = None, only: Sequence[str] = ()
 ) -> StudyResults:
     """Return the results of the runs, or of those that `only` names; of a `study`, every seed on record of each of its
     groups. What does not fit the rest is left out and named. Nothing is compared with figures of another protocol, no
-    row with figures of other hyperparameters. `shipped`: the YAML files with the published hyperparameters.
+    row with figures of other hyperparameters, which the YAML files of that data set have, beside the `folder` of plans.
     """
-    runs = list(runs)
+    runs, shipped = list(runs), Shipped(folder.parent / str(published.get("dataset", DATA)))
     if study:
         groups, notes = _groups_of(study, runs)
     else:
@@ -123,11 +123,6 @@ def results_of(
     if groups and study:
         said.append(f"Made by `python3 tools/reproduce.py {study.name}`.")
     return StudyResults(name, title, Table("table", title, caption, head, rows), said, charts)
-
-
-def shipped_for(published: Mapping, folder: Path) -> Shipped:
-    """Return the YAML files for the data that the figures are of; `folder`: where plans lie, beside them."""
-    return Shipped(folder.parent / str(published.get("dataset", DATA)))
 
 
 def _groups_of(study: Study, runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
@@ -223,7 +218,6 @@ def show(
     `folder`: where plans lie, beside the pairs' YAML files. `home`: where a plan's runs.jsonl lies.
     """
     figures = read_published(published)
-    shipped = shipped_for(figures, folder)
     study = None
     if what.endswith(".jsonl"):
         file = Path(what)
@@ -233,7 +227,7 @@ def show(
         study = plan.load(plan.find(what, folder))
         study.groups = study.select(only)
         file = (home or study.results) / "runs.jsonl"
-    found = results_of(read_records(file).values(), figures, shipped, study, only)
+    found = results_of(read_records(file).values(), figures, folder, study, only)
     if not study and not found.table.rows:
         raise UserError(
             f"{file}: no run on record matches --only {' '.join(only)}" if only else f"{file}: holds no run"
@@ -250,13 +244,12 @@ def fill(page: Path, folder: Path, published: Path | None, home: Path, write: bo
     `<!-- end of results -->`; with `write` it is written, and the plans' files into `home`.
     """
     figures = read_published(published)
-    shipped = shipped_for(figures, folder)
     if not page.is_file():
         raise UserError(f"--page {page}: is no file; give a Markdown page")
     runs = read_records(home / "runs.jsonl").values()
 
     def filled(match: re.Match) -> str:
-        found = results_of(runs, figures, shipped, plan.load(plan.find(match[2], folder)))
+        found = results_of(runs, figures, folder, plan.load(plan.find(match[2], folder)))
         if write:
             found.write(home)
         place = Path(os.path.relpath(home / found.name, page.parent)).as_posix()

@@ -20,7 +20,7 @@ from mdistiller.dataset.imagefolder import CROPS
 from mdistiller.models import build_model, fit_inputs
 from mdistiller.study import export as exporting
 from mdistiller.study.evaluation import evaluate_run, run_to_evaluate
-from mdistiller.study.export import NEEDS, export, flops_of
+from mdistiller.study.export import KINDS, export, flops_of
 from mdistiller.study.export_card import normalised_by, preparation
 from mdistiller.study.export_forms import Deployed, write_weights
 from mdistiller.study.tables import text_table
@@ -63,7 +63,7 @@ def test_the_torch_form_and_what_lies_beside_it(trained, tmp_path):
 
 
 def needs(*forms):
-    for name in {name for form in forms for name in NEEDS[form]}:
+    for name in {name for form in forms for name in KINDS[form].needs}:
         pytest.importorskip(name)
 
 

@@ -13,17 +13,15 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.errors import UserError
 from mdistiller.study import plan, results
 from mdistiller.study.bars import shade
-from mdistiller.study.plan import Shipped
 from mdistiller.study.records import read_records, run_of
 
-SHIPPED = Shipped(ROOT / "configs/cifar100")
 FIGURES = ROOT / "results/published.json"
 
 
 def of(tmp_path, *records, published=PUBLISHED, only=()):
     """The results of a runs.jsonl with these lines."""
     file = write_records(tmp_path / "some" / "runs.jsonl", *records)
-    return results.results_of(read_records(file).values(), published, SHIPPED, only=only)
+    return results.results_of(read_records(file).values(), published, PLANS, only=only)
 
 
 def records_of(study, seeds=None):
@@ -107,7 +105,7 @@ def test_a_record_of_no_plan_is_shown(tmp_path):
 def test_a_plans_table_has_every_seed_and_says_which_are_missing(small_plan):
     study = plan.load(small_plan)
     runs = [run_of(line) for line in records_of(study)]
-    shown = lambda study, runs: results.results_of(runs, {}, SHIPPED, study)  # noqa: E731
+    shown = lambda study, runs: results.results_of(runs, {}, PLANS, study)  # noqa: E731
     more = shown(plan.load(small_plan, seeds=[0, 1, 2]), runs)
     assert [row[2:4] for row in more.table.rows] == [[2, "0, 1"], [1, "0"], [2, "0, 1"], [2, "0, 1"]]
     assert "Not run yet: NONE,resnet8 (seed 2); KD" in more.markdown
@@ -125,7 +123,7 @@ def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small_plan):
     lines = records_of(study)
     for line in lines:
         line["sha256"] = {"data": "another" if line["cell"].startswith("KD") else "d", "student": "s"}
-    found = results.results_of(map(run_of, lines), {}, SHIPPED, study)
+    found = results.results_of(map(run_of, lines), {}, PLANS, study)
     assert [row[1] for row in found.table.rows] == ["NONE", "NONE", "DTKD"]
     assert "Left out: KD,resnet14,resnet8, of another protocol than the other rows: sha256 of" in found.markdown
 
@@ -133,7 +131,7 @@ def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small_plan):
 def test_every_plan_can_be_shown():
     for file in sorted(PLANS.glob("*.yaml")):
         study = plan.load(file)
-        found = results.results_of(map(run_of, records_of(study, 1)), PUBLISHED, SHIPPED, study)
+        found = results.results_of(map(run_of, records_of(study, 1)), PUBLISHED, PLANS, study)
         assert len(found.table.rows) == len(study.groups)
         assert found.charts
         if study.name == "rules":
