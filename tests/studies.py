@@ -1,6 +1,7 @@
 """What tests of plans, records and tables use."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,10 @@ def write_run(root, name, accuracies, seed=0, finished=None, **keys):
     cfg = load(None, [word for pair in opts.items() for word in pair])
     (folder / "config.yaml").write_text(cfg.dump())
     rows = [
-        {"epoch": n, "test_acc": acc, "best_acc": max(accuracies[:n]), "train_acc": acc, "train_loss": 1 / n}
-        for n, acc in enumerate(accuracies[:finished], 1)
-    ]
+        {"epoch": n, "test_acc": acc, "best_acc": best, "best_epoch": accuracies.index(best) + 1, "train_acc": acc,
+         "train_loss": 1 / n}
+        for n, (acc, best) in enumerate(zip(accuracies[:finished], accumulate(accuracies, max), strict=False), 1)
+    ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

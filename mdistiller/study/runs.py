@@ -106,11 +106,8 @@ class Run:
     def stopped_early(self) -> bool:
         """Whether it is finished before SOLVER.EPOCHS, by SOLVER.EARLY_STOP."""
         solver = self.cfg.SOLVER
-        # the first of equal ones; of a text the one of the lowest loss
-        best = max(
-            self.rows, key=lambda row: -row["test_loss"] if self.task == "text" else row.get("test_acc", 0), default={}
-        )
-        return self.epochs < solver.EPOCHS and stops_early(solver.EARLY_STOP, self.epochs, best.get("epoch", 0))
+        best = self.rows[-1].get("best_epoch", 0) if self.rows else 0
+        return self.epochs < solver.EPOCHS and stops_early(solver.EARLY_STOP, self.epochs, best)
 
     @property
     def finished(self) -> bool:

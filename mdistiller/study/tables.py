@@ -117,8 +117,8 @@ def more_of(group: Group, task: str, key: str, best: bool) -> str | None:
     form, values = MORE[task][key][1], [(run.best_row if best else run.rows[-1]).get(key) for run in group.runs]
     if None in values:  # of a size that no object has
         return None
-    mean = mean_and_std(values)
-    return form.format(mean.mean) + (f" ± {form.format(mean.std)}" if mean.std is not None else "")
+    mean, std, _ = mean_and_std(values)
+    return " ± ".join(form.format(value) for value in (mean, std) if value is not None)
 
 
 def written(value: float | None, form: str) -> str:

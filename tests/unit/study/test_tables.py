@@ -66,8 +66,8 @@ def test_runs_side_by_side(tmp_path):
     lines = tables.text_table(tables.compared([read_run(folder) for folder in folders])).splitlines()
     assert [line.split() for line in (lines[0], *lines[2:])] == [
         ["run", "method", "teacher", "student", "data", "seed", "epochs", "last", "best", "at", "epoch"],
-        ["a", "NONE", "-", "resnet8", "digits", "0", "2/2", "40.00", "50.00", "-"],
-        ["long-name", "NONE", "-", "resnet8", "cifar100", "12", "1/1", "61.00", "61.00", "-"],
+        ["a", "NONE", "-", "resnet8", "digits", "0", "2/2", "40.00", "50.00", "1"],
+        ["long-name", "NONE", "-", "resnet8", "cifar100", "12", "1/1", "61.00", "61.00", "1"],
     ]
 
 
@@ -96,8 +96,8 @@ def test_what_runs_share_stands_above_and_a_terminal_s_width_is_kept(tmp_path):
     assert wide == [
         "run" + " " * 49 + "method  teacher  student   last   best  at epoch",
         "-" * 50 + "  ------  -------  -------  -----  -----  --------",
-        "a" * 50 + "  NONE    -        resnet8  61.00  61.00         -",
-        names[1].ljust(50) + "  NONE    -        resnet8  61.00  61.00         -",
+        "a" * 50 + "  NONE    -        resnet8  61.00  61.00         1",
+        names[1].ljust(50) + "  NONE    -        resnet8  61.00  61.00         1",
     ]
     assert max(map(len, narrow)) <= 60
     width = next(line for line in narrow if line.startswith("--")).index(" ")
