@@ -4,17 +4,16 @@ OUT/figures/ as PNG, SVG and CSV.
 python3 tools/analyze.py output/digits/* -o output/report
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import _package  # noqa: F401
+import _package
 
 from mdistiller.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__, plugins="plug-ins of the runs, where these do not find them")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders; runs that differ in SEED alone are averaged")
     parser.add_argument("-o", "--out", required=True, type=Path, help="folder for the report")
     parser.add_argument(
@@ -26,9 +25,6 @@ def main() -> None:
         "--opts", nargs="+", default=[], metavar="KEY VALUE",
         help="where files lie now: DATASET.ROOT, DISTILLER.TEACHER_CKPT, DEVICE",
     )  # fmt: skip
-    parser.add_argument(
-        "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins of the runs, where these do not find them"
-    )
     words = parser.parse_args()
 
     from mdistiller.study.analyze import analyze  # after --help, which needs none of its libraries

@@ -3,21 +3,17 @@
 python3 tools/compare.py output/digits/*
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import _package  # noqa: F401
+import _package
 
 from mdistiller.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__, plugins="plug-ins of the runs, where these do not find them")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument(
-        "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins of the runs, where these do not find them"
-    )
     words = parser.parse_args()
 
     from mdistiller.study.runs import lacking_plugins, read_runs  # torch takes seconds to import, and --help needs none

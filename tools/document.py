@@ -4,14 +4,13 @@ docs/methods.md.
 python3 tools/document.py docs
 """
 
-import argparse
 from pathlib import Path
 
 import _package
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
 

@@ -6,17 +6,16 @@ python3 tools/download.py cifar100                  into ./data
 python3 tools/download.py cifar10 --to /data --from cifar-10-binary.tar.gz
 """
 
-import argparse
 import sys
 
-import _package  # noqa: F401
+import _package
 
 from mdistiller.download import ARCHIVES, fetch
 from mdistiller.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__)
     parser.add_argument("what", choices=ARCHIVES)
     parser.add_argument("--to", metavar="FOLDER", help="where to unpack it")
     source = parser.add_mutually_exclusive_group()

@@ -5,13 +5,12 @@ python3 tools/eval.py -m resnet8 -d digits -c RUN/student_best
 python3 tools/eval.py -m resnet32x4 -c pretrain -d cifar100 -bs 256
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import _package  # noqa: F401
+import _package
 
 from mdistiller.config import KEYS, load
 from mdistiller.errors import UserError, run_command
@@ -19,7 +18,7 @@ from mdistiller.registry import task_of
 
 
 def evaluate(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__, plugins="plug-ins that bring the model or the data set")
     parser.add_argument(
         "-r", "--run", type=Path, help="a run's folder: its last and best student, and its teacher; beside -m: --root"
     )
@@ -36,9 +35,6 @@ def evaluate(words: Sequence[str] | None = None) -> None:
     parser.add_argument("-bs", "--batch-size", type=int, default=64, help=default)
     parser.add_argument("--device", default="auto", help=default)
     parser.add_argument("--amp", default="none", choices=KEYS["SOLVER.AMP"].check.names, help=default)
-    parser.add_argument(
-        "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins that bring the model or the data set"
-    )
     parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="keys of DATASET, such as DATASET.SIZE 64")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument(

@@ -9,10 +9,9 @@ pip install onnx onnxscript onnxruntime, openvino needs pip install openvino.
 A detector is written as onnx alone.
 """
 
-import argparse
 from pathlib import Path
 
-import _package  # noqa: F401
+import _package
 
 from mdistiller.errors import run_command
 
@@ -20,7 +19,7 @@ FORMS = ("torch", "onnx", "openvino", "int8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__, plugins="plug-ins that bring the model or the data")
     parser.add_argument("checkpoint", type=Path, help="RUN/student_best, RUN/student_latest, RUN/student_ema")
     parser.add_argument(
         "--to",
@@ -33,9 +32,6 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="the form int8 besides, as --to FORM int8")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export")
     parser.add_argument("--root", default="", help="where the run's data are now")
-    parser.add_argument(
-        "--plugins", nargs="+", default=[], metavar="FILE", help="plug-ins that bring the model or the data"
-    )
     a = parser.parse_args()
     from mdistiller.study.export import export  # torch takes seconds to import, and --help needs none
     from mdistiller.study.tables import text_table

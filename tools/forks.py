@@ -11,11 +11,10 @@ taken: tools/train.py --cfg FILE says of each what is wrong with it. KEY VALUE
 pairs give the keys that a method file without a YAML of its own reads.
 """
 
-import argparse
 import re
 from pathlib import Path
 
-import _package  # noqa: F401
+import _package
 
 from mdistiller.errors import run_command
 
@@ -23,7 +22,7 @@ KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_+]+)+(=.*)?")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__)
     parser.add_argument("paths", nargs="+", help="checkouts, or .py files with a method")
     words = parser.parse_args().paths
     first = next((place for place, word in enumerate(words) if KEY.fullmatch(word)), len(words))

@@ -7,17 +7,16 @@ Exit status: 1 where the step goes bad again, 0 where it does not, 2 for a file
 that cannot be used.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import _package  # noqa: F401
+import _package
 
 from mdistiller.errors import run_command
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__)
     parser.add_argument("file", type=Path, help="bad_batch,... in the run's folder")
     file = parser.parse_args(words).file
 

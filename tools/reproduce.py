@@ -11,16 +11,15 @@ run failed; 2 a mistake in the input; 75 stopped, or out of budget, with
 something left; 130 a second Ctrl-C.
 """
 
-import argparse
 from pathlib import Path
 
-from _package import PUBLISHED, ROOT
+import _package
 
 from mdistiller.errors import UserError, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__)
     parser.add_argument("plan", help="a name in configs/plans, or a YAML file")
     parser.add_argument("--seeds", help="in place of the plan's: 0-4, or 0,2,5")
     parser.add_argument(
@@ -38,14 +37,14 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, metavar="FOLDER", help="in place of the plan's: runs.jsonl, tables, charts"
     )
-    parser.add_argument("--published", type=Path, default=PUBLISHED, help="figures to compare with")
+    parser.add_argument("--published", type=Path, default=_package.PUBLISHED, help="figures to compare with")
     words, opts = parser.parse_known_args()
     flags = [word for word in opts if word.startswith("--")]
     if flags:
         raise UserError(f"unknown option {flags[0]}; see --help")
     from mdistiller.study.reproduce import reproduce  # torch takes seconds to import, and --help needs none
 
-    raise SystemExit(reproduce(words, ROOT / "configs/plans", opts))
+    raise SystemExit(reproduce(words, _package.ROOT / "configs/plans", opts))
 
 
 if __name__ == "__main__":

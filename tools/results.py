@@ -8,21 +8,20 @@ python3 tools/results.py --page docs/reproduction.md
     the tables between that page's markers
 """
 
-import argparse
 from pathlib import Path
 
-from _package import PUBLISHED, ROOT
+import _package
 
 from mdistiller.errors import UserError, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _package.parser(__doc__)
     parser.add_argument("what", nargs="?", help="a plan, or a runs.jsonl")
     parser.add_argument("--only", metavar="PATTERN", action="append", default=[], help="as in tools/reproduce.py")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where a plan's runs.jsonl lies")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; beside the runs.jsonl")
-    parser.add_argument("--published", type=Path, default=PUBLISHED, help="figures to compare with")
+    parser.add_argument("--published", type=Path, default=_package.PUBLISHED, help="figures to compare with")
     parser.add_argument("--page", type=Path, help="a Markdown page with markers")
     words = parser.parse_args()
     if words.page and (words.what or words.only or words.out):
@@ -32,9 +31,9 @@ def main() -> None:
 
     from mdistiller.study import results  # torch takes seconds to import, and --help needs none
 
-    plans = ROOT / "configs/plans"
+    plans = _package.ROOT / "configs/plans"
     if words.page:
-        results.fill(words.page, plans, words.published, words.results or ROOT / "results")
+        results.fill(words.page, plans, words.published, words.results or _package.ROOT / "results")
     else:
         print(results.show(words.what, plans, words.results, words.out, words.published, words.only))
 

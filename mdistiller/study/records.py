@@ -30,7 +30,9 @@ def read_records(file: Path) -> dict[str, Run]:
 def _lines(file: Path) -> list[tuple[str, Run]]:
     found = []
     try:
-        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        lines = file.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give another folder for results") from None
     for number, line in enumerate(lines, 1):
