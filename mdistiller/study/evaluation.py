@@ -94,17 +94,15 @@ def evaluate_run(run: Run, batch_size: int, device: torch.device, amp: str) -> t
 
 def figures(report: AnyReport) -> dict[str, float | int | None]:
     """Return the figures of a report: accuracies and the expected calibration error (15 bins) in percent."""
+    scores = report.scores
     if isinstance(report, DetectionReport):
-        own = dict(zip(NAMES, report.scores, strict=True))
+        own = dict(zip(NAMES, scores, strict=True))
     else:
-        own = {"top1": report.scores.top1, "top5": report.scores.top5, "loss": report.scores.loss}
-    if isinstance(report, TextReport):
-        return own | report.scores.more | {
-            "parameters": report.parameters, "tokens_per_second": report.tokens_per_second,
-        }  # fmt: skip
+        own = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss} | getattr(scores, "more", {})
     if isinstance(report, Report):
         own["ece"] = 100 * calibration(report.logits, report.labels).ece
-    return own | {"parameters": report.parameters, "images_per_second": report.images_per_second}
+    speed = "tokens_per_second" if isinstance(report, TextReport) else "images_per_second"
+    return own | {"parameters": report.parameters, speed: getattr(report, speed)}
 
 
 def evaluation_table(reports: Mapping[str, AnyReport]) -> Table:
