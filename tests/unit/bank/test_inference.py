@@ -1,6 +1,7 @@
 """A model made for inference alone gives what the plain model gives, and leaves it as it is."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,11 +16,16 @@ from mdistiller.dataset import images_together
 from mdistiller.device import autocast, prepare
 from mdistiller.distillers.base import Distiller, Vanilla
 from mdistiller.engine.evaluator import has_default_test, scores_of
-from mdistiller.models import cifar_model_dict, imagenet_model_dict
+from mdistiller.models import cifar_model_dict, imagenet, imagenet_model_dict, resnetv2
 
 FAMILIES = ["resnet8", "resnet8x4", "vgg8", "wrn_16_2", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
-ZOO = {name: cifar_model_dict[name][0] for name in (*FAMILIES, "resnet20", "wrn_40_2", "ResNet18", "ResNet50")}
-ZOO |= {f"imagenet/{name}": imagenet_model_dict[name] for name in ("ResNet18", "MobileNetV1")}
+ZOO = {name: cifar_model_dict[name][0] for name in (*FAMILIES, "resnet20", "wrn_40_2")}
+ZOO |= {  # wide networks of so few blocks of each kind
+    "ResNet18": functools.partial(resnetv2.ResNet, resnetv2.BasicBlock, (1, 2, 1, 1)),
+    "ResNet50": functools.partial(resnetv2.ResNet, resnetv2.Bottleneck, (1, 2, 1, 1)),
+    "imagenet/ResNet18": functools.partial(imagenet.ResNet, (1, 2, 1, 1), False),
+    "imagenet/MobileNetV1": imagenet_model_dict["MobileNetV1"],
+}
 fusing = pytest.mark.skipif(not can_fuse("bf16"), reason="no fused operators here")
 
 
