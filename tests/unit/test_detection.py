@@ -165,6 +165,12 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
 @pytest.mark.parametrize(
     ("pairs", "part"),
     [
+        (["DATASET.TYPE", "cifar100", "DISTILLER.TEACHER", "resnet8"], "is a detector; set DATASET.TYPE"),
+        (
+            ["DISTILLER.STUDENT", "resnet8"],
+            "the model resnet8 is a classifier; unknown detector 'resnet8'; did you mean fcos_resnet8",
+        ),
+        (["DISTILLER.STUDENT", "tv:fasterrcnn_resnet19_fpn"], "near it"),
         (["DISTILLER.TYPE", "CRD"], "CRD has no form for detectors"),
         (["DISTILLER.TYPE", "AT"], "AT has no form for detectors"),
         (["DISTILLER.TYPE", "KD", *RETINA], "has a sigmoid for each class, and KD compares softmax outputs"),
@@ -186,15 +192,6 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
 def test_what_cannot_be_is_refused_in_one_line(pairs, part):
     with refused(part):
         one_line(*pairs)
-
-
-def test_networks_and_data_of_different_tasks_are_refused():
-    with refused("is a detector; set DATASET.TYPE"):
-        load(None, ["DISTILLER.STUDENT", "fasterrcnn_resnet8"])
-    with refused("unknown detector 'resnet8'"):
-        load(None, [*SCENES, "DISTILLER.STUDENT", "resnet8"])
-    with refused("near it"):
-        load(None, [*SCENES, "DISTILLER.STUDENT", "tv:fasterrcnn_resnet19_fpn"])
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
@@ -363,8 +360,3 @@ def test_fcos_takes_a_levels_stride_for_its_size(name):
     with torch.no_grad():
         maps = network.eval().backbone(torch.zeros(1, 3, 256, 256)).values()
     assert network.anchor_generator.sizes == tuple((256 // level.shape[-1],) for level in maps)
-
-
-def test_a_classifier_is_called_one():
-    with refused("the model resnet8 is a classifier; unknown detector 'resnet8'; did you mean fcos_resnet8"):
-        configured("DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", "resnet8")

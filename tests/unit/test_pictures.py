@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import refused, run, same, save_teacher
+from helpers import photo, refused, run, same, save_teacher
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,12 +20,6 @@ from mdistiller.errors import UserError
 from mdistiller.runs.recorder import read_metrics
 
 KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
-
-
-def photo(seed: int, width: int = 40, height: int = 32) -> Image.Image:
-    """A smooth picture, so that scaling and compression change it little."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_folder(root, classes=("cat", "dog"), count=4, size=(32, 32), splits=("train", "val")):
