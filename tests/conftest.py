@@ -10,4 +10,4 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_configure(config):
     """Under -n the process that hands the tests out runs none, and need not wait for torch."""
     if not config.getoption("numprocesses", None):
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")
