@@ -20,6 +20,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mdistiller import config, registry
 from mdistiller.bank.inference import Inference
@@ -155,6 +156,12 @@ def digits_opts(**changes: object) -> list[str]:
     opts = {"DATASET.TYPE": "digits", "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": 1, "DEVICE": "cpu"}
     opts |= {key.replace("__", "."): value for key, value in changes.items()}
     return [str(word) for pair in opts.items() for word in pair]
+
+
+def photo(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    """A smooth picture, so that scaling and compression change it little."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def small_run(root: Path) -> list[str]:

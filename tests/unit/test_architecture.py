@@ -1,6 +1,7 @@
 """The rules of the code that a test can check: one-way imports, short modules, few parameters."""
 
 import ast
+import functools
 
 from helpers import ROOT
 
@@ -25,9 +26,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES, MOST_PARAMETERS = 350, 8
 
 
+@functools.cache
+def nodes(path):
+    """Those of the module at `path` that its rules are about."""
+    kinds = ast.Import, ast.ImportFrom, ast.FunctionDef
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
 def imported(path):
     """The packages that the module at `path` imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom) and node.module == "mdistiller":
@@ -52,7 +60,7 @@ def test_no_module_is_long_and_no_function_takes_many_parameters():
         text = path.read_text()
         if text.count("\n") > MOST_LINES:
             wrong.append(f"{path.relative_to(PACKAGE)} has {text.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef):
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
                 count = len([name for name in names if name not in ("self", "cls")])

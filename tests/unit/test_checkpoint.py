@@ -6,6 +6,7 @@ import random
 import tarfile
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,14 @@ from torch import nn
 from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs import checkpoint
+
+
+@pytest.fixture
+def small_zoo(monkeypatch):
+    """A zoo of three, which is looked through in no time."""
+    zoo = {name: cifar_model_dict[name] for name in ("vgg8", "resnet20", "resnet8")}
+    monkeypatch.setattr(checkpoint, "cifar_model_dict", SimpleNamespace(active=zoo))
+
 
 FORMS = {
     "mdistiller": lambda s: {"model": s, "epoch": 240, "best_acc": np.float64(72.3)},
@@ -77,6 +86,7 @@ def check_refused(path, says):
     with refused(says) as caught:
         checkpoint.load_weights(model(), "resnet8", 10, path)
     assert path.name in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -88,6 +98,7 @@ def test_truncated_files_are_named(tmp_path, keep, legacy):
     check_refused(tmp_path / "x.pth", "damaged")
 
 
+@pytest.mark.usefixtures("small_zoo")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_damaged_bytes_are_refused_or_give_finite_weights(tmp_path, legacy):
     file, network, refused = tmp_path / "x.pth", model(), []
@@ -119,14 +130,60 @@ def test_a_checksum_tells_damage(tmp_path):
     check_refused(tmp_path / "x", "checksum")
 
 
-def test_other_files_are_named(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+def archive(path):
+    """A zip file, as a .pt2 is."""
+    with zipfile.ZipFile(path, "w") as file:
         file.writestr("data.pkl", "x")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "text").write_bytes(b"text")
-    (tmp_path / "deep").write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
-    for name in ("a.zip", "b", "gone", "text", "deep"):
-        check_refused(tmp_path / name, "checkpoint")
+
+
+def script(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+def half(path):
+    torch.save(model().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:9000])
+
+
+def content(data):
+    return lambda path: path.write_bytes(data)
+
+
+PICKLED = r"pickled mdistiller.models.resnet.ResNet, .*state_dict\(\), 'weights.pth'\)"
+PACKED = "is an archive, no checkpoint; unpack it .* tools/download.py teachers --from"
+DEPLOYED = "is no checkpoint but a network to deploy; take the .safetensors beside it"
+SAFE = content((60).to_bytes(8, "little") + b'{"fc.weight":{"dtype":"F32"')
+OTHER = {  # {name: (what makes the file, what the refusal says)}
+    "gone": (lambda path: None, "checkpoint"),
+    "b": (lambda path: path.mkdir(), "checkpoint"),
+    "a.zip": (archive, "checkpoint"),
+    "text": (content(b"text"), "checkpoint"),
+    "deep": (content(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "checkpoint"),
+    "s.pth": (SAFE, "is a file of safetensors; give it a name that ends so, s.safetensors"),
+    "page.pth": (content(b"<!DOCTYPE html>\n<p>404"), "text, '<!DOCTYPE html> ...'; fetch the file itself"),
+    "pointer.pth": (content(b"version https://git-lfs.github.com/spec/v1\n"), "text, 'version https://git-lfs"),
+    "script.pth": (script, "TorchScript; do torch.save.torch.jit.load.'script.pth'"),
+    "half.pth": (half, "is damaged"),
+    "junk.pth": (content(b"\x01" * 100), "is damaged"),
+    "zip.pth": (lambda path: torch.save(model(), path), PICKLED),
+    "pickle.pth": (lambda path: torch.save(model(), path, _use_new_zipfile_serialization=False), PICKLED),
+    "x.tar": (lambda path: tarfile.open(path, "w:gz").close(), PACKED),
+    "x.zip": (archive, PACKED),
+    "student.pt2": (archive, DEPLOYED),
+    "student.onnx": (archive, DEPLOYED),
+    "student.int8.onnx": (archive, DEPLOYED),
+    "student.xml": (archive, DEPLOYED),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_files_of_other_kinds_are_named(tmp_path, name):
+    make, says = OTHER[name]
+    make(tmp_path / name)
+    said = check_refused(tmp_path / name, says)
+    assert "weights_only" not in said or says is PICKLED, "torch's advice is on its own call"
 
 
 def cyclic():
@@ -141,75 +198,19 @@ def weight(change, key="fc.weight"):
     return {"model": state | {key: change(state[key])}}
 
 
-def test_weights_that_cannot_be_told_apart_are_named(tmp_path):
-    state = model().state_dict()
-    torch.save({"net": state, "mean": {"ema": state}}, tmp_path / "x.pth")
-    check_refused(
-        tmp_path / "x.pth", "several weights that fit resnet8 with 10 classes: net, mean.ema; store the wanted"
-    )
-
-
-def test_what_does_not_fit_is_listed(tmp_path):
-    state = model().state_dict()
-    state["fc.weight"] = state["fc.weight"][:7]
-    torch.save({"net": state, "epoch": 3, "optimizer": {}}, tmp_path / "x.pth")
-    check_refused(
-        tmp_path / "x.pth", r"keys net, epoch, optimizer.*does not fit: fc.weight is \(7, 64\), not \(10, 64\)"
-    )
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickled_network_is_told_how_to_become_a_checkpoint(tmp_path, legacy):
-    torch.save(model(), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-    check_refused(tmp_path / "x.pth", r"pickled mdistiller.models.resnet.ResNet, .*state_dict\(\), 'weights.pth'\)")
-
-
-def test_files_of_other_kinds_are_named(tmp_path):
-    (tmp_path / "s.pth").write_bytes((60).to_bytes(8, "little") + b'{"fc.weight":{"dtype":"F32"')
-    (tmp_path / "page.pth").write_text("<!DOCTYPE html>\n<title>404</title>")
-    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pth")
-    torch.save(model().state_dict(), tmp_path / "half.pth")
-    (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:9000])
-    (tmp_path / "junk.pth").write_bytes(b"\x01" * 100)
-    says = {
-        "s": "is a file of safetensors; give it a name that ends so, s.safetensors",
-        "page": "text, '<!DOCTYPE html> ...'; fetch the file itself",
-        "pointer": "text, 'version https://git-lfs",
-        "script": "TorchScript; do torch.save.torch.jit.load.'script.pth'",
-        "half": "is damaged",
-        "junk": "is damaged",
-    }
-    for name, words in says.items():
-        with pytest.raises(UserError, match=words) as caught:
-            checkpoint.load(tmp_path / f"{name}.pth")
-        assert "weights_only" not in str(caught.value), "torch's advice is on its own call"
-
-
-def test_an_archive_is_named(tmp_path):
-    (tmp_path / "a.pth").write_bytes(b"weights")
-    with tarfile.open(tmp_path / "x.tar", "w:gz") as tar, zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
-        tar.add(tmp_path / "a.pth", "a.pth")
-        file.write(tmp_path / "a.pth")
-    for name in ("x.tar", "x.zip"):
-        check_refused(tmp_path / name, "is an archive, no checkpoint; unpack it .* tools/download.py teachers --from")
-
-
-@pytest.mark.parametrize("ending", ["pt2", "onnx", "int8.onnx", "xml"])
-def test_a_network_to_deploy_is_named(tmp_path, ending):
-    file = tmp_path / f"student.{ending}"
-    with zipfile.ZipFile(file, "w") as archive:  # as a .pt2 is
-        archive.writestr("weights", "bytes")
-    check_refused(file, "is no checkpoint but a network to deploy; take the .safetensors beside it")
-
-
 # {kind: (what is saved, what the refusal says)}
 ODD = {
     "other architecture": (
         lambda: {"model": model("resnet20", 100).state_dict()},
         "holds resnet20 with 100 classes, but resnet8 with 10 classes is wanted",
+    ),
+    "several": (
+        lambda: {"net": model().state_dict(), "mean": {"ema": model().state_dict()}},
+        "several weights that fit resnet8 with 10 classes: net, mean.ema; store the wanted",
+    ),
+    "fewer classes": (
+        lambda: {"net": weight(lambda w: w[:7])["model"], "epoch": 3, "optimizer": {}},
+        r"keys net, epoch, optimizer.*does not fit: fc.weight is \(7, 64\), not \(10, 64\)",
     ),
     "no architecture": (lambda: {"model": {"w": torch.ones(3, 3)}}, "no architecture of the zoo"),
     "a key less": (lambda: {"model": dict(list(model().state_dict().items())[:-1])}, "no architecture"),
@@ -233,6 +234,7 @@ ODD = {
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of its kinds of tensors
+@pytest.mark.usefixtures("small_zoo")
 @pytest.mark.parametrize("kind", ODD)
 def test_what_does_not_fit_is_named(tmp_path, kind):
     state, says = ODD[kind]

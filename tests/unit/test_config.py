@@ -250,8 +250,8 @@ BAD = {
     "a merge of an alias": "DKD: &d {T: 3.0}\nDTKD: {<<: *d, ALPHA: 5.0}",
     "an alias of nothing": "SOLVER: *gone",
     "a merge of text": "SOLVER: {<<: text}",
-    "a deep list": "[" * 10**4,
-    "a deep map": "{a: " * 10**4,
+    "a deep list": "[" * 1500,
+    "a deep map": "{a: " * 1500,
     "too long": "# " + "x" * 2**20,
     "Latin 1": b"EXPERIMENT: {TAG: \xe9}",
     "a NUL": b"SOLVER: {LR: 1}\0",
@@ -284,8 +284,8 @@ def test_a_bad_file_is_named(tmp_path, monkeypatch, case):
 
 
 def test_many_mistakes_are_few_lines(tmp_path):
-    path = write(tmp_path, "\n".join(f"key{i}: 1" for i in range(200)) + f"\n? {'k' * 100_000}\n: 1")
-    assert problems(path)[-1] == "and 181 more of this kind"
+    path = write(tmp_path, "\n".join(f"key{i}: 1" for i in range(60)) + f"\n? {'k' * 100_000}\n: 1")
+    assert problems(path)[-1] == "and 41 more of this kind"
 
 
 def test_a_date_is_the_text_that_it_is(tmp_path):

@@ -165,6 +165,12 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
 @pytest.mark.parametrize(
     ("pairs", "part"),
     [
+        (["DATASET.TYPE", "cifar100", "DISTILLER.TEACHER", "resnet8"], "is a detector; set DATASET.TYPE"),
+        (
+            ["DISTILLER.STUDENT", "resnet8"],
+            "the model resnet8 is a classifier; unknown detector 'resnet8'; did you mean fcos_resnet8",
+        ),
+        (["DISTILLER.STUDENT", "tv:fasterrcnn_resnet19_fpn"], "near it"),
         (["DISTILLER.TYPE", "CRD"], "CRD has no form for detectors"),
         (["DISTILLER.TYPE", "AT"], "AT has no form for detectors"),
         (["DISTILLER.TYPE", "KD", *RETINA], "has a sigmoid for each class, and KD compares softmax outputs"),
@@ -172,10 +178,7 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
             ["DISTILLER.TYPE", "CWD", "DISTILLER.TEACHER", "tv:fasterrcnn_mobilenet_v3_large_fpn"],
             "CWD: tv:fasterrcnn_mobilenet_v3_large_fpn -> fasterrcnn_resnet8: the student's pyramid has levels of",
         ),
-        (
-            ["DISTILLER.TYPE", "CWD", *RETINA[:3], "tv:retinanet_resnet18_fpn"],
-            "take networks with the same levels",
-        ),
+        (["DISTILLER.TYPE", "CWD", *RETINA[:3], "tv:retinanet_resnet18_fpn"], "take networks with the same levels"),
         (["DISTILLER.TYPE", "CWD", "TEMPERATURE.RULE", "std"], f"leave it out, or use {'.*'.join(SOFT)}"),
         (["DISTILLER.TYPE", "CWD", *RETINA, "TEMPERATURE.RULE", "std"], "which no temperature softens; leave it out"),
         (["DISTILLER.STUDENT_CKPT", "pretrained"], "for fasterrcnn_resnet8; leave it out"),
@@ -189,15 +192,6 @@ RETINA = ["DISTILLER.STUDENT", "retinanet_resnet8", "DISTILLER.TEACHER", "retina
 def test_what_cannot_be_is_refused_in_one_line(pairs, part):
     with refused(part):
         one_line(*pairs)
-
-
-def test_networks_and_data_of_different_tasks_are_refused():
-    with refused("is a detector; set DATASET.TYPE"):
-        load(None, ["DISTILLER.STUDENT", "fasterrcnn_resnet8"])
-    with refused("unknown detector 'resnet8'"):
-        load(None, [*SCENES, "DISTILLER.STUDENT", "resnet8"])
-    with refused("near it"):
-        load(None, [*SCENES, "DISTILLER.STUDENT", "tv:fasterrcnn_resnet19_fpn"])
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
@@ -236,26 +230,37 @@ def drawn(name):
     """Weights for the network of torchvision that is called so."""
     from torchvision.models import get_model
 
+    with torch.device("meta"):
+        state = get_model(name, weights=None, **({"weights_backbone": None} if "fpn" in name else {})).state_dict()
     torch.manual_seed(3)
-    return get_model(name, weights=None, **({"weights_backbone": None} if "fpn" in name else {})).state_dict()
+    return {key: drawn_like(value) for key, value in state.items()}
 
 
-def stub_downloads(monkeypatch):
-    """Let torchvision's weights be drawn instead of fetched."""
+def drawn_like(value):
+    if value.ndim > 1:
+        return torch.randn(value.shape) / value[0].numel() ** 0.5
+    return torch.rand(value.shape).add(0.5).to(value.dtype)  # a norm's variance is above zero
+
+
+@pytest.fixture
+def drawn_weights(monkeypatch):
+    """Torchvision's weights are drawn instead of fetched, and what else a network has begins at zero, which is fast."""
     from torchvision.models import WeightsEnum
 
     def get_state_dict(self, **given):
         return dict(drawn(type(self).__name__.removesuffix("_Weights").lower()))
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+    for name in ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_", "trunc_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *given, **more: tensor.data.zero_())
 
 
 def data_of(classes):
     return SimpleNamespace(classes=classes, views=SimpleNamespace(short=800, long=1333))
 
 
-def test_a_student_of_coco_begins_with_its_trunk_s_weights(monkeypatch):
-    stub_downloads(monkeypatch)
+@pytest.mark.usefixtures("drawn_weights")
+def test_a_student_of_coco_begins_with_its_trunk_s_weights():
     from torchvision.models import ResNet50_Weights
 
     name = "tv:fasterrcnn_resnet50_fpn"
@@ -274,36 +279,34 @@ def is_whole(name):
     return build_model(name, 3, "coco").fetch is not None
 
 
-def test_coco_s_heads_are_for_coco_s_classes(monkeypatch):
-    stub_downloads(monkeypatch)
+@pytest.mark.usefixtures("drawn_weights")
+def test_coco_s_heads_are_for_coco_s_classes():
     from torchvision.models import get_model_weights
 
     categories = get_model_weights("retinanet_resnet50_fpn").DEFAULT.meta["categories"]
     own = tuple(name for name in categories[1:] if name != "N/A")
     name = "tv:fasterrcnn_resnet50_fpn"
     network = build_model(name, 81, "coco")
+    for classes in (own[::-1], ()):
+        network.fit(data_of(classes))
+        with refused("with 91 classes, but tv:fasterrcnn_resnet50_fpn with 81 classes is wanted"):
+            checkpoint.load_weights(network, name, 81, "pretrained", False)
     network.fit(data_of(own))
     checkpoint.load_weights(network, name, 81, "pretrained", False)
     norms = [part for part in network.backbone.body.modules() if isinstance(part, torch.nn.BatchNorm2d)]
     assert len(norms) == 53 and {norm.eps for norm in norms} == {0.0}
-    for classes in (own[::-1], ()):
-        other = build_model(name, 81, "coco")
-        other.fit(data_of(classes))
-        with refused("with 91 classes, but tv:fasterrcnn_resnet50_fpn with 81 classes is wanted"):
-            checkpoint.load_weights(other, name, 81, "pretrained", False)
     other = build_model(name, 91, "coco")
     other.fit(data_of(tuple(map(str, range(90)))))
     with refused("the data have 90 others"):
         checkpoint.load_weights(other, name, 91, "pretrained", False)
+    name = "tv:fcos_resnet18_fpn"
     with refused("write trunk"):
-        checkpoint.load_weights(
-            build_model("tv:fcos_resnet18_fpn", 81, "coco"), "tv:fcos_resnet18_fpn", 81, "pretrained"
-        )
+        checkpoint.load_weights(build_model(name, 81, "coco"), name, 81, "pretrained")
 
 
+@pytest.mark.usefixtures("drawn_weights")
 @pytest.mark.parametrize("kind", ["fasterrcnn", "retinanet", "fcos"])
-def test_the_weights_normalise_as_torchvision_has_it(kind, monkeypatch):
-    stub_downloads(monkeypatch)
+def test_the_weights_normalise_as_torchvision_has_it(kind):
     from torchvision.models import get_model
 
     name = f"{kind}_resnet50_fpn"
@@ -313,19 +316,13 @@ def test_the_weights_normalise_as_torchvision_has_it(kind, monkeypatch):
     with torch.no_grad():
         expected, found = (network.eval().backbone(images) for network in (theirs, ours))
     assert theirs.backbone.body.bn1.eps == ours.backbone.body.bn1.eps
-    torch.testing.assert_close(list(found.values()), list(expected.values()), rtol=1e-4, atol=1e-5)
+    for own, other in zip(found.values(), expected.values(), strict=True):
+        assert (own - other).abs().max() < 1e-4 * other.abs().max()
 
 
 def test_the_trunk_alone_is_no_teacher():
-    names = [
-        "DISTILLER.TYPE",
-        "KD",
-        "DISTILLER.TEACHER",
-        "tv:fasterrcnn_resnet18_fpn",
-        "DISTILLER.TEACHER_CKPT",
-        "trunk",
-    ]
-    cfg = configured(*names)
+    teacher = ["DISTILLER.TEACHER", "tv:fasterrcnn_resnet18_fpn", "DISTILLER.TEACHER_CKPT", "trunk"]
+    cfg = configured("DISTILLER.TYPE", "KD", *teacher)
     file = find_teacher(cfg, None, False, None, None)
     with refused("trunk is no whole tv:fasterrcnn_resnet18_fpn; set DISTILLER.TRAIN_TEACHER True"):
         build_distiller(cfg, scenes(), file, CPU)
@@ -340,6 +337,7 @@ def test_a_missing_teacher_is_fetched_only_where_there_is_one(name, fetched, tmp
     assert ("pretrained" in text) is fetched and "download.py" not in text and "TRAIN_TEACHER True" in text
 
 
+@pytest.mark.usefixtures("drawn_weights")
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/coco/none").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_configurations_keep_normalisations_stem_and_first_stage(file):
     cfg = load(file)
@@ -348,9 +346,8 @@ def test_the_configurations_keep_normalisations_stem_and_first_stage(file):
     body = network.backbone.body
     norms = [part for part in body.modules() if isinstance(part, torch.nn.BatchNorm2d)]
     assert norms and not any(p.requires_grad for norm in norms for p in norm.parameters())
-    early = [
-        body[name] for name in (("0", "1", "2", "3") if "mobilenet" in cfg.DISTILLER.STUDENT else ("conv1", "layer1"))
-    ]
+    mobile = "mobilenet" in cfg.DISTILLER.STUDENT
+    early = [body[name] for name in (("0", "1", "2", "3") if mobile else ("conv1", "layer1"))]
     assert not any(p.requires_grad for part in early for p in part.parameters())
     later = [p for part in body.modules() if isinstance(part, torch.nn.Conv2d) for p in part.parameters()]
     first = sum(p.numel() for part in early for p in part.parameters() if p.ndim == 4)
@@ -363,8 +360,3 @@ def test_fcos_takes_a_levels_stride_for_its_size(name):
     with torch.no_grad():
         maps = network.eval().backbone(torch.zeros(1, 3, 256, 256)).values()
     assert network.anchor_generator.sizes == tuple((256 // level.shape[-1],) for level in maps)
-
-
-def test_a_classifier_is_called_one():
-    with refused("the model resnet8 is a classifier; unknown detector 'resnet8'; did you mean fcos_resnet8"):
-        configured("DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", "resnet8")

@@ -1,6 +1,7 @@
 """Average precision: that of pycocotools on the same detections, whatever library and however many processes."""
 
 import builtins
+import functools
 import json
 import threading
 import weakref
@@ -50,9 +51,8 @@ def random_case(seed, images=60, classes=4):
                 found.append([place, *near, round(random.random(), 1), label])
         for _ in range(random.integers(0, 130) if place % 20 == 7 else 3):  # more than the hundred that count
             corner = random.uniform(0, 300, 2)
-            found.append(
-                [place, *corner, *(corner + random.uniform(5, 200, 2)), random.random(), random.integers(1, 5)]
-            )
+            far = corner + random.uniform(5, 200, 2)
+            found.append([place, *corner, *far, random.random(), random.integers(1, 5)])
         starts.append(len(boxes))
     box = torch.tensor(boxes, dtype=torch.float32)
     area = (box[:, 2:] - box[:, :2]).prod(1) * torch.tensor(random.uniform(0.5, 1, len(box)), dtype=torch.float32)
@@ -87,6 +87,10 @@ def of_pycocotools(real, judge, found, truth):
     }  # fmt: skip
     real.createIndex()
     rows = np.concatenate([found[:, :3], found[:, 3:5] - found[:, 1:3], found[:, 5:]], 1)
+    return stats_of(judge, real, rows)
+
+
+def stats_of(judge, real, rows):
     judge = judge(real, real.loadRes(rows), "bbox")
     judge.evaluate()
     judge.accumulate()
@@ -116,16 +120,12 @@ def test_a_folder_s_figures_are_those_that_pycocotools_gives_its_json(tmp_path):
             Image.new("L", (300, 280)).save(tmp_path / split / picture["file_name"])
     truth = load_dataset("coco", tmp_path, load(None, []).DATASET).test.boxes
     found = np.array(rows)
-    real = coco.COCO(str(tmp_path / "val.json"))
-    judge = cocoeval.COCOeval(real, real.loadRes(found.copy()), "bbox")
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
+    theirs = stats_of(cocoeval.COCOeval, coco.COCO(str(tmp_path / "val.json")), found.copy())
     found[:, 0] = [truth.ids.index(number) for number in found[:, 0]]
     found[:, 3:5] += found[:, 1:3]
     found[:, 6] = [1 + numbers.index(number) for number in found[:, 6]]
     ours = scores_of_boxes(found, truth)
-    assert ours == pytest.approx([100 * value for value in judge.stats[:6]], abs=1e-6) and 5 < ours.ap < 95
+    assert ours == pytest.approx(theirs, abs=1e-6) and 5 < ours.ap < 95
 
 
 def test_what_is_found_exactly_is_a_hundred_percent_and_nothing_is_none():
@@ -191,6 +191,7 @@ class Threads(Ranks):
         return self.everybodys(work() if self.rank == 0 else None)[0]
 
 
+@functools.cache
 def small_scenes():
     words = ["DATASET.SCENES.TRAIN", "1", "DATASET.SCENES.TEST", "23"]
     return load_dataset("scenes", ".", load(None, words).DATASET)
@@ -252,17 +253,20 @@ def test_boxes_are_drawn_where_they_are_and_weak_detections_are_not():
     assert tuple(drawn[TITLE + 80, 10]) == (0, 0, 0) and tuple(truth[TITLE + 80, 10]) == shade(1)
 
 
-def test_the_report_shows_runs_of_detectors(tmp_path):
+def write_detector_run(root, **figures):
+    """Write the folder of a detector's run of two epochs, whose rows have these figures as well."""
     keys = {"DATASET__TYPE": "scenes", "DISTILLER__STUDENT": "fasterrcnn_resnet8"}
-    folder = write_run(tmp_path, "alone", [10.0, 20.0], **keys)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [
-        row | dict.fromkeys(NAMES) | {"AP": row["test_acc"], "AP50": 30.0, "best_epoch": 2}
-        for row in map(json.loads, lines)
-    ]
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps({name: row[name] for name in row if name != "train_acc"}) + "\n" for row in rows)
-    )
+    folder = write_run(root, "alone", [10.0, 20.0], **keys)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["train_acc"]
+        row |= figures | {"AP": row["test_acc"], "best_epoch": 2}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_report_shows_runs_of_detectors(tmp_path):
+    folder = write_detector_run(tmp_path, **dict.fromkeys(NAMES) | {"AP50": 30.0})
     assert not any(chart.pictures for chart in analyze([folder], tmp_path / "report").charts)
     Image.new("RGB", (500, 300), "red").save(folder / "detections.png")
     found = analyze([folder], tmp_path / "report")
@@ -278,14 +282,13 @@ def test_the_report_shows_runs_of_detectors(tmp_path):
         analyze([folder], tmp_path / "report")
 
 
-@pytest.mark.parametrize(("long", "count"), [(128, 8), (1333, 8), (4000, 1), (8192, 1)])
-def test_a_padded_batch_of_a_test_has_a_bounded_number_of_pixels(long, count):
-    data = replace(small_scenes(), views=Views(16, long, 1.0, 1.0, False))
-    batches = data.test_batches(8)
-    assert batches.batch_size == count
+def test_a_padded_batch_of_a_test_has_a_bounded_number_of_pixels():
     detector = build_model("fasterrcnn_resnet8", 11, "scenes")
-    images = [torch.zeros(3, 16, long), torch.zeros(3, long, 16)] if count > 1 else [torch.zeros(3, 16, 16)]
-    assert count == 1 or count * detector.batched(images)[0, 0].numel() <= MOST_PIXELS
+    for long, count in ((128, 8), (1333, 8), (4000, 1), (8192, 1)):
+        data = replace(small_scenes(), views=Views(16, long, 1.0, 1.0, False))
+        assert data.test_batches(8).batch_size == count
+        images = torch.zeros(3, 16, long), torch.zeros(3, long, 16)
+        assert count == 1 or count * detector.batched(images)[0, 0].numel() <= MOST_PIXELS
 
 
 def test_a_row_without_strong_detections_says_so():
@@ -314,13 +317,7 @@ def test_a_speed_is_measured_batch_by_batch():
 
 
 def test_the_table_of_compared_detectors_is_narrow(tmp_path):
-    keys = {"DATASET__TYPE": "scenes", "DISTILLER__STUDENT": "fasterrcnn_resnet8"}
-    folder = write_run(tmp_path, "alone", [10.0, 20.0], **keys)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [
-        row | dict.fromkeys(NAMES, 30.0) | {"AP": row["test_acc"], "best_epoch": 2} for row in map(json.loads, lines)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = write_detector_run(tmp_path, **dict.fromkeys(NAMES, 30.0))
     (head, *_) = text_table(compared([read_run(folder)])).splitlines()
     assert [name in head for name in ("last AP", "best AP", "last AP50", "best AP50")] == [True] * 4
     assert not any(name in head for name in ("AP75", "APs", "APm", "APl"))

@@ -59,11 +59,8 @@ def test_the_readme_s_table_is_what_compare_prints(tmp_path, monkeypatch, capsys
     runs = []
     for line in table.splitlines()[4:]:
         name, method, teacher, student, last, *_ = line.split()
-        keys = {
-            "DISTILLER__TYPE": method,
-            "DISTILLER__STUDENT": student,
-            "DISTILLER__TEACHER": teacher.replace("-", "resnet20"),
-        }
+        keys = {"DISTILLER__TYPE": method, "DISTILLER__STUDENT": student}
+        keys["DISTILLER__TEACHER"] = teacher.replace("-", "resnet20")
         runs.append(write_run(tmp_path, name, [*range(5), float(last)], **keys))
         rows = [json.loads(row) | {"best_epoch": 6} for row in (runs[-1] / "metrics.jsonl").read_text().splitlines()]
         (runs[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

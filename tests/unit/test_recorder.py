@@ -94,21 +94,19 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 
 def test_a_run_is_named_by_what_was_typed():
-    cfg = load(
-        None, ["SOLVER.LR", "0.1", "LOG.PREFIX", "out", "EXPERIMENT.TAG", "x", "SOLVER.LR_DECAY_STAGES", "[1, 2]"]
-    )
-    assert str(run_folder(cfg)) == "out/distill/x+SOLVER.LR:0.1,SOLVER.LR_DECAY_STAGES:[1,2]"
-    assert str(run_folder(load(None, ["SEED", "3", "EXPERIMENT.NAME", "y"]))) == "output/distill/y"
+    """Spaces included: else `my run` and `myrun` were one folder, and a project's spaces alone stayed."""
+    for words, folder in (
+        (
+            ["SOLVER.LR=0.1", "LOG.PREFIX=out", "EXPERIMENT.TAG=x", "SOLVER.LR_DECAY_STAGES", "[1, 2]"],
+            "out/distill/x+SOLVER.LR:0.1,SOLVER.LR_DECAY_STAGES:[1,2]",
+        ),
+        (["SEED=3", "EXPERIMENT.NAME=y"], "output/distill/y"),
+        (["EXPERIMENT.NAME", " my first  run ", "EXPERIMENT.PROJECT", "my pairs"], "output/my pairs/my first  run"),
+        (["EXPERIMENT.TAG", "dtkd, res20, res8", "SEED=3"], "output/distill/dtkd, res20, res8+SEED:3"),
+    ):
+        assert str(run_folder(load(None, words))) == folder
 
 
 def test_a_name_too_long_for_a_folder_ends_in_a_hash_of_it():
     names = {run_folder(load(None, ["EXPERIMENT.TAG", "é" * 99 + end])).name for end in ("xyz", "xyzw", "xyw")}
     assert len(names) == 3 and all(len(name.encode()) <= 200 and name.startswith("é" * 95 + "..") for name in names)
-
-
-def test_names_keep_their_spaces():
-    """Else `my run` and `myrun` were one folder, and a project's spaces alone stayed."""
-    named = load(None, ["EXPERIMENT.NAME", " my first  run ", "EXPERIMENT.PROJECT", "my pairs"])
-    assert str(run_folder(named)) == "output/my pairs/my first  run"
-    tagged = load(None, ["EXPERIMENT.TAG", "dtkd, res20, res8", "SOLVER.LR_DECAY_STAGES", "[1, 2]"])
-    assert str(run_folder(tagged)) == "output/distill/dtkd, res20, res8+SOLVER.LR_DECAY_STAGES:[1,2]"

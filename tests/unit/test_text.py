@@ -113,22 +113,19 @@ def test_a_text_of_one_line_has_three_parts_too(tmp_path):
 
 
 def test_what_is_no_text_is_one_line(written, tmp_path):
-    with refused("nowhere.txt: there is no such file or folder; DATASET.ROOT is a text file"):
-        load_dataset("text", tmp_path / "nowhere.txt", options())
     (tmp_path / "empty").mkdir()
-    with refused("holds no text; DATASET.ROOT is a text file, or a folder of them"):
-        load_dataset("text", tmp_path / "empty", options())
-    (tmp_path / "short.txt").write_bytes(b"")
-    with refused("short.txt: is empty; DATASET.ROOT is a text file"):
-        load_dataset("text", tmp_path / "short.txt", options())
-    (tmp_path / "binary.txt").write_bytes(TEXT + b"\0")
-    with refused("binary.txt: holds zero bytes and is no text"):
-        load_dataset("text", tmp_path / "binary.txt", options())
-    with refused("the test part has .* take more text, or DATASET.TEXT.BLOCK below 4096"):
-        load_dataset("text", written, options(BLOCK=4096))
-    (tmp_path / "broken.gz").write_bytes(b"no gzip")
-    with refused("broken.gz: cannot be unpacked"):
-        load_dataset("text", tmp_path / "broken.gz", options())
+    for name, content in (("short.txt", b""), ("binary.txt", TEXT + b"\0"), ("broken.gz", b"no gzip")):
+        (tmp_path / name).write_bytes(content)
+    for path, own, says in (
+        ("nowhere.txt", {}, "nowhere.txt: there is no such file or folder; DATASET.ROOT is a text file"),
+        ("empty", {}, "holds no text; DATASET.ROOT is a text file, or a folder of them"),
+        ("short.txt", {}, "short.txt: is empty; DATASET.ROOT is a text file"),
+        ("binary.txt", {}, "binary.txt: holds zero bytes and is no text"),
+        (written, {"BLOCK": 4096}, "the test part has .* take more text, or DATASET.TEXT.BLOCK below 4096"),
+        ("broken.gz", {}, "broken.gz: cannot be unpacked"),
+    ):
+        with refused(says):
+            load_dataset("text", tmp_path / path, options(**own))
     with refused("ids must be 0 to 9; got 11"):
         token_set(torch.arange(12), torch.arange(12), 4, 10, "")
 

@@ -76,11 +76,11 @@ def test_the_gradient_of_rules_blind_to_a_shift_sums_to_zero_over_the_vocabulary
 
 
 @pytest.mark.parametrize("name", ["max_logit", "centred", "centred_sharpness", "std", "norm"])
-@pytest.mark.parametrize("c", [0.05, 0.7, 4.0])
-def test_two_sided_rules_see_no_difference_in_scale(name, c):
-    t = RULES[name](c * U, U, TAU)
-    torch.testing.assert_close(t.student, c * t.teacher)
-    assert loss(name, c * U, U).abs() < 1e-12
+def test_two_sided_rules_see_no_difference_in_scale(name):
+    for c in (0.05, 0.7, 4.0):
+        t = RULES[name](c * U, U, TAU)
+        torch.testing.assert_close(t.student, c * t.teacher)
+        assert loss(name, c * U, U).abs() < 1e-12
 
 
 @pytest.mark.parametrize("name", RULES)

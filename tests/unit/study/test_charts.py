@@ -44,12 +44,11 @@ def every_chart():
 def test_every_kind_of_chart_is_drawn(tmp_path):
     for chart in every_chart():
         drawing.save(chart, tmp_path)
-        picture = np.asarray(Image.open(tmp_path / f"{chart.name}.png"))
-        assert min(picture.shape[:2]) > 100 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 5, chart.name
+        picture = Image.open(tmp_path / f"{chart.name}.png")
+        assert min(picture.size) > 100 and len(picture.getcolors(2**24)) > 5, chart.name
         svg = (tmp_path / f"{chart.name}.svg").read_text()
-        assert ElementTree.fromstring(svg).tag.endswith("svg") and "undefined" not in svg and "NaN" not in svg, (
-            chart.name
-        )
+        assert ElementTree.fromstring(svg).tag.endswith("svg"), chart.name
+        assert "undefined" not in svg and "NaN" not in svg, chart.name
     lines, bars = ((tmp_path / f"{name}.svg").read_text() for name in ("lines", "bars"))
     assert COLOURS[0] in lines and "line: last 1, best 2" in lines
     assert all(shade in bars for shade in (COLOURS[1], GREY)) and ">2.0<" in bars

@@ -19,22 +19,6 @@ def runs_of(study):
     return [run for group in study.groups for run in group.runs]
 
 
-def test_every_plan_stands_for_runs_of_folders_and_hashes_of_their_own():
-    for file in sorted(PLANS.glob("*.yaml")):
-        study = plan.load(file)
-        runs = runs_of(study)
-        assert study.title
-        assert f"python3 tools/reproduce.py {file.stem}\n" in file.read_text()
-        for what in (lambda r: r.label, lambda r: r.folder, lambda r: r.hash):
-            assert len({what(run) for run in runs}) == len(runs)
-        labels = [run.label for run in runs]
-        for group in study.groups:
-            if group.teacher:
-                assert labels.index(group.teacher.label) < labels.index(group.first.label), "teachers come first"
-                assert group.cfg.DISTILLER.TEACHER_CKPT == str(group.teacher.student_file)
-                assert group.teacher.cfg.SOLVER.EPOCHS == group.cfg.SOLVER.EPOCHS
-
-
 def test_what_is_on_record_is_found_again():
     """Whatever has been added to the configuration and the hash since it was run."""
     records = read_records(ROOT / "results" / "runs.jsonl")

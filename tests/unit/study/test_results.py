@@ -128,9 +128,19 @@ def test_a_plans_table_leaves_out_what_does_not_fit_the_rest(small_plan):
     assert "Left out: KD,resnet14,resnet8, of another protocol than the other rows: sha256 of" in found.markdown
 
 
-def test_every_plan_can_be_shown():
+def test_every_plan_can_be_shown_and_has_runs_of_folders_and_hashes_of_their_own():
     for file in sorted(PLANS.glob("*.yaml")):
         study = plan.load(file)
+        assert study.title and f"python3 tools/reproduce.py {file.stem}\n" in file.read_text()
+        runs = [run for group in study.groups for run in group.runs]
+        for what in ("label", "folder", "hash"):
+            assert len({getattr(run, what) for run in runs}) == len(runs)
+        labels = [run.label for run in runs]
+        for group in study.groups:
+            if group.teacher:
+                assert labels.index(group.teacher.label) < labels.index(group.first.label), "teachers come first"
+                assert group.cfg.DISTILLER.TEACHER_CKPT == str(group.teacher.student_file)
+                assert group.teacher.cfg.SOLVER.EPOCHS == group.cfg.SOLVER.EPOCHS
         found = results.results_of(map(run_of, records_of(study, 1)), PUBLISHED, PLANS, study)
         assert len(found.table.rows) == len(study.groups)
         assert found.charts

@@ -12,6 +12,8 @@ from mdistiller.study.groups import differing, group_runs
 from mdistiller.study.networks import images_of
 from mdistiller.study.runs import read_run, read_runs, rule_of
 
+SCORES = ("test_acc", "best_acc", "train_acc", "train_loss")
+
 
 def test_seeds_are_averaged_and_nothing_else(tmp_path):
     pair = {"DISTILLER__TYPE": "KD", "DISTILLER__TEACHER": "resnet20"}
@@ -106,7 +108,7 @@ def test_keys_that_a_run_lacks_have_their_defaults(tmp_path):
         ("config.yaml", "_BASE_: whole.yaml\nSEED: one", "SEED is of another kind"),
         ("metrics.jsonl", "", "no epoch is finished yet"),
         ("metrics.jsonl", '{"epoch": 1}', "other than the epochs"),
-        ("metrics.jsonl", '{"epoch": 2, "test_acc": 1, "best_acc": 1, "train_loss": 1}', "other than the epochs"),
+        ("metrics.jsonl", json.dumps({"epoch": 2} | dict.fromkeys(SCORES, 1)), "other than the epochs"),
     ],
 )
 def test_a_folder_that_is_no_run_is_named(tmp_path, name, text, message):

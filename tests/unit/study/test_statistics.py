@@ -33,9 +33,8 @@ def test_correlation_difference_by_hand():
     teacher = np.array([[1.0, 3, 1], [2, 2, 2], [3, 1, 4]])
     difference = st.class_correlation(student) - st.class_correlation(teacher)
     assert difference[0, 1] == pytest.approx(1 - -1)
-    assert difference[0, 2] == pytest.approx(
-        0 - np.corrcoef([1, 2, 3], [1, 2, 4])[0, 1]
-    )  # constant: correlates with none
+    # constant: correlates with none
+    assert difference[0, 2] == pytest.approx(0 - np.corrcoef([1, 2, 3], [1, 2, 4])[0, 1])
     np.testing.assert_allclose(difference, difference.T)
     np.testing.assert_allclose(np.diag(difference), 0, atol=1e-12)
     np.testing.assert_allclose(st.class_correlation(3 * student + 1), st.class_correlation(student), atol=1e-12)
