@@ -16,12 +16,13 @@ import importlib.util
 import operator
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from mdistiller import registry
-from mdistiller.config.keys import collected_defaults, leaves, role
+from mdistiller.config.keys import leaves, role
 from mdistiller.errors import UserError
 
 NOT_RUN = ("engine",)  # packages of a checkout whose __init__ would bring its trainer and what that requires
@@ -32,11 +33,10 @@ MODEL_DICTS = {  # of two entries by one name in one registry the first counts
 }
 
 
-class Absent:
-    """Stands for what a plug-in could not import; `reason` says why."""
+class Absent(NamedTuple):
+    """Stands for what a plug-in could not import."""
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    reason: str
 
 
 class Package:
@@ -153,15 +153,16 @@ class Plugin:
 
     def __init__(self, path: Path, root: Path | None, digest: str):
         self.path, self.digest = path, digest
-        self.defaults: dict[str, object] = {}
         self.package = Package(f"mdistiller_plugin_{digest}", root, path)
         from mdistiller.device import without_cuda  # which needs torch, as every plug-in does
 
-        with registry.collecting() as self.brought, collected_defaults(self.defaults), without_cuda("auto"):
+        declared: dict[str, object] = {}
+        with registry.collecting() as self.brought, without_cuda("auto"):
             if root:
-                self.load_checkout()
+                declared = self.load_checkout()
             else:
                 self.enter_classes(self.package.execute(f"distillers.{path.stem}", path))
+        self.defaults: dict[str, object] = self.brought.pop("default", {}) | declared
 
     @property
     def text(self) -> str:
@@ -170,10 +171,14 @@ class Plugin:
     @property
     def code(self) -> str:
         """Its text without that of engine/cfg.py, which only declares keys."""
-        return "".join(text for name, text in self.package.texts.items() if not name.endswith(".engine.cfg"))
+        return self.code_without(set())
 
-    def load_checkout(self) -> None:
-        """Enter the methods, models and defaults of a checkout."""
+    def code_without(self, modules: Set[str]) -> str:
+        texts = self.package.texts.items()
+        return "".join(text for name, text in texts if name not in modules and not name.endswith(".engine.cfg"))
+
+    def load_checkout(self) -> dict[str, object]:
+        """Enter the methods and models of a checkout, and return its defaults."""
         package = self.package
         distillers = package.module("distillers")
         methods = getattr(distillers, "distiller_dict", None)
@@ -191,9 +196,8 @@ class Plugin:
                 for model, entry in (getattr(models, name, None) or {}).items():
                     if model not in self.brought.get(held.kind, {}):
                         held[model] = entry
-        if package.own_file("engine.cfg"):
-            tree = getattr(package.module("engine.cfg"), "CFG", {})
-            self.defaults |= {key: value for key, value in leaves(tree).items() if role(key) == "computes"}
+        tree = getattr(package.module("engine.cfg"), "CFG", {}) if package.own_file("engine.cfg") else {}
+        return {key: value for key, value in leaves(tree).items() if role(key) == "computes"}
 
     def enter_classes(self, module: ModuleType) -> None:
         """Enter each class that the module defines with a `forward_train`, by its name, unless the module did."""
@@ -209,9 +213,7 @@ class Plugin:
         """
         methods = self.brought.get("method", {})
         own = {base.__module__ for base in methods[method].__mro__} if method in methods else set()
-        others = {cls.__module__ for cls in methods.values()} - own
-        texts = self.package.texts.items()
-        text = "".join(text for name, text in texts if name not in others and not name.endswith(".engine.cfg"))
+        text = self.code_without({cls.__module__ for cls in methods.values()} - own)
         others = {registry.fold(name) for name in registry.distillers} - {registry.fold(method)}
         return {
             key: value

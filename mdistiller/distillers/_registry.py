@@ -33,7 +33,7 @@ def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[
 
 def enter(cls: type) -> str:
     """Return the name that the class of a method has in distiller_dict. One without any is entered under its own."""
-    names = [name for name, known in registry.distillers.active.items() if known is cls]
-    if not names:
+    name = registry.distillers.name_of(cls)
+    if name is None:
         register_distiller(cls.__name__)(cls)
-    return names[0] if names else cls.__name__
+    return name or cls.__name__
