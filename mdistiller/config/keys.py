@@ -97,19 +97,19 @@ class Config(CfgNode):
         self.__dict__.update(overrides=overrides, plugins=plugins, came=came)
 
     def merge_from_file(self, cfg_filename: str) -> None:
-        from mdistiller.config import loading  # which needs this class
+        from mdistiller.config.loading import merge  # which needs this class
 
-        loading.merge_file(self, cfg_filename)
+        merge(self, path=cfg_filename)
 
     def merge_from_list(self, cfg_list: Sequence) -> None:
-        from mdistiller.config import loading
+        from mdistiller.config.loading import merge
 
-        loading.merge_pairs(self, cfg_list)
+        merge(self, opts=cfg_list)
 
     def merge_from_other_cfg(self, cfg_other: Mapping) -> None:
-        from mdistiller.config import loading
+        from mdistiller.config.loading import merge
 
-        loading.merge_trees(self, [(cfg_other, "other configuration")], [])
+        merge(self, tree=cfg_other)
 
 
 KEYS: dict[str, Key] = {}  # full dotted name -> Key

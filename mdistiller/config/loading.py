@@ -27,15 +27,9 @@ def load(path: str | Path | None = None, opts: Sequence = (), origin: str = "com
     Raises ConfigError with one line for each mistake found, all at once.
     """
     registry.fill()
-    problems: list[str] = []
-    tree = read_yaml(Path(path), problems) if path else {}
-    pairs = _parse_opts(opts, origin, problems)
     cfg = CFG.clone()
-    sources = [(tree, str(path)), *((override, origin) for _, override in pairs)]
-    _merge_all(cfg, sources, Path(path).parent if path else Path(), problems)
-    cfg.overrides.extend(pair for pair, _ in pairs)
-    problems += _value_problems(cfg)
-    _refuse(problems)
+    problems = _merge_all(cfg, path, {}, opts, origin)
+    _refuse([*problems, *_value_problems(cfg)])
     cfg.freeze()
     return cfg
 
@@ -76,51 +70,46 @@ def misfit(tree: Mapping) -> str | None:
     return None
 
 
-def merge_file(cfg: Config, path: str | Path) -> None:
-    """Merge the YAML file at `path` into `cfg`."""
-    problems: list[str] = []
-    tree = read_yaml(Path(path), problems)
-    merge_trees(cfg, [(tree, str(path))], problems)
-
-
-def merge_pairs(cfg: Config, opts: Sequence, origin: str = "command line") -> None:
-    """Merge KEY VALUE pairs, which are from `origin`, into `cfg`."""
-    problems: list[str] = []
-    pairs = _parse_opts(opts, origin, problems)
-    merge_trees(cfg, [(tree, origin) for _, tree in pairs], problems)
-    cfg.overrides.extend(pair for pair, _ in pairs)
-
-
-def merge_trees(cfg: Config, sources: Iterable[tuple[Mapping, str]], problems: list[str]) -> None:
-    """Merge (tree, where it is from) pairs into `cfg`. Raises ConfigError with these and the earlier `problems`."""
+def merge(
+    cfg: Config,
+    path: str | Path | None = None,
+    tree: Mapping | None = None,
+    opts: Sequence = (),
+    origin: str = "command line",
+) -> None:
+    """Merge a YAML file, a `tree` and KEY VALUE pairs, which are from `origin`, into `cfg`. Raises ConfigError."""
     if cfg.is_frozen():
         raise AttributeError("this configuration is frozen; clone() it, then defrost() the clone")
-    _merge_all(cfg, list(sources), Path(), problems)
-    _refuse(problems)
+    _refuse(_merge_all(cfg, path, tree or {}, opts, origin))
 
 
-def _merge_all(cfg: Config, sources: list[tuple[Mapping, str]], folder: Path, problems: list[str]) -> None:
-    """Merge the sources into `cfg`, the plug-ins that the last PLUGINS among them names and their defaults first.
-    `folder`: where a plug-in may lie.
+def _merge_all(cfg: Config, path: str | Path | None, tree: Mapping, opts: Sequence, origin: str) -> list[str]:
+    """Merge as `merge` does, the plug-ins that the last PLUGINS among the sources names and their defaults first, and
+    return what is wrong.
     """
+    problems: list[str] = []
+    file = read_yaml(Path(path), problems) if path else {}
+    pairs = _parse_opts(opts, origin, problems)
+    sources = [(file, str(path)), (tree, "other configuration"), *((override, origin) for _, override in pairs)]
     named = [section["PLUGINS"] for section in _sections(sources, "EXPERIMENT") if "PLUGINS" in section]
     if named:
-        loaded = _load_plugins(decode(named[-1]), folder, problems)
+        loaded = _load_plugins(decode(named[-1]), Path(path).parent if path else Path(), problems)
         _refuse(problems)  # what a plug-in would have brought is no mistake of its own
         cfg.plugins[:] = [plugin.digest for plugin in loaded]
-        activate(cfg.plugins)
+    activate(cfg.plugins)
+    if named:
         types = [section["TYPE"] for section in _sections(sources, "DISTILLER") if "TYPE" in section]
         method = registry.distillers.named(str(types[-1] if types else cfg.DISTILLER.TYPE))
         for plugin in loaded:
             for key, value in plugin.defaults_for(method).items():
                 _set_default(cfg, key, value)
-    else:
-        activate(cfg.plugins)
     known = Known(cfg.plugins)
     for tree, source in sources:
         _merge(cfg, tree, source, "", known, problems)
         cfg.came.update(dict.fromkeys(leaves(tree), source))
     cfg.DISTILLER.TYPE = registry.distillers.named(cfg.DISTILLER.TYPE)
+    cfg.overrides.extend(pair for pair, _ in pairs)
+    return problems
 
 
 def _sections(sources: Iterable[tuple[Mapping, str]], name: str) -> list[Mapping]:
@@ -291,13 +280,8 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
         if ".." in Path(flat[name]).parts or Path(flat[name]).is_absolute():
             yield f"{name}: must be a folder name below LOG.PREFIX; got {flat[name]!r}"
-    paths = ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT")
-    for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", *paths):
-        sizes = [len(part.encode(errors="replace")) for part in Path(flat[name]).parts]
-        if max(sizes, default=0) > 255 or sum(sizes) > 2000:
-            yield f"{name}: is longer than file names can be; got {show(flat[name])}"
-        elif name in paths:
-            try:
-                files.expand(flat[name])
-            except UserError as error:
-                yield f"{name}: {error}"
+    for name in ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT"):
+        try:
+            files.expand(flat[name])
+        except UserError as error:
+            yield f"{name}: {error}"

@@ -312,12 +312,9 @@ VALUES = [
     ("MLKD.TEMPERATURES", "[1.0, .nan]"),
     ("MLKD.TEMPERATURES", "[]"),
     ("EXPERIMENT.NAME", r'"\uD800"'),
-    ("EXPERIMENT.NAME", "é" * 200),
     ("EXPERIMENT.TAG", r'"\e[31mred"'),
     ("EXPERIMENT.PROJECT", "a/../../x"),
-    ("EXPERIMENT.PROJECT", "a" * 300),
     ("EXPERIMENT.PLUGINS", "[[a]]"),
-    ("LOG.PREFIX", "a/" * 2100),
     ("DISTILLER.TYPE", "K" * 100_000),
 ]
 
