@@ -237,8 +237,5 @@ def meaning(name: str) -> str:
 
 def show(value: object) -> str:
     """Return `value` as it is typed, in 200 characters or fewer."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no decimal of more than 4,300 digits
-        return "a number of thousands of digits"
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

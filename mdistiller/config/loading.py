@@ -15,7 +15,7 @@ from mdistiller.config.unknown import Known, unknown_key
 from mdistiller.config.values import coerce, decode, decode_tree, kind_of
 from mdistiller.errors import ConfigError, UserError
 
-MOST_LEVELS, MOST_PROBLEMS = 30, 20
+MOST_PROBLEMS = 20
 NETWORKS = ("DISTILLER.TEACHER", "DISTILLER.STUDENT", "DISTILLER.ENSEMBLE")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
 
@@ -151,7 +151,7 @@ def _parse_opts(opts: Sequence, origin: str, problems: list[str]) -> list[tuple[
         problems.append(f"{origin}: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
     pairs = []
     for key, value in zip(opts[::2], opts[1::2], strict=False):
-        if not isinstance(key, str) or key.startswith("-") or key.count(".") > MOST_LEVELS:
+        if not isinstance(key, str) or key.startswith("-"):
             problems.append(f"{origin}: '{key}' is not a key; overrides are KEY VALUE pairs such as SOLVER.LR 0.1")
             continue
         tree = value

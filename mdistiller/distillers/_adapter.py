@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mdistiller.config import TWO_VIEWS, Absent
 from mdistiller.device import without_cuda
-from mdistiller.distillers._registry import Declared
 from mdistiller.distillers.base import Distiller
 from mdistiller.errors import UserError, users_code
 
@@ -34,7 +33,6 @@ def adapt(name: str, cls: object) -> type:
     """
     if isinstance(cls, Absent):
         return _refuse(name, f"{name} {cls.reason}")
-    declared, cls = isinstance(cls, Declared), cls.cls if isinstance(cls, Declared) else cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "forward_train")):
         raise TypeError(f"the method {name} must be a class derived from mdistiller.distillers.Distiller")
     bases = [base for base in cls.__mro__ if not _is_ours(base)]
@@ -55,6 +53,7 @@ def adapt(name: str, cls: object) -> type:
     cls._adapted = ({*vars(cls)} - before) | vars(cls).get("_adapted", set())
     if unknown := {*cls.needs} - {*OFFERED}:
         raise TypeError(f"the method {name} needs {', '.join(sorted(unknown))}; there are {' and '.join(OFFERED)}")
+    declared = getattr(cls, "declared", None) is cls
     return _wrap(name, cls) if own & {"forward_train", "__init__"} and not declared else cls
 
 
