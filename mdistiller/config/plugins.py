@@ -5,15 +5,12 @@ means is decided here. What they bring is kept with them, for it stands in the r
 names them.
 """
 
-import __future__
-
 import ast
 import builtins
-import functools
+import contextlib
 import hashlib
 import importlib
 import importlib.util
-import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -61,8 +58,9 @@ class Package:
         if head in {self.alias, *self.own_names}:
             module = self.module(rest, names)
             for word in names:
-                if not hasattr(module, word):
-                    self.submodule(module, rest, word)
+                if not hasattr(module, word):  # a submodule, or the import statement will say that there is none
+                    with contextlib.suppress(ModuleNotFoundError):
+                        setattr(module, word, self.module(f"{rest}.{word}".lstrip(".")))
             return module if fromlist else self.module("")
         if not level and self.beside(head) and not _exists(head):
             module = self.execute(full, self.beside(full.replace(".", "/")) or self.beside(head))
@@ -100,14 +98,6 @@ class Package:
         package, _, name = rest.rpartition(".")  # a single file lies among the methods
         return _file_of(self.folder, name) if package in ("distillers", "") else None
 
-    def submodule(self, module: ModuleType, rest: str, word: str) -> None:
-        """Let `module` have its submodule `word` as an attribute, if there is one."""
-        try:
-            found = self.module(f"{rest}.{word}".lstrip("."))
-        except ModuleNotFoundError:
-            return  # the import statement will say so
-        setattr(module, word, found)
-
     def execute(self, rest: str, file: Path | None) -> ModuleType:
         """Return the module of `file`, executed at its first import; an empty package where there is none."""
         if rest in self.modules:
@@ -133,7 +123,7 @@ class Package:
             tree = ast.parse(text, str(file))
             careful = is_package or rest == "engine.cfg"
             for part in tree.body if careful else [tree]:
-                _run(part, module, file, careful, _future(tree))
+                _run(part, module, file, careful)
         except BaseException:
             del self.modules[rest], sys.modules[name]
             raise
@@ -290,18 +280,11 @@ def in_place_of_built_in(digests: Iterable[str], used: Mapping[str, Sequence[str
                 yield f"plug-in {plugin.path.name}: {kind} {' and '.join(names)}{instead}"
 
 
-def _future(tree: ast.Module) -> int:
-    """Return the compiler's flags of the tree's `from __future__` imports."""
-    imports = [part for part in tree.body if isinstance(part, ast.ImportFrom) and part.module == "__future__"]
-    flags = [getattr(__future__, alias.name).compiler_flag for part in imports for alias in part.names]
-    return functools.reduce(operator.or_, flags, 0)
-
-
-def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool, flags: int) -> None:
+def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool) -> None:
     """Execute a statement or a tree in `module`. Where `careful`, names that cannot be imported become Absent."""
     tree = part if isinstance(part, ast.Module) else ast.Module([part], [])
     try:
-        exec(compile(tree, str(file), "exec", flags, dont_inherit=True), module.__dict__)
+        exec(compile(tree, str(file), "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         if not (careful and isinstance(part, (ast.Import, ast.ImportFrom))):
             raise
