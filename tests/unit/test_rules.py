@@ -39,16 +39,8 @@ def test_properties(name):
     if name in PAIRED:
         torch.testing.assert_close(t.student + t.teacher, torch.full_like(t.student, 2 * TAU))
         torch.testing.assert_close(t.factor, t.student * t.teacher)
-    if name in ("fixed", *PAIRED):  # equal logits get the reference temperature
-        same = rule(V, V.clone(), TAU)
-        for side in (same.student, same.teacher):
-            torch.testing.assert_close(side, torch.full_like(side, TAU), rtol=1e-6, atol=1e-6)
-        assert L.softened_kl(V, V, same).abs() < 1e-10
-    if name not in ("sharpness", "centred_sharpness", "adakd"):
-        # what a factor 3 on both sides does to T_student, and whether a constant on one side changes it
+    if name not in ("sharpness", "centred_sharpness", "adakd"):  # what a factor 3 on both sides does to T_student
         torch.testing.assert_close(rule(3 * V, 3 * U, TAU).student, (3 if name in ("std", "norm") else 1) * t.student)
-    if name != "sharpness":
-        assert torch.allclose(rule(V + 5, U, TAU).student, t.student) is (name not in ("max_logit", "erratum"))
     v, u = V.clone().requires_grad_(), U.clone().requires_grad_()
     if name != "adakd":  # whose temperatures are constants to the gradient
         assert torch.autograd.gradcheck(lambda v, u: L.softened_kl(v, u, rule(v, u, TAU)), (v, u), atol=1e-6)
@@ -77,9 +69,6 @@ def test_max_logit():
         t = L.max_logit(v, u, TAU)
         assert not t.sound.any() and all_tau(t.student, t.teacher)
         torch.testing.assert_close(L.dtkd_loss(v, u, TAU), L.kd_loss(v, u, TAU))
-    for scale in (1e-3, 0.1, 1.0, 10.0):  # it does not anchor the student's scale
-        t = L.max_logit(scale * U, U, TAU)
-        torch.testing.assert_close(scale * U / t.student, U / t.teacher)
     assert (L.max_logit(1e-3 * U, U, TAU).factor < 0.1).all()
     assert MIN_TEMPERATURE <= 1e-4
     t = L.max_logit(torch.tensor([[1e-9, -1.0]]), torch.tensor([[12.0, 0.0]]), TAU)
@@ -122,9 +111,6 @@ def test_centred_sharpness_agrees_and_is_clipped_beyond_the_margin():
     t = L.centred_sharpness(V + 7, U - 3, TAU)
     v, u = (x - x.mean(1, keepdim=True) for x in (V, U))
     torch.testing.assert_close((u / t.teacher).logsumexp(1), (v / t.student).logsumexp(1), rtol=1e-9, atol=0)
-    for c in (0.1, 0.5, 3.0):
-        t = L.centred_sharpness(c * U + 2, U, TAU)
-        torch.testing.assert_close(t.student, c * t.teacher)
     v = (1e-4 * U).requires_grad_()
     t = L.centred_sharpness(v, U, TAU, margin=0.05)
     torch.testing.assert_close(t.student, torch.full_like(t.student, 2 * TAU * 0.05))
