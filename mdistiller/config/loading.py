@@ -51,12 +51,12 @@ def check(cfg: CfgNode) -> None:
     _refuse(_value_problems(cfg))
 
 
-def read(path: Path) -> CfgNode:
+def read(path: Path) -> dict:
     """Return the tree of a YAML file as it stands, with neither defaults nor validation. Raises ConfigError."""
     problems: list[str] = []
     tree = read_yaml(path, problems)
     _refuse(problems)
-    return _node(tree)
+    return tree
 
 
 def misfit(tree: Mapping) -> str | None:
@@ -114,10 +114,6 @@ def _merge_all(cfg: Config, path: str | Path | None, tree: Mapping, opts: Sequen
 
 def _sections(sources: Iterable[tuple[Mapping, str]], name: str) -> list[Mapping]:
     return [tree[name] for tree, _ in sources if isinstance(tree.get(name), Mapping)]
-
-
-def _node(tree: Mapping) -> CfgNode:
-    return CfgNode({key: _node(value) if isinstance(value, Mapping) else value for key, value in tree.items()})
 
 
 def _refuse(problems: Iterable[str]) -> None:
