@@ -126,7 +126,7 @@ def add_keys(keys: Mapping[str, Key]) -> None:
         KEYS[name] = key
 
 
-def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = True, again: bool = False) -> None:
+def add_section(name: str, defaults: Mapping, title: str = "", again: bool = False) -> None:
     """Declare the section CFG.<name>. `defaults` maps its keys to a Key or to a plain default; nested mappings are
     sub-sections. `name` may be dotted, as TEMPERATURE.ERRATUM. A plug-in's defaults of keys that exist are its own.
     `again`: the section may exist, and is declared anew.
@@ -152,7 +152,7 @@ def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = T
         if registry.collected is not None:
             registry.collected.setdefault("default", {})[key] = value.default
     parent.setdefault(last, CfgNode())
-    add_keys({key: value._replace(distils=distils) for key, value in keys.items() if key not in KEYS})
+    add_keys({key: value._replace(distils=True) for key, value in keys.items() if key not in KEYS})
     SECTIONS.setdefault(name, title)
 
 

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from helpers import METHODS, refused, same
-from methods import batch, build, corners, model
+from methods import batch, build, model, sides
 from torch import nn
 from torch.nn import functional as F
 
@@ -159,11 +159,8 @@ TARGET = torch.tensor([0, 3, 1, 4, 2, 0])
 
 @pytest.mark.parametrize("name", LOGIT)
 def test_every_finite_input_gives_finite_losses_and_gradients(name):
-    sides = {corner: pair[::step] for corner, pair in corners().items() for step in (1, -1)}
-    for (corner, pair), ends in ((item, end) for item in sides.items() for end in (-1e4, None, 1e4)):
-        if ends is not None and name != "CTKD":
-            continue
-        v, u = (side.clone().requires_grad_() for side in pair)
+    every = (-1e4, None, 1e4) if name == "CTKD" else (None,)
+    for ends, (corner, v, u) in ((ends, side) for ends in every for side in sides()):
         method = logit_method(name, v.shape[1])
         if ends is not None:  # of the range of the learned temperature
             nn.init.constant_(method.rule.theta, ends)
