@@ -170,11 +170,9 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
             continue
         try:
             loaded.append(load_plugin(path))
-        except KeyboardInterrupt:
-            raise
         except UserError as error:
             problems += error.lines
-        except BaseException as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
+        except (Exception, SystemExit) as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
             lacks_ours = isinstance(error, ImportError) and "mdistiller" in str(error) and path.is_file()
             hint = "; if the file is part of a checkout, name the checkout's folder" if lacks_ours else ""
             problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}{hint}")
@@ -200,21 +198,19 @@ def _set_default(cfg: CfgNode, key: str, value: object) -> None:
 
 def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, known: Known, problems: list[str]) -> None:
     for key, value in tree.items():
-        full = f"{prefix}{key}"
+        full, is_section = f"{prefix}{key}", isinstance(value, Mapping)
         if key not in node:
-            if known.reads(full, isinstance(value, Mapping)):
-                node[key] = CfgNode() if isinstance(value, Mapping) else decode_tree(value)
-                if isinstance(value, Mapping):
-                    _merge(node[key], value, source, f"{full}.", known, problems)
-            else:
-                problems.append(f"{full}: {unknown_key(full, isinstance(value, Mapping))} ({source})")
-        elif isinstance(node[key], CfgNode):
-            if isinstance(value, Mapping):
+            if not known.reads(full, is_section):
+                problems.append(f"{full}: {unknown_key(full, is_section)} ({source})")
+                continue
+            node[key] = CfgNode() if is_section else value
+        if isinstance(node[key], CfgNode):
+            if is_section:
                 _merge(node[key], value, source, f"{full}.", known, problems)
             else:
                 example = next(iter(leaves(node[key], f"{full}.")), f"{full}.KEY")
                 problems.append(f"{full}: is a section, not a value; set its keys, such as {example} ({source})")
-        elif isinstance(value, Mapping):
+        elif is_section:
             problems.append(f"{full}: is a single value ({kind_of(node[key])}), not a section ({source})")
         elif full not in known.keys:  # a plug-in's, of which nobody knows what else than its default it may be
             node[key] = decode_tree(value)
