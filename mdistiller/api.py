@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mdistiller.bank.inference import Inference
-from mdistiller.config import Config, merge_pairs, needs_teacher
+from mdistiller.config import Config, merge, needs_teacher
 from mdistiller.dataset import ImageSet, image_set, load_dataset, normalised
 from mdistiller.device import callers_state, prepare, resolve_device, unprepare
 from mdistiller.distillers import enter
@@ -256,7 +256,7 @@ def load_config(
         return load(config, words, origin="overrides")
     cfg = config.clone()
     cfg.defrost()
-    merge_pairs(cfg, words, "overrides")
+    merge(cfg, opts=words, origin="overrides")
     cfg.freeze()
     return cfg
 

@@ -165,41 +165,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def generators() -> tuple:
-    """Return every generator's state, to be given to `set_generators` in this process."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda
-
-
-def set_generators(state: tuple) -> None:
-    host, numpy, python, cuda = state
-    torch.set_rng_state(host)
-    np.random.set_state(numpy)
-    random.setstate(python)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-
-
-@contextlib.contextmanager
-def callers_state() -> Iterator[None]:
-    """Give back every generator, and what `set_determinism` sets, as they were before."""
-    *host, _ = generators()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    try:
-        yield
-    finally:
-        set_generators((*host, None))
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        elif torch.cuda.is_initialized():  # since then: its generators begin with the seed of the host's
-            torch.cuda.manual_seed_all(torch.initial_seed())
-        if deterministic != torch.are_deterministic_algorithms_enabled():
-            torch.use_deterministic_algorithms(deterministic)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-
-
 def torch_generators() -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the states of torch's generators: the host's and, where CUDA is in use, its current device's."""
     return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -209,6 +174,38 @@ def set_torch_generators(host: torch.Tensor, cuda: torch.Tensor | None) -> None:
     torch.set_rng_state(host)
     if cuda is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(cuda)
+
+
+def generators() -> tuple:
+    """Return every generator's state, to be given to `set_generators`."""
+    return torch_generators(), np.random.get_state(), random.getstate()
+
+
+def set_generators(state: tuple) -> None:
+    of_torch, numpy, python = state
+    set_torch_generators(*of_torch)
+    np.random.set_state(numpy)
+    random.setstate(python)
+
+
+@contextlib.contextmanager
+def callers_state() -> Iterator[None]:
+    """Give back every generator, and what `set_determinism` sets, as they were before."""
+    (host, _), *others = generators()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        set_generators(((host, None), *others))
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_initialized():  # since then: its generators begin with the seed of the host's
+            torch.cuda.manual_seed_all(torch.initial_seed())
+        if deterministic != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
 class OwnGenerators:
@@ -232,29 +229,26 @@ class OwnGenerators:
 
 
 def rng_state() -> dict:
-    """Return every generator's state, CUDA's current device's where it is in use, in types that a weights-only load
-    accepts.
-    """
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
+    """Return `generators` in types that a weights-only load accepts."""
+    (host, cuda), (kind, keys, position, has_gauss, gauss), (version, internal, gauss_next) = generators()
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+        "torch": host,
+        "cuda": [] if cuda is None else [cuda],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, torch.tensor(internal), gauss_next],
     }
 
 
 def set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"].cpu())
+    cuda = None
     if state["cuda"] and torch.cuda.is_initialized():
         own = min(torch.cuda.current_device(), len(state["cuda"]) - 1)  # older checkpoints: of every device
-        torch.cuda.set_rng_state(state["cuda"][own].cpu())
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+        cuda = state["cuda"][own].cpu()
+    kind, keys, *position = state["numpy"]
     version, internal, gauss_next = state["python"]
     internal = internal.tolist() if isinstance(internal, torch.Tensor) else internal  # older checkpoints: a list
-    random.setstate((version, tuple(internal), gauss_next))
+    numpy = (kind, keys.cpu().numpy().astype(np.uint32), *position)
+    set_generators(((state["torch"].cpu(), cuda), numpy, (version, tuple(internal), gauss_next)))
 
 
 class _OnDevice(TorchFunctionMode):

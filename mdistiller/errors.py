@@ -81,7 +81,7 @@ def check_signature(function: Callable, by_place: tuple, by_name: Mapping, what:
 
 @contextlib.contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Turn an exception of the user's own code inside into a UserError: `what` fails, where and why.
+    """Turn an exception of the user's own code inside, or its exit, into a UserError: `what` fails, where and why.
 
     Others pass: those that no code of the user's had a part in, and those of a machine that lets it down.
     """
@@ -89,13 +89,18 @@ def users_code(what: str) -> Iterator[None]:
         yield
     except (UserError, OSError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         files = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
         if not files or re.search("alloc|out of memory|deterministic", str(error)):
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
         place = f"{os.path.relpath(files[-1].filename)}:{files[-1].lineno}"
-        raise UserError(f"{what} fails at {place}: {type(error).__name__}: {reason}") from error
+        line = f"{what} fails at {place}: {type(error).__name__}: {reason}"
+        read = reason.isidentifier() and re.search(rf"cfg((?:\.\w+)*\.{re.escape(reason)})\b", files[-1].line or "")
+        if isinstance(error, AttributeError) and read:  # yacs says the key's last word alone
+            line = f"{what} reads the key {read[1][1:]}, which nothing sets; give it in the YAML, or name in "
+            line += "EXPERIMENT.PLUGINS the checkout that has its defaults"
+        raise UserError(line) from error
 
 
 _NOT_THE_USERS = (os.path.dirname(__file__), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<frozen")

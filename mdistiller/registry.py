@@ -53,16 +53,16 @@ class Registry(UserDict):
         REGISTRIES[kind] = self
 
     def __setitem__(self, name: str, item: object) -> None:
-        collected = None if _collected is None else _collected.setdefault(self.kind, {})
-        if collected is not None and self.any_case:
-            name = next((known for known in (*self.own, *collected) if fold(known) == fold(name)), name)
+        held = self.own if collected is None else collected.setdefault(self.kind, {})
+        if collected is not None:
+            if self.any_case:
+                name = next((known for known in (*self.own, *held) if fold(known) == fold(name)), name)
+            self.brought.add(name)
         if self.accept is not None:
             item = self.accept(name, item)
-        held = self.own if collected is None else collected
         if name in held and held[name] is not item and not same_definition(held[name], item):
             raise ValueError(f"{self.kind} '{name}' is registered already, by {held[name]!r}; pick another name")
         held[name] = item
-        self.brought |= {name} if collected is not None else set()
         super().__setitem__(name, item)
 
     def __missing__(self, name: str) -> object:
@@ -90,6 +90,10 @@ class Registry(UserDict):
             return name
         return next((known for known in self.active if fold(known) == fold(name)), name)
 
+    def name_of(self, item: object) -> str | None:
+        """Return the active name that `item` has here, None without one."""
+        return next((name for name, held in self.active.items() if held is item), None)
+
 
 def same_definition(first: object, second: object) -> bool:
     """Return whether two classes or functions are one definition, executed again as a notebook's cell is."""
@@ -106,7 +110,7 @@ def fold(name: str) -> str:
 
 
 REGISTRIES: dict[str, Registry] = {}  # by kind
-_collected: dict[str, dict[str, object]] | None = None  # of the plug-in that is being imported
+collected: dict[str, dict[str, object]] | None = None  # of the plug-in that is being imported
 
 distillers = Registry("method", any_case=True)
 cifar_models = Registry("model")
@@ -172,16 +176,18 @@ def model_refusal(name: str, dataset: str) -> str | None:
 
 @contextlib.contextmanager
 def collecting() -> Iterator[dict[str, dict[str, object]]]:
-    """Gather what is entered inside, {kind: {name: object}}, apart from what is built in, whose names it may bear."""
-    global _collected
-    before, _collected = _collected, {}
+    """Gather what is entered inside, {kind: {name: object}}, apart from what is built in, whose names it may bear; as
+    the kind "default" the values of configuration keys.
+    """
+    global collected
+    before, collected = collected, {}
     try:
-        yield _collected
+        yield collected
     except BaseException:
         use([])  # nothing of it stays in a built-in's place
         raise
     finally:
-        _collected = before
+        collected = before
 
 
 def use(brought: Iterable[Mapping[str, Mapping[str, object]]]) -> None:

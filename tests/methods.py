@@ -1,5 +1,7 @@
 """Methods, batches and logits that tests of methods use."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,6 +39,13 @@ def logits(seed: int = 0, batch: int = 6, classes: int = 5, scale: float = 4.0, 
     values = scale * torch.randn(batch, classes, generator=generator, dtype=dtype)
     values[:, 0] = values[:, 0].abs() + 0.5
     return values
+
+
+def sides() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield each of `corners`, either side as the student's: its name and two leaves."""
+    for corner, pair in corners().items():
+        for step in (1, -1):
+            yield corner, *(side.clone().requires_grad_() for side in pair[::step])
 
 
 def corners() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -1,5 +1,7 @@
 """The configuration: its keys, and how files and KEY VALUE pairs become a checked tree. Imports no torch."""
 
+import inspect
+
 from mdistiller.config.core import AUGMENTATIONS, DOT_TRAINERS, TWO_VIEWS
 from mdistiller.config.keys import (
     CFG,
@@ -25,45 +27,7 @@ from mdistiller.config.keys import (
     teacher_names,
     used_names,
 )
-from mdistiller.config.loading import check, load, load_plugins, merge_pairs, misfit, read
+from mdistiller.config.loading import check, load, load_plugins, merge, misfit, read
 from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin, used_code
 
-__all__ = [
-    "AUGMENTATIONS",
-    "Absent",
-    "CFG",
-    "DOT_TRAINERS",
-    "KEYS",
-    "PLUGINS",
-    "SECTIONS",
-    "TWO_VIEWS",
-    "Check",
-    "Config",
-    "Key",
-    "activate",
-    "add_keys",
-    "add_section",
-    "all_positive",
-    "at_least",
-    "below",
-    "between",
-    "check",
-    "computed",
-    "get",
-    "image_size",
-    "in_place_of_built_in",
-    "leaves",
-    "load",
-    "load_plugin",
-    "load_plugins",
-    "merge_pairs",
-    "misfit",
-    "needs_teacher",
-    "one_of",
-    "positive",
-    "read",
-    "role",
-    "teacher_names",
-    "used_code",
-    "used_names",
-]
+__all__ = [name for name, item in globals().items() if name[0] != "_" and not inspect.ismodule(item)]

@@ -1,7 +1,6 @@
 """The keys of the configuration: each with its default, meaning, check and role, declared once."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from yacs.config import CfgNode
@@ -18,11 +17,8 @@ class Check(NamedTuple):
 
     def problem(self, value: object) -> str | None:
         """Return what is wrong with `value`, or None."""
-        try:
-            if self.test(value):
-                return None
-        except Exception as error:  # a plug-in's test may be of another kind of value
-            return f"{self.wanted}; got {show(value)}, at which its check fails: {type(error).__name__}: {error}"
+        if self.test(value):
+            return None
         if self.names is not None:
             known = getattr(self.names, "active", self.names)
             return registry.unknown(getattr(self.names, "kind", "value"), value, known)
@@ -90,41 +86,32 @@ class Config(CfgNode):
     mistake.
     """
 
-    @property
-    def overrides(self) -> list[tuple[str, object]]:
-        """The (KEY, VALUE) pairs, in order; a later one wins."""
-        return self.__dict__.setdefault("_overrides", [])
-
-    @property
-    def plugins(self) -> list[str]:
-        """The digests of the plug-ins that it was loaded with."""
-        return self.__dict__.setdefault("_plugins", [])
-
-    @property
-    def came(self) -> dict[str, str]:
-        """Where the value of each key that was given comes from, for a line that refuses it."""
-        return self.__dict__.setdefault("_came", {})
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        overrides: list[tuple[str, object]] = []  # a later one wins
+        plugins: list[str] = []  # the digests of those that it was loaded with
+        came: dict[str, str] = {}  # where the value of each key that was given comes from, for a line that refuses it
+        self.__dict__.update(overrides=overrides, plugins=plugins, came=came)
 
     def merge_from_file(self, cfg_filename: str) -> None:
-        from mdistiller.config import loading  # which needs this class
+        from mdistiller.config.loading import merge  # which needs this class
 
-        loading.merge_file(self, cfg_filename)
+        merge(self, path=cfg_filename)
 
     def merge_from_list(self, cfg_list: Sequence) -> None:
-        from mdistiller.config import loading
+        from mdistiller.config.loading import merge
 
-        loading.merge_pairs(self, cfg_list)
+        merge(self, opts=cfg_list)
 
     def merge_from_other_cfg(self, cfg_other: Mapping) -> None:
-        from mdistiller.config import loading
+        from mdistiller.config.loading import merge
 
-        loading.merge_trees(self, [(cfg_other, "other configuration")], [])
+        merge(self, tree=cfg_other)
 
 
 KEYS: dict[str, Key] = {}  # full dotted name -> Key
 SECTIONS: dict[str, str] = {}  # name of a method's or rule's section -> its title
 CFG = Config()
-_collected: dict[str, object] | None = None  # defaults of the plug-in that is being imported
 
 
 def add_keys(keys: Mapping[str, Key]) -> None:
@@ -139,7 +126,7 @@ def add_keys(keys: Mapping[str, Key]) -> None:
         KEYS[name] = key
 
 
-def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = True, again: bool = False) -> None:
+def add_section(name: str, defaults: Mapping, title: str = "", again: bool = False) -> None:
     """Declare the section CFG.<name>. `defaults` maps its keys to a Key or to a plain default; nested mappings are
     sub-sections. `name` may be dotted, as TEMPERATURE.ERRATUM. A plug-in's defaults of keys that exist are its own.
     `again`: the section may exist, and is declared anew.
@@ -153,7 +140,7 @@ def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = T
         parent.pop(last, None)
         for key in [key for key in KEYS if key.startswith(f"{name}.")]:
             del KEYS[key]
-    elif last in parent and _collected is None:
+    elif last in parent and registry.collected is None:
         raise ValueError(f"config section '{name}' exists already; pick another name")
     keys = {f"{name}.{key}": v if isinstance(v, Key) else Key(v) for key, v in leaves(defaults).items()}
     for key, value in keys.items():
@@ -162,22 +149,11 @@ def add_section(name: str, defaults: Mapping, title: str = "", distils: bool = T
         # names may be registered later: `load` looks at them
         if value.check and value.check.names is None and (problem := value.check.problem(value.default)):
             raise ValueError(f"{key}: its default {problem}; mend the default")
-        if _collected is not None:
-            _collected[key] = value.default
+        if registry.collected is not None:
+            registry.collected.setdefault("default", {})[key] = value.default
     parent.setdefault(last, CfgNode())
-    add_keys({key: value._replace(distils=distils) for key, value in keys.items() if key not in KEYS})
+    add_keys({key: value._replace(distils=True) for key, value in keys.items() if key not in KEYS})
     SECTIONS.setdefault(name, title)
-
-
-@contextlib.contextmanager
-def collected_defaults(defaults: dict[str, object]) -> Iterator[None]:
-    """Let sections that exist be declared inside again, by a plug-in; `defaults` takes its values: {key: default}."""
-    global _collected
-    before, _collected = _collected, defaults
-    try:
-        yield
-    finally:
-        _collected = before
 
 
 def leaves(node: Mapping, prefix: str = "") -> dict[str, object]:
@@ -258,8 +234,5 @@ def meaning(name: str) -> str:
 
 def show(value: object) -> str:
     """Return `value` as it is typed, in 200 characters or fewer."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no decimal of more than 4,300 digits
-        return "a number of thousands of digits"
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -15,7 +15,7 @@ from mdistiller.config.unknown import Known, unknown_key
 from mdistiller.config.values import coerce, decode, decode_tree, kind_of
 from mdistiller.errors import ConfigError, UserError
 
-MOST_LEVELS, MOST_PROBLEMS = 30, 20
+MOST_PROBLEMS = 20
 NETWORKS = ("DISTILLER.TEACHER", "DISTILLER.STUDENT", "DISTILLER.ENSEMBLE")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes that were no text
 
@@ -27,15 +27,9 @@ def load(path: str | Path | None = None, opts: Sequence = (), origin: str = "com
     Raises ConfigError with one line for each mistake found, all at once.
     """
     registry.fill()
-    problems: list[str] = []
-    tree = read_yaml(Path(path), problems) if path else {}
-    pairs = _parse_opts(opts, origin, problems)
     cfg = CFG.clone()
-    sources = [(tree, str(path)), *((override, origin) for _, override in pairs)]
-    _merge_all(cfg, sources, Path(path).parent if path else Path(), problems)
-    cfg.overrides.extend(pair for pair, _ in pairs)
-    problems += _value_problems(cfg)
-    _refuse(problems)
+    problems = _merge_all(cfg, path, {}, opts, origin)
+    _refuse([*problems, *_value_problems(cfg)])
     cfg.freeze()
     return cfg
 
@@ -57,12 +51,12 @@ def check(cfg: CfgNode) -> None:
     _refuse(_value_problems(cfg))
 
 
-def read(path: Path) -> CfgNode:
+def read(path: Path) -> dict:
     """Return the tree of a YAML file as it stands, with neither defaults nor validation. Raises ConfigError."""
     problems: list[str] = []
     tree = read_yaml(path, problems)
     _refuse(problems)
-    return _node(tree)
+    return tree
 
 
 def misfit(tree: Mapping) -> str | None:
@@ -76,59 +70,50 @@ def misfit(tree: Mapping) -> str | None:
     return None
 
 
-def merge_file(cfg: Config, path: str | Path) -> None:
-    """Merge the YAML file at `path` into `cfg`."""
-    problems: list[str] = []
-    tree = read_yaml(Path(path), problems)
-    merge_trees(cfg, [(tree, str(path))], problems)
-
-
-def merge_pairs(cfg: Config, opts: Sequence, origin: str = "command line") -> None:
-    """Merge KEY VALUE pairs, which are from `origin`, into `cfg`."""
-    problems: list[str] = []
-    pairs = _parse_opts(opts, origin, problems)
-    merge_trees(cfg, [(tree, origin) for _, tree in pairs], problems)
-    cfg.overrides.extend(pair for pair, _ in pairs)
-
-
-def merge_trees(cfg: Config, sources: Iterable[tuple[Mapping, str]], problems: list[str]) -> None:
-    """Merge (tree, where it is from) pairs into `cfg`. Raises ConfigError with these and the earlier `problems`."""
+def merge(
+    cfg: Config,
+    path: str | Path | None = None,
+    tree: Mapping | None = None,
+    opts: Sequence = (),
+    origin: str = "command line",
+) -> None:
+    """Merge a YAML file, a `tree` and KEY VALUE pairs, which are from `origin`, into `cfg`. Raises ConfigError."""
     if cfg.is_frozen():
         raise AttributeError("this configuration is frozen; clone() it, then defrost() the clone")
-    _merge_all(cfg, list(sources), Path(), problems)
-    _refuse(problems)
+    _refuse(_merge_all(cfg, path, tree or {}, opts, origin))
 
 
-def _merge_all(cfg: Config, sources: list[tuple[Mapping, str]], folder: Path, problems: list[str]) -> None:
-    """Merge the sources into `cfg`, the plug-ins that the last PLUGINS among them names and their defaults first.
-    `folder`: where a plug-in may lie.
+def _merge_all(cfg: Config, path: str | Path | None, tree: Mapping, opts: Sequence, origin: str) -> list[str]:
+    """Merge as `merge` does, the plug-ins that the last PLUGINS among the sources names and their defaults first, and
+    return what is wrong.
     """
+    problems: list[str] = []
+    file = read_yaml(Path(path), problems) if path else {}
+    pairs = _parse_opts(opts, origin, problems)
+    sources = [(file, str(path)), (tree, "other configuration"), *((override, origin) for _, override in pairs)]
     named = [section["PLUGINS"] for section in _sections(sources, "EXPERIMENT") if "PLUGINS" in section]
     if named:
-        loaded = _load_plugins(decode(named[-1]), folder, problems)
+        loaded = _load_plugins(decode(named[-1]), Path(path).parent if path else Path(), problems)
         _refuse(problems)  # what a plug-in would have brought is no mistake of its own
         cfg.plugins[:] = [plugin.digest for plugin in loaded]
-        activate(cfg.plugins)
+    activate(cfg.plugins)
+    if named:
         types = [section["TYPE"] for section in _sections(sources, "DISTILLER") if "TYPE" in section]
         method = registry.distillers.named(str(types[-1] if types else cfg.DISTILLER.TYPE))
         for plugin in loaded:
             for key, value in plugin.defaults_for(method).items():
                 _set_default(cfg, key, value)
-    else:
-        activate(cfg.plugins)
     known = Known(cfg.plugins)
     for tree, source in sources:
         _merge(cfg, tree, source, "", known, problems)
         cfg.came.update(dict.fromkeys(leaves(tree), source))
     cfg.DISTILLER.TYPE = registry.distillers.named(cfg.DISTILLER.TYPE)
+    cfg.overrides.extend(pair for pair, _ in pairs)
+    return problems
 
 
 def _sections(sources: Iterable[tuple[Mapping, str]], name: str) -> list[Mapping]:
     return [tree[name] for tree, _ in sources if isinstance(tree.get(name), Mapping)]
-
-
-def _node(tree: Mapping) -> CfgNode:
-    return CfgNode({key: _node(value) if isinstance(value, Mapping) else value for key, value in tree.items()})
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -162,7 +147,7 @@ def _parse_opts(opts: Sequence, origin: str, problems: list[str]) -> list[tuple[
         problems.append(f"{origin}: '{opts[-1]}' has no value; overrides come in pairs: KEY VALUE")
     pairs = []
     for key, value in zip(opts[::2], opts[1::2], strict=False):
-        if not isinstance(key, str) or key.startswith("-") or key.count(".") > MOST_LEVELS:
+        if not isinstance(key, str) or key.startswith("-"):
             problems.append(f"{origin}: '{key}' is not a key; overrides are KEY VALUE pairs such as SOLVER.LR 0.1")
             continue
         tree = value
@@ -185,11 +170,9 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
             continue
         try:
             loaded.append(load_plugin(path))
-        except KeyboardInterrupt:
-            raise
         except UserError as error:
             problems += error.lines
-        except BaseException as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
+        except (Exception, SystemExit) as error:  # a plug-in is foreign code: whatever it raises is a mistake in the input
             lacks_ours = isinstance(error, ImportError) and "mdistiller" in str(error) and path.is_file()
             hint = "; if the file is part of a checkout, name the checkout's folder" if lacks_ours else ""
             problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}{hint}")
@@ -215,21 +198,19 @@ def _set_default(cfg: CfgNode, key: str, value: object) -> None:
 
 def _merge(node: CfgNode, tree: Mapping, source: str, prefix: str, known: Known, problems: list[str]) -> None:
     for key, value in tree.items():
-        full = f"{prefix}{key}"
+        full, is_section = f"{prefix}{key}", isinstance(value, Mapping)
         if key not in node:
-            if known.reads(full, isinstance(value, Mapping)):
-                node[key] = CfgNode() if isinstance(value, Mapping) else decode_tree(value)
-                if isinstance(value, Mapping):
-                    _merge(node[key], value, source, f"{full}.", known, problems)
-            else:
-                problems.append(f"{full}: {unknown_key(full, isinstance(value, Mapping))} ({source})")
-        elif isinstance(node[key], CfgNode):
-            if isinstance(value, Mapping):
+            if not known.reads(full, is_section):
+                problems.append(f"{full}: {unknown_key(full, is_section)} ({source})")
+                continue
+            node[key] = CfgNode() if is_section else value
+        if isinstance(node[key], CfgNode):
+            if is_section:
                 _merge(node[key], value, source, f"{full}.", known, problems)
             else:
                 example = next(iter(leaves(node[key], f"{full}.")), f"{full}.KEY")
                 problems.append(f"{full}: is a section, not a value; set its keys, such as {example} ({source})")
-        elif isinstance(value, Mapping):
+        elif is_section:
             problems.append(f"{full}: is a single value ({kind_of(node[key])}), not a section ({source})")
         elif full not in known.keys:  # a plug-in's, of which nobody knows what else than its default it may be
             node[key] = decode_tree(value)
@@ -291,13 +272,8 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
     for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT"):
         if ".." in Path(flat[name]).parts or Path(flat[name]).is_absolute():
             yield f"{name}: must be a folder name below LOG.PREFIX; got {flat[name]!r}"
-    paths = ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT")
-    for name in ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", *paths):
-        sizes = [len(part.encode(errors="replace")) for part in Path(flat[name]).parts]
-        if max(sizes, default=0) > 255 or sum(sizes) > 2000:
-            yield f"{name}: is longer than file names can be; got {show(flat[name])}"
-        elif name in paths:
-            try:
-                files.expand(flat[name])
-            except UserError as error:
-                yield f"{name}: {error}"
+    for name in ("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT"):
+        try:
+            files.expand(flat[name])
+        except UserError as error:
+            yield f"{name}: {error}"

@@ -5,23 +5,21 @@ means is decided here. What they bring is kept with them, for it stands in the r
 names them.
 """
 
-import __future__
-
 import ast
 import builtins
-import functools
+import contextlib
 import hashlib
 import importlib
 import importlib.util
-import operator
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from mdistiller import registry
-from mdistiller.config.keys import collected_defaults, leaves, role
+from mdistiller.config.keys import leaves, role
 from mdistiller.errors import UserError
 
 NOT_RUN = ("engine",)  # packages of a checkout whose __init__ would bring its trainer and what that requires
@@ -32,11 +30,10 @@ MODEL_DICTS = {  # of two entries by one name in one registry the first counts
 }
 
 
-class Absent:
-    """Stands for what a plug-in could not import; `reason` says why."""
+class Absent(NamedTuple):
+    """Stands for what a plug-in could not import."""
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    reason: str
 
 
 class Package:
@@ -61,8 +58,9 @@ class Package:
         if head in {self.alias, *self.own_names}:
             module = self.module(rest, names)
             for word in names:
-                if not hasattr(module, word):
-                    self.submodule(module, rest, word)
+                if not hasattr(module, word):  # a submodule, or the import statement will say that there is none
+                    with contextlib.suppress(ModuleNotFoundError):
+                        setattr(module, word, self.module(f"{rest}.{word}".lstrip(".")))
             return module if fromlist else self.module("")
         if not level and self.beside(head) and not _exists(head):
             module = self.execute(full, self.beside(full.replace(".", "/")) or self.beside(head))
@@ -100,14 +98,6 @@ class Package:
         package, _, name = rest.rpartition(".")  # a single file lies among the methods
         return _file_of(self.folder, name) if package in ("distillers", "") else None
 
-    def submodule(self, module: ModuleType, rest: str, word: str) -> None:
-        """Let `module` have its submodule `word` as an attribute, if there is one."""
-        try:
-            found = self.module(f"{rest}.{word}".lstrip("."))
-        except ModuleNotFoundError:
-            return  # the import statement will say so
-        setattr(module, word, found)
-
     def execute(self, rest: str, file: Path | None) -> ModuleType:
         """Return the module of `file`, executed at its first import; an empty package where there is none."""
         if rest in self.modules:
@@ -133,7 +123,7 @@ class Package:
             tree = ast.parse(text, str(file))
             careful = is_package or rest == "engine.cfg"
             for part in tree.body if careful else [tree]:
-                _run(part, module, file, careful, _future(tree))
+                _run(part, module, file, careful)
         except BaseException:
             del self.modules[rest], sys.modules[name]
             raise
@@ -153,15 +143,16 @@ class Plugin:
 
     def __init__(self, path: Path, root: Path | None, digest: str):
         self.path, self.digest = path, digest
-        self.defaults: dict[str, object] = {}
         self.package = Package(f"mdistiller_plugin_{digest}", root, path)
         from mdistiller.device import without_cuda  # which needs torch, as every plug-in does
 
-        with registry.collecting() as self.brought, collected_defaults(self.defaults), without_cuda("auto"):
+        declared: dict[str, object] = {}
+        with registry.collecting() as self.brought, without_cuda("auto"):
             if root:
-                self.load_checkout()
+                declared = self.load_checkout()
             else:
                 self.enter_classes(self.package.execute(f"distillers.{path.stem}", path))
+        self.defaults: dict[str, object] = self.brought.pop("default", {}) | declared
 
     @property
     def text(self) -> str:
@@ -170,10 +161,14 @@ class Plugin:
     @property
     def code(self) -> str:
         """Its text without that of engine/cfg.py, which only declares keys."""
-        return "".join(text for name, text in self.package.texts.items() if not name.endswith(".engine.cfg"))
+        return self.code_without(set())
 
-    def load_checkout(self) -> None:
-        """Enter the methods, models and defaults of a checkout."""
+    def code_without(self, modules: Set[str]) -> str:
+        texts = self.package.texts.items()
+        return "".join(text for name, text in texts if name not in modules and not name.endswith(".engine.cfg"))
+
+    def load_checkout(self) -> dict[str, object]:
+        """Enter the methods and models of a checkout, and return its defaults."""
         package = self.package
         distillers = package.module("distillers")
         methods = getattr(distillers, "distiller_dict", None)
@@ -191,9 +186,8 @@ class Plugin:
                 for model, entry in (getattr(models, name, None) or {}).items():
                     if model not in self.brought.get(held.kind, {}):
                         held[model] = entry
-        if package.own_file("engine.cfg"):
-            tree = getattr(package.module("engine.cfg"), "CFG", {})
-            self.defaults |= {key: value for key, value in leaves(tree).items() if role(key) == "computes"}
+        tree = getattr(package.module("engine.cfg"), "CFG", {}) if package.own_file("engine.cfg") else {}
+        return {key: value for key, value in leaves(tree).items() if role(key) == "computes"}
 
     def enter_classes(self, module: ModuleType) -> None:
         """Enter each class that the module defines with a `forward_train`, by its name, unless the module did."""
@@ -209,9 +203,7 @@ class Plugin:
         """
         methods = self.brought.get("method", {})
         own = {base.__module__ for base in methods[method].__mro__} if method in methods else set()
-        others = {cls.__module__ for cls in methods.values()} - own
-        texts = self.package.texts.items()
-        text = "".join(text for name, text in texts if name not in others and not name.endswith(".engine.cfg"))
+        text = self.code_without({cls.__module__ for cls in methods.values()} - own)
         others = {registry.fold(name) for name in registry.distillers} - {registry.fold(method)}
         return {
             key: value
@@ -288,18 +280,11 @@ def in_place_of_built_in(digests: Iterable[str], used: Mapping[str, Sequence[str
                 yield f"plug-in {plugin.path.name}: {kind} {' and '.join(names)}{instead}"
 
 
-def _future(tree: ast.Module) -> int:
-    """Return the compiler's flags of the tree's `from __future__` imports."""
-    imports = [part for part in tree.body if isinstance(part, ast.ImportFrom) and part.module == "__future__"]
-    flags = [getattr(__future__, alias.name).compiler_flag for part in imports for alias in part.names]
-    return functools.reduce(operator.or_, flags, 0)
-
-
-def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool, flags: int) -> None:
+def _run(part: ast.AST, module: ModuleType, file: Path, careful: bool) -> None:
     """Execute a statement or a tree in `module`. Where `careful`, names that cannot be imported become Absent."""
     tree = part if isinstance(part, ast.Module) else ast.Module([part], [])
     try:
-        exec(compile(tree, str(file), "exec", flags, dont_inherit=True), module.__dict__)
+        exec(compile(tree, str(file), "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         if not (careful and isinstance(part, (ast.Import, ast.ImportFrom))):
             raise

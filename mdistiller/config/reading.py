@@ -11,8 +11,6 @@ from mdistiller import files
 from mdistiller.config.keys import show
 from mdistiller.errors import UserError
 
-MOST_BYTES, MOST_FILES = 2**18, 50  # no configuration comes near these
-
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML's safe subset, without aliases, which may multiply, and without a key given twice, of which PyYAML would
@@ -62,9 +60,7 @@ def read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> d
     wanted = f"an existing YAML file as _BASE_ of {seen[-1]}" if seen else "an existing YAML file with --cfg"
     try:
         with files.open_regular(path, wanted) as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise UserError(f"{path}: is larger than {MOST_BYTES:,} bytes; pass {wanted}")
+            data = file.read()
         if path.resolve() in seen:
             raise UserError(f"{path}: _BASE_ leads back to this file; remove one of the _BASE_ lines")
         tree = copy.deepcopy(_parse(data.decode()))
@@ -85,9 +81,6 @@ def read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> d
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         problems.append(f"{path}: _BASE_ must be a path or a list of paths")
-        return tree
-    if len(bases) + len(seen) > MOST_FILES:
-        problems.append(f"{path}: _BASE_ brings in more than {MOST_FILES} files; remove some of the _BASE_ lines")
         return tree
     merged: dict = {}
     for base in bases:

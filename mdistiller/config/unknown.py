@@ -8,24 +8,21 @@ from mdistiller.config.keys import CFG, KEYS, SECTIONS, leaves
 from mdistiller.config.plugins import PLUGINS
 from mdistiller.config.values import coerce
 
-# what exists for the purpose of a key that other frameworks have; by its last part, without underscores
-_SCHEDULE = "SOLVER.SCHEDULE is multistep, which falls at SOLVER.LR_DECAY_STAGES, or cosine"
-_AVERAGE = "SOLVER.EMA, such as 0.999, is the decay of an average of weights"
+# what exists for the purpose of a key that other frameworks have, and such keys' last parts, without underscores
 PURPOSES = {
-    **dict.fromkeys(("SCHEDULER", "LRSCHEDULER", "SCHED", "LRSCHEDULE", "COSINE", "COSINELR"), _SCHEDULE),
-    "MILESTONES": "the rate falls at SOLVER.LR_DECAY_STAGES",
-    **dict.fromkeys(("EMA", "EMADECAY", "MODELEMA", "SWA"), _AVERAGE),
-    **dict.fromkeys(("NUMCLASSES", "NCLASSES", "CLASSES"), "the data say how many classes there are"),
-    **dict.fromkeys(("GPU", "GPUS", "GPUID", "CUDA"), "DEVICE cuda, or cuda:N, chooses the device"),
-    **dict.fromkeys(("OPTIMIZER", "OPTIM", "ADAM", "ADAMW"), "SOLVER.TYPE names the optimizer, SGD or AdamW"),
-    **dict.fromkeys(("FP16", "MIXEDPRECISION", "USEAMP", "BF16"), "SOLVER.AMP bf16 or fp16 is half precision"),
-    **dict.fromkeys(("PRETRAINED", "TEACHERPATH", "TEACHERWEIGHTS"), "DISTILLER.TEACHER_CKPT names the teacher's file"),
-    **dict.fromkeys(("FREEZELAYERS", "FROZEN", "FROZENLAYERS"), "SOLVER.FREEZE names the parameters that do not learn"),
-    **dict.fromkeys(
-        ("EARLYSTOP", "EARLYSTOPPING", "PATIENCE"), "SOLVER.EARLY_STOP ends a run without a new best for so many epochs"
-    ),
-    **dict.fromkeys(("PRINTFREQ", "LOGINTERVAL", "LOGFREQ"), "LOG.PRINT_FREQ is the steps between lines of a log"),
-    **dict.fromkeys(("OUTPUTDIR", "OUTPUT", "SAVEDIR", "WORKDIR"), "LOG.PREFIX is the root of all run folders"),
+    "SOLVER.SCHEDULE is multistep, which falls at SOLVER.LR_DECAY_STAGES, or cosine": "SCHEDULER LRSCHEDULER SCHED "
+    "LRSCHEDULE COSINE COSINELR",
+    "the rate falls at SOLVER.LR_DECAY_STAGES": "MILESTONES",
+    "SOLVER.EMA, such as 0.999, is the decay of an average of weights": "EMA EMADECAY MODELEMA SWA",
+    "the data say how many classes there are": "NUMCLASSES NCLASSES CLASSES",
+    "DEVICE cuda, or cuda:N, chooses the device": "GPU GPUS GPUID CUDA",
+    "SOLVER.TYPE names the optimizer, SGD or AdamW": "OPTIMIZER OPTIM ADAM ADAMW",
+    "SOLVER.AMP bf16 or fp16 is half precision": "FP16 MIXEDPRECISION USEAMP BF16",
+    "DISTILLER.TEACHER_CKPT names the teacher's file": "PRETRAINED TEACHERPATH TEACHERWEIGHTS",
+    "SOLVER.FREEZE names the parameters that do not learn": "FREEZELAYERS FROZEN FROZENLAYERS",
+    "SOLVER.EARLY_STOP ends a run without a new best for so many epochs": "EARLYSTOP EARLYSTOPPING PATIENCE",
+    "LOG.PRINT_FREQ is the steps between lines of a log": "PRINTFREQ LOGINTERVAL LOGFREQ",
+    "LOG.PREFIX is the root of all run folders": "OUTPUTDIR OUTPUT SAVEDIR WORKDIR",
 }
 
 
@@ -64,16 +61,16 @@ class Known:
 
 
 def unknown_key(full: str, is_section: bool) -> str:
-    if len(full) > 100:  # nothing is near it, and looking takes long
-        return f"unknown {'section' if is_section else 'key'}"
-    sections = {key[: match.start()] for key in leaves(CFG) for match in re.finditer(r"\.", key)}
-    if purpose := PURPOSES.get(re.sub(r".*\.|_", "", full).upper()):
-        return f"unknown {'section' if is_section else 'key'}; {purpose}"
-    close = registry.nearest(full, sections if is_section else leaves(CFG))
+    """Return what to say of a key, or section, that nobody reads."""
+    what, known = f"unknown {'section' if is_section else 'key'}", leaves(CFG)
+    last = full.rpartition(".")[2]
+    word = last.replace("_", "").upper()
+    if purpose := next((purpose for purpose, words in PURPOSES.items() if word in words.split()), None):
+        return f"{what}; {purpose}"
+    sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
+    close = registry.nearest(full, sections if is_section else known)
     if not is_section:  # the section may be what is wrong: look for the last part anywhere
-        last = full.rsplit(".", 1)[-1].casefold()
-        same = [key for key in leaves(CFG) if key.rsplit(".", 1)[-1].casefold() == last]
+        same = [key for key in known if key.rpartition(".")[2].casefold() == last.casefold()]
         least = [key for key in same if key.count(".") == min(key.count(".") for key in same)]
         close = least if len(least) == 1 or not close else close
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown {'section' if is_section else 'key'}{hint}"
+    return f"{what}; did you mean {close[0]}?" if close else what

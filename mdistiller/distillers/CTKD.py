@@ -13,9 +13,6 @@ from mdistiller.distillers.features import probe_logits
 from mdistiller.distillers.KD import KD
 from mdistiller.distillers.losses import Temperatures, bounded, full_precision, warmup
 from mdistiller.distillers.rules import register_rule
-from mdistiller.errors import UserError
-
-MOST_CLASSES = 8192  # of the instance form, which has 2 K^2 weights: at more it outweighs the student
 
 
 class Reverse(torch.autograd.Function):
@@ -92,11 +89,6 @@ class LearnedTemperature(nn.Module):
             self.theta = nn.Parameter(torch.ones(1))
         else:
             classes = num_classes(teacher)
-            if classes > MOST_CLASSES:
-                raise UserError(
-                    f"TEMPERATURE.LEARNED.MODE: instance has {2 * classes**2:,} weights for {classes:,} classes, and "
-                    f"is for {MOST_CLASSES:,} at most; set it to global, or take TEMPERATURE.RULE centred_sharpness"
-                )
             self.theta = nn.Sequential(nn.Linear(2 * classes, classes), nn.ReLU(), nn.Linear(classes, 1))
 
     def forward(

@@ -1,5 +1,7 @@
 """ReviewKD, Chen et al. (CVPR 2021). https://arxiv.org/abs/2104.09044"""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +10,7 @@ from mdistiller.config import Key, at_least
 from mdistiller.distillers import keys
 from mdistiller.distillers._registry import register_distiller
 from mdistiller.distillers.base import FeatureDistiller
-from mdistiller.distillers.features import image_size, pooled_width, probe, refuse
+from mdistiller.distillers.features import pooled_width, refuse
 from mdistiller.distillers.losses import in_float32, warmup
 
 SIZES, WIDTHS = [1, 8, 16, 32], [64, 128, 256, 256]  # published: those of resnet8x4
@@ -60,9 +62,20 @@ class ABF(nn.Module):
         return self.conv2(x), x
 
 
+def review_loss(abfs: Iterable[ABF], maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> Tensor:
+    """Return `hcl_loss` of the student's maps (B, C_i, H_i, W_i), the deepest first, each fused with those before it
+    by its ABF and brought to the size of the teacher's.
+    """
+    reviewed, passed = [], None
+    for abf, f_s, f_t in zip(abfs, maps_student, maps_teacher, strict=True):
+        result, passed = abf(f_s, passed, f_s.shape[2:], f_t.shape[2:])
+        reviewed.append(result)
+    return hcl_loss(reviewed, maps_teacher)
+
+
 def _read_from_the_model(published: list[int], doc: str) -> Key:
     """Return the key of a list whose default is the published one, for files that read it, and means what [] means."""
-    doc = f"{doc}; the default and []: read from the model."
+    doc = f"{doc}; read from the model."
     return Key(published, doc, effect=lambda value: [] if value == published else value)
 
 
@@ -84,9 +97,8 @@ class ReviewKD(FeatureDistiller):
     """CE_WEIGHT * cross entropy + REVIEWKD_WEIGHT * min(epoch / WARMUP_EPOCHS, 1) * hcl_loss.
 
     The pooled feature counts as a last stage of 1 x 1; of two models with different numbers of stages the last ones are
-    compared, or as many as IN_CHANNELS lists. SHAPES (student) and OUT_SHAPES (teacher) are the stages' sizes, the
-    deepest first; IN_CHANNELS (student) and OUT_CHANNELS (teacher) their widths, the deepest last. Empty lists,
-    and the defaults, are read from the models, the sizes from each batch.
+    compared. Their widths and sizes are read from the models; SHAPES, OUT_SHAPES, IN_CHANNELS and OUT_CHANNELS are
+    accepted for mdistiller's YAML files, the widths where they are the models'.
     """
 
     needs_features = ("feats", "preact_feats", "pooled_feat", "get_stage_channels")
@@ -96,14 +108,11 @@ class ReviewKD(FeatureDistiller):
         super().__init__(student, teacher, cfg.CE_WEIGHT, cfg.REVIEWKD_WEIGHT)
         self.warmup, self.stu_preact = cfg.WARMUP_EPOCHS, cfg.STU_PREACT
         widths = [[*model.get_stage_channels()[1:], pooled_width(model)] for model in (student, teacher)]
-        given = [[] if list(typed) == WIDTHS else list(typed) for typed in (cfg.IN_CHANNELS, cfg.OUT_CHANNELS)]
-        self.stages = min(len(channels) for channels in (*widths, *filter(None, given)))
-        read = [channels[-self.stages :] for channels in widths]
-        for name, typed, own in zip(("IN_CHANNELS", "OUT_CHANNELS"), given, read, strict=True):
-            if typed and typed != own:
-                refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} {typed} must be {own}, or [] to read it")
-        self.sizes = [self.sizes_of(student, cfg, "SHAPES"), self.sizes_of(teacher, cfg, "OUT_SHAPES")]
-        in_channels, out_channels = read
+        self.stages = min(map(len, widths))
+        in_channels, out_channels = (channels[-self.stages :] for channels in widths)
+        for name, own in (("IN_CHANNELS", in_channels), ("OUT_CHANNELS", out_channels)):
+            if list(cfg[name]) not in ([], WIDTHS, own):
+                refuse("REVIEWKD", student, teacher, f"REVIEWKD.{name} {cfg[name]} must be {own}, or [] to read it")
         mid_channels = min(cfg.MAX_MID_CHANNEL, in_channels[-1])
         abfs = [
             ABF(s, mid_channels, t, fuse=i < self.stages - 1)
@@ -111,34 +120,11 @@ class ReviewKD(FeatureDistiller):
         ]
         self.abfs = nn.ModuleList(abfs[::-1])
 
-    def sizes_of(self, model: nn.Module, cfg, name: str) -> list[torch.Size]:
-        """Return the sizes of the model's stages that the key `name` gives, none where they are to be read."""
-        sizes = [] if list(cfg[name]) == SIZES else list(cfg[name])
-        whole = all(type(n) is int and n > 0 for n in sizes)
-        if sizes and not (whole and len(sizes) == self.stages):
-            reason = f"REVIEWKD.{name} needs {self.stages} sizes, or [] to read them"
-            refuse("REVIEWKD", self.student, self.teacher, reason)
-        if sizes and image_size():
-            feats = probe(model)
-            own = [tuple(f.shape[2:]) for f in self.last_stages(feats["feats"], feats["pooled_feat"])]
-            if own != [(n, n) for n in sizes]:
-                read = [h if h == w else (h, w) for h, w in own]
-                reason = f"REVIEWKD.{name} {sizes} must be {read} for these images, or [] to read it"
-                refuse("REVIEWKD", self.student, self.teacher, reason)
-        return [torch.Size((n, n)) for n in sizes]
-
     def feature_loss(self, feats_student: dict, feats_teacher: dict, *, epoch: int, **kwargs) -> Tensor:
         kind = "preact_feats" if self.stu_preact else "feats"
         own = self.last_stages(feats_student[kind], feats_student["pooled_feat"])
         goal = self.last_stages(feats_teacher["preact_feats"], feats_teacher["pooled_feat"])
-        sizes, out_sizes = self.sizes
-        sizes = sizes or [f.shape[2:] for f in own]
-        out_sizes = out_sizes or [f.shape[2:] for f in goal]
-        reviewed, passed = [], None
-        for abf, f, size, out_size in zip(self.abfs, own, sizes, out_sizes, strict=True):
-            result, passed = abf(f, passed, size, out_size)
-            reviewed.append(result)
-        return warmup(epoch, self.warmup) * hcl_loss(reviewed, goal)
+        return warmup(epoch, self.warmup) * review_loss(self.abfs, own, goal)
 
     def last_stages(self, feats: list[Tensor], pooled: Tensor) -> list[Tensor]:
         """Return the pooled feature as (B, C, 1, 1) and the stages before it, the deepest first."""

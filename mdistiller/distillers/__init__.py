@@ -1,6 +1,7 @@
 """The methods, one paper a file. Every module here without a leading underscore is imported and registers itself."""
 
 import importlib
+import inspect
 import pkgutil
 
 from mdistiller.config import load_plugin
@@ -23,25 +24,4 @@ importlib.import_module(f"{__name__}._upstream")
 from mdistiller.distillers._detection import check_levels, on_detectors  # noqa: E402  (of what is registered)
 from mdistiller.distillers._detection import takers as detection_takers  # noqa: E402
 
-__all__ = [
-    "Distiller",
-    "FeatureDistiller",
-    "LogitDistiller",
-    "RuleDistiller",
-    "Vanilla",
-    "check_levels",
-    "check_method",
-    "check_output",
-    "check_rule",
-    "detection_takers",
-    "distiller_dict",
-    "enter",
-    "load_plugin",
-    "method_name",
-    "on_detectors",
-    "part_of",
-    "register_distiller",
-    "register_method",
-    "register_rule",
-    "rule_name",
-]
+__all__ = [name for name, item in globals().items() if name[0] != "_" and not inspect.ismodule(item)]

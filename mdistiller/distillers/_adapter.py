@@ -1,21 +1,14 @@
 """The door for methods from outside: what a file written for mdistiller does not declare is read off its signatures."""
 
-import contextlib
 import inspect
-import os
-import re
-import sys
-import traceback
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.config import TWO_VIEWS, Absent
 from mdistiller.device import without_cuda
-from mdistiller.distillers._registry import Declared
 from mdistiller.distillers.base import Distiller
-from mdistiller.errors import UserError
+from mdistiller.errors import UserError, users_code
 
 USUAL = ("student", "teacher", "cfg")
 OFFERED = ("num_data", "labels")  # what `Distiller.needs` may ask for
@@ -40,7 +33,6 @@ def adapt(name: str, cls: object) -> type:
     """
     if isinstance(cls, Absent):
         return _refuse(name, f"{name} {cls.reason}")
-    declared, cls = isinstance(cls, Declared), cls.cls if isinstance(cls, Declared) else cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "forward_train")):
         raise TypeError(f"the method {name} must be a class derived from mdistiller.distillers.Distiller")
     bases = [base for base in cls.__mro__ if not _is_ours(base)]
@@ -61,6 +53,7 @@ def adapt(name: str, cls: object) -> type:
     cls._adapted = ({*vars(cls)} - before) | vars(cls).get("_adapted", set())
     if unknown := {*cls.needs} - {*OFFERED}:
         raise TypeError(f"the method {name} needs {', '.join(sorted(unknown))}; there are {' and '.join(OFFERED)}")
+    declared = getattr(cls, "declared", None) is cls
     return _wrap(name, cls) if own & {"forward_train", "__init__"} and not declared else cls
 
 
@@ -137,7 +130,7 @@ def _wrap(name: str, cls: type) -> type:
             if two_views and cfg.SOLVER.TRAINER not in TWO_VIEWS:
                 raise UserError(f"{name} asks for a weak and a strong view of each image: set SOLVER.TRAINER ours")
             given = {"student": student, "teacher": teacher, "cfg": cfg}
-            with _one_line(name, cls), without_cuda(cfg.DEVICE):
+            with users_code(name), without_cuda(cfg.DEVICE):
                 if by_place:
                     super().__init__(*given.values())
                 else:
@@ -154,7 +147,7 @@ def _wrap(name: str, cls: type) -> type:
             _give_contiguous_features(self)
 
         def get_learnable_parameters(self) -> list[nn.Parameter]:
-            with _one_line(name, cls):
+            with users_code(name):
                 found = list(super().get_learnable_parameters())
             if not all(isinstance(part, nn.Parameter) for part in found):
                 raise UserError(f"{name}: get_learnable_parameters must give a list of parameters, no groups of them")
@@ -168,7 +161,7 @@ def _wrap(name: str, cls: type) -> type:
             if contrasts and "contrastive_index" not in given:
                 index = given["index"]
                 given["contrastive_index"] = torch.cat([index[:, None], self._negatives(index, target, self._draws)], 1)
-            with _one_line(name, cls), without_cuda(image.device):
+            with users_code(name), without_cuda(image.device):
                 return super().forward_train(**_chosen(given, handed_on))
 
         if not issubclass(cls, Distiller):
@@ -211,25 +204,3 @@ def _contiguous(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_contiguous, value))
     return value.contiguous() if isinstance(value, Tensor) else value
-
-
-@contextlib.contextmanager
-def _one_line(name: str, cls: type) -> Iterator[None]:
-    """Turn what the code of `cls` raises into a UserError that names the place."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as error:
-        if "alloc" in str(error):
-            raise
-        folder = os.path.dirname(inspect.getfile(cls)) if cls.__module__ in sys.modules else ""
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next((f for f in reversed(frames) if folder and f.filename.startswith(folder)), frames[-1])
-        text = str(error).strip().split("\n")[0]
-        line = f"{name} fails at {os.path.relpath(frame.filename)}:{frame.lineno}: {type(error).__name__}: {text}"
-        read = re.search(rf"cfg((?:\.\w+)*\.{re.escape(text)})\b", frame.line or "") if text.isidentifier() else None
-        if isinstance(error, AttributeError) and read:
-            line = f"{name} reads the key {read[1][1:]}, which nothing sets; give it in the YAML, or name in "
-            line += "EXPERIMENT.PLUGINS the checkout that has its defaults"
-        raise UserError(line) from error

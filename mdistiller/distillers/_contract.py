@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from mdistiller.distillers._adapter import ON_REQUEST
 from mdistiller.distillers.base import Distiller, FeatureDistiller, LogitDistiller
 from mdistiller.errors import UserError, check_signature
 from mdistiller.registry import distillers
@@ -24,7 +25,6 @@ PARTS = {
         "the loss, a scalar tensor",
     ),
 }  # fmt: skip
-OFFERED = ("logits_teacher", "image_weak", "image_strong", "contrastive_index", "idx")  # to those that name it
 
 
 def part_of(cls: type) -> str:
@@ -42,8 +42,8 @@ def check_method(name: str, cls: type) -> None:
     function = getattr(cls, part)
     if function is getattr(base, part, None):
         raise UserError(f"the method {name}: {part} is not written; write {head}, which returns {wanted}")
-    offered = [word for word in [*inspect.signature(function).parameters][1 + by_place :] if word in OFFERED]
-    given = dict.fromkeys((*by_name, *offered))
+    named = [*inspect.signature(function).parameters][1 + by_place :]
+    given = dict.fromkeys((*by_name, *(word for word in named if word in (*ON_REQUEST, "idx"))))
     check_signature(function, (None,) * (1 + by_place), given, f"the method {name}: {part}", head)
 
 
@@ -69,8 +69,7 @@ def check_output(distiller: nn.Module, output: object, samples: int) -> None:
 
 def method_name(distiller: nn.Module) -> str:
     """Return the name that the class of `distiller` is registered by, or its own."""
-    names = [name for name, cls in distillers.items() if cls is type(distiller)]
-    return (names or [type(distiller).__name__])[0]
+    return distillers.name_of(type(distiller)) or type(distiller).__name__
 
 
 def _shape(value: object) -> str:

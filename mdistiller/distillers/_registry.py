@@ -2,15 +2,8 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from mdistiller import config, registry
-
-
-class Declared(NamedTuple):
-    """A method that declares by Distiller's attributes what it needs."""
-
-    cls: type
 
 
 def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[type], type]:
@@ -22,7 +15,8 @@ def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[
     def register(cls: type) -> type:
         methods, before = registry.distillers, registry.distillers.own.get(name)
         again = before is not None and registry.same_definition(before, cls)
-        methods[name] = Declared(cls) if methods.accept else cls  # Vanilla comes before the door is there
+        cls.declared = cls  # it says by Distiller's attributes what it needs; a class derived from it may not
+        methods[name] = cls
         if defaults:
             text = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
             config.add_section(name, defaults, text.strip().split("\n")[0], again=again)
@@ -33,7 +27,7 @@ def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[
 
 def enter(cls: type) -> str:
     """Return the name that the class of a method has in distiller_dict. One without any is entered under its own."""
-    names = [name for name, known in registry.distillers.active.items() if known is cls]
-    if not names:
+    name = registry.distillers.name_of(cls)
+    if name is None:
         register_distiller(cls.__name__)(cls)
-    return names[0] if names else cls.__name__
+    return name or cls.__name__

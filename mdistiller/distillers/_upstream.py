@@ -2,13 +2,11 @@
 a name of the module that it stands for.
 """
 
-import sys
-from collections.abc import Callable
+import importlib
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers import _common  # noqa: F401  (it gets names as well)
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CRD import CRD, Negatives, nce_loss, similarities
 from mdistiller.distillers.NST import nst_loss
@@ -16,76 +14,52 @@ from mdistiller.distillers.OFD import ofd_loss
 from mdistiller.distillers.RKD import pairwise_distance
 from mdistiller.distillers.SP import sp_loss
 
-NAMES: dict[str, list[str]] = {}  # module -> names
 
-
-def name_of(*modules: str) -> Callable:
-    """Enter the decorated object, under its own name, into `modules` of this package."""
-
-    def enter(item: Callable) -> Callable:
-        for module in modules:
-            setattr(sys.modules[f"mdistiller.distillers.{module}"], item.__name__, item)
-            NAMES.setdefault(module, []).append(item.__name__)
-        return item
-
-    return enter
-
-
-@name_of("DKD", "_common")
 def _get_gt_mask(logits: Tensor, target: Tensor) -> Tensor:
     """Return where each row of logits (B, K) has its label: (B, K), bool."""
     return torch.arange(logits.shape[1], device=logits.device) == target.reshape(-1, 1)
 
 
-@name_of("DKD", "_common")
 def _get_other_mask(logits: Tensor, target: Tensor) -> Tensor:
     """Return where each row of logits (B, K) has another class than its label: (B, K), bool."""
     return ~_get_gt_mask(logits, target)
 
 
-@name_of("DKD", "_common")
 def cat_mask(t: Tensor, mask1: Tensor, mask2: Tensor) -> Tensor:
     """Return the sums of the probabilities (B, K) under either mask: (B, 2)."""
     return torch.stack([(t * mask).sum(1) for mask in (mask1, mask2)], 1)
 
 
-@name_of("KD", "DKD", "MLKD")
 def normalize(logit: Tensor) -> Tensor:
     """Return the z-scores of logits (B, K), as LSKD's code has them: the deviation is over K - 1."""
     return (logit - logit.mean(-1, keepdim=True)) / (logit.std(-1, keepdim=True) + 1e-7)
 
 
-@name_of("AT")
 def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: int) -> Tensor:
     """Return `at_loss` of one stage, maps (B, C, H, W)."""
     return at_loss([f_s], [f_t], p)
 
 
-@name_of("NST")
 def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     """Return `nst_loss` of one stage, maps (B, C, H, W)."""
     return nst_loss([f_s], [f_t])
 
 
-@name_of("SP")
 def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     """Return `sp_loss` of one stage, features (B, ...)."""
     return sp_loss(f_s, f_t)
 
 
-@name_of("RKD")
 def _pdist(e: Tensor, squared: bool, eps: float) -> Tensor:
     """Return `pairwise_distance` of features (B, C): (B, B)."""
     return pairwise_distance(e, eps, squared)
 
 
-@name_of("OFD")
 def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
     """Return `ofd_loss` of maps (B, C, H, W)."""
     return ofd_loss(source, target, margin)
 
 
-@name_of("CRD")
 class ContrastMemory(nn.Module):
     """CRD's two memories (output_size, input_size): `forward` returns exp(similarity) / Z of both sides and updates
     them. Z is set by the first batch.
@@ -113,7 +87,6 @@ class ContrastMemory(nn.Module):
         return tuple((of_v.exp() / z)[..., None] for of_v, z in zip((of_v1, of_v2), self.params[2:4], strict=True))
 
 
-@name_of("CRD")
 class ContrastLoss(nn.Module):
     """`nce_loss` of what ContrastMemory gives, (B, k + 1, 1), the positive first."""
 
@@ -123,3 +96,21 @@ class ContrastLoss(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nce_loss(x.squeeze(-1).log(), torch.ones((), device=x.device), self.num_data)
+
+
+MASKS = [_get_gt_mask, _get_other_mask, cat_mask]
+NAMES = {  # module -> what it gets
+    "_common": MASKS,
+    "AT": [single_stage_at_loss],
+    "CRD": [ContrastMemory, ContrastLoss],
+    "DKD": [*MASKS, normalize],
+    "KD": [normalize],
+    "MLKD": [normalize],
+    "NST": [single_stage_nst_loss],
+    "OFD": [feat_loss],
+    "RKD": [_pdist],
+    "SP": [similarity_loss],
+}
+for _module, _items in NAMES.items():
+    _names = {item.__name__: item for item in _items}
+    vars(importlib.import_module(f"mdistiller.distillers.{_module}")).update(_names)

@@ -25,11 +25,6 @@ def images_of(size: tuple[int, int]) -> Iterator[None]:
         _size.reset(token)
 
 
-def image_size() -> tuple[int, int] | None:
-    """Return the size (H, W) inside `images_of`, None outside."""
-    return _size.get()
-
-
 def unit(x: Tensor, dim: int) -> Tensor:
     """Return x divided by its L2 norm along `dim`. A vector shorter than 1e-12 stays as it is, so that no gradient is
     scaled by the inverse of nothing.

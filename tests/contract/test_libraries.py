@@ -267,8 +267,8 @@ def test_a_teacher_is_fine_tuned_by_a_rate_and_epochs_of_its_own(tmp_path, monke
     cfg = config.load(None, [*words, "DISTILLER.NEW_HEAD", "True"])
     folder = train(cfg)["folder"]
     _, trained = teacher_files(cfg)
-    kept = config.read(Path(folder) / "config.yaml")
-    assert kept.DISTILLER.TEACHER_CKPT == str(trained) and not kept.DISTILLER.TRAIN_TEACHER
+    kept = config.read(Path(folder) / "config.yaml")["DISTILLER"]
+    assert kept["TEACHER_CKPT"] == str(trained) and not kept["TRAIN_TEACHER"]
     state = checkpoint.load(trained)["model"]
     moved = {key: (state[key] - package[key]).abs().max() for key in package if state[key].shape == package[key].shape}
     weights = [float(value) for key, value in moved.items() if key.endswith("weight")]

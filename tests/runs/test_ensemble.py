@@ -112,8 +112,8 @@ def test_missing_ones_are_trained_first(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     opts = changed(small, tmp_path, DISTILLER__TEACHER_CKPT="", DISTILLER__TRAIN_TEACHER=True, DISTILLER__TYPE="KD")
     result = train(config.load(None, [*opts, "DISTILLER.TEACHER", "resnet8", "DISTILLER.ENSEMBLE", "[resnet14]"]))
-    kept = config.read(tmp_path / "distill" / "run" / "config.yaml").DISTILLER
-    trained = [kept.TEACHER_CKPT, kept.ENSEMBLE[0].removeprefix("resnet14:")]
+    kept = config.read(tmp_path / "distill" / "run" / "config.yaml")["DISTILLER"]
+    trained = [kept["TEACHER_CKPT"], kept["ENSEMBLE"][0].removeprefix("resnet14:")]
     names = [re.search(r"none,(\w+),npz,2-epochs,seed0", name)[1] for name in trained]
     assert names == ["resnet8", "resnet14"] and len(result["history"]) == 2
 

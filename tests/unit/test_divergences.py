@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from methods import corners, logits
+from methods import logits, sides
 from torch import nn
 
 import mdistiller.losses as L
@@ -51,9 +51,7 @@ def test_properties_of_divergences(name):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergences_are_finite_and_not_below_zero(name):
-    sides = {corner: pair[::step] for corner, pair in corners().items() for step in (1, -1)}
-    for corner, pair in sides.items():
-        v, u = (x.clone().requires_grad_() for x in pair)
+    for corner, v, u in sides():
         value = DIVERGENCES[name](v, u, 4.0, 2.0)
         value.sum().backward()
         assert value.dtype == torch.float32 and value.isfinite().all(), corner

@@ -305,7 +305,7 @@ def test_the_page_lists_what_there_is():
     listed = {
         (module, name) for module, names in re.findall(r"from (\S+) import (.*)", text) for name in names.split(", ")
     }
-    ours = {(f"mdistiller.distillers.{module}", name) for module, names in NAMES.items() for name in names}
+    ours = {(f"mdistiller.distillers.{module}", item.__name__) for module, items in NAMES.items() for item in items}
     assert ours <= listed
     assert {f"mdistiller.models.{path}" for path in PATHS} <= {module for module, _ in listed}
     own = {name for name, item in vars(utils).items() if getattr(item, "__module__", "") == utils.__name__}

@@ -146,16 +146,6 @@ def test_no_loss_is_below_zero(divergence, dtype):
             assert (DIVERGENCES[divergence](v, u, t.student, t.teacher) >= -1e-6).all()
 
 
-def test_max_logit_is_undefined_for_every_token_of_log_probabilities_and_says_so():
-    v, u = V.log_softmax(1), U.log_softmax(1)
-    t = L.max_logit(v, u, TAU)
-    assert not t.sound.any()
-    assert t.student.eq(TAU).all() and t.teacher.eq(TAU).all()
-    for name in ("centred", "centred_sharpness", "std"):
-        assert RULES[name](v, u, TAU).sound.all()
-        torch.testing.assert_close(loss(name, v, u), loss(name))
-
-
 def kinds(n, classes, seed):
     """Pairs of logits (n, K) of four kinds: normal, spikes, spikes alone and ties."""
     generator = torch.Generator().manual_seed(seed)
@@ -203,14 +193,6 @@ def test_centred_sharpness_has_one_root_and_finds_it(classes):
         torch.testing.assert_close(t.student + t.teacher, torch.full_like(t.student, 2 * TAU))
         single = L.centred_sharpness(v.float(), u.float(), TAU)
         torch.testing.assert_close(single.teacher.double(), t.teacher, rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_temperatures_are_positive_whatever_the_signs_of_the_maxima(name):
-    for shift_v, shift_u in ((-30, -30), (-30, 0), (0, -30), (-500, -7), (30, -30)):
-        t = RULES[name](V + shift_v, U + shift_u, TAU)
-        assert (t.student > 0).all() and (t.teacher > 0).all() and (t.factor > 0).all()
-        assert loss(name, V + shift_v, U + shift_u).isfinite()
 
 
 @pytest.mark.parametrize("name", RULES)
