@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model, variant
 
 # expansion, channels at full width, blocks, stride of the first
 SETTINGS = (
@@ -65,9 +65,6 @@ class MobileNet(Network):
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
         init_fan_normal(self, linear_std=0.01)
 
-    def get_stage_channels(self) -> list[int]:
-        return list(self.channels)
-
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
         return [self.blocks[end][-1].conv[-1] for end in self.STAGE_ENDS]
 
@@ -82,6 +79,4 @@ class MobileNet(Network):
         return self.classifier(pooled), features(feats, list(feats), pooled)
 
 
-@register_model
-def MobileNetV2(num_classes: int = 100) -> MobileNet:
-    return MobileNet(0.5, num_classes)
+MobileNetV2 = register_model(variant("MobileNetV2", MobileNet, 0.5))
