@@ -65,6 +65,12 @@ def entry(name: str, constructor: object) -> object:
 cifar_models.accept = entry
 
 
+@functools.cache
+def adapted(base: type, kind: type) -> type:
+    """Return a library's class `base` with what `kind` puts before it."""
+    return type(base.__name__, (kind, base), {"__module__": base.__module__})
+
+
 def features(feats: list[Tensor], preact_feats: list[Tensor], pooled_feat: Tensor) -> dict:
     return {"feats": feats, "preact_feats": preact_feats, "pooled_feat": pooled_feat}
 
