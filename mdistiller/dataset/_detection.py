@@ -1,8 +1,9 @@
 """Images with boxes, and the batches made of them: flipped and scaled as a plan says, boxes with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -37,18 +38,6 @@ add_keys(
 MOST_PIXELS = 2**24  # of a padded batch of a test: 9 images of 1344 x 1344, as wide and high ones together need
 
 
-class Source(Protocol):
-    """Where the images of a side come from: files, or a drawing. A process that decodes gets a copy of it."""
-
-    def __len__(self) -> int: ...
-
-    def size(self, place: int) -> tuple[int, int]:
-        """Return the height and width of an image, which is not read for that."""
-
-    def read(self, place: int) -> np.ndarray:
-        """Return an image, uint8 (H, W, 3). Raises UserError where it cannot be had."""
-
-
 class Boxes(NamedTuple):
     """The boxes of N images, all M one after the other: those of image i from starts[i] to starts[i + 1]."""
 
@@ -59,22 +48,23 @@ class Boxes(NamedTuple):
     starts: tuple[int, ...]  # N + 1
     ids: tuple[int, ...]  # N: the images' own numbers
 
-    def of(self, place: int) -> dict[str, Tensor | int]:
-        """Return what an image shows, as a target: boxes (n, 4), labels, crowd and area (n,), image_id."""
-        rows = slice(self.starts[place], self.starts[place + 1])
-        return {
-            "boxes": self.box[rows], "labels": self.label[rows], "crowd": self.crowd[rows], "area": self.area[rows],
-            "image_id": self.ids[place],
-        }  # fmt: skip
+
+def boxes_of(images: Sequence[Sequence[Sequence[float]]], ids: Iterable[int]) -> Boxes:
+    """Return the boxes of images, of each of which these are rows (left, top, right, bottom, area, label, crowd)."""
+    rows = torch.tensor([row for rows in images for row in rows], dtype=torch.float32).view(-1, 7)
+    area, label, crowd = rows[:, 4:].T.contiguous()
+    starts = tuple(itertools.accumulate(map(len, images), initial=0))
+    return Boxes(rows[:, :4].contiguous(), label.long(), crowd.bool(), area, starts, tuple(ids))
 
 
 @dataclass(frozen=True)
 class Side:
-    """Training or test images with their boxes. `held`: the images, uint8 (3, H, W) each, where they are in memory;
-    else `source` gives them, by `workers` processes ahead of the steps.
+    """Training or test images with their boxes. `source` has size(place), height and width of an image that is not read
+    for that, and read(place), the image, uint8 (H, W, 3), which raises UserError where it cannot be had. `held`: the
+    images, uint8 (3, H, W) each, where they are in memory; else `workers` processes read them ahead of the steps.
     """
 
-    source: Source
+    source: Any
     boxes: Boxes
     held: tuple[Tensor, ...] | None = None
     workers: int = 0
@@ -87,13 +77,12 @@ class Side:
         """Return an image as it is, uint8 (3, H, W)."""
         return self.held[place] if self.held is not None else channels_first(self.source.read(place)).to(self.device)
 
-    def size(self, place: int) -> tuple[int, int]:
-        """Return an image's height and width."""
-        return self.source.size(place)
-
     def target(self, place: int) -> dict[str, Tensor | int]:
-        """Return all boxes of an image, as `Boxes.of` does."""
-        return self.boxes.of(place)
+        """Return what an image shows: boxes (n, 4), labels, crowd and area (n,), image_id."""
+        box, label, crowd, area, starts, ids = self.boxes
+        rows = slice(starts[place], starts[place + 1])
+        shown = {"boxes": box[rows], "labels": label[rows], "crowd": crowd[rows], "area": area[rows]}
+        return shown | {"image_id": ids[place]}
 
     def to(self, device: torch.device) -> "Side":
         """Return the side with its boxes, and the images that are held, on `device`."""
@@ -172,7 +161,7 @@ class DetectionSet:
 
 class DetectionBatch(NamedTuple):
     image: list[Tensor]  # B of float32 (3, H, W) in [0, 1], each of its own size
-    target: list[dict]  # B of Boxes.of
+    target: list[dict]  # B of Side.target
     index: Tensor  # (B,) int64: the images' places in the set
     canvas: Tensor | None = None  # (B, 2) int64, in training: height and width of the largest of the whole batch, of
     # which these may be a part, in every row
@@ -257,7 +246,8 @@ class DetectionBatches(Batches):
     def canvas(self, plan: Tensor) -> Tensor:
         """Return the height and width that hold each image of `plan` (3, B), (2,): known before one is decoded."""
         sizes = [
-            scaled_size(self.side.size(place), self.scaling, factor / 1000) for place, _, factor in plan.T.tolist()
+            scaled_size(self.side.source.size(place), self.scaling, factor / 1000)
+            for place, _, factor in plan.T.tolist()
         ]
         return torch.tensor(sizes).amax(0)
 
