@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.config import Check, Key, add_keys
-from mdistiller.dataset._images import Batches
+from mdistiller.dataset._images import Batches, missing
 from mdistiller.dataset._pictures import Reader
 from mdistiller.errors import UserError
 
@@ -77,6 +77,10 @@ class Side:
         """Return an image as it is, uint8 (3, H, W)."""
         return self.held[place] if self.held is not None else channels_first(self.source.read(place)).to(self.device)
 
+    def decoded(self, places: Sequence[int], draws: Sequence[int]) -> list[np.ndarray]:
+        """Return images as they are, (H, W, 3) each; nothing of them is drawn."""
+        return [self.source.read(place) for place in places]
+
     def target(self, place: int) -> dict[str, Tensor | int]:
         """Return what an image shows: boxes (n, 4), labels, crowd and area (n,), image_id."""
         box, label, crowd, area, starts, ids = self.boxes
@@ -132,12 +136,8 @@ class DetectionSet:
 
     def doubts(self) -> list[str]:
         """Return what was noticed, and a line on classes that no training box is of, which the student cannot learn."""
-        label = self.train.boxes.label
-        counts = torch.bincount(label[~self.train.boxes.crowd], minlength=self.num_classes)[1:].tolist()
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
-        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        line = f"warning: {len(empty)} of {len(counts)} classes have no training box: {names}"
-        return [*self.notes, *([line] if empty else [])]
+        label = self.train.boxes.label[~self.train.boxes.crowd]
+        return [*self.notes, *missing(torch.bincount(label, minlength=self.num_classes)[1:], "box", self.classes)]
 
     def to(self, device: torch.device) -> "DetectionSet":
         """Return the set on `device`."""
@@ -167,21 +167,6 @@ class DetectionBatch(NamedTuple):
     # which these may be a part, in every row
 
 
-class Decoding:
-    """What a worker does with a unit, (places, -): it returns the images, (H, W, 3) each, or what went wrong."""
-
-    goes_on = "--resume auto goes on then"
-
-    def __init__(self, side: Side):
-        self.source = side.source
-
-    def __getitems__(self, unit: tuple[list[int], list[int]]) -> list[np.ndarray] | str:
-        try:
-            return [self.source.read(place) for place in unit[0]]
-        except UserError as error:
-            return str(error)
-
-
 class DetectionBatches(Batches):
     """Batches of images with boxes.
 
@@ -194,17 +179,10 @@ class DetectionBatches(Batches):
     views = 0  # of an image: there is no end of them, so no bank can hold a teacher's answers
 
     def __init__(self, side: Side, batch_size: int, views: Views | None = None, seed: int = 0):
-        self.side, self.batch_size, self.scaling, self.seed = side, batch_size, views, seed
+        self.side = self.images = self.labels = side
+        self.batch_size, self.scaling, self.seed = batch_size, views, seed
         self.augment, self.strong = None, None
-        self.reader = Reader(side, Decoding) if side.held is None else None
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.side)
-
-    @property
-    def targets_each(self) -> int:
-        return 1
+        self.reader = Reader(side) if side.held is None else None
 
     @property
     def plan_device(self) -> torch.device:

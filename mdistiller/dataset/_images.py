@@ -1,7 +1,7 @@
 """Images in memory and the batches made of them, on the training device, in whole-batch tensor operations."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -65,16 +65,12 @@ class ImageSet:
     def doubts(self) -> list[str]:
         """Return a line on the classes that no training image is of, which the student cannot learn; none is fine."""
         counts = torch.bincount(self.train_labels, minlength=self.num_classes)
-        empty = (counts == 0).nonzero()[:, 0]
-        if not len(empty):
-            return []
-        names = ", ".join(map(str, empty[:10].tolist())) + (", ..." if len(empty) > 10 else "")
-        line = f"warning: {len(empty)} of {self.num_classes} classes have no training image: {names}"
-        tested = int(torch.isin(self.test_labels, empty).sum())
-        line += f"; {tested:,} test images are of them" if tested else ""
+        lines = missing(counts, "image", range(self.num_classes))
+        if tested := int((counts[self.test_labels] == 0).sum()):
+            lines[0] += f"; {tested:,} test images are of them"
         if counts[0] == 0:
-            line += "; labels count from 0: subtract 1 where yours count from 1"
-        return [line]
+            lines[0] += "; labels count from 0: subtract 1 where yours count from 1"
+        return lines
 
     def to(self, device: torch.device) -> "ImageSet":
         """Return the set with its images and labels on `device`."""
@@ -106,6 +102,13 @@ class ImageSet:
             hasher.update(str(tuple(values.shape)).encode())
             hasher.update(values.contiguous().numpy())
         return hasher.hexdigest()
+
+
+def missing(counts: Tensor, what: str, names: Iterable) -> list[str]:
+    """Return a line on the classes of which there are no `counts` (K,) of training images or boxes; none is fine."""
+    empty = [str(name) for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+    return [f"warning: {len(empty)} of {len(counts)} classes have no training {what}: {shown}"] if empty else []
 
 
 def images_together(wanted: int, size: int, device: torch.device) -> int:
@@ -172,14 +175,7 @@ class Batches:
         self.images, self.labels, device = images, labels, images.device
         self.reader = Reader(images) if isinstance(images, Pictures) else None
         if augment == "resized_crop" and (self.reader is None or two_views):
-            why = (
-                "the trainer's second view is a crop of the first one's picture"
-                if two_views
-                else "images are in memory"
-            )
-            raise UserError(
-                f"DATASET.AUGMENT: resized_crop needs picture files, one view of each, and {why}; set crop_flip"
-            )
+            raise UserError("DATASET.AUGMENT: resized_crop needs picture files, and one view of each; set crop_flip")
         self.strong = _strong.StrongView(*images.shape[1:3], device) if two_views else None
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
         self.padding = images.shape[1] // 8  # 4 for 32 x 32

@@ -113,12 +113,8 @@ def read_folders(
     paths, labels, hasher = {}, {}, hashlib.sha256(f"{size} {crop} {list(options['BACKGROUND'])}".encode())
     for split, by in names.items():
         pairs = [(classes.index(name), file) for name in classes for file, _ in by.get(name, ())]
-        for name in classes:
-            hasher.update(
-                "".join(f"{split}/{name}/{file} {length}\n" for file, length in by.get(name, ())).encode(
-                    errors="surrogateescape"
-                )
-            )
+        lines = (f"{split}/{name}/{file} {length}\n" for name in classes for file, length in by.get(name, ()))
+        hasher.update("".join(lines).encode(errors="surrogateescape"))
         labels[split] = torch.tensor([label for label, _ in pairs])
         paths[split] = np.array([os.fsencode(file) for _, file in pairs])
     files = {
@@ -170,13 +166,9 @@ def walk(folder: Path) -> Iterator[tuple[str, int]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            if entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
-                raise UserError(f"{entry.path}: is a link to a folder that it lies in; remove it")
             yield from walk(Path(entry.path))
-        elif entry.is_file():
-            yield entry.path, entry.stat().st_size
         else:
-            raise UserError(f"{entry.path}: is no regular file, or a link to nothing; remove it")
+            yield entry.path, entry.stat().st_size
 
 
 def annotated(file: Path) -> dict[str, list[tuple[str, int]]]:

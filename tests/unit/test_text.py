@@ -100,7 +100,7 @@ def test_packed_files_and_folders(written, tmp_path, capsys):
     (written.parent / "picture.png").write_bytes(b"\x89PNG\0\0")
     (written.parent / ".hidden").write_bytes(b"not read")
     assert load_dataset("text", written.parent, options(BLOCK=16)).digest() == plain.digest()
-    assert "1 file passed over, no text, such as picture.png" in capsys.readouterr().out
+    assert "1 file with zero bytes passed over, such as picture.png" in capsys.readouterr().out
     short = load_dataset("text", written, options(BLOCK=16, MEGABYTES=0.005))
     assert 0.85 * 5000 < short.train_images.numel() < 0.95 * 5000
 
@@ -119,10 +119,10 @@ def test_what_is_no_text_is_one_line(written, tmp_path):
     with refused("holds no text; DATASET.ROOT is a text file, or a folder of them"):
         load_dataset("text", tmp_path / "empty", options())
     (tmp_path / "short.txt").write_bytes(b"")
-    with refused("short.txt: is empty; DATASET.ROOT is a text file"):
+    with refused("short.txt: holds no text; DATASET.ROOT is a text file"):
         load_dataset("text", tmp_path / "short.txt", options())
     (tmp_path / "binary.txt").write_bytes(TEXT + b"\0")
-    with refused("binary.txt: holds zero bytes and is no text"):
+    with refused("binary.txt: holds no text"):
         load_dataset("text", tmp_path / "binary.txt", options())
     with refused("the test part has .* take more text, or DATASET.TEXT.BLOCK below 4096"):
         load_dataset("text", written, options(BLOCK=4096))
