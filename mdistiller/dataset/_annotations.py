@@ -11,7 +11,7 @@ from PIL import Image
 
 from mdistiller.config import Key, add_keys, one_of
 from mdistiller.dataset._detection import DetectionSet, Side, boxes_of, channels_first, views_of
-from mdistiller.dataset._pictures import decode
+from mdistiller.dataset._pictures import FileList, decode
 from mdistiller.dataset.imagefolder import MOST_CHECKED, in_parallel
 from mdistiller.errors import UserError
 from mdistiller.terminal import counted
@@ -33,17 +33,10 @@ MANY = 5  # one box in so many, and more than ten, that reach beyond their image
 
 
 @dataclass(frozen=True)
-class Files:
-    """Pictures of announced sizes: `names` of the files below `root`, as bytes (N,), and `sizes` (N, 2), width and
-    height.
-    """
+class Files(FileList):
+    """Pictures of announced `sizes` (N, 2), width and height."""
 
-    root: Path
-    names: np.ndarray
     sizes: np.ndarray
-
-    def path(self, place: int) -> Path:
-        return self.root / os.fsdecode(bytes(self.names[place]))
 
     def size(self, place: int) -> tuple[int, int]:
         """Return height and width as they are announced."""
@@ -173,14 +166,12 @@ class Annotations:
                 f"{where}: no box reaches beyond the first pixel, so they seem to be fractions of the image; multiply "
                 "them by its width and height"
             )
-        files, held = Files(root, np.array([os.fsencode(name) for name in names]), sizes), [None] * len(names)
-
-        def put(place: int) -> None:
-            held[place] = channels_first(files.read(place))
-
+        files = Files(root, np.array([os.fsencode(name) for name in names]), sizes)
         if 3 * sizes.prod(1).sum() <= options["MEMORY"] * 2**30:
-            in_parallel(put, range(len(names)), f"decoding {self.what} images")
-            return Side(files, boxes, tuple(held))
+            decoded = in_parallel(
+                lambda place: channels_first(files.read(place)), range(len(names)), f"decoding {self.what} images"
+            )
+            return Side(files, boxes, tuple(decoded))
         if len(names) <= MOST_CHECKED:
             in_parallel(files.look, range(len(names)), f"checking {self.what} images")
         return Side(files, boxes, None, options["NUM_WORKERS"])

@@ -47,7 +47,7 @@ def of_arrays(
 
 
 def _arrays(data: object, name: str) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(data, (tuple, list)) and len(data) == 2 and not all(map(_is_sample, data)):
+    if isinstance(data, (tuple, list)) and len(data) == 2:
         return tuple(_as_numpy(part, name) for part in data)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return _read(data, name)
@@ -61,14 +61,6 @@ def _tensors(images: np.ndarray, labels: np.ndarray, name: str) -> tuple[Tensor,
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise UserError(f"{name}: labels must be {len(images)} whole numbers from 0; got {labels.dtype} {labels.shape}")
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
-
-
-def _is_sample(value: object) -> bool:
-    """Return whether `value` is (image, label), as a Dataset's items are; a pair's images and labels are not."""
-    if not (isinstance(value, (tuple, list)) and len(value) == 2):
-        return False
-    image, label = (_as_numpy(part, "data") for part in value)
-    return image.ndim > 1 and label.size == 1
 
 
 def _read(data: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:

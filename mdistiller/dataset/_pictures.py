@@ -91,13 +91,23 @@ def random_crop(image: Image.Image, size: int, draw: int) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Files that stand for images uint8 (N, size, size, 3): indexed, it decodes them. `names`: of the files below
-    `root`, as bytes, which processes that share memory do not copy.
-    """
+class FileList:
+    """Files below `root`, their `names` as bytes (N,), which processes that share memory do not copy."""
 
     root: Path
-    names: np.ndarray  # (N,)
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, place: int) -> Path:
+        return self.root / os.fsdecode(bytes(self.names[place]))
+
+
+@dataclass(frozen=True)
+class Pictures(FileList):
+    """Files that stand for images uint8 (N, size, size, 3): indexed, it decodes them."""
+
     size: int
     crop: float = 0.875
     background: tuple[int, ...] = (255, 255, 255)
@@ -106,9 +116,6 @@ class Pictures:
 
     dtype, ndim = torch.uint8, 4
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return len(self.names), self.size, self.size, 3
@@ -116,10 +123,6 @@ class Pictures:
     def to(self, device: torch.device) -> "Pictures":
         """Return the pictures with batches on `device`."""
         return replace(self, device=device)
-
-    def path(self, place: int) -> Path:
-        """Return the file of the picture at `place`."""
-        return self.root / os.fsdecode(bytes(self.names[place]))
 
     def image(self, place: int, draw: int = -1) -> np.ndarray:
         """Return a picture, (size, size, 3): its middle, or a crop that is drawn from the seed `draw`."""

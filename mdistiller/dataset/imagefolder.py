@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -54,7 +54,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pr
 MOST_CHECKED = 200_000  # pictures whose first and last bytes are read before training starts
 END, ENDS_WITHIN = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 64  # of a whole file, in so many bytes at its end
 TESTS = ("val", "test")
-Item = TypeVar("Item")
+Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
 @register_dataset("imagefolder")
@@ -215,13 +215,11 @@ def check_files(pictures: Pictures, split: str) -> None:
     in_parallel(look, range(len(pictures)), f"checking {split}")
 
 
-def in_parallel(work: Callable[[Item], None], items: Iterable[Item], title: str) -> None:
-    """Do `work` on all items, by a thread a processor, which PIL lets run side by side."""
-    items = list(items)
+def in_parallel(work: Callable[[Item], Made], items: Sequence[Item], title: str) -> list[Made]:
+    """Return what `work` makes of each item, by a thread a processor, which PIL lets run side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for _ in with_progress(pool.map(work, items), title, "picture", len(items)):
-                pass
+            return list(with_progress(pool.map(work, items), title, "picture", len(items)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

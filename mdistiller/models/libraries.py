@@ -30,7 +30,8 @@ class LibraryNetwork(nn.Module):
     (logits, feats); there are no preact_feats.
 
     `fetch()`: the state_dict of the library's own weights. `own_size`: the one that the images are brought to, 0 for
-    any; `gives_features`: whether feats are asked for, {} where not.
+    any; `gives_features`: whether feats are asked for, {} where not. A subclass's `with_features` makes (logits,
+    feats) of images as the library's weights expect them.
     """
 
     fetch: Callable[[], dict[str, Tensor]]
@@ -47,10 +48,6 @@ class LibraryNetwork(nn.Module):
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         x = x * self.input_scale + self.input_shift
         return self.with_features(x) if self.gives_features else (super().forward(x), {})
-
-    def with_features(self, x: Tensor) -> tuple[Tensor, dict]:
-        """Return (logits, feats) of images as the library's weights expect them."""
-        raise NotImplementedError
 
     def get_stage_channels(self) -> list[int]:
         image = next(self.parameters()).new_zeros(1, 3, self.probe_size, self.probe_size)
@@ -88,11 +85,8 @@ class TorchvisionNetwork(LibraryNetwork):
         if value.ndim == 3:
             side = int((value.shape[1] - 1) ** 0.5)
             value = value[:, 1:].unflatten(1, (side, side))
-        return value.permute(0, 3, 1, 2) if value.ndim == 4 and self.channels_last else value
-
-    @functools.cached_property
-    def channels_last(self) -> bool:
-        return type(self).__name__ in ("SwinTransformer", "VisionTransformer")
+        last = type(self).__name__ in ("SwinTransformer", "VisionTransformer")
+        return value.permute(0, 3, 1, 2) if value.ndim == 4 and last else value
 
     @functools.cached_property
     def taken(self) -> list[str]:

@@ -153,51 +153,36 @@ BROKEN = {
     "no JSON": (lambda r: shutil.rmtree(r / "annotations"), "the JSON file of its boxes is missing"),
     "an empty file": (content(b""), "is no JSON .it is empty"),
     "cut off": (content(b'{"images": [{"id": 1'), "is no JSON"),
-    "no text": (content(b"\xff\xfe\x00\x81"), "is no JSON"),
     "a page": (content(b"<!DOCTYPE html>"), "is no JSON"),
-    "deeply nested": (content(b"[" * 200_000), "is no JSON"),
     "a list": (content(b"[]"), "has no list 'categories'"),
-    "no annotations": (content(b'{"images": [], "categories": []}'), "has no list 'annotations'"),
     "no list": (several(categories={"1": "ox"}), "has no list 'categories'"),
     "an image that is none": (several(images=[7]), r"images\[0\] must be an object"),
     "no boxes": (several(annotations=[]), "has no box"),
     "crowds alone": (several(annotations=[tree()["annotations"][0] | {"iscrowd": 1}]), "has no box"),
     "an id of text": (change("images", 1, id="15"), "its id must be a whole number; got '15'"),
-    "an id that is missing": (change("images", 1, id=None), "its id must be a whole number; got None"),
     "an image twice": (change("images", 1, id=10), r"images\[1\], id 10: another one has the id 10 too"),
     "no name of a file": (change("images", 0, file_name=None), "id 10: its file_name must be a text"),
     "a missing picture": (lambda r: os.remove(r / "train2017/1.png"), "id 15: there is no picture .*1.png"),
     "no width": (change("images", 0, width=None), "id 10: the size of 0.png must be two whole numbers"),
     "a height of 0": (change("images", 0, height=0), "id 10: the size of 0.png must be .*got 40 x 0"),
-    "half a pixel": (change("images", 0, height=31.5), "id 10: the size of 0.png must be"),
     "another size": (save(0, 41, 32), "0.png: is 41 x 32 pixels, and its annotations are for 40 x 32"),
     "a picture of text": (lambda r: (r / "train2017/0.png").write_text("no"), "0.png: is no picture that can be read"),
-    "an empty picture": (lambda r: (r / "train2017/0.png").write_text(""), "0.png: .*it is empty"),
-    "a category of text": (change("categories", 0, id="7"), "its id must be a whole number"),
     "a category without name": (change("categories", 0, name=""), "id 7: its name must be a text"),
     "a category twice": (change("categories", 1, id=7), "id 7: another one has the id 7 too"),
     "a name twice": (change("categories", 1, name="ox"), "id 3: another one has the name 'ox' too"),
     "other categories": (replace('"ox"', '"cow"', "val"), "the category 7, 'cow', is in one of training and test"),
-    "fewer categories": (replace('{"id": 3, "name"', '{"id": 4, "name"', "val"), "the category 3, 'ant', is in one of"),
     "no such image": (change("annotations", 0, image_id=11), AT + "its image_id 11 is no image's id"),
     "an unknown category": (change("annotations", 0, category_id=1), AT + "its category_id 1 is none of"),
     "a category that is a list": (change("annotations", 0, category_id=[3]), AT + "its category_id must be a whole"),
     "no box in it": (change("annotations", 0, bbox=None), AT + "its bbox must be four numbers"),
-    "three numbers": (box(1, 2, 3), AT + "its bbox must be four numbers"),
-    "numbers as texts": (box("1", "2", "3", "4"), AT + "its bbox must be four numbers"),
     "not a number": (replace("[2.0, 3.0, 10.5, 20.0]", "[2.0, NaN, 10.5, 20.0]"), AT + "its bbox must be four numbers"),
-    "infinite": (replace("[2.0, 3.0, 10.5, 20.0]", "[2.0, 3.0, Infinity, 20.0]"), AT + "its bbox must be four numbers"),
     "endless digits": (box(1, 2, 3, 10**400), AT + "its bbox must be four numbers"),
     "no width of a box": (box(3, 3, 0, 9), AT + "its box has no width or no height .0 x 9.*BAD_BOXES drop"),
-    "a negative height": (box(3, 3, 5, -2), AT + "its box has no width or no height"),
     "hardly a width": (box(39.0, 3, 1e-6, 9), AT + "its box has no width or no height"),
     "hardly inside": (box(-5, 3, 5.001, 9), AT + "its box .* lies outside of the image"),
     "outside": (box(41, 3, 5, 5), AT + r"its box \(41, 3\) to \(46, 8\) lies outside of the image, 40 x 32"),
-    "outside at the left": (box(-9, 3, 5, 5), AT + "its box .* lies outside of the image"),
     "an area of text": (change("annotations", 0, area="9"), AT + "its area must be a number"),
-    "a negative area": (change("annotations", 0, area=-1), AT + "its area must be a number"),
     "a file twice": (change("images", 1, file_name="0.png"), "id 15: another one has the file_name '0.png' too"),
-    "a name too long": (change("images", 0, file_name="a" * 300), "id 10: there is no picture"),
     "fractions": (
         several(annotations=[one | {"bbox": [0.2, 0.3, 0.5, 0.4]} for one in tree()["annotations"]]),
         "train2017.json: no box reaches beyond the first pixel, .* multiply them by its width and height",
@@ -235,7 +220,6 @@ SECRET = '<!DOCTYPE a [<!ENTITY x SYSTEM "/etc/passwd">]><a>&x;</a>'
 BROKEN_VOC = {
     "no annotations": (lambda r: shutil.rmtree(r / "Annotations"), "has no folder Annotations"),
     "no list": (lambda r: os.remove(r / "ImageSets/Main/train.txt"), "has no ImageSets/Main/train.txt"),
-    "no list to test": (lambda r: os.remove(r / "ImageSets/Main/val.txt"), "has no ImageSets/Main/val.txt"),
     "an empty list": (listed("\n"), "train.txt: is empty"),
     "a name of nothing": (listed("trainz\n"), "there is no .*trainz.xml"),
     "no picture": (lambda r: os.remove(r / "JPEGImages/traina.jpg"), "traina.xml: there is no picture .*traina.jpg"),
@@ -250,7 +234,6 @@ BROKEN_VOC = {
     "a class of the test alone": (edit("<name>cow", "<name>eel", "vala"), "its class 'eel' is not in training"),
     "no box": (edit("<xmin>3</xmin>", ""), "traina.xml: object 1: has no bndbox/xmin"),
     "a text for a number": (edit("<xmin>3", "<xmin>three"), "object 1: its bndbox/xmin must be a number; got 'three'"),
-    "not a number": (edit("<xmin>3", "<xmin>nan"), "object 1: its bndbox/xmin must be a number"),
     "no width": (edit("<xmax>12", "<xmax>2"), "object 1: its box has no width or no height"),
     "outside": (edit("<xmin>3</xmin>", "<xmin>-9</xmin>", then=("<xmax>12", "<xmax>0")), "its box .* lies outside of"),
 }  # fmt: skip
@@ -463,13 +446,6 @@ def test_scenes_are_a_function_of_seed_and_number():
     other = read("scenes", ".", *SMALL, "DATASET.SCENES.VARIANT", "1")
     shown = [image.float().mean().item() for side in (data.train, data.test, other.train) for image in side.held]
     assert len(set(shown)) == 12 + 5 + 12  # no picture of one is in another
-
-
-def test_scenes_that_fill_the_memory_are_drawn_again():
-    held, streamed = read("scenes", ".", *SMALL), read("scenes", ".", *SMALL, "DATASET.MEMORY", "0")
-    ours, theirs = (DetectionBatches(data.train, 5, data.views) for data in (held, streamed))
-    assert theirs.streamed and not ours.streamed and held.digest() == streamed.digest()
-    same_batches(list(ours.epoch(1)), list(theirs.epoch(1)))
 
 
 def test_boxes_of_scenes_are_around_what_is_seen():
