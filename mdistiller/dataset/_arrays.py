@@ -119,19 +119,14 @@ def normalised(data: ImageSet, mean: Sequence[float] | None, std: Sequence[float
     """Return the images with what is given in place of their own mean and deviation. Raises UserError where that is no
     three numbers.
     """
-    given = {"mean": mean, "std": std}
-    given = {name: _per_channel(name, values) for name, values in given.items() if values is not None}
+    given = {name: values for name, values in (("mean", mean), ("std", std)) if values is not None}
     if given and not isinstance(data, ImageSet):
         raise UserError("mean, std: are for images of one class each; leave them out")
+    for name, values in given.items():
+        try:
+            numbers = given[name] = tuple(map(float, values))
+        except (TypeError, ValueError):
+            numbers = ()
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
+            raise UserError(f"{name}: must be three numbers, one a channel, of pixels in [0, 1]; got {values!r}")
     return replace(data, **given) if given else data
-
-
-def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Return the mean or deviation of each channel. Raises UserError where they are none."""
-    try:
-        numbers = tuple(map(float, values))
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
-        raise UserError(f"{name}: must be three numbers, one a channel, of pixels in [0, 1]; got {values!r}")
-    return numbers

@@ -212,7 +212,8 @@ class DetectionBatches(Batches):
             target = self.side.target(place)
             image = image.float() / 255
             if self.scaling is not None:
-                target = without_crowds(target)
+                ours = ~target["crowd"]
+                target |= {name: target[name][ours] for name in ("boxes", "labels", "crowd", "area")}
                 height, width = scaled_size(image.shape[1:], self.scaling, factor / 1000)
                 image, target = resize(image, target, height, width)
                 image, target = mirror(image, target) if flip else (image, target)
@@ -274,13 +275,6 @@ def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
     left, top, right, bottom = target["boxes"].unbind(1)
     width = image.shape[2]
     return image.flip(2), target | {"boxes": torch.stack([width - right, top, width - left, bottom], 1)}
-
-
-def without_crowds(target: dict) -> dict:
-    """Return a target without the boxes that are crowds."""
-    if not target["crowd"].any():
-        return target
-    return {name: value if name == "image_id" else value[~target["crowd"]] for name, value in target.items()}
 
 
 def views_of(options: Mapping, short: int = 800, long: int = 1333) -> Views:

@@ -33,13 +33,10 @@ def decode(path: Path, background: Sequence[int] = (255, 255, 255), upright: boo
     except (MemoryError, UserError):
         raise
     except Exception as error:  # no list of what damaged bytes raise in PIL is complete
-        reason = "it is empty" if path.is_file() and not path.stat().st_size else _reason(error, path)
+        reason = str(error).split("\n")[0].replace(f"'{path}'", "it") or type(error).__name__
+        if "cannot identify" in reason:
+            reason = "not one of the kinds JPEG, PNG, WebP, BMP, TIFF" if path.stat().st_size else "it is empty"
         raise UserError(f"{path}: is no picture that can be read ({reason}); mend or remove it") from None
-
-
-def _reason(error: Exception, path: Path) -> str:
-    text = str(error).split("\n")[0].replace(f"'{path}'", "it") or type(error).__name__
-    return "not one of the kinds JPEG, PNG, WebP, BMP, TIFF" if "cannot identify" in text else text
 
 
 def _in_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:

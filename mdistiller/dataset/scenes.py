@@ -187,12 +187,6 @@ def pictures_of(root: Path, size: int) -> tuple[CutOuts, CutOuts]:
     """Return the pictures of `root`/train/CLASS and `root`/val/CLASS, or test/, none of their sides above `size`."""
     test = next((name for name in TESTS if (root / name).is_dir()), TESTS[0])
     folders = root / "train", root / test
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: there is no such folder; DATASET.SCENES.OF pictures needs DATASET.ROOT/train/CLASS/ and "
-                "val/CLASS/ with pictures of objects, transparent around them"
-            )
     sides = [by_class(folder) for folder in folders]
     classes = tuple(sorted(sides[0]))
     if [*classes] != sorted(sides[1]):

@@ -26,17 +26,20 @@ def voc(root: Path, options: Mapping) -> DetectionSet:
     hasher = hashlib.sha256(options["BAD_BOXES"].encode())
     for what, known in LISTS.items():
         files = [root / "ImageSets" / "Main" / name for name in known]
-        lists[what] = next((file for file in files if file.is_file()), None)
-        if lists[what] is None:
+        listed = lists[what] = next((file for file in files if file.is_file()), None)
+        if listed is None:
             raise UserError(f"{root}: has no ImageSets/Main/{known[0]}; list the names of the {what} pictures there")
-        trees[what] = [(name, *annotated(root, name, lists[what], hasher)) for name in names_in(lists[what])]
+        names = [line.strip() for line in listed.read_text(errors="replace").splitlines() if line.strip()]
+        if not names:
+            raise UserError(f"{listed}: is empty; list the names of pictures there, one a line")
+        trees[what] = [(name, *annotated(root, name, listed, hasher)) for name in names]
     classes = sorted({name for _, file, tree in trees["training"] for _, _, name in objects(file, tree)})
     sides = []
-    for what, file in lists.items():
+    for what, listed in lists.items():
         found = Annotations(what, options["BAD_BOXES"] == "drop")
         for entry in trees[what]:
             enter(*entry, classes, found, root / "JPEGImages")
-        sides.append((found, root / "JPEGImages", file))
+        sides.append((found, root / "JPEGImages", listed))
     return detection_set(sides, classes, hasher.hexdigest(), options)
 
 
@@ -52,14 +55,6 @@ def inner(root: Path) -> Path:
     )
 
 
-def names_in(file: Path) -> list[str]:
-    """Return the names that a list has, one a line."""
-    names = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    if not names:
-        raise UserError(f"{file}: is empty; list the names of pictures there, one a line")
-    return names
-
-
 def annotated(root: Path, name: str, listed: Path, hasher: "hashlib._Hash") -> tuple[Path, Element]:
     """Return the XML file of the picture `name`, and its root."""
     file = root / "Annotations" / f"{name}.xml"
@@ -68,13 +63,8 @@ def annotated(root: Path, name: str, listed: Path, hasher: "hashlib._Hash") -> t
     with open_regular(file, "an XML file as Pascal VOC has them") as opened:
         content = opened.read()
     hasher.update(hashlib.sha256(content).digest())
-    return file, tree_of(content, file)
-
-
-def tree_of(content: bytes, file: Path) -> Element:
-    """Return the root of an XML file. Raises UserError for what is none."""
     try:
-        return ElementTree.fromstring(content)
+        return file, ElementTree.fromstring(content)
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding
         reason = "it is empty" if not content.strip() else str(error)
         raise UserError(f"{file}: is no XML ({reason}); write it again") from None

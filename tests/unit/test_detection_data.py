@@ -487,8 +487,8 @@ def test_scenes_of_pictures_take_what_is_not_transparent(tmp_path):
 
 
 CUT_OUTS = {
-    "no folder": (lambda r: shutil.rmtree(r / "train"), "train: there is no such folder; DATASET.SCENES.OF pictures"),
-    "no test folder": (lambda r: shutil.rmtree(r / "val"), "val: there is no such folder"),
+    "no folder": (lambda r: shutil.rmtree(r / "train"), "No such file .*train"),
+    "no test folder": (lambda r: shutil.rmtree(r / "val"), "No such file .*val"),
     "other classes": (
         lambda r: os.rename(r / "val/cup", r / "val/mug"),
         "the class cup is in one of train and val alone",
