@@ -40,7 +40,7 @@ def _enter(name: str, constructor: Callable) -> Callable:
     return constructor
 
 
-def variant(name: str, network: type, *given: object) -> Callable:
+def constructor_of(name: str, network: type, *given: object) -> Callable:
     """Return `network` of those arguments as a constructor of that name."""
 
     def constructor(num_classes: int = 100) -> nn.Module:
@@ -48,6 +48,11 @@ def variant(name: str, network: type, *given: object) -> Callable:
 
     constructor.__name__ = constructor.__qualname__ = name
     return constructor
+
+
+def variant(name: str, network: type, *given: object) -> Callable:
+    """Register `network` of those arguments as the model `name`, and return its constructor."""
+    return register_model(constructor_of(name, network, *given))
 
 
 def entry(name: str, constructor: object) -> object:
@@ -150,6 +155,11 @@ class StagedNetwork(Network):
             preacts.append(preact)
         pooled = self.pooled(x)
         return getattr(self, self.HEAD)(pooled), features(feats, preacts, pooled)
+
+
+def conv_bn_relu(in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
 
 
 def global_average(x: Tensor) -> Tensor:

@@ -77,15 +77,11 @@ class Detector(nn.Module):
             place[:, : image.shape[1], : image.shape[2]] = self.transform.normalize(image)
         return padded.contiguous(memory_format=torch.channels_last)
 
-    def levels_of(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the feature pyramid of `batched` images."""
-        return self.backbone(images)
-
     @torch.no_grad()
     def level_shapes(self, side: int = 256) -> dict[str, tuple[int, int, int]]:
         """Return (channels, height, width) of each level of the pyramid of an image of so many pixels."""
         with in_eval_mode(self.backbone):
-            levels = self.levels_of(next(self.parameters()).new_zeros(1, 3, side, side))
+            levels = self.backbone(next(self.parameters()).new_zeros(1, 3, side, side))
         return {name: tuple(maps.shape[1:]) for name, maps in levels.items()}
 
     def train_on(
@@ -95,8 +91,7 @@ class Detector(nn.Module):
         the anchors and proposals are drawn that count.
         """
         batch, sizes = self.batched(images, canvas), [tuple(image.shape[1:]) for image in images]
-        levels = self.levels_of(batch)
-        return self.of_levels(Pass({}, batch, levels, sizes), targets, seeds)
+        return self.of_levels(Pass({}, batch, self.backbone(batch), sizes), targets, seeds)
 
     def of_levels(self, seen: Pass, targets: list[dict], seeds: Sequence[int]) -> Pass:
         """Return the pass with its losses: of a detector whose head sees every place of the pyramid."""

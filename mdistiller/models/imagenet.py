@@ -3,12 +3,13 @@
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, variant
+from mdistiller.models._common import Network, constructor_of, conv_bn_relu, features, global_average
 from mdistiller.models.libraries import library_weights
 from mdistiller.models.resnet import BasicBlock, Bottleneck, ResidualNetwork
 from mdistiller.registry import imagenet_models
@@ -32,17 +33,10 @@ class MobileNet(Network):
     def __init__(self, num_classes: int = 1000):
         super().__init__()
         channels = (32, 64, 128, 128, 256, 256, *(512,) * 6, 1024, 1024)
-        layers = [nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())]
-        for i in range(1, len(channels)):
-            before, after = channels[i - 1], channels[i]
-            stride = 2 if i in (2, 4, 6, 12) else 1
-            depthwise = nn.Conv2d(before, before, 3, stride, 1, groups=before, bias=False)
-            pointwise = nn.Conv2d(before, after, 1, bias=False)
-            layers.append(
-                nn.Sequential(
-                    *(depthwise, nn.BatchNorm2d(before), nn.ReLU()), *(pointwise, nn.BatchNorm2d(after), nn.ReLU())
-                )
-            )
+        layers = [nn.Sequential(*conv_bn_relu(3, 32, 3, 2))]
+        for i, (before, after) in enumerate(itertools.pairwise(channels), 1):
+            depthwise = conv_bn_relu(before, before, 3, 2 if i in (2, 4, 6, 12) else 1, before)
+            layers.append(nn.Sequential(*depthwise, *conv_bn_relu(before, after, 1)))
         self.model = nn.Sequential(*layers)
         self.channels = [32] + [channels[end] for end in self.STAGE_ENDS]
         self.fc = nn.Linear(channels[-1], num_classes)
@@ -89,8 +83,8 @@ def _register(constructor: Callable) -> Callable:
     return build
 
 
-ResNet18 = _register(variant("ResNet18", ResNet, BasicBlock, (2, 2, 2, 2)))
-ResNet34 = _register(variant("ResNet34", ResNet, BasicBlock, (3, 4, 6, 3)))
-ResNet50 = _register(variant("ResNet50", ResNet, Bottleneck, (3, 4, 6, 3)))
-ResNet101 = _register(variant("ResNet101", ResNet, Bottleneck, (3, 4, 23, 3)))
-MobileNetV1 = _register(variant("MobileNetV1", MobileNet))
+ResNet18 = _register(constructor_of("ResNet18", ResNet, BasicBlock, (2, 2, 2, 2)))
+ResNet34 = _register(constructor_of("ResNet34", ResNet, BasicBlock, (3, 4, 6, 3)))
+ResNet50 = _register(constructor_of("ResNet50", ResNet, Bottleneck, (3, 4, 6, 3)))
+ResNet101 = _register(constructor_of("ResNet101", ResNet, Bottleneck, (3, 4, 23, 3)))
+MobileNetV1 = _register(constructor_of("MobileNetV1", MobileNet))

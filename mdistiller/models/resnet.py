@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Stage, StagedNetwork, register_model, variant
+from mdistiller.models._common import Stage, StagedNetwork, variant
 
 
 class Block(nn.Module):
@@ -97,12 +97,12 @@ class ResNet(ResidualNetwork):
 
 
 X4 = (32, 64, 128, 256)
-resnet8 = register_model(variant("resnet8", ResNet, 8))
-resnet14 = register_model(variant("resnet14", ResNet, 14))
-resnet20 = register_model(variant("resnet20", ResNet, 20))
-resnet32 = register_model(variant("resnet32", ResNet, 32))
-resnet44 = register_model(variant("resnet44", ResNet, 44))
-resnet56 = register_model(variant("resnet56", ResNet, 56))
-resnet110 = register_model(variant("resnet110", ResNet, 110))
-resnet8x4 = register_model(variant("resnet8x4", ResNet, 8, X4))
-resnet32x4 = register_model(variant("resnet32x4", ResNet, 32, X4))
+resnet8 = variant("resnet8", ResNet, 8)
+resnet14 = variant("resnet14", ResNet, 14)
+resnet20 = variant("resnet20", ResNet, 20)
+resnet32 = variant("resnet32", ResNet, 32)
+resnet44 = variant("resnet44", ResNet, 44)
+resnet56 = variant("resnet56", ResNet, 56)
+resnet110 = variant("resnet110", ResNet, 110)
+resnet8x4 = variant("resnet8x4", ResNet, 8, X4)
+resnet32x4 = variant("resnet32x4", ResNet, 32, X4)

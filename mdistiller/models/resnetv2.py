@@ -3,7 +3,7 @@
 from torch import nn
 
 from mdistiller.models import resnet
-from mdistiller.models._common import register_model, variant
+from mdistiller.models._common import variant
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -23,5 +23,5 @@ class ResNet(resnet.ResidualNetwork):
         super().__init__(nn.Conv2d(3, 64, 3, 1, 1, bias=False), block, (64, 128, 256, 512), counts, num_classes)
 
 
-ResNet18 = register_model(variant("ResNet18", ResNet, BasicBlock, (2, 2, 2, 2)))
-ResNet50 = register_model(variant("ResNet50", ResNet, Bottleneck, (3, 4, 6, 3)))
+ResNet18 = variant("ResNet18", ResNet, BasicBlock, (2, 2, 2, 2))
+ResNet50 = variant("ResNet50", ResNet, Bottleneck, (3, 4, 6, 3))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Stage, StagedNetwork, channel_shuffle, register_model, variant
+from mdistiller.models._common import Stage, StagedNetwork, channel_shuffle, variant
 
 
 class Bottleneck(nn.Module):
@@ -50,4 +50,4 @@ class ShuffleNet(StagedNetwork):
         self.linear = nn.Linear(self.channels[-1], num_classes)
 
 
-ShuffleV1 = register_model(variant("ShuffleV1", ShuffleNet))
+ShuffleV1 = variant("ShuffleV1", ShuffleNet)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Stage, StagedNetwork, channel_shuffle, global_average, register_model, variant
+from mdistiller.models._common import Stage, StagedNetwork, channel_shuffle, global_average, variant
 
 
 class BasicBlock(nn.Module):
@@ -81,4 +81,4 @@ class ShuffleNetV2(StagedNetwork):
         return global_average(F.relu(self.bn2(self.conv2(x))))
 
 
-ShuffleV2 = register_model(variant("ShuffleV2", ShuffleNetV2))
+ShuffleV2 = variant("ShuffleV2", ShuffleNetV2)

@@ -3,7 +3,7 @@
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model, variant
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, variant
 
 CHANNELS = (64, 128, 256, 512, 512)
 
@@ -57,8 +57,8 @@ class VGG(Network):
         return self.classifier(pooled), features(feats, preacts, pooled)
 
 
-vgg8 = register_model(variant("vgg8", VGG, (1, 1, 1, 1, 1)))
-vgg11 = register_model(variant("vgg11", VGG, (1, 1, 2, 2, 2)))
-vgg13 = register_model(variant("vgg13", VGG, (2, 2, 2, 2, 2)))
-vgg16 = register_model(variant("vgg16", VGG, (2, 2, 3, 3, 3)))
-vgg19 = register_model(variant("vgg19", VGG, (2, 2, 4, 4, 4)))
+vgg8 = variant("vgg8", VGG, (1, 1, 1, 1, 1))
+vgg11 = variant("vgg11", VGG, (1, 1, 2, 2, 2))
+vgg13 = variant("vgg13", VGG, (2, 2, 2, 2, 2))
+vgg16 = variant("vgg16", VGG, (2, 2, 3, 3, 3))
+vgg19 = variant("vgg19", VGG, (2, 2, 4, 4, 4))

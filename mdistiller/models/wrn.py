@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model, variant
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, variant
 
 
 class BasicBlock(nn.Module):
@@ -72,7 +72,7 @@ class WideResNet(Network):
         return self.fc(pooled), features([f0, f1, f2, f3], [f0, p1, p2, p3], pooled)
 
 
-wrn_16_1 = register_model(variant("wrn_16_1", WideResNet, 16, 1))
-wrn_16_2 = register_model(variant("wrn_16_2", WideResNet, 16, 2))
-wrn_40_1 = register_model(variant("wrn_40_1", WideResNet, 40, 1))
-wrn_40_2 = register_model(variant("wrn_40_2", WideResNet, 40, 2))
+wrn_16_1 = variant("wrn_16_1", WideResNet, 16, 1)
+wrn_16_2 = variant("wrn_16_2", WideResNet, 16, 2)
+wrn_40_1 = variant("wrn_40_1", WideResNet, 40, 1)
+wrn_40_2 = variant("wrn_40_2", WideResNet, 40, 2)
