@@ -200,12 +200,13 @@ class DetectionBatches(Batches):
         low, high = round(1000 * views.low), round(1000 * views.high)
         return torch.stack([order, flip, torch.randint(low, high + 1, (n,), generator=generator)])
 
-    def _decoded(self, plan: Tensor) -> Tensor:
-        return torch.stack([plan[0], torch.full_like(plan[0], -1)])
-
     def batch(self, plan: Tensor, rows: Tensor | None = None) -> DetectionBatch:
         """Return what `plan` (3, B) says, or its places `rows` (m,)."""
-        canvas = self.canvas(plan) if self.scaling else None
+        canvas, size = None, self.side.source.size
+        if self.scaling is not None:  # known before an image is decoded
+            pairs = ((place, factor / 1000) for place, _, factor in plan.T.tolist())
+            canvas = torch.tensor([scaled_size(size(place), self.scaling, factor) for place, factor in pairs]).amax(0)
+            canvas = canvas.expand(plan.shape[1] if rows is None else len(rows), 2)
         plan = self._wanted(plan, rows).cpu()
         images, targets = [], []
         for image, (place, flip, factor) in zip(self._images(plan), plan.T.tolist(), strict=True):
@@ -219,16 +220,7 @@ class DetectionBatches(Batches):
                 image, target = mirror(image, target) if flip else (image, target)
             images.append(image)
             targets.append(target)
-        canvas = None if canvas is None else canvas.expand(len(images), 2)
         return DetectionBatch(images, targets, plan[0].to(self.side.device), canvas)
-
-    def canvas(self, plan: Tensor) -> Tensor:
-        """Return the height and width that hold each image of `plan` (3, B), (2,): known before one is decoded."""
-        sizes = [
-            scaled_size(self.side.source.size(place), self.scaling, factor / 1000)
-            for place, _, factor in plan.T.tolist()
-        ]
-        return torch.tensor(sizes).amax(0)
 
     def _images(self, plan: Tensor) -> Iterator[Tensor]:
         if self.reader is None:

@@ -51,13 +51,9 @@ class Scenes:
 
     objects: Shapes | CutOuts
     side: str
-    count: int
     long: int  # pixels of the longer side
     most: int
     seed: int
-
-    def __len__(self) -> int:
-        return self.count
 
     def begun(self, place: int) -> tuple[Generator, int, int]:
         """Return what a scene is drawn from, its height and its width."""
@@ -146,7 +142,7 @@ def scenes(root: Path, options: Mapping) -> DetectionSet:
     held = 3 * size**2 * (own["TRAIN"] + own["TEST"]) <= options["MEMORY"] * 2**30
     sides = []
     for side, count in (("train", own["TRAIN"]), ("test", own["TEST"])):
-        source = Scenes(objects[side == "test"], side, count, size, own["OBJECTS"], own["VARIANT"])
+        source = Scenes(objects[side == "test"], side, size, own["OBJECTS"], own["VARIANT"])
         images, rows = [], []
         for place in with_progress(range(count), f"drawing {side}", "scene"):
             image, boxes, labels = source.draw(place)

@@ -81,16 +81,12 @@ def unpacked(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be unpacked ({error}); mend or remove it") from None
 
 
-def wanted_bytes(options: Mapping) -> int | None:
-    """Return how much of a text is asked for; None: all."""
-    return int(1e6 * options["TEXT"]["MEGABYTES"]) or None
-
-
 def read_all(root: Path, files: list[Path], options: Mapping) -> bytes:
     """Return the contents of the text files among `files`, in the order of their names' digests, so that each part of a
-    text has something of every folder, with a zero byte between them; no more files than `wanted_bytes` asks for.
+    text has something of every folder, with a zero byte between them; no more of them than is asked for.
     """
-    found, passed, left = [], [], wanted_bytes(options) or math.inf
+    most = int(1e6 * options["TEXT"]["MEGABYTES"]) or None
+    found, passed, left = [], [], most or math.inf
     for path in sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(root))).digest()):
         content = unpacked(path)
         if b"\0" in content:
@@ -106,7 +102,7 @@ def read_all(root: Path, files: list[Path], options: Mapping) -> bytes:
         )
     if not found:
         raise UserError(f"{root}: holds no text; {WANTED}")
-    return b"\0".join(found)
+    return b"\0".join(found)[:most]
 
 
 def tokens_of(content: bytes, options: Mapping, beside: Path) -> TokenSet:
@@ -114,7 +110,6 @@ def tokens_of(content: bytes, options: Mapping, beside: Path) -> TokenSet:
     DATASET. What is trained and encoded for it is kept in files beside `beside`, hidden ones, which are no text.
     """
     own = options["TEXT"]
-    content = content[: wanted_bytes(options)]
     ends = (int(share * len(content)) for share in SHARES)
     cuts = [0, *(content.find(b"\n", end) + 1 or end for end in ends), len(content)]
     parts = dict(zip(("train", "valid", "test"), (content[a:b] for a, b in pairwise(cuts)), strict=True))
