@@ -110,17 +110,15 @@ def read_folders(
     if untested := [name for name in classes if name not in names[test]]:
         what = counted(len(untested), "class")
         say(f"warning: {root / test}: {what} of train have no picture to test on, such as {untested[0]}")
-    paths, labels, hasher = {}, {}, hashlib.sha256(f"{size} {crop} {list(options['BACKGROUND'])}".encode())
+    background, workers = tuple(options["BACKGROUND"]), options["NUM_WORKERS"]
+    files, labels, hasher = {}, {}, hashlib.sha256(f"{size} {crop} {[*background]}".encode())
     for split, by in names.items():
-        pairs = [(classes.index(name), file) for name in classes for file, _ in by.get(name, ())]
-        lines = (f"{split}/{name}/{file} {length}\n" for name in classes for file, length in by.get(name, ()))
+        rows = [(label, name, *found) for label, name in enumerate(classes) for found in by.get(name, ())]
+        lines = (f"{split}/{name}/{file} {length}\n" for _, name, file, length in rows)
         hasher.update("".join(lines).encode(errors="surrogateescape"))
-        labels[split] = torch.tensor([label for label, _ in pairs])
-        paths[split] = np.array([os.fsencode(file) for _, file in pairs])
-    files = {
-        split: Pictures(root / split, paths[split], size, crop, tuple(options["BACKGROUND"]), options["NUM_WORKERS"])
-        for split in names
-    }
+        labels[split] = torch.tensor([label for label, *_ in rows])
+        paths = np.array([os.fsencode(file) for _, _, file, _ in rows])
+        files[split] = Pictures(root / split, paths, size, crop, background, workers)
     images = sum(len(part) for part in files.values())
     if augment != "resized_crop" and images * 3 * size**2 <= options["MEMORY"] * 2**30:
         files = {split: decoded(part, split) for split, part in files.items()}
