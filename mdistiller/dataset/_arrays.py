@@ -25,18 +25,18 @@ def image_set(train: object, test: object, num_classes: int = 0, augment: str = 
     """
     pairs = [_arrays(train, "train")]
     pairs.append(pairs[0] if test is train else _arrays(test, "test"))
-    data = of_arrays(*pairs, num_classes, augment)
-    if data.train_images.shape[1] != data.train_images.shape[2]:
-        raise UserError(f"train: images must be square; got {tuple(data.train_images.shape)}")
-    return data
+    return of_arrays(*pairs, num_classes, augment, square=True)
 
 
 def of_arrays(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], num_classes: int, augment: str
+    train: Sequence[np.ndarray], test: Sequence[np.ndarray], num_classes: int, augment: str, square: bool = False
 ) -> ImageSet:
-    """Return the set of two pairs (images, labels), as image_set does, of images that need not be square."""
-    parts = [*_tensors(*train, "train"), *_tensors(*test, "test")]
+    """Return the set of two pairs (images, labels), as image_set does; images need not be `square`."""
+    parts = _tensors(*train, "train")
+    parts += parts if test is train else _tensors(*test, "test")
     sizes = [tuple(images.shape[1:]) for images in parts[::2]]
+    if square and any(height != width for height, width, _ in sizes):
+        raise UserError(f"train and test: images must be square, such as (N, H, H, 3); got {sizes[0]} and {sizes[1]}")
     if sizes[0] != sizes[1]:
         raise UserError(f"train and test differ in size: {sizes[0]} and {sizes[1]}")
     largest = int(max(parts[1].max(), parts[3].max()))
