@@ -1,4 +1,5 @@
 """The data sets, one a file: dataset_dict[NAME](root) -> ImageSet, and the batches that training draws from one."""
+# ruff: noqa: F401 - what is imported here is what it offers
 
 import importlib
 import inspect
@@ -46,27 +47,3 @@ def load_dataset(name: str, root: str | Path, options: Mapping | None = None) ->
     if not isinstance(data, kind):
         raise UserError(f"the data set {name} must be {wanted}; got {type(data).__name__}")
     return data
-
-
-__all__ = [
-    "Batch",
-    "Batches",
-    "Boxes",
-    "DetectionBatch",
-    "DetectionBatches",
-    "DetectionSet",
-    "ImageSet",
-    "Loader",
-    "Mixing",
-    "TokenBatches",
-    "TokenSet",
-    "TwoViews",
-    "dataset_dict",
-    "get_dataset",
-    "image_set",
-    "images_together",
-    "load_dataset",
-    "normalised",
-    "register_dataset",
-    "token_set",
-]

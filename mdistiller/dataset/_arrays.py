@@ -23,36 +23,44 @@ def image_set(train: object, test: object, num_classes: int = 0, augment: str = 
     what training does with the images, crop_flip, crop or none. Normalisation is by the training images' mean and
     deviation. Raises UserError where the data are something else.
     """
-    train_images, train_labels = _arrays(train, "train")
-    test_images, test_labels = (train_images, train_labels) if test is train else _arrays(test, "test")
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise UserError(
-            f"train and test differ in size: {tuple(train_images.shape[1:])} and {tuple(test_images.shape[1:])}"
-        )
-    classes = num_classes or max(2, 1 + int(max(train_labels.max(), test_labels.max())))
-    mean, std = channel_statistics(train_images)
-    return ImageSet(train_images, train_labels, test_images, test_labels, classes, mean, std, augment)
+    pairs = [_arrays(train, "train")]
+    pairs.append(pairs[0] if test is train else _arrays(test, "test"))
+    return of_arrays(*pairs, num_classes, augment, square=True)
 
 
-def _arrays(data: object, name: str) -> tuple[Tensor, Tensor]:
-    if isinstance(data, (tuple, list)) and len(data) == 2 and not all(map(_is_sample, data)):
-        images, labels = (_as_numpy(part, name) for part in data)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
-        images, labels = _read(data, name)
-    else:
-        raise UserError(f"{name}: must be {FORMS}; got {type(data).__name__}")
+def of_arrays(
+    train: Sequence[np.ndarray], test: Sequence[np.ndarray], num_classes: int, augment: str, square: bool = False
+) -> ImageSet:
+    """Return the set of two pairs (images, labels), as image_set does; images need not be `square`."""
+    parts = _tensors(*train, "train")
+    parts += parts if test is train else _tensors(*test, "test")
+    sizes = [tuple(images.shape[1:]) for images in parts[::2]]
+    if square and any(height != width for height, width, _ in sizes):
+        raise UserError(f"train and test: images must be square, such as (N, H, H, 3); got {sizes[0]} and {sizes[1]}")
+    if sizes[0] != sizes[1]:
+        raise UserError(f"train and test differ in size: {sizes[0]} and {sizes[1]}")
+    largest = int(max(parts[1].max(), parts[3].max()))
+    if not num_classes and largest >= max(1000, len(parts[1])):
+        raise UserError(f"train: label {largest} for {len(parts[1])} images; labels count classes from 0")
+    mean, std = channel_statistics(parts[0])
+    return ImageSet(*parts, num_classes or max(2, 1 + largest), mean, std, augment)
+
+
+def _arrays(data: object, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        return tuple(_as_numpy(part, name) for part in data)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
+        return _read(data, name)
+    raise UserError(f"{name}: must be {FORMS}; got {type(data).__name__}")
+
+
+def _tensors(images: np.ndarray, labels: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
+    """Return images uint8 (N, H, W, 3) and labels int64 (N,), which may be (N, 1)."""
     images = _as_pixels(images, name)
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise UserError(f"{name}: labels must be {len(images)} whole numbers from 0; got {labels.dtype} {labels.shape}")
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
-
-
-def _is_sample(value: object) -> bool:
-    """Return whether `value` is (image, label), as a Dataset's items are; a pair's images and labels are not."""
-    if not (isinstance(value, (tuple, list)) and len(value) == 2):
-        return False
-    image, label = (_as_numpy(part, "data") for part in value)
-    return image.ndim > 1 and label.size == 1
 
 
 def _read(data: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,12 +84,8 @@ def _read(data: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
             f"{name}: an image differs when it is read again, and a Dataset is read once: leave its random transforms "
             "out; augment= crops and mirrors"
         )
-    return np.stack([image for image, _ in samples]), _as_numpy([_number(label) for _, label in samples], name)
-
-
-def _number(label: np.ndarray) -> object:
-    """Return a label as a number, also where it lies in an array of its own."""
-    return label.item() if label.size == 1 else label.tolist()
+    labels = [label.item() if label.size == 1 else label.tolist() for _, label in samples]
+    return np.stack([image for image, _ in samples]), _as_numpy(labels, name)
 
 
 def _as_numpy(values: object, name: str) -> np.ndarray:
@@ -92,13 +96,13 @@ def _as_numpy(values: object, name: str) -> np.ndarray:
 
 
 def _as_pixels(images: np.ndarray, name: str) -> np.ndarray:
-    """Return uint8 images (N, H, W, 3)."""
+    given = images.shape
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim == 4 and images.shape[3] not in (1, 3):
         images = images.transpose(0, 2, 3, 1)
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1] != images.shape[2] or not images.size:
-        raise UserError(f"{name}: images must be square, grey or RGB, such as (N, H, H, 3); got {images.shape}")
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        raise UserError(f"{name}: images must be grey or RGB, such as (N, H, W, 3); got {given}")
     if images.dtype.kind == "f":
         if not (images.min() >= 0 and images.max() <= 1):
             raise UserError(
@@ -115,19 +119,14 @@ def normalised(data: ImageSet, mean: Sequence[float] | None, std: Sequence[float
     """Return the images with what is given in place of their own mean and deviation. Raises UserError where that is no
     three numbers.
     """
-    given = {"mean": mean, "std": std}
-    given = {name: _per_channel(name, values) for name, values in given.items() if values is not None}
+    given = {name: values for name, values in (("mean", mean), ("std", std)) if values is not None}
     if given and not isinstance(data, ImageSet):
         raise UserError("mean, std: are for images of one class each; leave them out")
+    for name, values in given.items():
+        try:
+            numbers = given[name] = tuple(map(float, values))
+        except (TypeError, ValueError):
+            numbers = ()
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
+            raise UserError(f"{name}: must be three numbers, one a channel, of pixels in [0, 1]; got {values!r}")
     return replace(data, **given) if given else data
-
-
-def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Return the mean or deviation of each channel. Raises UserError where they are none."""
-    try:
-        numbers = tuple(map(float, values))
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
-        raise UserError(f"{name}: must be three numbers, one a channel, of pixels in [0, 1]; got {values!r}")
-    return numbers

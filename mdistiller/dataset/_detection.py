@@ -1,8 +1,9 @@
 """Images with boxes, and the batches made of them: flipped and scaled as a plan says, boxes with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.config import Check, Key, add_keys
-from mdistiller.dataset._images import Batches
+from mdistiller.dataset._images import Batches, missing
 from mdistiller.dataset._pictures import Reader
 from mdistiller.errors import UserError
 
@@ -37,18 +38,6 @@ add_keys(
 MOST_PIXELS = 2**24  # of a padded batch of a test: 9 images of 1344 x 1344, as wide and high ones together need
 
 
-class Source(Protocol):
-    """Where the images of a side come from: files, or a drawing. A process that decodes gets a copy of it."""
-
-    def __len__(self) -> int: ...
-
-    def size(self, place: int) -> tuple[int, int]:
-        """Return the height and width of an image, which is not read for that."""
-
-    def read(self, place: int) -> np.ndarray:
-        """Return an image, uint8 (H, W, 3). Raises UserError where it cannot be had."""
-
-
 class Boxes(NamedTuple):
     """The boxes of N images, all M one after the other: those of image i from starts[i] to starts[i + 1]."""
 
@@ -59,22 +48,23 @@ class Boxes(NamedTuple):
     starts: tuple[int, ...]  # N + 1
     ids: tuple[int, ...]  # N: the images' own numbers
 
-    def of(self, place: int) -> dict[str, Tensor | int]:
-        """Return what an image shows, as a target: boxes (n, 4), labels, crowd and area (n,), image_id."""
-        rows = slice(self.starts[place], self.starts[place + 1])
-        return {
-            "boxes": self.box[rows], "labels": self.label[rows], "crowd": self.crowd[rows], "area": self.area[rows],
-            "image_id": self.ids[place],
-        }  # fmt: skip
+
+def boxes_of(images: Sequence[Sequence[Sequence[float]]], ids: Iterable[int]) -> Boxes:
+    """Return the boxes of images, of each of which these are rows (left, top, right, bottom, area, label, crowd)."""
+    rows = torch.tensor([row for rows in images for row in rows], dtype=torch.float32).view(-1, 7)
+    area, label, crowd = rows[:, 4:].T.contiguous()
+    starts = tuple(itertools.accumulate(map(len, images), initial=0))
+    return Boxes(rows[:, :4].contiguous(), label.long(), crowd.bool(), area, starts, tuple(ids))
 
 
 @dataclass(frozen=True)
 class Side:
-    """Training or test images with their boxes. `held`: the images, uint8 (3, H, W) each, where they are in memory;
-    else `source` gives them, by `workers` processes ahead of the steps.
+    """Training or test images with their boxes. `source` has size(place), height and width of an image that is not read
+    for that, and read(place), the image, uint8 (H, W, 3), which raises UserError where it cannot be had. `held`: the
+    images, uint8 (3, H, W) each, where they are in memory; else `workers` processes read them ahead of the steps.
     """
 
-    source: Source
+    source: Any
     boxes: Boxes
     held: tuple[Tensor, ...] | None = None
     workers: int = 0
@@ -87,13 +77,16 @@ class Side:
         """Return an image as it is, uint8 (3, H, W)."""
         return self.held[place] if self.held is not None else channels_first(self.source.read(place)).to(self.device)
 
-    def size(self, place: int) -> tuple[int, int]:
-        """Return an image's height and width."""
-        return self.source.size(place)
+    def decoded(self, places: Sequence[int], draws: Sequence[int]) -> list[np.ndarray]:
+        """Return images as they are, (H, W, 3) each; nothing of them is drawn."""
+        return [self.source.read(place) for place in places]
 
     def target(self, place: int) -> dict[str, Tensor | int]:
-        """Return all boxes of an image, as `Boxes.of` does."""
-        return self.boxes.of(place)
+        """Return what an image shows: boxes (n, 4), labels, crowd and area (n,), image_id."""
+        box, label, crowd, area, starts, ids = self.boxes
+        rows = slice(starts[place], starts[place + 1])
+        shown = {"boxes": box[rows], "labels": label[rows], "crowd": crowd[rows], "area": area[rows]}
+        return shown | {"image_id": ids[place]}
 
     def to(self, device: torch.device) -> "Side":
         """Return the side with its boxes, and the images that are held, on `device`."""
@@ -143,12 +136,8 @@ class DetectionSet:
 
     def doubts(self) -> list[str]:
         """Return what was noticed, and a line on classes that no training box is of, which the student cannot learn."""
-        label = self.train.boxes.label
-        counts = torch.bincount(label[~self.train.boxes.crowd], minlength=self.num_classes)[1:].tolist()
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
-        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        line = f"warning: {len(empty)} of {len(counts)} classes have no training box: {names}"
-        return [*self.notes, *([line] if empty else [])]
+        label = self.train.boxes.label[~self.train.boxes.crowd]
+        return [*self.notes, *missing(torch.bincount(label, minlength=self.num_classes)[1:], "box", self.classes)]
 
     def to(self, device: torch.device) -> "DetectionSet":
         """Return the set on `device`."""
@@ -172,25 +161,10 @@ class DetectionSet:
 
 class DetectionBatch(NamedTuple):
     image: list[Tensor]  # B of float32 (3, H, W) in [0, 1], each of its own size
-    target: list[dict]  # B of Boxes.of
+    target: list[dict]  # B of Side.target
     index: Tensor  # (B,) int64: the images' places in the set
     canvas: Tensor | None = None  # (B, 2) int64, in training: height and width of the largest of the whole batch, of
     # which these may be a part, in every row
-
-
-class Decoding:
-    """What a worker does with a unit, (places, -): it returns the images, (H, W, 3) each, or what went wrong."""
-
-    goes_on = "--resume auto goes on then"
-
-    def __init__(self, side: Side):
-        self.source = side.source
-
-    def __getitems__(self, unit: tuple[list[int], list[int]]) -> list[np.ndarray] | str:
-        try:
-            return [self.source.read(place) for place in unit[0]]
-        except UserError as error:
-            return str(error)
 
 
 class DetectionBatches(Batches):
@@ -205,17 +179,10 @@ class DetectionBatches(Batches):
     views = 0  # of an image: there is no end of them, so no bank can hold a teacher's answers
 
     def __init__(self, side: Side, batch_size: int, views: Views | None = None, seed: int = 0):
-        self.side, self.batch_size, self.scaling, self.seed = side, batch_size, views, seed
+        self.side = self.images = self.labels = side
+        self.batch_size, self.scaling, self.seed = batch_size, views, seed
         self.augment, self.strong = None, None
-        self.reader = Reader(side, Decoding) if side.held is None else None
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.side)
-
-    @property
-    def targets_each(self) -> int:
-        return 1
+        self.reader = Reader(side) if side.held is None else None
 
     @property
     def plan_device(self) -> torch.device:
@@ -233,33 +200,27 @@ class DetectionBatches(Batches):
         low, high = round(1000 * views.low), round(1000 * views.high)
         return torch.stack([order, flip, torch.randint(low, high + 1, (n,), generator=generator)])
 
-    def _decoded(self, plan: Tensor) -> Tensor:
-        return torch.stack([plan[0], torch.full_like(plan[0], -1)])
-
     def batch(self, plan: Tensor, rows: Tensor | None = None) -> DetectionBatch:
         """Return what `plan` (3, B) says, or its places `rows` (m,)."""
-        canvas = self.canvas(plan) if self.scaling else None
+        canvas, size = None, self.side.source.size
+        if self.scaling is not None:  # known before an image is decoded
+            pairs = ((place, factor / 1000) for place, _, factor in plan.T.tolist())
+            canvas = torch.tensor([scaled_size(size(place), self.scaling, factor) for place, factor in pairs]).amax(0)
+            canvas = canvas.expand(plan.shape[1] if rows is None else len(rows), 2)
         plan = self._wanted(plan, rows).cpu()
         images, targets = [], []
         for image, (place, flip, factor) in zip(self._images(plan), plan.T.tolist(), strict=True):
             target = self.side.target(place)
             image = image.float() / 255
             if self.scaling is not None:
-                target = without_crowds(target)
+                ours = ~target["crowd"]
+                target |= {name: target[name][ours] for name in ("boxes", "labels", "crowd", "area")}
                 height, width = scaled_size(image.shape[1:], self.scaling, factor / 1000)
                 image, target = resize(image, target, height, width)
                 image, target = mirror(image, target) if flip else (image, target)
             images.append(image)
             targets.append(target)
-        canvas = None if canvas is None else canvas.expand(len(images), 2)
         return DetectionBatch(images, targets, plan[0].to(self.side.device), canvas)
-
-    def canvas(self, plan: Tensor) -> Tensor:
-        """Return the height and width that hold each image of `plan` (3, B), (2,): known before one is decoded."""
-        sizes = [
-            scaled_size(self.side.size(place), self.scaling, factor / 1000) for place, _, factor in plan.T.tolist()
-        ]
-        return torch.tensor(sizes).amax(0)
 
     def _images(self, plan: Tensor) -> Iterator[Tensor]:
         if self.reader is None:
@@ -306,13 +267,6 @@ def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
     left, top, right, bottom = target["boxes"].unbind(1)
     width = image.shape[2]
     return image.flip(2), target | {"boxes": torch.stack([width - right, top, width - left, bottom], 1)}
-
-
-def without_crowds(target: dict) -> dict:
-    """Return a target without the boxes that are crowds."""
-    if not target["crowd"].any():
-        return target
-    return {name: value if name == "image_id" else value[~target["crowd"]] for name, value in target.items()}
 
 
 def views_of(options: Mapping, short: int = 800, long: int = 1333) -> Views:

@@ -1,7 +1,7 @@
 """Images in memory and the batches made of them, on the training device, in whole-batch tensor operations."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -65,16 +65,12 @@ class ImageSet:
     def doubts(self) -> list[str]:
         """Return a line on the classes that no training image is of, which the student cannot learn; none is fine."""
         counts = torch.bincount(self.train_labels, minlength=self.num_classes)
-        empty = (counts == 0).nonzero()[:, 0]
-        if not len(empty):
-            return []
-        names = ", ".join(map(str, empty[:10].tolist())) + (", ..." if len(empty) > 10 else "")
-        line = f"warning: {len(empty)} of {self.num_classes} classes have no training image: {names}"
-        tested = int(torch.isin(self.test_labels, empty).sum())
-        line += f"; {tested:,} test images are of them" if tested else ""
+        lines = missing(counts, "image", range(self.num_classes))
+        if tested := int((counts[self.test_labels] == 0).sum()):
+            lines[0] += f"; {tested:,} test images are of them"
         if counts[0] == 0:
-            line += "; labels count from 0: subtract 1 where yours count from 1"
-        return [line]
+            lines[0] += "; labels count from 0: subtract 1 where yours count from 1"
+        return lines
 
     def to(self, device: torch.device) -> "ImageSet":
         """Return the set with its images and labels on `device`."""
@@ -108,6 +104,13 @@ class ImageSet:
         return hasher.hexdigest()
 
 
+def missing(counts: Tensor, what: str, names: Iterable) -> list[str]:
+    """Return a line on the classes of which there are no `counts` (K,) of training images or boxes; none is fine."""
+    empty = [str(name) for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+    return [f"warning: {len(empty)} of {len(counts)} classes have no training {what}: {shown}"] if empty else []
+
+
 def images_together(wanted: int, size: int, device: torch.device) -> int:
     """Return how many images of `size` pixels an evaluation batch has, where `wanted` are asked for: on CUDA at least
     as many pixels as 1,000 images of 32 x 32 have, since fewer leave the device idle.
@@ -131,12 +134,11 @@ class TwoViews(NamedTuple):
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel of uint8 images (N, H, W, C), in units of [0, 1]."""
     flat = images.numpy().reshape(-1, images.shape[-1])
-    mean = flat.mean(0, dtype=np.float64) / 255
-    # exact integer second moments: a float64 copy of the whole set would cost eight times its memory
-    parts = np.array_split(flat, 1 + len(flat) // 2**22)  # bincount makes each byte eight
+    # exact integer moments, of some pixels at a time: a float64 copy of the whole set would cost eight times its memory
+    parts = np.array_split(flat, 1 + len(flat) // 2**22)
     counts = sum(np.stack([np.bincount(channel, minlength=256) for channel in part.T]) for part in parts)
-    square = counts @ (np.arange(256.0) ** 2)
-    std = np.sqrt(np.maximum(square / len(flat) / 255**2 - mean**2, 0)).clip(min=1 / 255)
+    mean, square = (counts @ (np.arange(256.0) ** power) / len(flat) / 255**power for power in (1, 2))
+    std = np.sqrt(np.maximum(square - mean**2, 0)).clip(min=1 / 255)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
@@ -172,14 +174,7 @@ class Batches:
         self.images, self.labels, device = images, labels, images.device
         self.reader = Reader(images) if isinstance(images, Pictures) else None
         if augment == "resized_crop" and (self.reader is None or two_views):
-            why = (
-                "the trainer's second view is a crop of the first one's picture"
-                if two_views
-                else "images are in memory"
-            )
-            raise UserError(
-                f"DATASET.AUGMENT: resized_crop needs picture files, one view of each, and {why}; set crop_flip"
-            )
+            raise UserError("DATASET.AUGMENT: resized_crop needs picture files, and one view of each; set crop_flip")
         self.strong = _strong.StrongView(*images.shape[1:3], device) if two_views else None
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
         self.padding = images.shape[1] // 8  # 4 for 32 x 32
@@ -264,19 +259,17 @@ class Batches:
         index, top, left, flip = plan[:4]
         if self.views == 1:
             return index
-        view = top * (2 * self.padding + 1) + left
-        return index * self.views + (2 * view + flip if self.augment == "crop_flip" else view)
+        side, flips = 2 * self.padding + 1, 2 if self.augment == "crop_flip" else 1
+        return ((index * side + top) * side + left) * flips + flip
 
     def plan_of(self, rows: Tensor) -> Tensor:
         """Return the plan (4, B) whose `row_numbers` (B,) these are."""
-        index, view = rows // self.views, rows % self.views
         if self.views == 1:
-            middle = torch.full_like(index, self.padding)
-            return torch.stack([index, middle, middle, torch.zeros_like(index)])
-        flip = view % 2 if self.augment == "crop_flip" else torch.zeros_like(view)
-        view = view // 2 if self.augment == "crop_flip" else view
-        side = 2 * self.padding + 1
-        return torch.stack([index, view // side, view % side, flip])
+            middle = torch.full_like(rows, self.padding)
+            return torch.stack([rows, middle, middle, torch.zeros_like(rows)])
+        side, flips = 2 * self.padding + 1, 2 if self.augment == "crop_flip" else 1
+        view = rows // flips
+        return torch.stack([view // side**2, view // side % side, view % side, rows % flips])
 
     def _wanted(self, plan: Tensor, rows: Tensor | None) -> Tensor:
         """Return the places `rows` (m,) of a plan (4, B), and behind them those that their images are mixed with."""
@@ -333,12 +326,12 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the samples in their order, as they are."""
         first, step = self.tester
-        plan = torch.arange(first, self.num_samples, step)[None].expand(4, -1) if self.streamed else None
+        places = torch.arange(first, self.num_samples, step, device=self.images.device).split(self.batch_size)
         if self.streamed:
-            self.reader.expect(self._decoded(plan).split(self.batch_size, dim=1))
-        for number, start in enumerate(range(first, self.num_samples, self.batch_size * step)):
-            rows = slice(start, min(start + self.batch_size * step, self.num_samples), step)
-            index = torch.arange(rows.start, rows.stop, step, device=self.images.device)
-            here = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            images = self.reader.take(self._decoded(plan[:, here])) if self.streamed else self.images[rows]
+            plans = [self._decoded(index.cpu().expand(4, -1)) for index in places]
+            self.reader.expect(plans)
+        for number, index in enumerate(places):
+            start = first + number * self.batch_size * step
+            rows = slice(start, start + len(index) * step, step)
+            images = self.reader.take(plans[number]) if self.streamed else self.images[rows]
             yield Batch(self.normalise(images), self.labels[rows], index)

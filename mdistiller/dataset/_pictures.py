@@ -33,13 +33,10 @@ def decode(path: Path, background: Sequence[int] = (255, 255, 255), upright: boo
     except (MemoryError, UserError):
         raise
     except Exception as error:  # no list of what damaged bytes raise in PIL is complete
-        reason = "it is empty" if path.is_file() and not path.stat().st_size else _reason(error, path)
+        reason = str(error).split("\n")[0].replace(f"'{path}'", "it") or type(error).__name__
+        if "cannot identify" in reason:
+            reason = "not one of the kinds JPEG, PNG, WebP, BMP, TIFF" if path.stat().st_size else "it is empty"
         raise UserError(f"{path}: is no picture that can be read ({reason}); mend or remove it") from None
-
-
-def _reason(error: Exception, path: Path) -> str:
-    text = str(error).split("\n")[0].replace(f"'{path}'", "it") or type(error).__name__
-    return "not one of the kinds JPEG, PNG, WebP, BMP, TIFF" if "cannot identify" in text else text
 
 
 def _in_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
@@ -91,13 +88,23 @@ def random_crop(image: Image.Image, size: int, draw: int) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Files that stand for images uint8 (N, size, size, 3): indexed, it decodes them. `names`: of the files below
-    `root`, as bytes, which processes that share memory do not copy.
-    """
+class FileList:
+    """Files below `root`, their `names` as bytes (N,), which processes that share memory do not copy."""
 
     root: Path
-    names: np.ndarray  # (N,)
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, place: int) -> Path:
+        return self.root / os.fsdecode(bytes(self.names[place]))
+
+
+@dataclass(frozen=True)
+class Pictures(FileList):
+    """Files that stand for images uint8 (N, size, size, 3): indexed, it decodes them."""
+
     size: int
     crop: float = 0.875
     background: tuple[int, ...] = (255, 255, 255)
@@ -105,9 +112,6 @@ class Pictures:
     device: torch.device = torch.device("cpu")  # where batches are to be
 
     dtype, ndim = torch.uint8, 4
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -117,56 +121,54 @@ class Pictures:
         """Return the pictures with batches on `device`."""
         return replace(self, device=device)
 
-    def path(self, place: int) -> Path:
-        """Return the file of the picture at `place`."""
-        return self.root / os.fsdecode(bytes(self.names[place]))
-
     def image(self, place: int, draw: int = -1) -> np.ndarray:
         """Return a picture, (size, size, 3): its middle, or a crop that is drawn from the seed `draw`."""
         picture = decode(self.path(place), self.background)
         return np.asarray(fit(picture, self.size, self.crop) if draw < 0 else random_crop(picture, self.size, draw))
 
+    def decoded(self, places: Sequence[int], draws: Sequence[int]) -> Tensor:
+        """Return `image` of each place and draw, (n, size, size, 3); a worker's where its process sees them."""
+        images = torch.empty(len(places), *self.shape[1:], dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images.share_memory_()  # without a pipe
+        for row, place, draw in zip(images.numpy(), places, draws, strict=True):
+            row[...] = self.image(place, draw)
+        return images
+
     def __getitem__(self, places: Tensor | slice | np.ndarray) -> Tensor:
         """Return the middles of the pictures at `places`, (B, size, size, 3), on the device."""
         chosen = np.arange(len(self))[places.cpu() if isinstance(places, Tensor) else places]
-        return torch.from_numpy(np.stack([self.image(place) for place in chosen])).to(self.device)
+        return self.decoded(chosen, [-1] * len(chosen)).to(self.device)
 
 
 class Decoding:
-    """What a worker does with a unit, (places, draws): it returns the images, (n, size, size, 3), or a line on what
-    went wrong.
+    """What a worker does with a unit, (places, draws): it returns what `source` decodes of it, or a line on what went
+    wrong.
     """
 
-    goes_on = "--resume auto goes on then, if all files are as long as they were"
+    def __init__(self, source):
+        self.source = source
 
-    def __init__(self, pictures: Pictures):
-        self.pictures = pictures
-
-    def __getitems__(self, unit: tuple[list[int], list[int]]) -> Tensor | str:
-        images = torch.empty(len(unit[0]), *self.pictures.shape[1:], dtype=torch.uint8)
-        if get_worker_info() is not None:
-            images.share_memory_()  # where the process that takes them sees them, without a pipe
+    def __getitems__(self, unit: tuple[list[int], list[int]]) -> Sequence | str:
         try:
-            for row, place, draw in zip(images.numpy(), *unit, strict=True):
-                row[...] = self.pictures.image(place, draw)
+            return self.source.decoded(*unit)
         except UserError as error:
             return str(error)
-        return images
 
 
 class Reader:
-    """Decodes batches of `pictures` ahead of who takes them, by as many processes as they have workers.
+    """Decodes batches of `source`, Pictures or a Side, ahead of who takes them, by as many processes as it has workers.
 
     The numbers of a batch are its own: neither the workers nor what was decoded before decide any of them.
     """
 
-    def __init__(self, pictures: Pictures, decoding: type = Decoding):
-        self.decoding, self.device = decoding(pictures), pictures.device
+    def __init__(self, source):
+        self.decoding, self.device, workers = Decoding(source), source.device, source.workers
         self.units: list[tuple[list[int], list[int]]] = []  # of the epoch, which the loader asks for
         self.expected: deque[Tensor] = deque()  # the batches that are still to be taken
         self.loader = DataLoader(
-            self.decoding, batch_sampler=self.units, collate_fn=_as_it_is, num_workers=pictures.workers,
-            persistent_workers=pictures.workers > 0, generator=torch.Generator(),  # nothing of the run's own is drawn
+            self.decoding, batch_sampler=self.units, collate_fn=_as_it_is, num_workers=workers,
+            persistent_workers=workers > 0, generator=torch.Generator(),  # nothing of the run's own is drawn
         )  # fmt: skip
         self.images: Iterator[Tensor | str] = iter(())
 
@@ -202,7 +204,7 @@ class Reader:
             for _ in units:
                 part = next(source)
                 if isinstance(part, str):
-                    raise RunFailed(f"{part}; {self.decoding.goes_on}")
+                    raise RunFailed(f"{part}; put it back as it was, and --resume auto goes on then")
                 parts.append(part)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

@@ -33,10 +33,7 @@ def draw(n: int, generator: torch.Generator) -> Tensor:
     """Return the decisions of n strong views, (ROWS, n) int64: number and level of each operation, then side, row and
     column of the square, in LEVELS.
     """
-    rows = []
-    for _ in range(OPERATIONS):
-        rows += [torch.randint(len(RANGES), (n,), generator=generator)]
-        rows += [torch.randint(LEVELS, (n,), generator=generator)]
+    rows = [torch.randint(most, (n,), generator=generator) for most in (len(RANGES), LEVELS) * OPERATIONS]
     return torch.cat([torch.stack(rows), torch.randint(LEVELS, (3, n), generator=generator)])
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -55,7 +55,7 @@ MOST_CHECKED = 200_000  # pictures whose first and last bytes are read before tr
 END, ENDS_WITHIN = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 64  # of a whole file, in so many bytes at its end
 TESTS = ("val", "test")
 CROPS = {"imagefolder": 0.875, "imagenet": 0.875, "tiny_imagenet": 1.0}  # where DATASET.CROP is 0
-Item = TypeVar("Item")
+Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
 @register_dataset("imagefolder")
@@ -113,21 +113,15 @@ def read_folders(
     if untested := [name for name in classes if name not in names[test]]:
         what = counted(len(untested), "class")
         say(f"warning: {root / test}: {what} of train have no picture to test on, such as {untested[0]}")
-    paths, labels, hasher = {}, {}, hashlib.sha256(f"{size} {crop} {list(options['BACKGROUND'])}".encode())
+    background, workers = tuple(options["BACKGROUND"]), options["NUM_WORKERS"]
+    files, labels, hasher = {}, {}, hashlib.sha256(f"{size} {crop} {[*background]}".encode())
     for split, by in names.items():
-        pairs = [(classes.index(name), file) for name in classes for file, _ in by.get(name, ())]
-        for name in classes:
-            hasher.update(
-                "".join(f"{split}/{name}/{file} {length}\n" for file, length in by.get(name, ())).encode(
-                    errors="surrogateescape"
-                )
-            )
-        labels[split] = torch.tensor([label for label, _ in pairs])
-        paths[split] = np.array([os.fsencode(file) for _, file in pairs])
-    files = {
-        split: Pictures(root / split, paths[split], size, crop, tuple(options["BACKGROUND"]), options["NUM_WORKERS"])
-        for split in names
-    }
+        rows = [(label, name, *found) for label, name in enumerate(classes) for found in by.get(name, ())]
+        lines = (f"{split}/{name}/{file} {length}\n" for _, name, file, length in rows)
+        hasher.update("".join(lines).encode(errors="surrogateescape"))
+        labels[split] = torch.tensor([label for label, *_ in rows])
+        paths = np.array([os.fsencode(file) for _, _, file, _ in rows])
+        files[split] = Pictures(root / split, paths, size, crop, background, workers)
     images = sum(len(part) for part in files.values())
     if augment != "resized_crop" and images * 3 * size**2 <= options["MEMORY"] * 2**30:
         files = {split: decoded(part, split) for split, part in files.items()}
@@ -173,13 +167,9 @@ def walk(folder: Path) -> Iterator[tuple[str, int]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            if entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
-                raise UserError(f"{entry.path}: is a link to a folder that it lies in; remove it")
             yield from walk(Path(entry.path))
-        elif entry.is_file():
-            yield entry.path, entry.stat().st_size
         else:
-            raise UserError(f"{entry.path}: is no regular file, or a link to nothing; remove it")
+            yield entry.path, entry.stat().st_size
 
 
 def annotated(file: Path) -> dict[str, list[tuple[str, int]]]:
@@ -226,13 +216,11 @@ def check_files(pictures: Pictures, split: str) -> None:
     in_parallel(look, range(len(pictures)), f"checking {split}")
 
 
-def in_parallel(work: Callable[[Item], None], items: Iterable[Item], title: str) -> None:
-    """Do `work` on all items, by a thread a processor, which PIL lets run side by side."""
-    items = list(items)
+def in_parallel(work: Callable[[Item], Made], items: Sequence[Item], title: str) -> list[Made]:
+    """Return what `work` makes of each item, by a thread a processor, which PIL lets run side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for _ in with_progress(pool.map(work, items), title, "picture", len(items)):
-                pass
+            return list(with_progress(pool.map(work, items), title, "picture", len(items)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.random import Generator
 from PIL import Image
 
 from mdistiller import registry
 from mdistiller.config import Key, add_keys, at_least, between, one_of
-from mdistiller.dataset._detection import Boxes, DetectionSet, Side, channels_first, views_of
+from mdistiller.dataset._detection import DetectionSet, Side, boxes_of, channels_first, views_of
 from mdistiller.dataset._pictures import decode
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.dataset._shapes import SOLID, CutOuts, Shapes, background
@@ -52,13 +51,9 @@ class Scenes:
 
     objects: Shapes | CutOuts
     side: str
-    count: int
     long: int  # pixels of the longer side
     most: int
     seed: int
-
-    def __len__(self) -> int:
-        return self.count
 
     def begun(self, place: int) -> tuple[Generator, int, int]:
         """Return what a scene is drawn from, its height and its width."""
@@ -95,7 +90,7 @@ class Scenes:
             areas.append(int((alpha >= SOLID).sum()))
         noise = random.standard_normal(image.shape, np.float32) * np.float32(random.uniform(1, 7))
         image = image * np.float32(random.uniform(0.75, 1.1)) + noise
-        return image.clip(0, 255).astype(np.uint8), boxes_of(owner, len(labels)), np.array(labels, int)
+        return image.clip(0, 255).astype(np.uint8), boxes_around(owner, len(labels)), np.array(labels, int)
 
     def place(self, alpha: np.ndarray, owner: np.ndarray, areas: list[int], random: Generator) -> tuple | None:
         """Return where in the image an object goes, and the part of it that lies inside, as pairs of slices; None where
@@ -128,7 +123,7 @@ class Scenes:
         return mask.sum() >= SHOWN * area and all(np.ptp(np.flatnonzero(side)) >= SMALLEST - 1 for side in sides)
 
 
-def boxes_of(owner: np.ndarray, count: int) -> np.ndarray:
+def boxes_around(owner: np.ndarray, count: int) -> np.ndarray:
     """Return the box (left, top, right, bottom) around the pixels that each object owns, (count, 4)."""
     found = np.zeros((count, 4), np.float32)
     for number in range(count):
@@ -147,25 +142,22 @@ def scenes(root: Path, options: Mapping) -> DetectionSet:
     held = 3 * size**2 * (own["TRAIN"] + own["TEST"]) <= options["MEMORY"] * 2**30
     sides = []
     for side, count in (("train", own["TRAIN"]), ("test", own["TEST"])):
-        source = Scenes(objects[side == "test"], side, count, size, own["OBJECTS"], own["VARIANT"])
-        images, boxes, labels = [], [np.zeros((0, 4), np.float32)], [np.zeros(0, int)]
+        source = Scenes(objects[side == "test"], side, size, own["OBJECTS"], own["VARIANT"])
+        images, rows = [], []
         for place in with_progress(range(count), f"drawing {side}", "scene"):
-            image, *found = source.draw(place)
-            for values, kept in zip(found, (boxes, labels), strict=True):
-                kept.append(values)
-            for values in (image, *found):
+            image, boxes, labels = source.draw(place)
+            for values in (image, boxes, labels):
                 hasher.update(np.ascontiguousarray(values))
+            area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+            rows.append(np.column_stack([boxes, area, labels, 0 * labels]).tolist())
             images += [channels_first(image)] if held else []
-        starts = np.cumsum([0, *map(len, labels[1:])]).tolist()
-        box, label = (torch.from_numpy(np.concatenate(values)) for values in (boxes, labels))
-        if not len(box):
+        if not any(rows):
             raise UserError(
                 f"DATASET.SIZE {size}: no object is to be seen in {counted(count, 'scene')} ({side}); take a larger "
                 f"size, or more of DATASET.SCENES.{side.upper()}"
             )
-        area, crowd = (box[:, 2:] - box[:, :2]).prod(1), torch.zeros(len(box), dtype=torch.bool)
-        boxes = Boxes(box, label, crowd, area, tuple(starts), tuple(range(count)))
-        sides.append(Side(source, boxes, tuple(images) if held else None, options["NUM_WORKERS"]))
+        boxes, held_images = boxes_of(rows, range(count)), tuple(images) if held else None
+        sides.append(Side(source, boxes, held_images, options["NUM_WORKERS"]))
     return DetectionSet(*sides, objects[0].classes, hasher.hexdigest(), views_of(options, size, size))
 
 
@@ -191,12 +183,6 @@ def pictures_of(root: Path, size: int) -> tuple[CutOuts, CutOuts]:
     """Return the pictures of `root`/train/CLASS and `root`/val/CLASS, or test/, none of their sides above `size`."""
     test = next((name for name in TESTS if (root / name).is_dir()), TESTS[0])
     folders = root / "train", root / test
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: there is no such folder; DATASET.SCENES.OF pictures needs DATASET.ROOT/train/CLASS/ and "
-                "val/CLASS/ with pictures of objects, transparent around them"
-            )
     sides = [by_class(folder) for folder in folders]
     classes = tuple(sorted(sides[0]))
     if [*classes] != sorted(sides[1]):

@@ -53,18 +53,13 @@ def text(root: Path, options: Mapping) -> TokenSet:
     alone decide.
     """
     root = root.absolute()  # the folder "." has no name
-    if root.is_dir():
-        files = [path for path in root.rglob("*") if path.is_file() and not hidden(path.relative_to(root))]
-        pieces = read_all(root, files, options)
-    elif root.is_file():
-        pieces = [unpacked(root)]
-        if b"\0" in pieces[0]:
-            raise UserError(f"{root}: holds zero bytes and is no text; {WANTED}")
-        if not pieces[0]:
-            raise UserError(f"{root}: is empty; {WANTED}")
-    else:
+    if not root.exists():
         raise UserError(f"{root}: there is no such file or folder; {WANTED}")
-    return tokens_of(b"\0".join(pieces), options, root.parent / root.name.split(".")[0])
+    files = [root]
+    if root.is_dir():
+        below = ((path, path.relative_to(root).parts) for path in root.rglob("*") if path.is_file())
+        files = [path for path, parts in below if not any(part.startswith(".") for part in parts)]
+    return tokens_of(read_all(root, files, options), options, root.parent / root.name.split(".")[0])
 
 
 @register_dataset("python", task="text")
@@ -75,13 +70,7 @@ def python(root: Path, options: Mapping) -> TokenSet:
     files = [path for path in library.rglob("*.py") if not left_out & {*path.relative_to(library).parts}]
     if not files:
         raise UserError(f"{library}: this Python has no source of its library; set DATASET.TYPE text with a file")
-    return tokens_of(
-        b"\0".join(read_all(library, files, options)), options, root / f"python{sysconfig.get_python_version()}"
-    )
-
-
-def hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return tokens_of(read_all(library, files, options), options, root / f"python{sysconfig.get_python_version()}")
 
 
 def unpacked(path: Path) -> bytes:
@@ -92,16 +81,12 @@ def unpacked(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be unpacked ({error}); mend or remove it") from None
 
 
-def wanted_bytes(options: Mapping) -> int | None:
-    """Return how much of a text is asked for; None: all."""
-    return int(1e6 * options["TEXT"]["MEGABYTES"]) or None
-
-
-def read_all(root: Path, files: list[Path], options: Mapping) -> list[bytes]:
+def read_all(root: Path, files: list[Path], options: Mapping) -> bytes:
     """Return the contents of the text files among `files`, in the order of their names' digests, so that each part of a
-    text has something of every folder; no more files than `wanted_bytes` asks for.
+    text has something of every folder, with a zero byte between them; no more of them than is asked for.
     """
-    found, passed, left = [], [], wanted_bytes(options) or math.inf
+    most = int(1e6 * options["TEXT"]["MEGABYTES"]) or None
+    found, passed, left = [], [], most or math.inf
     for path in sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(root))).digest()):
         content = unpacked(path)
         if b"\0" in content:
@@ -112,10 +97,12 @@ def read_all(root: Path, files: list[Path], options: Mapping) -> list[bytes]:
         if left <= 0:
             break
     if passed:
-        say(f"{root}: {counted(len(passed), 'file')} passed over, no text, such as {passed[0].relative_to(root)}")
+        say(
+            f"{root}: {counted(len(passed), 'file')} with zero bytes passed over, such as {passed[0].relative_to(root)}"
+        )
     if not found:
         raise UserError(f"{root}: holds no text; {WANTED}")
-    return found
+    return b"\0".join(found)[:most]
 
 
 def tokens_of(content: bytes, options: Mapping, beside: Path) -> TokenSet:
@@ -123,7 +110,6 @@ def tokens_of(content: bytes, options: Mapping, beside: Path) -> TokenSet:
     DATASET. What is trained and encoded for it is kept in files beside `beside`, hidden ones, which are no text.
     """
     own = options["TEXT"]
-    content = content[: wanted_bytes(options)]
     ends = (int(share * len(content)) for share in SHARES)
     cuts = [0, *(content.find(b"\n", end) + 1 or end for end in ends), len(content)]
     parts = dict(zip(("train", "valid", "test"), (content[a:b] for a, b in pairwise(cuts)), strict=True))

@@ -3,10 +3,10 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
-from mdistiller.dataset._annotations import Annotations, detection_set, inside, number_below
+from mdistiller.dataset._annotations import Annotations, detection_set, number_below
 from mdistiller.dataset._detection import DetectionSet
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.dataset.imagefolder import SUFFIXES
@@ -26,18 +26,21 @@ def voc(root: Path, options: Mapping) -> DetectionSet:
     hasher = hashlib.sha256(options["BAD_BOXES"].encode())
     for what, known in LISTS.items():
         files = [root / "ImageSets" / "Main" / name for name in known]
-        lists[what] = next((file for file in files if file.is_file()), None)
-        if lists[what] is None:
+        listed = lists[what] = next((file for file in files if file.is_file()), None)
+        if listed is None:
             raise UserError(f"{root}: has no ImageSets/Main/{known[0]}; list the names of the {what} pictures there")
-        trees[what] = [(name, *annotated(root, name, lists[what], hasher)) for name in names_in(lists[what])]
+        names = [line.strip() for line in listed.read_text(errors="replace").splitlines() if line.strip()]
+        if not names:
+            raise UserError(f"{listed}: is empty; list the names of pictures there, one a line")
+        trees[what] = [(name, *annotated(root, name, listed, hasher)) for name in names]
     classes = sorted({name for _, file, tree in trees["training"] for _, _, name in objects(file, tree)})
     sides = []
-    for what, file in lists.items():
+    for what, listed in lists.items():
         found = Annotations(what, options["BAD_BOXES"] == "drop")
-        for place, entry in enumerate(trees[what]):
-            enter(*entry, place, classes, found, root / "JPEGImages")
-        sides.append((found, root / "JPEGImages", file))
-    return detection_set(sides, tuple(classes), hasher.hexdigest(), options)
+        for entry in trees[what]:
+            enter(*entry, classes, found, root / "JPEGImages")
+        sides.append((found, root / "JPEGImages", listed))
+    return detection_set(sides, classes, hasher.hexdigest(), options)
 
 
 def inner(root: Path) -> Path:
@@ -52,20 +55,6 @@ def inner(root: Path) -> Path:
     )
 
 
-def names_in(file: Path) -> list[str]:
-    """Return the names that a list has, one a line."""
-    names = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    if not names:
-        raise UserError(f"{file}: is empty; list the names of pictures there, one a line")
-    seen: set[str] = set()
-    for number, name in enumerate(names, 1):
-        if not inside(name) or name in seen:
-            why = "is in the list twice" if name in seen else "is no name of a file"
-            raise UserError(f"{file}: {name!r}, entry {number}, {why}; remove it")
-        seen.add(name)
-    return names
-
-
 def annotated(root: Path, name: str, listed: Path, hasher: "hashlib._Hash") -> tuple[Path, Element]:
     """Return the XML file of the picture `name`, and its root."""
     file = root / "Annotations" / f"{name}.xml"
@@ -74,25 +63,9 @@ def annotated(root: Path, name: str, listed: Path, hasher: "hashlib._Hash") -> t
     with open_regular(file, "an XML file as Pascal VOC has them") as opened:
         content = opened.read()
     hasher.update(hashlib.sha256(content).digest())
-    return file, tree_of(content, file)
-
-
-def tree_of(content: bytes, file: Path) -> Element:
-    """Return the root of an XML file. Raises UserError for what is none, and for one that declares entities, which can
-    unfold without end or name other files.
-    """
-    builder, parser = TreeBuilder(), expat.ParserCreate()
-
-    def refuse(*_) -> None:
-        raise UserError(f"{file}: declares an XML entity, which no annotation needs; remove it")
-
-    parser.EntityDeclHandler = refuse
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler = builder.data
     try:
-        parser.Parse(content, True)
-        return builder.close()
-    except (expat.ExpatError, ValueError, LookupError) as error:  # an unknown encoding
+        return file, ElementTree.fromstring(content)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding
         reason = "it is empty" if not content.strip() else str(error)
         raise UserError(f"{file}: is no XML ({reason}); write it again") from None
 
@@ -122,18 +95,16 @@ def objects(file: Path, tree: Element) -> Iterator[tuple[str, Element, str]]:
         yield where, thing, text(thing, "name", where)
 
 
-def enter(
-    name: str, file: Path, tree: Element, place: int, classes: list[str], found: Annotations, folder: Path
-) -> None:
+def enter(name: str, file: Path, tree: Element, classes: list[str], found: Annotations, folder: Path) -> None:
     """Enter the picture `name` of an XML file, and its boxes, into `found`."""
     size = [number(tree, f"size/{side}", file) for side in ("width", "height")]
     names = [f"{name}{suffix}" for known in SUFFIXES for suffix in (known, known.upper())]
-    picture = next((picture for picture in names if (folder / picture).is_file()), names[0])
-    found.picture(str(file), folder / picture, picture, size, place)
+    chosen = next((chosen for chosen in names if (folder / chosen).is_file()), names[0])
+    picture = found.picture(str(file), folder / chosen, chosen, size, len(found.pictures))
     for where, thing, label in objects(file, tree):
         if label not in classes:
             raise UserError(f"{where}: its class '{label}' is not in training; it can be no student's answer")
         left, top, right, bottom = (number(thing, f"bndbox/{side}", where) for side in SIDES)
         crowd = (thing.findtext("difficult") or "0").strip() == "1"
         # VOC counts pixels from 1, and right and bottom are the last ones inside
-        found.box(where, place, (left - 1, top - 1, right, bottom), 1 + classes.index(label), crowd, None)
+        found.box(where, picture, (left - 1, top - 1, right, bottom), 1 + classes.index(label), crowd)

@@ -61,7 +61,7 @@ class OnProposals(OnDetector):
 
     def distillation(self, seen, losses: dict[str, Tensor], *, index: Tensor, epoch: int) -> dict[str, Tensor]:
         with torch.no_grad():
-            levels = self.teacher.levels_of(seen.images)
+            levels = self.teacher.backbone(seen.images)
             logits_teacher = at_least_float32(self.teacher.class_logits(levels, seen.proposals, seen.sizes))
         counts = [len(boxes) for boxes in seen.proposals]
         first = torch.tensor([sum(counts[:place]) for place in range(len(counts))], device=seen.logits.device)
@@ -86,7 +86,7 @@ class OnLevels(OnDetector):
 
     def distillation(self, seen, losses: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
         with torch.no_grad():
-            teacher = self.teacher.levels_of(seen.images)
+            teacher = self.teacher.backbone(seen.images)
         loss = self.compare([*seen.levels.values()], [*teacher.values()], **kwargs)
         return {"loss_kd": self.feat_loss_weight * loss}
 

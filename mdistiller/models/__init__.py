@@ -2,6 +2,7 @@
 imagenet_model_dict[NAME], text_model_dict[NAME] -> constructor(num_classes=...); tiny_imagenet_model_dict: as the
 first, for 64 x 64 images.
 """
+# ruff: noqa: F401 - what is imported here is what it offers
 
 import importlib
 import pkgutil
@@ -30,24 +31,3 @@ _paths.enter(
     tiny_imagenet_model_dict=tiny_imagenet_model_dict,
     imagenet_model_dict=imagenet_model_dict,
 )
-
-__all__ = [
-    "Ensemble",
-    "build_model",
-    "check_parts",
-    "check_text_network",
-    "cifar_model_dict",
-    "default_checkpoint",
-    "fit_inputs",
-    "freeze",
-    "frozen_norms",
-    "give_features",
-    "given_parts",
-    "imagenet_model_dict",
-    "in_eval_mode",
-    "library_weights",
-    "name_layers",
-    "register_model",
-    "text_model_dict",
-    "tiny_imagenet_model_dict",
-]

@@ -9,8 +9,9 @@ It also has `get_stage_channels()` -> [C_i] along `feats`, and `get_bn_before_re
 that ReLU, one for each stage after the stem.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,19 +31,28 @@ def register_model(constructor: Callable | str) -> Callable:
     @register_model("name") under that one. Raises UserError for anything else.
     """
     if isinstance(constructor, str):
+        return functools.partial(_enter, constructor)
+    return _enter(getattr(constructor, "__name__", type(constructor).__name__), constructor)
 
-        def register(named: Callable) -> Callable:
-            cifar_models[constructor] = named
-            return named
 
-        return register
-    if not hasattr(constructor, "__name__") or isinstance(constructor, nn.Module):
-        raise UserError(
-            f"register_model: takes a class or a function, called with num_classes=...; got {_said(constructor)}; "
-            "write @register_model above it: its own name is the model's"
-        )
-    cifar_models[constructor.__name__] = constructor
+def _enter(name: str, constructor: Callable) -> Callable:
+    cifar_models[name] = constructor
     return constructor
+
+
+def constructor_of(name: str, network: type, *given: object) -> Callable:
+    """Return `network` of those arguments as a constructor of that name."""
+
+    def constructor(num_classes: int = 100) -> nn.Module:
+        return network(*given, num_classes=num_classes)
+
+    constructor.__name__ = constructor.__qualname__ = name
+    return constructor
+
+
+def variant(name: str, network: type, *given: object) -> Callable:
+    """Register `network` of those arguments as the model `name`, and return its constructor."""
+    return register_model(constructor_of(name, network, *given))
 
 
 def entry(name: str, constructor: object) -> object:
@@ -50,17 +60,20 @@ def entry(name: str, constructor: object) -> object:
     UserError where there is none.
     """
     first = constructor[0] if isinstance(constructor, (tuple, list)) and constructor else constructor
-    if not callable(first) or isinstance(first, nn.Module):
-        raise UserError(f"the model '{name}': must be a class or a function of num_classes; got {_said(first)}")
+    if isinstance(first, nn.Module) or not callable(first):
+        made = f"an object, {type(first).__name__}(...): pass the class itself"
+        got = made if isinstance(first, nn.Module) else f"{first!r:.100}"
+        raise UserError(f"the model '{name}': must be a class or a function of num_classes; got {got}")
     return constructor if first is not constructor else (constructor, default_checkpoint(name))
 
 
-def _said(value: object) -> str:
-    made = isinstance(value, nn.Module)
-    return f"an object, {type(value).__name__}(...): pass the class itself" if made else f"{value!r:.100}"
-
-
 cifar_models.accept = entry
+
+
+@functools.cache
+def adapted(base: type, kind: type) -> type:
+    """Return a library's class `base` with what `kind` puts before it."""
+    return type(base.__name__, (kind, base), {"__module__": base.__module__})
 
 
 def features(feats: list[Tensor], preact_feats: list[Tensor], pooled_feat: Tensor) -> dict:
@@ -83,7 +96,14 @@ class Stage(nn.Sequential):
 
 
 class Network(nn.Module):
-    """Base of the zoo's networks: what code written for mdistiller reads of them beside the contract."""
+    """Base of the zoo's networks, which set `channels`, the stages' widths: the contract's part that follows from them,
+    and what code written for mdistiller reads beside the contract.
+    """
+
+    channels: Sequence[int]
+
+    def get_stage_channels(self) -> list[int]:
+        return list(self.channels)
 
     @property
     def relu(self) -> nn.Module:
@@ -106,22 +126,57 @@ class Network(nn.Module):
 _RELU, _AVERAGE = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
 
 
+class StagedNetwork(Network):
+    """A stem of `conv1` and `bn1`, Stages `layer1`, `layer2`, ..., and a linear layer, which is called `HEAD`."""
+
+    HEAD = "linear"
+
+    def stages(self) -> list[Stage]:
+        return [getattr(self, f"layer{number}") for number in range(1, len(self.channels))]
+
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """Return the last normalisation of each stage's last block, whose names begin with bn."""
+        norms = [[bn for name, bn in stage[-1].named_children() if name.startswith("bn")] for stage in self.stages()]
+        return [bns[-1] for bns in norms]
+
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return what enters the classifier, (B, C), of the last stage's output."""
+        return global_average(x)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
+        x = self.stem(x)
+        feats, preacts = [x], [x]
+        for stage in self.stages():
+            x, preact = stage(x)
+            feats.append(x)
+            preacts.append(preact)
+        pooled = self.pooled(x)
+        return getattr(self, self.HEAD)(pooled), features(feats, preacts, pooled)
+
+
+def conv_bn_relu(in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+
+
 def global_average(x: Tensor) -> Tensor:
     """Return the mean over H and W of x: (B, C, H, W) -> (B, C), for any H and W."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
-def init_kaiming(model: nn.Module) -> None:
-    """Initialise every convolution as He et al. do (arXiv 1502.01852): fan-out, normal."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Move channel c of group g of x (B, C, H, W) to c * groups + g (Zhang et al., arXiv 1707.01083, figure 1)."""
+    b, c, h, w = x.shape
+    return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, c, h, w)
 
 
 def init_fan_normal(model: nn.Module, linear_std: float | None = None) -> None:
     """Initialise convolutions by N(0, 2 / (k * k * C_out)), their biases and the classifier's by 0; the classifier's
-    weights by N(0, linear_std^2), or as PyTorch does where linear_std is None. Unlike init_kaiming, C_out is not
-    divided by groups.
+    weights by N(0, linear_std^2), or as PyTorch does where linear_std is None. C_out is not divided by
+    groups.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,6 +1,8 @@
 """The feature contract for a network that returns logits alone, from the names of its layers."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,20 @@ from torch import Tensor, nn
 from mdistiller.errors import UserError
 from mdistiller.models._contract import in_eval_mode
 from mdistiller.registry import unknown
+
+
+def watch(model: nn.Module, names: Iterable[str], seen: dict[str, Tensor]) -> ExitStack:
+    """Let each forward pass of `model` put into `seen` the outputs of the submodules `names`, and under "" what enters
+    the last nn.Linear, (B, C); until the stack that this returns is closed.
+    """
+    hooks = ExitStack()
+    for name in names:
+        keep = functools.partial(lambda name, _module, _inputs, output: seen.__setitem__(name, output), name)
+        hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
+    if linear := [module for module in model.modules() if isinstance(module, nn.Linear)]:
+        hook = linear[-1].register_forward_pre_hook(lambda _, inputs: seen.__setitem__("", inputs[0].flatten(1)))
+        hooks.enter_context(hook)
+    return hooks
 
 
 def name_layers(model: nn.Module, layers: Sequence[str], size: int) -> nn.Module:
@@ -18,25 +34,15 @@ def name_layers(model: nn.Module, layers: Sequence[str], size: int) -> nn.Module
     "preact_feats". `size`: height of the images, by which the channels are found out. Raises UserError for a name that
     is no submodule, or one whose output is no map.
     """
-    modules = dict(model.named_modules())
+    known = [name for name, _ in model.named_modules() if name]
     for name in layers:
-        if name not in modules:
-            raise UserError(unknown("layer", name, (known for known in modules if known)))
+        if name not in known:
+            raise UserError(unknown("layer", name, known))
     seen: dict[str, Tensor] = {}
-
-    def keep(name: str):
-        return lambda _module, _inputs, output: seen.__setitem__(name, output)
-
-    for name in layers:
-        modules[name].register_forward_hook(keep(name))
-    linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
-    if linear:
-        linear[-1].register_forward_pre_hook(lambda _module, inputs: seen.__setitem__("", inputs[0].flatten(1)))
+    watch(model, layers, seen)
 
     def collect(_model: nn.Module, _inputs: tuple, logits: Tensor) -> tuple[Tensor, dict]:
-        feats = {"feats": [seen[name] for name in layers]}
-        if linear:
-            feats["pooled_feat"] = seen[""]
+        feats = {"feats": [seen[name] for name in layers]} | ({"pooled_feat": seen[""]} if "" in seen else {})
         seen.clear()
         return logits, feats
 

@@ -6,6 +6,7 @@ are normalised and padded by the detector; boxes are (left, top, right, bottom) 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import UserError
+from mdistiller.models._common import adapted
 from mdistiller.models._contract import in_eval_mode
 from mdistiller.models.resnet import BasicBlock
 from mdistiller.registry import UnknownName, detectors, nearest
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIVISIBLE = 32  # what the sides of a padded batch are multiples of
 COCO_ROWS = 91  # of torchvision's heads: COCO's numbers of categories, ten of which nobody has
 RESNETS = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
@@ -76,15 +77,11 @@ class Detector(nn.Module):
             place[:, : image.shape[1], : image.shape[2]] = self.transform.normalize(image)
         return padded.contiguous(memory_format=torch.channels_last)
 
-    def levels_of(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the feature pyramid of `batched` images."""
-        return self.backbone(images)
-
     @torch.no_grad()
     def level_shapes(self, side: int = 256) -> dict[str, tuple[int, int, int]]:
         """Return (channels, height, width) of each level of the pyramid of an image of so many pixels."""
         with in_eval_mode(self.backbone):
-            levels = self.levels_of(next(self.parameters()).new_zeros(1, 3, side, side))
+            levels = self.backbone(next(self.parameters()).new_zeros(1, 3, side, side))
         return {name: tuple(maps.shape[1:]) for name, maps in levels.items()}
 
     def train_on(
@@ -94,8 +91,7 @@ class Detector(nn.Module):
         the anchors and proposals are drawn that count.
         """
         batch, sizes = self.batched(images, canvas), [tuple(image.shape[1:]) for image in images]
-        levels = self.levels_of(batch)
-        return self.of_levels(Pass({}, batch, levels, sizes), targets, seeds)
+        return self.of_levels(Pass({}, batch, self.backbone(batch), sizes), targets, seeds)
 
     def of_levels(self, seen: Pass, targets: list[dict], seeds: Sequence[int]) -> Pass:
         """Return the pass with its losses: of a detector whose head sees every place of the pyramid."""
@@ -164,15 +160,21 @@ class Sampler:
         return masks
 
 
-@functools.cache
-def _adapted(base: type, kind: type) -> type:
-    return type(base.__name__, (kind, base), {"__module__": base.__module__})
+KINDS = {"fasterrcnn": ("FasterRCNN", TwoStages), "retinanet": ("RetinaNet", Detector), "fcos": ("FCOS", Detector)}
+KNOWN = [  # what is offered of torchvision's
+    *(f"{kind}_{trunk}_fpn" for kind in KINDS for trunk in RESNETS),
+    "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v2_fpn",
+]  # fmt: skip
 
 
-def _finish(network: nn.Module, kind: type) -> nn.Module:
-    """Return torchvision's `network` as a Detector."""
-    network.__class__ = _adapted(type(network), kind)
-    if kind is TwoStages:
+def _detector(kind: str, *given, **named) -> nn.Module:
+    """Return torchvision's network of that kind as a Detector."""
+    from torchvision.models import detection
+
+    name, own = KINDS[kind]
+    network = getattr(detection, name)(*given, **named, _skip_resize=True)  # training images come scaled
+    network.__class__ = adapted(type(network), own)
+    if own is TwoStages:
         network.rpn.fg_bg_sampler = Sampler(network.rpn.fg_bg_sampler.batch_size_per_image, 0.5)
         heads = network.roi_heads
         heads.fg_bg_sampler = Sampler(heads.fg_bg_sampler.batch_size_per_image, 0.25)
@@ -183,41 +185,22 @@ def _finish(network: nn.Module, kind: type) -> nn.Module:
     return network.train()
 
 
-KINDS = {"fasterrcnn": TwoStages, "retinanet": Detector, "fcos": Detector}
-
-
-def _classes(kind: str) -> type:
-    from torchvision.models import detection
-
-    return {"fasterrcnn": detection.FasterRCNN, "retinanet": detection.RetinaNet, "fcos": detection.FCOS}[kind]
-
-
-def _known() -> list[str]:
-    """Return the names of what is offered of torchvision's detectors."""
-    own = [f"{kind}_{trunk}_fpn" for kind in KINDS for trunk in RESNETS]
-    return own + ["fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v2_fpn"]
-
-
 @functools.cache
 def _torchvision(name: str) -> Callable[..., nn.Module]:
-    if name not in _known():
-        near = ", ".join(f"tv:{close}" for close in nearest(name, _known(), 3)) or ", ".join(_known())
+    if name not in KNOWN:
+        near = ", ".join(f"tv:{close}" for close in nearest(name, KNOWN, 3)) or ", ".join(KNOWN)
         raise UnknownName(f"unknown detector 'tv:{name}'; near it: {near}")
-    kind, _, trunk = name.removesuffix("_fpn").partition("_")
-
-    def constructor(num_classes: int, size: int = 0) -> nn.Module:
-        return _build(name, kind, trunk, num_classes)
-
-    return constructor
+    return functools.partial(_build, name)
 
 
-def _build(name: str, kind: str, trunk: str, num_classes: int) -> nn.Module:
+def _build(name: str, num_classes: int, size: int = 0) -> nn.Module:
     from torchvision.models import get_model_weights, mobilenet_v2
     from torchvision.models.detection import backbone_utils
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-    given = {"_skip_resize": True}  # of training images, which come scaled
+    kind, _, trunk = name.removesuffix("_fpn").partition("_")
+    given = {}
     if trunk in RESNETS:
         extra = {}
         if kind != "fasterrcnn":
@@ -235,7 +218,7 @@ def _build(name: str, kind: str, trunk: str, num_classes: int) -> nn.Module:
             backbone_name=trunk, weights=None, fpn=True, norm_layer=nn.BatchNorm2d, trainable_layers=6
         )
         given["rpn_anchor_generator"] = AnchorGenerator(((32, 64, 128, 256, 512),) * 3, ((0.5, 1.0, 2.0),) * 3)
-    network = _finish(_classes(kind)(backbone, num_classes, **given), KINDS[kind])
+    network = _detector(kind, backbone, num_classes, **given)
 
     def fetch_trunk() -> dict[str, Tensor]:
         own, weights = network.state_dict(), get_model_weights(trunk).IMAGENET1K_V1
@@ -294,26 +277,21 @@ def _small(kind: str, depth: int, wide: str) -> Callable[..., nn.Module]:
         names = {f"layer{n}": str(n - 1) for n in (1, 2, 3)}
         backbone = BackboneWithFPN(trunk, names, stages, out, LastLevelMaxPool())
         sizes = ((12,), (24,), (40,), (64,))
-        given = {"image_mean": MEAN, "image_std": STD, "_skip_resize": True}
         if kind == "fasterrcnn":
-            network = _classes(kind)(
+            return _detector(
+                kind,
                 backbone,
                 rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 4),
                 rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=200, rpn_pre_nms_top_n_test=200,
                 rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64, box_batch_size_per_image=64,
                 box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 5, 1, canonical_scale=40, canonical_level=3),
                 box_head=TwoMLPHead(out * 5 * 5, 128), box_predictor=FastRCNNPredictor(128, num_classes),
-                **given,
             )  # fmt: skip
-        elif kind == "retinanet":
-            sizes = tuple((side, int(1.4 * side)) for (side,) in sizes)
-            anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 4)
-            network = _classes(kind)(backbone, num_classes, anchor_generator=anchors, **given)
+        if kind == "retinanet":
+            anchors = AnchorGenerator(tuple((side, int(1.4 * side)) for (side,) in sizes), ((0.5, 1.0, 2.0),) * 4)
         else:
             anchors = AnchorGenerator(((4,), (8,), (16,), (32,)), ((1.0,),) * 4)  # FCOS takes a size for the stride
-            network = _classes(kind)(backbone, num_classes, anchor_generator=anchors, **given)
-
-        return _finish(network, KINDS[kind])
+        return _detector(kind, backbone, num_classes, anchor_generator=anchors)
 
     return constructor
 
@@ -326,7 +304,5 @@ def _stem(width: int) -> nn.Module:
 
 
 detectors.libraries["tv"] = _torchvision
-for _kind in KINDS:
-    for _depth in BLOCKS:
-        for _wide in WIDTHS:
-            detectors[f"{_kind}_resnet{_depth}{_wide}"] = _small(_kind, _depth, _wide)
+for _kind, _depth, _wide in itertools.product(KINDS, BLOCKS, WIDTHS):
+    detectors[f"{_kind}_resnet{_depth}{_wide}"] = _small(_kind, _depth, _wide)

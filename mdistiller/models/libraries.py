@@ -4,7 +4,6 @@ They are the library's own objects, with its keys, made to return (logits, feats
 weights expect them: of their own mean, deviation and, where they take one size alone, size.
 """
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller.errors import UserError
-from mdistiller.models._common import default_checkpoint
+from mdistiller.models._common import adapted, default_checkpoint
 from mdistiller.models._contract import in_eval_mode
+from mdistiller.models._layers import watch
 from mdistiller.registry import UnknownName, cifar_models, nearest
 from mdistiller.terminal import say
 
@@ -30,7 +30,8 @@ class LibraryNetwork(nn.Module):
     (logits, feats); there are no preact_feats.
 
     `fetch()`: the state_dict of the library's own weights. `own_size`: the one that the images are brought to, 0 for
-    any; `gives_features`: whether feats are asked for, {} where not.
+    any; `gives_features`: whether feats are asked for, {} where not. A subclass's `with_features` makes (logits,
+    feats) of images as the library's weights expect them.
     """
 
     fetch: Callable[[], dict[str, Tensor]]
@@ -47,10 +48,6 @@ class LibraryNetwork(nn.Module):
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         x = x * self.input_scale + self.input_shift
         return self.with_features(x) if self.gives_features else (super().forward(x), {})
-
-    def with_features(self, x: Tensor) -> tuple[Tensor, dict]:
-        """Return (logits, feats) of images as the library's weights expect them."""
-        raise NotImplementedError
 
     def get_stage_channels(self) -> list[int]:
         image = next(self.parameters()).new_zeros(1, 3, self.probe_size, self.probe_size)
@@ -78,27 +75,18 @@ class TimmNetwork(LibraryNetwork):
 class TorchvisionNetwork(LibraryNetwork):
     def with_features(self, x: Tensor) -> tuple[Tensor, dict]:
         seen: dict[str, Tensor] = {}
-        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
-        with contextlib.ExitStack() as hooks:
-            for name in self.taken:
-                hooks.enter_context(self.get_submodule(name).register_forward_hook(_keep(seen, name)))
-            if linear:
-                enters = linear[-1].register_forward_pre_hook(lambda _, given: seen.__setitem__("", given[0]))
-                hooks.enter_context(enters)
+        with watch(self, self.taken, seen):
             logits = super(LibraryNetwork, self).forward(x)
-        feats = {"pooled_feat": seen.pop("").flatten(1)} if linear else {}
-        return logits, {"feats": [self.as_map(seen[name]) for name in self.taken]} | feats
+        pooled = {"pooled_feat": seen[""]} if "" in seen else {}
+        return logits, {"feats": [self.as_map(seen[name]) for name in self.taken]} | pooled
 
     def as_map(self, value: Tensor) -> Tensor:
         """Return a part's output as (B, C, H, W): Swin's are (B, H, W, C), ViT's (B, 1 + H W, C)."""
         if value.ndim == 3:
             side = int((value.shape[1] - 1) ** 0.5)
             value = value[:, 1:].unflatten(1, (side, side))
-        return value.permute(0, 3, 1, 2) if value.ndim == 4 and self.channels_last else value
-
-    @functools.cached_property
-    def channels_last(self) -> bool:
-        return type(self).__name__ in ("SwinTransformer", "VisionTransformer")
+        last = type(self).__name__ in ("SwinTransformer", "VisionTransformer")
+        return value.permute(0, 3, 1, 2) if value.ndim == 4 and last else value
 
     @functools.cached_property
     def taken(self) -> list[str]:
@@ -108,17 +96,11 @@ class TorchvisionNetwork(LibraryNetwork):
             return [blocks[i] for i in spread(len(blocks))]
         seen: dict[str, Tensor] = {}
         image = next(self.parameters()).new_zeros(1, 3, self.probe_size, self.probe_size)
-        with torch.no_grad(), in_eval_mode(self), contextlib.ExitStack() as hooks:
-            for name, part in trunk(self):
-                hooks.enter_context(part.register_forward_hook(_keep(seen, name)))
+        with torch.no_grad(), in_eval_mode(self), watch(self, trunk(self), seen):
             super(LibraryNetwork, self).forward(image)
         maps = {name: self.as_map(value) for name, value in seen.items() if value.ndim == 4}
         last = {value.shape[2]: name for name, value in maps.items() if value.shape[2] > 1}
         return [*last.values()]
-
-
-def _keep(seen: dict[str, Tensor], name: str) -> Callable:
-    return lambda _module, _inputs, output: seen.__setitem__(name, output)
 
 
 def spread(count: int) -> list[int]:
@@ -127,20 +109,15 @@ def spread(count: int) -> list[int]:
     return [count * (i + 1) // stages - 1 for i in range(stages)]
 
 
-def trunk(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, part) of what comes before the head: children, in place of a sequence its own."""
+def trunk(network: nn.Module) -> Iterator[str]:
+    """Yield the names of what comes before the head: of children, in place of a sequence of its own."""
     for name, child in network.named_children():
         if name in HEADS:
             continue
         if isinstance(child, (nn.Sequential, nn.ModuleList)):
-            yield from ((f"{name}.{inner}", part) for inner, part in child.named_children())
+            yield from (f"{name}.{inner}" for inner, _ in child.named_children())
         else:
-            yield name, child
-
-
-@functools.cache
-def _adapted(base: type, kind: type) -> type:
-    return type(base.__name__, (kind, base), {"__module__": base.__module__})
+            yield name
 
 
 def fit_inputs(model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int) -> None:
@@ -189,7 +166,7 @@ def library_weights(model: nn.Module, name: str, source: str = "pretrained") -> 
 
 
 def _finish(network: nn.Module, kind: type, fetch: Callable, normal: tuple, size: int, fixed: bool) -> nn.Module:
-    network.__class__ = _adapted(type(network), kind)
+    network.__class__ = adapted(type(network), kind)
     network.fetch, (network.mean, network.std), network.own_size = fetch, normal, size
     network.probe_size = size if fixed else network.probe_size
     for name, value in (("input_scale", 1.0), ("input_shift", 0.0)):

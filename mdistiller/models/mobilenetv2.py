@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model
+from mdistiller.models._common import Network, conv_bn_relu, features, global_average, init_fan_normal, variant
 
 # expansion, channels at full width, blocks, stride of the first
 SETTINGS = (
@@ -16,11 +16,6 @@ SETTINGS = (
 )
 
 
-def _conv_bn_relu(in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
-
-
 class InvertedResidual(nn.Module):
     """Expand, depthwise, project without activation; a shortcut where the shape stays."""
 
@@ -29,9 +24,9 @@ class InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         self.use_shortcut = stride == 1 and in_channels == channels
         self.conv = nn.Sequential(
-            *_conv_bn_relu(in_channels, hidden, 1),
-            *_conv_bn_relu(hidden, hidden, 3, stride, groups=hidden),
-            *_conv_bn_relu(hidden, channels, 1)[:-1],
+            *conv_bn_relu(in_channels, hidden, 1),
+            *conv_bn_relu(hidden, hidden, 3, stride, groups=hidden),
+            *conv_bn_relu(hidden, channels, 1)[:-1],
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +45,7 @@ class MobileNet(Network):
     def __init__(self, width: float = 0.5, num_classes: int = 100):
         super().__init__()
         channels = int(32 * width)
-        self.conv1 = nn.Sequential(*_conv_bn_relu(3, channels, 3, stride=2))
+        self.conv1 = nn.Sequential(*conv_bn_relu(3, channels, 3, stride=2))
         self.channels, groups = [channels], []
         for expansion, full_width, count, stride in SETTINGS:
             out_channels, group = int(full_width * width), []
@@ -61,12 +56,9 @@ class MobileNet(Network):
         self.blocks = nn.Sequential(*groups)
         self.channels += [int(SETTINGS[end][1] * width) for end in self.STAGE_ENDS]
         last = int(1280 * max(width, 1.0))
-        self.conv2 = nn.Sequential(*_conv_bn_relu(channels, last, 1))
+        self.conv2 = nn.Sequential(*conv_bn_relu(channels, last, 1))
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
         init_fan_normal(self, linear_std=0.01)
-
-    def get_stage_channels(self) -> list[int]:
-        return list(self.channels)
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
         return [self.blocks[end][-1].conv[-1] for end in self.STAGE_ENDS]
@@ -82,6 +74,4 @@ class MobileNet(Network):
         return self.classifier(pooled), features(feats, list(feats), pooled)
 
 
-@register_model
-def MobileNetV2(num_classes: int = 100) -> MobileNet:
-    return MobileNet(0.5, num_classes)
+MobileNetV2 = variant("MobileNetV2", MobileNet, 0.5)

@@ -1,107 +1,108 @@
-"""ResNet for 32 x 32 images, three stages (He et al., CVPR 2016, section 4.2; arXiv 1512.03385), and its x4 widths."""
+"""ResNet for 32 x 32 images, three stages (He et al., CVPR 2016, section 4.2; arXiv 1512.03385), its x4 widths, and
+what all ResNets are made of.
+"""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, Stage, features, global_average, init_kaiming, register_model
+from mdistiller.models._common import Stage, StagedNetwork, variant
 
 
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut; the ReLU after the sum is the caller's."""
+class Block(nn.Module):
+    """Base of the blocks: a shortcut around convolutions. The ReLU after the sum is the caller's."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = None
+    expansion = 1  # of a stage's width, by its output
+    SHORTCUT = "downsample"  # the name of the shortcut's layers
+
+    def add_shortcut(self, in_channels: int, channels: int, stride: int) -> None:
+        """Give the block layers for its shortcut, where the shape changes."""
+        layers = None
         if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            layers = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        self.add_module(self.SHORTCUT, layers)
+
+    def shortcut_of(self, x: Tensor) -> Tensor:
+        layers = getattr(self, self.SHORTCUT)
+        return x if layers is None else layers(x)
+
+
+class BasicBlock(Block):
+    """Two 3 x 3 convolutions."""
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.add_shortcut(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(out)) + shortcut
+        return self.bn2(self.conv2(out)) + self.shortcut_of(x)
 
 
-class ResNet(Network):
+class Bottleneck(Block):
+    """A 3 x 3 convolution between two of 1 x 1."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.add_shortcut(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return self.bn3(self.conv3(out)) + self.shortcut_of(x)
+
+
+class ResidualNetwork(StagedNetwork):
+    """Stages of `counts` blocks each; all stages but the first halve the image. Convolutions are initialised as He et
+    al. do (arXiv 1502.01852): fan-out, normal.
+    """
+
+    HEAD = "fc"
+
+    def __init__(self, stem: nn.Conv2d, block: type, widths: Sequence[int], counts: Sequence[int], num_classes: int):
+        super().__init__()
+        self.channels = [stem.out_channels, *(width * block.expansion for width in widths)]
+        self.conv1 = stem
+        self.bn1 = nn.BatchNorm2d(stem.out_channels)
+        for i, (width, count) in enumerate(zip(widths, counts, strict=True)):
+            first = block(self.channels[i], width, 2 if i else 1)
+            rest = (block(self.channels[i + 1], width, 1) for _ in range(count - 1))
+            self.add_module(f"layer{i + 1}", Stage(first, *rest))
+        self.add_module(self.HEAD, nn.Linear(self.channels[-1], num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class ResNet(ResidualNetwork):
     """Depth 6 n + 2: n blocks in each of three stages. `channels`: of the stem and the stages."""
 
     def __init__(self, depth: int, channels: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 100):
-        super().__init__()
-        self.channels = channels
-        self.conv1 = nn.Conv2d(3, channels[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        blocks = (depth - 2) // 6
-        self.layer1 = self._stage(channels[0], channels[1], blocks, 1)
-        self.layer2 = self._stage(channels[1], channels[2], blocks, 2)
-        self.layer3 = self._stage(channels[2], channels[3], blocks, 2)
-        self.fc = nn.Linear(channels[3], num_classes)
-        init_kaiming(self)
-
-    @staticmethod
-    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> Stage:
-        first = BasicBlock(in_channels, channels, stride)
-        return Stage(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
-
-    def get_stage_channels(self) -> list[int]:
-        return list(self.channels)
-
-    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        return [stage[-1].bn2 for stage in (self.layer1, self.layer2, self.layer3)]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
-        f0 = F.relu(self.bn1(self.conv1(x)))
-        f1, p1 = self.layer1(f0)
-        f2, p2 = self.layer2(f1)
-        f3, p3 = self.layer3(f2)
-        pooled = global_average(f3)
-        return self.fc(pooled), features([f0, f1, f2, f3], [f0, p1, p2, p3], pooled)
+        stem = nn.Conv2d(3, channels[0], 3, 1, 1, bias=False)
+        super().__init__(stem, BasicBlock, channels[1:], [(depth - 2) // 6] * 3, num_classes)
 
 
-@register_model
-def resnet8(num_classes: int = 100) -> ResNet:
-    return ResNet(8, num_classes=num_classes)
-
-
-@register_model
-def resnet14(num_classes: int = 100) -> ResNet:
-    return ResNet(14, num_classes=num_classes)
-
-
-@register_model
-def resnet20(num_classes: int = 100) -> ResNet:
-    return ResNet(20, num_classes=num_classes)
-
-
-@register_model
-def resnet32(num_classes: int = 100) -> ResNet:
-    return ResNet(32, num_classes=num_classes)
-
-
-@register_model
-def resnet44(num_classes: int = 100) -> ResNet:
-    return ResNet(44, num_classes=num_classes)
-
-
-@register_model
-def resnet56(num_classes: int = 100) -> ResNet:
-    return ResNet(56, num_classes=num_classes)
-
-
-@register_model
-def resnet110(num_classes: int = 100) -> ResNet:
-    return ResNet(110, num_classes=num_classes)
-
-
-@register_model
-def resnet8x4(num_classes: int = 100) -> ResNet:
-    return ResNet(8, (32, 64, 128, 256), num_classes)
-
-
-@register_model
-def resnet32x4(num_classes: int = 100) -> ResNet:
-    return ResNet(32, (32, 64, 128, 256), num_classes)
+X4 = (32, 64, 128, 256)
+resnet8 = variant("resnet8", ResNet, 8)
+resnet14 = variant("resnet14", ResNet, 14)
+resnet20 = variant("resnet20", ResNet, 20)
+resnet32 = variant("resnet32", ResNet, 32)
+resnet44 = variant("resnet44", ResNet, 44)
+resnet56 = variant("resnet56", ResNet, 56)
+resnet110 = variant("resnet110", ResNet, 110)
+resnet8x4 = variant("resnet8x4", ResNet, 8, X4)
+resnet32x4 = variant("resnet32x4", ResNet, 32, X4)

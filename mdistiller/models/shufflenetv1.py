@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, Stage, features, global_average, register_model
-from mdistiller.models._shuffle import channel_shuffle
+from mdistiller.models._common import Stage, StagedNetwork, channel_shuffle, variant
 
 
 class Bottleneck(nn.Module):
@@ -34,7 +33,7 @@ class Bottleneck(nn.Module):
         return out + x
 
 
-class ShuffleNet(Network):
+class ShuffleNet(StagedNetwork):
     GROUPS, COUNTS = 3, (4, 8, 4)
 
     def __init__(self, num_classes: int = 100):
@@ -50,21 +49,5 @@ class ShuffleNet(Network):
             self.add_module(f"layer{i + 1}", Stage(first, *rest))
         self.linear = nn.Linear(self.channels[-1], num_classes)
 
-    def get_stage_channels(self) -> list[int]:
-        return list(self.channels)
 
-    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        return [stage[-1].bn3 for stage in (self.layer1, self.layer2, self.layer3)]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
-        f0 = F.relu(self.bn1(self.conv1(x)))
-        f1, p1 = self.layer1(f0)
-        f2, p2 = self.layer2(f1)
-        f3, p3 = self.layer3(f2)
-        pooled = global_average(f3)
-        return self.linear(pooled), features([f0, f1, f2, f3], [f0, p1, p2, p3], pooled)
-
-
-@register_model
-def ShuffleV1(num_classes: int = 100) -> ShuffleNet:
-    return ShuffleNet(num_classes)
+ShuffleV1 = variant("ShuffleV1", ShuffleNet)

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, Stage, features, global_average, register_model
-from mdistiller.models._shuffle import channel_shuffle
+from mdistiller.models._common import Stage, StagedNetwork, channel_shuffle, global_average, variant
 
 
 class BasicBlock(nn.Module):
@@ -62,7 +61,7 @@ class ShuffledStage(Stage):
         return channel_shuffle(F.relu(preact), 2)
 
 
-class ShuffleNetV2(Network):
+class ShuffleNetV2(StagedNetwork):
     COUNTS = (3, 7, 3)
 
     def __init__(self, num_classes: int = 100):
@@ -78,23 +77,8 @@ class ShuffleNetV2(Network):
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
-    def get_stage_channels(self) -> list[int]:
-        return list(self.channels)
-
-    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        return [stage[-1].bn3 for stage in (self.layer1, self.layer2, self.layer3)]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
-        x = F.relu(self.bn1(self.conv1(x)))
-        feats, preacts = [x], [x]
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x, preact = stage(x)
-            feats.append(x)
-            preacts.append(preact)
-        pooled = global_average(F.relu(self.bn2(self.conv2(x))))
-        return self.linear(pooled), features(feats, preacts, pooled)
+    def pooled(self, x: Tensor) -> Tensor:
+        return global_average(F.relu(self.bn2(self.conv2(x))))
 
 
-@register_model
-def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:
-    return ShuffleNetV2(num_classes)
+ShuffleV2 = variant("ShuffleV2", ShuffleNetV2)

@@ -3,7 +3,7 @@
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, variant
 
 CHANNELS = (64, 128, 256, 512, 512)
 
@@ -28,6 +28,8 @@ class VGG(Network):
     fourth as well where it is 64 pixels high.
     """
 
+    channels = CHANNELS
+
     def __init__(self, counts: tuple[int, int, int, int, int], num_classes: int = 100):
         super().__init__()
         in_channels = 3
@@ -36,9 +38,6 @@ class VGG(Network):
             in_channels = channels
         self.classifier = nn.Linear(CHANNELS[-1], num_classes)
         init_fan_normal(self, linear_std=0.01)
-
-    def get_stage_channels(self) -> list[int]:
-        return list(CHANNELS)
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
         return [block[-1] for block in (self.block1, self.block2, self.block3, self.block4)]
@@ -58,26 +57,8 @@ class VGG(Network):
         return self.classifier(pooled), features(feats, preacts, pooled)
 
 
-@register_model
-def vgg8(num_classes: int = 100) -> VGG:
-    return VGG((1, 1, 1, 1, 1), num_classes)
-
-
-@register_model
-def vgg11(num_classes: int = 100) -> VGG:
-    return VGG((1, 1, 2, 2, 2), num_classes)
-
-
-@register_model
-def vgg13(num_classes: int = 100) -> VGG:
-    return VGG((2, 2, 2, 2, 2), num_classes)
-
-
-@register_model
-def vgg16(num_classes: int = 100) -> VGG:
-    return VGG((2, 2, 3, 3, 3), num_classes)
-
-
-@register_model
-def vgg19(num_classes: int = 100) -> VGG:
-    return VGG((2, 2, 4, 4, 4), num_classes)
+vgg8 = variant("vgg8", VGG, (1, 1, 1, 1, 1))
+vgg11 = variant("vgg11", VGG, (1, 1, 2, 2, 2))
+vgg13 = variant("vgg13", VGG, (2, 2, 2, 2, 2))
+vgg16 = variant("vgg16", VGG, (2, 2, 3, 3, 3))
+vgg19 = variant("vgg19", VGG, (2, 2, 4, 4, 4))

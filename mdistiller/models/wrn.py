@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller.models._common import Network, features, global_average, init_fan_normal, register_model
+from mdistiller.models._common import Network, features, global_average, init_fan_normal, variant
 
 
 class BasicBlock(nn.Module):
@@ -59,9 +59,6 @@ class WideResNet(Network):
         self.fc = nn.Linear(self.channels[3], num_classes)
         init_fan_normal(self)
 
-    def get_stage_channels(self) -> list[int]:
-        return list(self.channels)
-
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
         return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
 
@@ -75,21 +72,7 @@ class WideResNet(Network):
         return self.fc(pooled), features([f0, f1, f2, f3], [f0, p1, p2, p3], pooled)
 
 
-@register_model
-def wrn_16_1(num_classes: int = 100) -> WideResNet:
-    return WideResNet(16, 1, num_classes)
-
-
-@register_model
-def wrn_16_2(num_classes: int = 100) -> WideResNet:
-    return WideResNet(16, 2, num_classes)
-
-
-@register_model
-def wrn_40_1(num_classes: int = 100) -> WideResNet:
-    return WideResNet(40, 1, num_classes)
-
-
-@register_model
-def wrn_40_2(num_classes: int = 100) -> WideResNet:
-    return WideResNet(40, 2, num_classes)
+wrn_16_1 = variant("wrn_16_1", WideResNet, 16, 1)
+wrn_16_2 = variant("wrn_16_2", WideResNet, 16, 2)
+wrn_40_1 = variant("wrn_40_1", WideResNet, 40, 1)
+wrn_40_2 = variant("wrn_40_2", WideResNet, 40, 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import Bomb, refused
 from PIL import Image
+from torch.utils.data import TensorDataset
 from torchvision.transforms import functional as TF
 
 from mdistiller.dataset import Batches, ImageSet, image_set, load_dataset
@@ -170,34 +171,30 @@ def test_npz(tmp_path):
     np.savez_compressed(tmp_path / "grey.npz", **arrays(**grey))
     images = load_dataset("npz", tmp_path / "grey.npz").train_images
     assert torch.equal(images[..., 0], images[..., 2])
+    floats = {name: arrays()[name].transpose(0, 3, 1, 2)[:, :, 4:] / 255 for name in ("train_images", "test_images")}
+    np.savez(tmp_path / "floats.npz", **arrays(**floats))
+    assert torch.equal(load_dataset("npz", tmp_path / "floats.npz").train_images, data.train_images[:, 4:])
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"test_labels": None}, "lacks test_labels"),
-        (
-            {"train_images": np.zeros((8, 3, 28, 28), np.float32)},
-            "float32 (8, 3, 28, 28); expected uint8 (N, H, W) or (N, H, W, 1 or 3); save "
-            "(255 * images.transpose(0, 2, 3, 1)).round().astype('uint8')",
-        ),
-        ({"train_images": np.full((8, 28, 28), 255)}, "save images.astype('uint8')"),
-        ({"train_images": np.full((8, 3, 28, 28), 9, np.uint8)}, "save images.transpose(0, 2, 3, 1)"),
-        ({"train_images": np.full((8, 28, 28, 3), 1.5, np.float32)}, "1 or 3); save images.astype('uint8')"),
-        ({"train_images": np.zeros((8, 28, 28, 4), np.uint8)}, "expected uint8"),
+        ({"train_images": np.full((8, 28, 28), 255)}, "floats in [0, 1]; got int64"),
+        ({"train_images": np.full((8, 28, 28, 3), 1.5, np.float32)}, "floats in [0, 1]; got 1.5 to 1.5"),
+        ({"train_images": np.zeros((8, 28, 28, 4), np.uint8)}, "must be grey or RGB, such as (N, H, W, 3); got (8, 28"),
         ({"train_images": np.zeros((8, 32, 32, 3), np.uint8)}, "differ in size"),
-        ({"train_images": np.zeros((8, 2, 2), np.uint8)}, "at least 8 x 8"),
-        ({"train_labels": np.zeros(7, int)}, "expected 8 integers"),
+        ({"train_labels": np.zeros(7, int)}, "8 whole numbers"),
         ({"train_labels": np.full(8, -1)}, "count from 0"),
         ({"train_labels": np.full(8, 2**40)}, "count classes from 0"),
         ({"train_labels": np.array([Bomb()] * 8)}, "allow_pickle"),
         ({"train_labels": np.zeros(8)}, "float64"),
-        ({"train_labels": np.zeros(8, [("a", "i8"), ("b", "u1")])}, "expected 8 integers"),
+        ({"train_labels": np.zeros(8, [("a", "i8"), ("b", "u1")])}, "8 whole numbers"),
     ],
 )
 def test_bad_npz_is_refused_in_one_line(tmp_path, changes, says):
     np.savez(tmp_path / "x.npz", **arrays(**changes))
-    with refused(re.escape(says)):
+    with refused("x.npz: .*" + re.escape(says)):
         load_dataset("npz", tmp_path / "x.npz")
 
 
@@ -211,14 +208,10 @@ def header(shape, kind="|u1"):
 
 
 BAD_MEMBERS = {
-    "text": b"text",
     "a tera": member(header((10**12 // 784, 28, 28))),
     "less than it says": member(header((7, 28, 28, 3)), bytes(6 * 28 * 28 * 3)),
-    "a negative shape": member(header((-8, -28, 28, 3)), bytes(8 * 28 * 28 * 3)),
     "a shape beyond counting": member(header((2**70, 0, 28, 3))),
     "code": member("{'descr': __import__('os').mkdir('bomb')}\n"),
-    "a deep header": member("[" * 9000),
-    "another format": b"\x93NUMPY\x09\x00" + bytes(100),
 }
 
 
@@ -233,7 +226,7 @@ def test_a_member_that_is_no_array_is_refused(tmp_path, monkeypatch, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04junk", b"not a zip", 0.0001, 0.1, 0.9, 0.999])
+@pytest.mark.parametrize("content", [b"", b"not a zip", 0.1, 0.999])
 def test_files_that_are_no_npz(tmp_path, content):
     np.savez(tmp_path / "whole.npz", **arrays())
     whole = (tmp_path / "whole.npz").read_bytes()
@@ -269,18 +262,18 @@ class Random(list):
         return torch.roll(image, int(torch.randint(2, ())), 0), label
 
 
-def test_a_dataset_may_hold_two_samples_and_a_pair_two_images():
+def test_pairs_and_datasets():
     images = torch.stack([image for image, _ in SAMPLES[:2]])
     for train in (
-        SAMPLES[:2],
+        TensorDataset(images, torch.arange(2)),
         (images, [0, 1]),
         ([*images.numpy()], [0, 1]),
-        [([*images[0].numpy()], torch.ones(1).int())] * 2,
+        [([*images[0].numpy()], torch.ones(1).int())] * 3,
     ):
         data = image_set(train, (images, [0, 1]))
-        assert data.train_images.shape == (2, 32, 32, 3)
+        assert data.train_images.shape[1:] == (32, 32, 3)
         assert data.augment == "crop"
-    assert data.train_labels.tolist() == [1, 1]
+    assert data.train_labels.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -135,63 +135,43 @@ def several(**lists):
     return lambda root: (root / "annotations/instances_train2017.json").write_text(json.dumps(tree() | lists))
 
 
-AT = r"instances_train2017.json: annotation 100: "
+AT = r"instances_train2017.json: annotations\[0\], id 100: "
 BROKEN = {
     "no folder": (lambda r: os.rename(r / "train2017", r / "x"), "has no folder of training pictures, train2017"),
     "no test folder": (lambda r: os.rename(r / "val2017", r / "x"), "has no folder of test pictures, val2017"),
     "no JSON": (lambda r: shutil.rmtree(r / "annotations"), "the JSON file of its boxes is missing"),
     "an empty file": (content(b""), "is no JSON .it is empty"),
     "cut off": (content(b'{"images": [{"id": 1'), "is no JSON"),
-    "no text": (content(b"\xff\xfe\x00\x81"), "is no JSON"),
     "a page": (content(b"<!DOCTYPE html>"), "is no JSON"),
-    "deeply nested": (content(b"[" * 200_000), "is no JSON"),
-    "a list": (content(b"[]"), "has no list 'images'"),
-    "no annotations": (content(b'{"images": []}'), "has no list 'annotations'"),
+    "a list": (content(b"[]"), "has no list 'categories'"),
     "no list": (several(categories={"1": "ox"}), "has no list 'categories'"),
     "an image that is none": (several(images=[7]), r"images\[0\] must be an object"),
-    "no images": (several(images=[], annotations=[]), "'images' is empty"),
-    "no categories": (several(categories=[], annotations=[]), "'categories' is empty"),
     "no boxes": (several(annotations=[]), "has no box"),
     "crowds alone": (several(annotations=[tree()["annotations"][0] | {"iscrowd": 1}]), "has no box"),
-    "an id of text": (change("images", 1, id="15"), r"images\[1\]: its id must be a whole number; got '15'"),
-    "an id that is missing": (change("images", 1, id=None), r"images\[1\]: its id must be a whole number; got None"),
-    "an image twice": (change("images", 1, id=10), "image 10: two images have that id"),
-    "no name of a file": (change("images", 0, file_name=None), "image 10: its file_name must be"),
-    "a file elsewhere": (change("images", 0, file_name="../val2017/0.png"), "image 10: its file_name must be"),
-    "an absolute file": (change("images", 0, file_name="/etc/passwd"), "image 10: its file_name must be"),
-    "a missing picture": (lambda r: os.remove(r / "train2017/1.png"), "image 15: there is no picture .*1.png"),
-    "no width": (change("images", 0, width=None), "image 10: the size of 0.png must be two whole numbers"),
-    "a height of 0": (change("images", 0, height=0), "image 10: the size of 0.png must be .*got 40 x 0"),
-    "half a pixel": (change("images", 0, height=31.5), "image 10: the size of 0.png must be"),
+    "an id of text": (change("images", 1, id="15"), "its id must be a whole number; got '15'"),
+    "an image twice": (change("images", 1, id=10), r"images\[1\], id 10: another one has the id 10 too"),
+    "no name of a file": (change("images", 0, file_name=None), "id 10: its file_name must be a text"),
+    "a missing picture": (lambda r: os.remove(r / "train2017/1.png"), "id 15: there is no picture .*1.png"),
+    "no width": (change("images", 0, width=None), "id 10: the size of 0.png must be two whole numbers"),
+    "a height of 0": (change("images", 0, height=0), "id 10: the size of 0.png must be .*got 40 x 0"),
     "another size": (save(0, 41, 32), "0.png: is 41 x 32 pixels, and its annotations are for 40 x 32"),
     "a picture of text": (lambda r: (r / "train2017/0.png").write_text("no"), "0.png: is no picture that can be read"),
-    "an empty picture": (lambda r: (r / "train2017/0.png").write_text(""), "0.png: .*it is empty"),
-    "a category of text": (change("categories", 0, id="7"), r"categories\[0\]: its id must be a whole number"),
-    "a category without name": (change("categories", 0, name=""), r"categories\[0\]: its name must be a text"),
-    "a category twice": (change("categories", 1, id=7), r"categories\[1\]: another category has the id 7"),
-    "a name twice": (change("categories", 1, name="ox"), r"categories\[1\]: another category has the name 'ox'"),
-    "other categories": (replace('"ox"', '"cow"', "val"), "category 7 is 'cow' there and 'ox' in training"),
-    "fewer categories": (replace('{"id": 3, "name"', '{"id": 4, "name"', "val"), "category 3 is nothing there"),
-    "an annotation twice": (change("annotations", 1, id=100), "annotation 100: its id must be its own"),
+    "a category without name": (change("categories", 0, name=""), "id 7: its name must be a text"),
+    "a category twice": (change("categories", 1, id=7), "id 7: another one has the id 7 too"),
+    "a name twice": (change("categories", 1, name="ox"), "id 3: another one has the name 'ox' too"),
+    "other categories": (replace('"ox"', '"cow"', "val"), "the category 7, 'cow', is in one of training and test"),
     "no such image": (change("annotations", 0, image_id=11), AT + "its image_id 11 is no image's id"),
     "an unknown category": (change("annotations", 0, category_id=1), AT + "its category_id 1 is none of"),
-    "a category that is a list": (change("annotations", 0, category_id=[3]), AT + "its category_id"),
+    "a category that is a list": (change("annotations", 0, category_id=[3]), AT + "its category_id must be a whole"),
     "no box in it": (change("annotations", 0, bbox=None), AT + "its bbox must be four numbers"),
-    "three numbers": (box(1, 2, 3), AT + "its bbox must be four numbers"),
-    "numbers as texts": (box("1", "2", "3", "4"), AT + "its bbox must be four numbers"),
     "not a number": (replace("[2.0, 3.0, 10.5, 20.0]", "[2.0, NaN, 10.5, 20.0]"), AT + "its bbox must be four numbers"),
-    "infinite": (replace("[2.0, 3.0, 10.5, 20.0]", "[2.0, 3.0, Infinity, 20.0]"), AT + "its bbox must be four numbers"),
     "endless digits": (box(1, 2, 3, 10**400), AT + "its bbox must be four numbers"),
     "no width of a box": (box(3, 3, 0, 9), AT + "its box has no width or no height .0 x 9.*BAD_BOXES drop"),
-    "a negative height": (box(3, 3, 5, -2), AT + "its box has no width or no height"),
     "hardly a width": (box(39.0, 3, 1e-6, 9), AT + "its box has no width or no height"),
     "hardly inside": (box(-5, 3, 5.001, 9), AT + "its box .* lies outside of the image"),
     "outside": (box(41, 3, 5, 5), AT + r"its box \(41, 3\) to \(46, 8\) lies outside of the image, 40 x 32"),
-    "outside at the left": (box(-9, 3, 5, 5), AT + "its box .* lies outside of the image"),
     "an area of text": (change("annotations", 0, area="9"), AT + "its area must be a number"),
-    "a negative area": (change("annotations", 0, area=-1), AT + "its area must be a number"),
-    "a file twice": (change("images", 1, file_name="0.png"), "image 15: 0.png is image 10 as well"),
-    "a name too long": (change("images", 0, file_name="a" * 300), "image 10: there is no picture"),
+    "a file twice": (change("images", 1, file_name="0.png"), "id 15: another one has the file_name '0.png' too"),
     "fractions": (
         several(annotations=[one | {"bbox": [0.2, 0.3, 0.5, 0.4]} for one in tree()["annotations"]]),
         "train2017.json: no box reaches beyond the first pixel, .* multiply them by its width and height",
@@ -213,26 +193,20 @@ def listed(text, name="train.txt"):
     return lambda root: (root / "ImageSets/Main" / name).write_text(text)
 
 
-def write_xml(text, encoding="utf-8"):
-    return lambda root: (root / "Annotations" / "traina.xml").write_text(text, encoding=encoding)
+def write_xml(text):
+    return lambda root: (root / "Annotations" / "traina.xml").write_text(text)
 
 
-BOMB = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><a>&c;</a>'
 SECRET = '<!DOCTYPE a [<!ENTITY x SYSTEM "/etc/passwd">]><a>&x;</a>'
 BROKEN_VOC = {
     "no annotations": (lambda r: shutil.rmtree(r / "Annotations"), "has no folder Annotations"),
     "no list": (lambda r: os.remove(r / "ImageSets/Main/train.txt"), "has no ImageSets/Main/train.txt"),
-    "no list to test": (lambda r: os.remove(r / "ImageSets/Main/val.txt"), "has no ImageSets/Main/val.txt"),
     "an empty list": (listed("\n"), "train.txt: is empty"),
-    "a name twice": (listed("traina\ntraina\n"), "'traina', entry 2, is in the list twice"),
-    "a name elsewhere": (listed("../traina\n"), "entry 1, is no name of a file"),
     "a name of nothing": (listed("trainz\n"), "there is no .*trainz.xml"),
     "no picture": (lambda r: os.remove(r / "JPEGImages/traina.jpg"), "traina.xml: there is no picture .*traina.jpg"),
     "no XML": (edit("</annotation>", ""), "traina.xml: is no XML"),
     "an empty XML": (write_xml(""), "is no XML .it is empty"),
-    "entities": (write_xml(BOMB), "traina.xml: declares an XML entity"),
-    "entities in 16 bits": (write_xml(BOMB, "utf-16"), "traina.xml: declares an XML entity"),
-    "a file from outside": (write_xml(SECRET), "traina.xml: declares an XML entity"),
+    "a file from outside": (write_xml(SECRET), "traina.xml: is no XML .undefined entity"),
     "an unknown encoding": (write_xml('<?xml version="1.0" encoding="nine"?><a/>'), "traina.xml: is no XML"),
     "no size": (edit("<width>40</width>", ""), "traina.xml: has no size/width"),
     "a size of 0": (edit("<width>40", "<width>0"), "the size of traina.jpg must be two whole numbers above 0"),
@@ -241,7 +215,6 @@ BROKEN_VOC = {
     "a class of the test alone": (edit("<name>cow", "<name>eel", "vala"), "its class 'eel' is not in training"),
     "no box": (edit("<xmin>3</xmin>", ""), "traina.xml: object 1: has no bndbox/xmin"),
     "a text for a number": (edit("<xmin>3", "<xmin>three"), "object 1: its bndbox/xmin must be a number; got 'three'"),
-    "not a number": (edit("<xmin>3", "<xmin>nan"), "object 1: its bndbox/xmin must be a number"),
     "no width": (edit("<xmax>12", "<xmax>2"), "object 1: its box has no width or no height"),
     "outside": (edit("<xmin>3</xmin>", "<xmin>-9</xmin>", then=("<xmax>12", "<xmax>0")), "its box .* lies outside of"),
 }  # fmt: skip
@@ -440,13 +413,6 @@ def test_scenes_are_a_function_of_seed_and_number():
     assert len(set(shown)) == 12 + 5 + 12  # no picture of one is in another
 
 
-def test_scenes_that_fill_the_memory_are_drawn_again():
-    held, streamed = read("scenes", ".", *SMALL), read("scenes", ".", *SMALL, "DATASET.MEMORY", "0")
-    ours, theirs = (DetectionBatches(data.train, 5, data.views) for data in (held, streamed))
-    assert theirs.streamed and not ours.streamed and held.digest() == streamed.digest()
-    same_batches(list(ours.epoch(1)), list(theirs.epoch(1)))
-
-
 def test_boxes_of_scenes_are_around_what_is_seen():
     data = read("scenes", ".", "DATASET.SCENES.TRAIN", "60", "DATASET.SCENES.TEST", "1", "DATASET.SCENES.OBJECTS", "9")
     source = data.train.source
@@ -487,8 +453,8 @@ def test_scenes_of_pictures_take_what_is_not_transparent(tmp_path):
 
 ONE_SIDED = "the class cup is in one of train and val alone"
 BROKEN_CUT_OUTS = {
-    "no folder": (lambda r: shutil.rmtree(r / "train"), "train: there is no such folder; DATASET.SCENES.OF pictures"),
-    "no test folder": (lambda r: shutil.rmtree(r / "val"), "val: there is no such folder"),
+    "no folder": (lambda r: shutil.rmtree(r / "train"), "No such file .*train"),
+    "no test folder": (lambda r: shutil.rmtree(r / "val"), "No such file .*val"),
     "other classes": (lambda r: os.rename(r / "val/cup", r / "val/mug"), ONE_SIDED),
     "nothing to see": (lambda r: Image.new("RGBA", (9, 9)).save(r / "val/cup/0.png"), "0.png: is transparent every"),
     "no picture": (lambda r: (r / "train/fork/0.png").write_text("no"), "fork/0.png: is no picture"),

@@ -100,7 +100,7 @@ def test_packed_files_and_folders(written, tmp_path, capsys):
     (written.parent / "picture.png").write_bytes(b"\x89PNG\0\0")
     (written.parent / ".hidden").write_bytes(b"not read")
     assert load_dataset("text", written.parent, options(BLOCK=16)).digest() == plain.digest()
-    assert "1 file passed over, no text, such as picture.png" in capsys.readouterr().out
+    assert "1 file with zero bytes passed over, such as picture.png" in capsys.readouterr().out
     short = load_dataset("text", written, options(BLOCK=16, MEGABYTES=0.005))
     assert 0.85 * 5000 < short.train_images.numel() < 0.95 * 5000
 
@@ -119,8 +119,8 @@ def test_what_is_no_text_is_one_line(written, tmp_path):
     for path, own, says in (
         ("nowhere.txt", {}, "nowhere.txt: there is no such file or folder; DATASET.ROOT is a text file"),
         ("empty", {}, "holds no text; DATASET.ROOT is a text file, or a folder of them"),
-        ("short.txt", {}, "short.txt: is empty; DATASET.ROOT is a text file"),
-        ("binary.txt", {}, "binary.txt: holds zero bytes and is no text"),
+        ("short.txt", {}, "short.txt: holds no text; DATASET.ROOT is a text file"),
+        ("binary.txt", {}, "binary.txt: holds no text"),
         (written, {"BLOCK": 4096}, "the test part has .* take more text, or DATASET.TEXT.BLOCK below 4096"),
         ("broken.gz", {}, "broken.gz: cannot be unpacked"),
     ):
