@@ -132,7 +132,7 @@ class BaseTrainer:
             closing.callback(folder.close)
             if folder.resumed:
                 folder.check_config(cfg)
-                self.keeper.restore(self.state.load)
+                self.state.load(*self.keeper.restore())
                 self.best_acc = self.state.best_acc
             folder.write_config(cfg, None)
             session = {"students": 1, "epoch": self.state.epoch}
