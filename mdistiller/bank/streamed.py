@@ -64,7 +64,7 @@ class StreamedLogits(TeacherLogits):
         super().__init__(batches, inference, WORD if form else dtype, None, stream)
         own = batches.own(batches.batch_size)  # the teacher's passes are of a step's images, whose bits they decide
         self.chunk = batches.batch_size if own is None else len(own)
-        self.form, self.kept = form, dtype
+        self.form = form
         self.banks: EpochBanks | None = None
         self.compared = False
         self.width = form.width if form else 0
@@ -76,34 +76,25 @@ class StreamedLogits(TeacherLogits):
         """Return the teacher's logits (B, K) float32 on `batch` of `epoch`, from its bank where that holds them."""
         if self.banks is None:
             return self.given(self.computed(batch.image))
-        self.bank = bank = self.banks.of(epoch)
+        self.bank = self.banks.of(epoch)
         rows = batch.index.cpu()
-        held = bank.rows.holds(rows)
-        if held.any():
-            self.compare_with(batch.image[held.to(self.device)], rows[held])
-        logits = torch.empty(len(rows), bank.rows.width, dtype=self.dtype, device=self.device)
-        if held.any():
-            logits[held.to(self.device)] = self.read(rows[held])
-        if not held.all():
-            missing = ~held
-            fresh = self.computed(batch.image[missing.to(self.device)])
-            bank.add(rows[missing], fresh)
-            logits[missing.to(self.device)] = fresh
-        return self.given(logits)
+        held = self.bank.rows.holds(rows)
+        if held.any() and not self.compared:  # once a run
+            self.check_same(self.read(rows[held]), self.computed(batch.image[held.to(self.device)]))
+            self.compared = True
+        own = self.look_up(rows, lambda missing: self.computed(batch.image[missing.to(self.device)]))
+        return self.given(own)
 
     def computed(self, images: Tensor) -> Tensor:
         """Return the teacher's own logits of `images` (B, 3, H, W) as a bank keeps them, (B, width)."""
         logits = self.passes(images)
-        return self.form.pack(logits) if self.form else rounded(logits, self.kept)
+        return self.form.pack(logits) if self.form else rounded(logits, self.dtype)
 
-    def given(self, kept: Tensor) -> Tensor:
-        return self.form.unpack(kept) if self.form else kept.float()
-
-    def comparable(self, kept: Tensor) -> Tensor:
-        return self.given(kept).softmax(1) if self.form else kept.float()
-
-    def compare_with(self, images: Tensor, rows: Tensor) -> None:
-        """Compare rows of the open bank with the teacher's own logits of their `images`, once a run."""
-        if not self.compared:
-            self.check_same(self.read(rows), self.computed(images))
-            self.compared = True
+    @torch.no_grad()
+    def passes(self, images: Tensor) -> Tensor:
+        """Return the teacher's logits of `images`, in parts of `chunk`, (B, K)."""
+        parts = []
+        for part in images.split(self.chunk):
+            padded = torch.cat([part, part[-1:].expand(self.chunk - len(part), -1, -1, -1)])
+            parts.append(self.inference(padded)[: len(part)])
+        return torch.cat(parts)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.segments import Segments
-from mdistiller.bank.topk import rounded
+from mdistiller.bank.topk import TopK, rounded
 from mdistiller.dataset import Batches
 from mdistiller.errors import RunFailed, UserError
 from mdistiller.terminal import say, shows_bars, unbroken
@@ -94,6 +94,7 @@ class TeacherLogits:
 
     sample, unit = "an image", "view"  # of what views there are, and what a row of a bank is of
     width = 0  # numbers of a row; 0: one for each class
+    form: TopK | None = None  # packs the largest logits of a row; None: rows are whole
 
     def __init__(
         self,
@@ -109,32 +110,41 @@ class TeacherLogits:
 
     def __call__(self, plan: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
         """`check` is called after every pass of the teacher, and may raise."""
+        rows = self.batches.row_numbers(plan)
+
+        def own(missing: Tensor) -> Tensor:
+            return torch.cat(list(self.run_teacher(rows[missing], check)))
+
         if self.stream is None:
-            return self.given(self.look_up(plan, check))
+            return self.given(self.look_up(rows, own))
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):  # beside the steps that are queued: it needs nothing of them
-            logits = self.look_up(plan, check)
+            logits = self.look_up(rows, own)
         current.wait_stream(self.stream)
         logits.record_stream(current)
         return self.given(logits)
 
     def given(self, kept: Tensor) -> Tensor:
         """Return what a step is given of rows as a bank keeps them."""
-        return kept.float()
+        return self.form.unpack(kept) if self.form else kept.float()
 
     def comparable(self, kept: Tensor) -> Tensor:
-        """Return numbers of rows as a bank keeps them that differ by roundings alone where the teacher is the same."""
-        return kept.float()
+        """Return numbers of rows as a bank keeps them that differ by roundings alone where the teacher is the same: of
+        packed rows probabilities, for with other roundings another entry may be the k-th, which is then a small one.
+        """
+        logits = self.given(kept).float()
+        return logits.softmax(1) if self.form else logits
 
-    def look_up(self, plan: Tensor, check: Callable[[], None]) -> Tensor:
-        """Return what the bank holds of the plan's rows (n, K), with the teacher's own for the others, in `dtype`."""
-        rows = self.batches.row_numbers(plan)
+    def look_up(self, rows: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what the bank holds of `rows` (n,), (n, K), and for the others what `own` gives, the teacher's logits
+        as the bank keeps them, of those that are `missing`, (n,) bool.
+        """
         if self.bank is None:
-            return torch.cat(list(self.run_teacher(rows, check)))
+            return own(torch.ones_like(rows, dtype=torch.bool))
         held = self.bank.rows.holds(rows)
         if held.all():
             return self.read(rows)
-        fresh = torch.cat(list(self.run_teacher(rows[~held], check)))
+        fresh = own(~held)
         self.bank.add(rows[~held], fresh)
         logits = fresh.new_empty(len(rows), fresh.shape[1])
         logits[~held.to(self.device)] = fresh
@@ -154,15 +164,6 @@ class TeacherLogits:
             plan = self.batches.plan_of(padded).to(self.device)
             yield rounded(self.inference(self.batches.batch(plan).image)[: len(part)], self.dtype)
             check()
-
-    @torch.no_grad()
-    def passes(self, images: Tensor) -> Tensor:
-        """Return the teacher's logits of `images` (B, 3, H, W), as `run_teacher` computes them, unrounded, (B, K)."""
-        parts = []
-        for part in images.split(self.chunk):
-            padded = torch.cat([part, part[-1:].expand(self.chunk - len(part), -1, -1, -1)])
-            parts.append(self.inference(padded)[: len(part)])
-        return torch.cat(parts)
 
     def prepare(self, check: Callable[[], None]) -> None:
         """See to what has to be there before an epoch: on CUDA the bank's rows in device memory; all of its rows, where

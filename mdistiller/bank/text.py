@@ -71,7 +71,3 @@ class TextLogits(TeacherLogits):
 
     def given(self, kept: Tensor) -> Rows:
         return Rows(kept.view(-1, self.form.width), self.form)
-
-    def comparable(self, kept: Tensor) -> Tensor:
-        """Return probabilities: with other roundings another entry may be the k-th, which is then a small one."""
-        return self.given(kept).float().softmax(1)

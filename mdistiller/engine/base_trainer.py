@@ -132,7 +132,7 @@ class BaseTrainer:
             closing.callback(folder.close)
             if folder.resumed:
                 folder.check_config(cfg)
-                self.keeper.restore(self.state.load)
+                self.state.load(*self.keeper.restore())
                 self.best_acc = self.state.best_acc
             folder.write_config(cfg, None)
             session = {"students": 1, "epoch": self.state.epoch}
@@ -142,16 +142,13 @@ class BaseTrainer:
                 f"{type(self).__name__} brings {own}: a plain loop, without the bank of the teacher's logits, compiled "
                 "steps and checkpoints inside an epoch"
             )
-            while self.state.epoch < solver.EPOCHS and not self._stops_early():
-                epoch = self.state.epoch + 1
-                self.train_epoch(epoch)
-                self._end(epoch)  # of an overridden one; else it is done already
-            early = self.state.epoch < solver.EPOCHS and self._stops_early()
-            self.recorder.finish(self.state.result() | {"stopped_early": early})
+            while (epoch := self.state.epoch) < solver.EPOCHS:
+                if stops_early(solver.EARLY_STOP, epoch, self.state.best_epoch):
+                    break
+                self.train_epoch(epoch + 1)
+                self._end(epoch + 1)  # of an overridden one; else it is done already
+            self.recorder.finish(self.state.result() | {"stopped_early": epoch < solver.EPOCHS})
         return self.state.result()
-
-    def _stops_early(self) -> bool:
-        return stops_early(self.cfg.SOLVER.EARLY_STOP, self.state.epoch, self.state.best_epoch)
 
     def _end(self, epoch: int) -> None:
         """Keep what the epoch leaves, once."""

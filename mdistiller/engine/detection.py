@@ -14,7 +14,7 @@ from mdistiller.device import autocast
 from mdistiller.distillers import check_levels, detection_takers, distiller_dict, on_detectors
 from mdistiller.engine.detection_scores import DetectionTest
 from mdistiller.engine.ranks import Ranks
-from mdistiller.engine.task import Task, refuse_keys
+from mdistiller.engine.task import FOR_IMAGES, Task, refuse_keys
 from mdistiller.errors import UserError
 from mdistiller.files import write_atomic
 from mdistiller.models import build_model, in_eval_mode
@@ -22,10 +22,6 @@ from mdistiller.runs.checkpoint import TRUNK
 from mdistiller.runs.detections import draw_detections, png
 from mdistiller.terminal import counted
 
-FOR_ONE_CLASS = (
-    "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
-    "DISTILLER.STUDENT_SIZE", "DISTILLER.TEACHER_SHARD", "TEACHER_BANK_TOP_K",
-)  # fmt: skip
 SHOWN = 6  # test images in the picture that a run leaves
 
 
@@ -100,7 +96,7 @@ class Detection(Task):
                 f"DISTILLER.TYPE: {cfg.DISTILLER.TYPE} has no form for detectors, which {cfg.DATASET.TYPE} trains; use "
                 f"{', '.join(names)}"
             )
-        refuse_keys(cfg, FOR_ONE_CLASS, "images of one class each", "detection")
+        refuse_keys(cfg, (*FOR_IMAGES, "TEACHER_BANK_TOP_K"), "images of one class each", "detection")
         if cfg.SOLVER.TRAINER not in ("base", "crd", "dot", "crd_dot"):
             raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images of one class; set SOLVER.TRAINER base")
         if cls.needs_teacher and cfg.TEMPERATURE.RULE and "fasterrcnn_" not in cfg.DISTILLER.STUDENT:

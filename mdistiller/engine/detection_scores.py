@@ -2,20 +2,25 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from mdistiller.dataset import Boxes, DetectionBatches
 from mdistiller.device import autocast
+from mdistiller.engine.evaluator import evaluation_batches, loaded_networks
 from mdistiller.engine.ranks import ALONE, Ranks
 from mdistiller.errors import UserError
 from mdistiller.models import in_eval_mode
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # as they are written
+TIMED = 20  # batches by which a speed is measured
 COLUMNS = 7  # of a detection: place of its image, left, top, right, bottom, score, label
 
 
@@ -135,3 +140,37 @@ def annotations(
     rows = zip(place.astype(int).tolist(), boxes, labels.astype(int).tolist(), area, *more.values(), strict=True)
     names = ("image_id", "bbox", "category_id", "area", *more)
     return [{"id": number} | dict(zip(names, row, strict=True)) for number, row in enumerate(rows, 1)]
+
+
+class DetectionReport(NamedTuple):
+    """What tools/eval.py shows of a detector."""
+
+    scores: DetectionScores
+    parameters: int
+    images_per_second: float  # of the network, its images in memory
+
+
+def evaluate_detectors(
+    networks: Mapping[str, tuple[str, str]], section: CfgNode, batch_size: int, device: torch.device, amp: str = "none"
+) -> dict[str, DetectionReport]:
+    """Return the reports on `networks`, which are detectors, as `loaded_networks` takes them, and raises."""
+    (data, loaded), reports = loaded_networks(networks, section, batch_size, device), {}
+    for what, network in loaded.items():
+        batches, count = evaluation_batches(data, batch_size), sum(p.numel() for p in network.parameters())
+        scores = DetectionTest(batches, device, amp)(network)
+        reports[what] = DetectionReport(scores, count, speed_of(network, batches, device, amp))
+    return reports
+
+
+@torch.no_grad()
+def speed_of(network: nn.Module, batches: DetectionBatches, device: torch.device, amp: str) -> float:
+    """Return images a second through the network, on at most TIMED batches."""
+    images, seconds = 0, 0.0
+    with in_eval_mode(network), autocast(device, amp):
+        for batch in itertools.islice(batches, TIMED):
+            begin = time.monotonic()
+            found = network([image.to(device) for image in batch.image])
+            float(found[-1]["scores"].sum())  # the device has finished
+            seconds += time.monotonic() - begin
+            images += len(found)
+    return images / seconds

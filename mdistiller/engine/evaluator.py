@@ -1,7 +1,7 @@
 """Accuracy and loss over a data set."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from mdistiller import config
 from mdistiller.bank.inference import Inference
-from mdistiller.dataset import Batch, Batches, ImageSet, TokenSet, dataset_dict, load_dataset
+from mdistiller.dataset import Batch, Batches, DetectionSet, ImageSet, TokenSet, dataset_dict, load_dataset
 from mdistiller.device import prepare
 from mdistiller.distillers import Distiller
 from mdistiller.engine.ranks import ALONE, Ranks
@@ -123,6 +123,27 @@ def check_batch_size(size: int) -> None:
     """Raise UserError where `size`, of tools/eval.py's -bs, is none."""
     if not 1 <= size < 2**31:
         raise UserError(f"-bs: must be at least 1 and below 2**31; got {size}")
+
+
+def loaded_networks(
+    networks: Mapping[str, tuple[str, str]], section: CfgNode, batch_size: int, device: torch.device
+) -> tuple[TokenSet | DetectionSet, dict[str, nn.Module]]:
+    """Return the data of `section`, DATASET, and the `networks`, {what: (model, file or another source of weights)}, of
+    text or detectors, all on the device. Raises UserError where a model, its weights or the data are missing or do not
+    fit, or where `batch_size` is none.
+    """
+    for model, _ in networks.values():
+        if refusal := model_refusal(model, section.TYPE):
+            raise UserError(f"-m {model}: {refusal}")
+    check_batch_size(batch_size)
+    data, loaded = load_dataset(section.TYPE, section.ROOT, section), {}
+    for what, (model, file) in networks.items():
+        network = loaded[what] = build_model(model, data.num_classes, section.TYPE)
+        if isinstance(data, DetectionSet):
+            network.fit(data)
+        path = default_checkpoint(model, section.TYPE) if file == "pretrain" else file
+        load_weights(network, model, data.num_classes, path)
+    return data.to(device), {what: prepare(network, device) for what, network in loaded.items()}
 
 
 def evaluate_checkpoint(

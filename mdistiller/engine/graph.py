@@ -125,7 +125,7 @@ class GraphStep:
             elif isinstance(value, (bool, int, float, str)):
                 held[name] = value
             elif isinstance(value, GENERATORS):
-                held[f"{name}'s state"] = generator_state(value)
+                held[f"{name}'s state"] = pickle.dumps(value)
             elif isinstance(value, (np.ndarray, np.generic)):
                 held[name] = value.tobytes()
             elif depth < 3 and id(value) not in seen:
@@ -146,12 +146,6 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.G
 OPAQUE = (nn.Module, type, ModuleType, FunctionType, MethodType)  # or looked at by themselves
 
 
-def generator_state(generator: object) -> object:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes()
-    return generator.getstate() if isinstance(generator, random.Random) else pickle.dumps(generator)
-
-
 def parts_of(value: object) -> list[tuple[str, object]]:
     """Return what a container or a plain object holds, each with what is written behind the name of `value` for it."""
     if isinstance(value, Mapping):
@@ -162,10 +156,9 @@ def parts_of(value: object) -> list[tuple[str, object]]:
     return [(f".{key}", item) for key, item in own.items()]
 
 
-def host_generators() -> tuple:
+def host_generators() -> bytes:
     """Return what changes where a random number is drawn on the host."""
-    kind, keys, *rest = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), (kind, keys.tobytes(), *rest), random.getstate()
+    return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))
 
 
 def device_generator() -> bytes:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mdistiller.device import generators, resolve_device, set_generators
 from mdistiller.errors import ProcessLost, RunFailed, UserError
@@ -212,22 +213,11 @@ def draws(network: nn.Module) -> bool:
     return any(isinstance(share, float) and share > 0 for share in shares)
 
 
-class OwnPasses:
-    """Lets every pass of `network` draw its own random numbers on each rank, until it is removed."""
-
-    def __init__(self, network: nn.Module, ranks: Ranks):
-        self.ranks, self.drawing = ranks, contextlib.ExitStack()
-        self.hooks = network.register_forward_pre_hook(self.begin), network.register_forward_hook(self.end)
-
-    def begin(self, *_) -> None:
-        self.drawing.enter_context(self.ranks.own_draws())
-
-    def end(self, *_) -> None:
-        self.drawing.close()
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+def own_passes(network: nn.Module, ranks: Ranks) -> list[RemovableHandle]:
+    """Let every pass of `network` draw its own random numbers on each rank, until the hooks are removed."""
+    drawing = contextlib.ExitStack()
+    begin = network.register_forward_pre_hook(lambda *_: drawing.enter_context(ranks.own_draws()))
+    return [begin, network.register_forward_hook(lambda *_: drawing.close())]
 
 
 def of_this_start(store: "dist.Store", rank: int, world: int) -> "dist.Store":

@@ -1,6 +1,7 @@
 """A run from its first check to its result."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from mdistiller.engine.ranks import here
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.tasks import TASKS
-from mdistiller.engine.teachers import find_teacher, find_teachers
+from mdistiller.engine.teachers import find_teachers
 from mdistiller.errors import RunFailed, UserError
 from mdistiller.registry import name_and_file
 from mdistiller.runs import checkpoint
@@ -83,21 +84,14 @@ class RunRequest:
         """
         with failures(self.cfg):
             check_last_batch(self.cfg, workspace)
-        if not needs_teacher(self.cfg.DISTILLER.TYPE):
-            return
-        check_form(self.cfg, workspace.local.training_batches(self.cfg))
-        if workspace.networks.teacher is not None:
-            self.teacher_file = Path(self.cfg.DISTILLER.TEACHER_CKPT) if self.cfg.DISTILLER.TEACHER_CKPT else None
-            return
-
-        def rehearsal() -> None:
-            with failures(self.cfg):
-                rehearse(self.cfg, workspace)
-
-        def find(cfg: CfgNode, resume: bool) -> Path:
-            return find_teacher(cfg, self.path, resume, train, rehearsal)
-
-        self.teacher_file, self.cfg = find_teachers(self.cfg, self.path, bool(resume), find)
+            if not needs_teacher(self.cfg.DISTILLER.TYPE):
+                return
+            check_form(self.cfg, workspace.local.training_batches(self.cfg))
+            if workspace.networks.teacher is not None:
+                self.teacher_file = Path(self.cfg.DISTILLER.TEACHER_CKPT) if self.cfg.DISTILLER.TEACHER_CKPT else None
+                return
+            rehearsal = functools.partial(rehearse, self.cfg, workspace)
+            self.teacher_file, self.cfg = find_teachers(self.cfg, self.path, bool(resume), train, rehearsal)
 
 
 def open_workspace(cfg: CfgNode, students: int = 1) -> Workspace:
@@ -145,9 +139,7 @@ class OpenRun:
         ranks = workspace.ranks
         self.resumed = ranks.from_first(lambda: self.open_folder(resume))
         if self.resumed:
-            kept = ranks.from_first(self.restored)
-            if not ranks.first:
-                self.trainer.state.load(*kept)
+            self.trainer.state.load(*ranks.from_first(self.trainer.keeper.restore))
             if self.trainer.state.epoch > cfg.SOLVER.EPOCHS:
                 raise UserError(
                     f"--resume: {counted(self.trainer.state.epoch, 'epoch')} done, more than SOLVER.EPOCHS "
@@ -163,17 +155,6 @@ class OpenRun:
         if self.folder.resumed:
             self.folder.check_config(self.request.cfg)
         return self.folder.resumed
-
-    def restored(self) -> tuple[dict, Path]:
-        """Load the newest whole checkpoint, and return it with its path."""
-        loaded: list[tuple[dict, Path]] = []
-
-        def load(state: dict, path: Path) -> None:
-            self.trainer.state.load(state, path)
-            loaded.append((state, path))
-
-        self.trainer.keeper.restore(load)
-        return loaded[-1]
 
     def start(self) -> Recorder | Unrecorded:
         """Write what the run is, and say it. Return what its figures go to, on rank 0 alone to files."""

@@ -49,38 +49,40 @@ def by_decay(parameters: Iterable[nn.Parameter], norms_too: bool = True) -> list
     return [{"params": group} | ({} if group is groups[0] else {"weight_decay": 0.0}) for group in groups if group]
 
 
-def _first(parameters: list) -> nn.Parameter:
-    return parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+def _where(parameters: Iterable[nn.Parameter | dict]) -> tuple[list, Tensor | float, bool]:
+    """Return the parameters, or groups of them; the rate, which the trainer sets, on CUDA as a tensor, so that a
+    captured step sees the rate of now; and whether they lie there, where fused kernels serve.
+    """
+    parameters = list(parameters)
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    return parameters, torch.zeros((), device=first.device) if first.is_cuda else 0.0, first.is_cuda
 
 
 def sgd(parameters: Iterable[nn.Parameter | dict], momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """Return SGD, its weight decay on every parameter, BatchNorm's too, as published, or as groups say. The trainer
-    sets the rate.
+    """Return SGD, its weight decay on every parameter, BatchNorm's too, as published, or as groups say.
 
     On CUDA the fused kernel, whose momenta start at zero: its own first step would leave them undefined if the step
-    is skipped. Its rate is a tensor, so that a captured step sees the rate of now.
+    is skipped.
     """
-    parameters = list(parameters)
-    fused = True if _first(parameters).is_cuda else None  # None: torch's own choice
-    lr = torch.zeros((), device=_first(parameters).device) if fused else 0.0
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+    parameters, lr, fused = _where(parameters)
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None)
     if fused:
         zero_momenta(optimizer)
     return optimizer
 
 
 def adamw(parameters: Iterable[nn.Parameter | dict], weight_decay: float) -> torch.optim.AdamW:
-    """Return torch's AdamW. The trainer sets the rate; on CUDA as of `sgd`."""
-    parameters = list(parameters)
-    fused = True if _first(parameters).is_cuda else None
-    lr = torch.zeros((), device=_first(parameters).device) if fused else 0.0
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused, capturable=bool(fused))
+    """Return torch's AdamW."""
+    parameters, lr, fused = _where(parameters)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused or None, capturable=fused)
 
 
 def zero_momenta(optimizer: torch.optim.SGD) -> None:
+    """Let the momenta that are missing start at zero."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class DOT(torch.optim.Optimizer):
@@ -91,13 +93,12 @@ class DOT(torch.optim.Optimizer):
         p      <- p - lr (v_task + v_kd)
 
     so that the distillation loss, the slower to converge, leads. The penalty goes with the task, whose objective it is
-    part of. At delta = 0 this is plain SGD. The trainer sets the rate, on CUDA as a tensor, like `sgd`'s; there
-    `found_inf`, a 0-dim tensor, where it is set and not 0, leaves a step out without a look from the host.
+    part of. At delta = 0 this is plain SGD. On CUDA `found_inf`, a 0-dim tensor, where it is set and not 0, leaves a
+    step out without a look from the host.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter | dict], momentum: float, weight_decay: float, delta: float):
-        parameters = list(parameters)
-        lr = torch.zeros((), device=_first(parameters).device) if _first(parameters).is_cuda else 0.0
+        parameters, lr, _ = _where(parameters)
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "delta": delta})
         self.found_inf: Tensor | None = None
 
@@ -150,10 +151,8 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state | {"param_groups": groups})
     for group, kept in zip(optimizer.param_groups, own, strict=True):
         group |= kept
-        fused = group.get("fused") and isinstance(optimizer, torch.optim.SGD)
-        for parameter in group["params"] if fused else ():  # none yet: the state was an eager one's
-            if optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:  # none yet: the state was an eager one's
+        zero_momenta(optimizer)
 
 
 def average_of(network: nn.Module, decay: float) -> AveragedModel:

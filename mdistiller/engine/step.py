@@ -15,7 +15,7 @@ from mdistiller.bank.text import Rows
 from mdistiller.dataset import Batch
 from mdistiller.device import AMP_DTYPES, at_least_float32, autocast
 from mdistiller.distillers import check_output, method_name
-from mdistiller.engine.ranks import ALONE, OwnPasses, Ranks, draws, parts_of
+from mdistiller.engine.ranks import ALONE, Ranks, draws, own_passes, parts_of
 from mdistiller.engine.solver import DOT
 from mdistiller.errors import RunFailed, users_code
 from mdistiller.runs.temperature import EpochBuffer
@@ -206,7 +206,7 @@ class Step:
             read = distiller.needs_features or feats
             return ranks.gather(logits, sizes), {n: gathered(v) if n in read else v for n, v in feats.items()}
 
-        handles = [OwnPasses(distiller.student, ranks)] if draws(distiller.student) else []
+        handles = own_passes(distiller.student, ranks) if draws(distiller.student) else []
         networks = [net for net in (distiller.student, distiller.teacher) if net is not None]
         handles += [network.register_forward_hook(of_all) for network in networks]
         start = sum(sizes[: ranks.rank])

@@ -18,6 +18,11 @@ from mdistiller.errors import UserError
 from mdistiller.models import build_model, check_parts, fit_inputs, give_features, given_parts, name_layers
 from mdistiller.terminal import counted
 
+FOR_IMAGES = (  # of one class each
+    "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
+    "DISTILLER.STUDENT_SIZE", "DISTILLER.TEACHER_SHARD",
+)  # fmt: skip
+
 
 class Task:
     """What networks learn on a data set, `data.task`: how they are built, what trains and what tests them, and what

@@ -97,11 +97,11 @@ def is_torchvisions(cfg: CfgNode) -> bool:
 
 
 def find_teachers(
-    cfg: CfgNode, path: Path, resume: bool, find: Callable[[CfgNode, bool], Path]
+    cfg: CfgNode, path: Path, resume: bool, train: Callable[..., dict], rehearse: Callable[[], None]
 ) -> tuple[Path, CfgNode]:
     """Return the teacher's checkpoint, and `cfg` with the checkpoint of each of DISTILLER.ENSEMBLE beside its name: the
-    one that is written there, under `resume` the one that the run in `path` was started with, else what `find` finds
-    for that teacher. `find(cfg, resume)` is `find_teacher`. Raises UserError where there is none.
+    one that is written there, under `resume` the one that the run in `path` was started with, else what `find_teacher`
+    finds for that teacher. Raises as that does.
     """
     before = config.leaves(config.read(path / "config.yaml")) if resume and resumable(path) else {}
     started, places = before.get("DISTILLER.ENSEMBLE", []), []
@@ -122,9 +122,9 @@ def find_teachers(
                 f"{name}:path/to/checkpoint.pth{'' if file else ', or set DISTILLER.TRAIN_TEACHER True'}"
             )
         places.append((name, own))
-    first, found = find(cfg, resume), cfg.clone()
+    first, found = find_teacher(cfg, path, resume, train, rehearse), cfg.clone()
     found.defrost()
-    found.DISTILLER.ENSEMBLE = [f"{name}:{find(own, False)}" for name, own in places]
+    found.DISTILLER.ENSEMBLE = [f"{name}:{find_teacher(own, path, False, train, rehearse)}" for name, own in places]
     found.freeze()
     return first, found
 
@@ -168,10 +168,10 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 def _younger(cfg: CfgNode, start: str) -> dict[str, object]:
     """Return what decides of a teacher, is younger than the names of trained ones and is not at its default."""
-    old = ("DATASET.TYPE", "DATASET.AUGMENT")
-    found = {name: value for name, value in config.leaves(cfg.DATASET, "DATASET.").items() if name not in old}
-    found = {name: value for name, value in found.items() if name in config.KEYS and config.role(name) == "computes"}
-    found = {name: value for name, value in found.items() if value != config.KEYS[name].default}
+    values = config.leaves(cfg.DATASET, "DATASET.")
+    names = [name for name in values if name in config.KEYS and config.role(name) == "computes"]
+    younger = [name for name in names if name not in ("DATASET.TYPE", "DATASET.AUGMENT")]
+    found = {name: values[name] for name in younger if values[name] != config.KEYS[name].default}
     begins = {"start": start, "size": cfg.DISTILLER.TEACHER_SIZE}
     return found | {name: value for name, value in begins.items() if value}
 
@@ -190,8 +190,7 @@ def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Pat
             break
         except FolderInUse as error:
             say(f"{error.lines[0].split(';')[0]}; waiting for that teacher")
-        if here().from_first(lambda: _stored_by_others(cfg, target)):
-            return target
+            here().from_first(lambda: _wait_for_others(run_folder(cfg)))
     if result["signal"]:
         line = f"stopped by {result['signal']} after the teacher's training; --resume auto goes on there"
         raise here().said(Preempted(line))
@@ -206,8 +205,6 @@ def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Pat
     return target
 
 
-def _stored_by_others(cfg: CfgNode, target: Path) -> bool:
-    """Wait until no process trains the teacher that `cfg` describes. Return whether it lies at `target` then."""
-    while os.path.exists(run_folder(cfg)) and in_use(run_folder(cfg)):
+def _wait_for_others(folder: Path) -> None:
+    while in_use(folder):
         time.sleep(1)
-    return target.is_file()

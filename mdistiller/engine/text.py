@@ -12,15 +12,10 @@ from mdistiller.config import Config
 from mdistiller.dataset import TokenBatches, TokenSet
 from mdistiller.distillers import Distiller, LogitDistiller, Vanilla, distiller_dict, rule_name
 from mdistiller.engine.ranks import Ranks
-from mdistiller.engine.task import Task, refuse_keys
+from mdistiller.engine.task import FOR_IMAGES, Task, refuse_keys
 from mdistiller.engine.text_scores import TextTest
 from mdistiller.errors import UserError
 from mdistiller.models import build_model, check_text_network
-
-FOR_IMAGES = (
-    "DATASET.MIXUP", "DATASET.CUTMIX", "SOLVER.LABEL_SMOOTHING", "DISTILLER.ENSEMBLE", "DISTILLER.TEACHER_SIZE",
-    "DISTILLER.STUDENT_SIZE", "DISTILLER.NEW_HEAD", "DISTILLER.TEACHER_SHARD",
-)  # fmt: skip
 
 
 class Text(Task):
@@ -62,7 +57,7 @@ class Text(Task):
                 f"DISTILLER.TYPE: {cfg.DISTILLER.TYPE} compares more than each token's logits, as {cfg.DATASET.TYPE} "
                 f"has them; use {takers}"
             )
-        refuse_keys(cfg, FOR_IMAGES, "images", "text")
+        refuse_keys(cfg, (*FOR_IMAGES, "DISTILLER.NEW_HEAD"), "images", "text")
         if cfg.SOLVER.TRAINER not in ("base", "crd"):
             raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images; set SOLVER.TRAINER base")
         if cls.needs_teacher and cfg.TEACHER_BANK in ("lazy", "full") and not cfg.TEACHER_BANK_TOP_K:

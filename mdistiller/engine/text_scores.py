@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from mdistiller.dataset import TokenBatches, load_dataset
-from mdistiller.device import autocast, prepare
+from mdistiller.dataset import TokenBatches
+from mdistiller.device import autocast
 from mdistiller.distillers.losses import kl_divergence
-from mdistiller.engine.evaluator import check_batch_size, evaluation_batches
+from mdistiller.engine.evaluator import evaluation_batches, loaded_networks
 from mdistiller.engine.ranks import ALONE, Ranks
-from mdistiller.errors import OtherNetwork, UserError
-from mdistiller.models import build_model, default_checkpoint, in_eval_mode
-from mdistiller.registry import model_refusal
-from mdistiller.runs.checkpoint import load_weights
+from mdistiller.errors import OtherNetwork
+from mdistiller.models import in_eval_mode
 
 ROWS = 1024  # whose logits exist at a time
 TIMED = 20  # batches by which a speed is measured
@@ -147,31 +145,16 @@ class TextReport(NamedTuple):
 def evaluate_text(
     networks: Mapping[str, tuple[str, str]], section: CfgNode, batch_size: int, device: torch.device, amp: str = "none"
 ) -> dict[str, TextReport]:
-    """Return the reports on `networks`, {what: (model, file or another source of weights)}, on the test part of a text,
-    `section` DATASET; the others are compared with the one that is called "teacher".
-
-    Raises UserError where a model, its weights or the text is missing or does not fit.
+    """Return the reports on `networks` of text, as `loaded_networks` takes them, and raises; the others are compared
+    with the one that is called "teacher".
     """
-    for model, _ in networks.values():
-        if refusal := model_refusal(model, section.TYPE):
-            raise UserError(f"-m {model}: {refusal}")
-    check_batch_size(batch_size)
-    data = load_dataset(section.TYPE, section.ROOT, section)
-    batches = evaluation_batches(data.to(device), batch_size)
-
-    def built(model: str, file: str) -> nn.Module:
-        network = build_model(model, data.num_classes, section.TYPE)
-        path = default_checkpoint(model, section.TYPE) if file == "pretrain" else file
-        try:
-            load_weights(network, model, data.num_classes, path)
-        except OtherNetwork as error:
-            raise UserError(f"{error}; or set DATASET.TEXT.TOKENIZER and VOCABULARY as its run did") from None
-        return prepare(network, device)
-
-    teacher = built(*networks["teacher"]) if "teacher" in networks else None
-    beside, reports = TextTest(batches, data.bytes_a_token, amp, teacher), {}
-    for what, source in networks.items():
-        network = teacher if what == "teacher" else built(*source)
+    try:
+        data, loaded = loaded_networks(networks, section, batch_size, device)
+    except OtherNetwork as error:
+        raise OtherNetwork(f"{error}; or set DATASET.TEXT.TOKENIZER and VOCABULARY as its run did") from None
+    batches, reports = evaluation_batches(data, batch_size), {}
+    beside = TextTest(batches, data.bytes_a_token, amp, loaded.get("teacher"))
+    for what, network in loaded.items():
         test = TextTest(batches, data.bytes_a_token, amp) if what == "teacher" else beside
         count = sum(p.numel() for p in network.parameters())
         reports[what] = TextReport(test(network), count, speed_of(network, batches, amp))

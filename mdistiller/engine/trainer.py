@@ -13,9 +13,9 @@ from mdistiller.dataset import Batches
 from mdistiller.device import autocast, set_torch_generators, side_stream, torch_generators
 from mdistiller.distillers import RuleDistiller
 from mdistiller.engine.detection_scores import DetectionScores
-from mdistiller.engine.diagnose import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.evaluator import ImageTest, Scores, has_default_test, scores_of
 from mdistiller.engine.feed import Feed
+from mdistiller.engine.replay import describe_losses, dump, first_bad_tensor
 from mdistiller.engine.solver import Schedule, average_of, set_lr
 from mdistiller.engine.state import RunState
 from mdistiller.engine.stepmode import RunStep

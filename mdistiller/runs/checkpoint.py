@@ -10,10 +10,11 @@ import re
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ def load(path: str | Path) -> dict:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if Path(path).suffix == ".safetensors":
-                    state = _safetensors(path)(file.read())
+                    state = safetensors.torch.load(file.read())
                 else:
                     state = torch.load(file, map_location="cpu", weights_only=True)
             checksum = state.pop("checksum", None) if isinstance(state, dict) else None
@@ -99,14 +100,6 @@ def load(path: str | Path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a checkpoint: {{'model': state_dict}}")
     return state
-
-
-def _safetensors(path: str | Path) -> Callable[[bytes], dict[str, Tensor]]:
-    try:
-        from safetensors.torch import load as read
-    except ImportError:
-        raise UserError(f"{path}: is read by the package safetensors: pip install safetensors") from None
-    return read
 
 
 def is_source(text: str | Path) -> bool:
@@ -259,27 +252,22 @@ def find_weights(
 
 
 def _other_head(
-    part: dict[str, Tensor], own: dict[str, Tensor], num_classes: int, last: tuple[str, ...] = ()
+    part: dict[str, Tensor], own: dict[str, Tensor], num_classes: int, last: tuple[str, ...]
 ) -> tuple[int, dict[str, Tensor]]:
     """Return (number of classes, all but the last layer, or those whose names begin with any of `last`) of weights
     that differ from `own` in that number alone; (0, {}) for others.
     """
-    if last:
-        heads = {key: value for key, value in part.items() if key.startswith(last) and key in own}
-        rest = {key: value for key, value in part.items() if key not in heads}
-        fits = _misfit(rest, {key: value for key, value in own.items() if not key.startswith(last)}) is None
-        counts = {len(value) * num_classes / len(own[key]) for key, value in heads.items() if value.ndim}
-        whole = len(counts) == 1 and counts.pop()
-        return (int(whole), rest) if fits and whole and whole == int(whole) else (0, {})
-    heads = {key: value for key, value in part.items() if key in own and not _fits(part, own, key)}
-    rest = {key: value for key, value in part.items() if key not in heads}
-    counts = {len(value) if value.ndim and len(value) < 2**31 else 0 for value in heads.values()}
-    same = all(value.shape[1:] == own[key].shape[1:] for key, value in heads.items())
-    layers = {key.rpartition(".")[0] for key in heads}
-    same = same and all(key in heads for key in own if key.rpartition(".")[0] in layers)
-    wanted = {len(own[key]) for key in heads if own[key].ndim}
-    fits = _misfit(rest, {key: value for key, value in own.items() if key not in heads}) is None
-    return (counts.pop(), rest) if len(counts) == 1 and same and fits and wanted == {num_classes} else (0, {})
+    differ = {f"{key.rpartition('.')[0]}." for key in own if key in part and not _fits(part, own, key)}
+    begins = last or tuple(differ)
+    heads = [key for key in own if key.startswith(begins)]
+    rest = {key: value for key, value in part.items() if not key.startswith(begins)}
+    if not part.keys() >= {*heads} or _misfit(rest, {key: own[key] for key in own if key not in heads}):
+        return 0, {}
+    shapes = [(part[key].shape, own[key].shape) for key in heads if own[key].ndim]
+    alike = all(a[1:] == b[1:] and len(a) == len(b) and (last or b[0] == num_classes) for a, b in shapes)
+    counts = {a.numel() * num_classes / b.numel() for a, b in shapes} if alike else set()
+    classes = counts.pop() if len(counts) == 1 else 0
+    return (int(classes), rest) if 0 < classes < 2**31 and classes == int(classes) else (0, {})
 
 
 def _states(node: Mapping, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:

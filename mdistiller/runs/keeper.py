@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from mdistiller.errors import DamagedFile, UserError
@@ -67,36 +66,37 @@ class Keeper:
         """Write the average of the student's weights after an epoch, student_ema."""
         checkpoint.save(average, self.folder / "student_ema")
 
-    def restore(self, load: Callable[[dict, Path], None]) -> None:
-        """Call `load(state, its path)` with the newest whole checkpoint: `latest`, else `previous`.
+    def restore(self) -> tuple[dict, Path]:
+        """Return the newest whole checkpoint, `latest`, else `previous`, and its path.
 
         Raises UserError where there is none, or where it started from other data or another teacher.
         """
         latest, previous = self.folder / "latest", self.folder / "previous"
         try:
-            self._load(latest, load)
+            return self._loaded(latest), latest
         except UserError as error:
             damaged = isinstance(error, DamagedFile) or not latest.exists()
             if not (damaged and previous.exists()):
                 raise
-            self._load(previous, load)
+            state = self._loaded(previous)
             if latest.exists():
                 os.replace(latest, self.folder / "latest.damaged")
             link(previous, latest)  # before it is rotated away
             say(f"warning: {error.lines[0]}; going on from the checkpoint before it")
+            return state, previous
 
-    def _load(self, path: Path, load: Callable[[dict, Path], None]) -> None:
+    def _loaded(self, path: Path) -> dict:
         state = checkpoint.load(path)
         if "origin" not in state:
-            load(state, path)  # which says what the file is
-        # before it is loaded: weights for other data may not fit
+            return state  # of no run: RunState.load says what the file is
+        origin = state["origin"]
         for name, key in (("data", "DATASET.ROOT"), ("teacher", "DISTILLER.TEACHER_CKPT")):
-            if state.get("origin", {}).get(name) != self.origin.get(name):
+            if origin.get(name) != self.origin.get(name):
                 raise UserError(
                     f"--resume: the {name} in {key} is not what this run was started with; point {key} to that, or "
                     "start a new run without --resume"
                 )
-        before, now = state.get("origin", {}).get("plugins"), self.origin.get("plugins")
+        before, now = origin.get("plugins"), self.origin.get("plugins")
         if before is not None and before != now:
             if before and now:
                 say("warning: the code of the plug-ins has changed since this run began")
@@ -105,4 +105,4 @@ class Keeper:
                 raise UserError(
                     f"--resume: this run began {with_it} a plug-in's method, model or data; {do} EXPERIMENT.PLUGINS"
                 )
-        load(state, path)
+        return state

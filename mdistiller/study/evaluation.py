@@ -13,8 +13,7 @@ from yacs.config import CfgNode
 
 from mdistiller import config
 from mdistiller.dataset import ImageSet
-from mdistiller.engine.detection_eval import DetectionReport, evaluate_detectors
-from mdistiller.engine.detection_scores import NAMES
+from mdistiller.engine.detection_scores import NAMES, DetectionReport, evaluate_detectors
 from mdistiller.engine.evaluator import Report, evaluate_checkpoint
 from mdistiller.engine.method import join_teachers
 from mdistiller.engine.text_scores import TextReport, evaluate_text

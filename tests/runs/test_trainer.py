@@ -81,7 +81,7 @@ def test_a_kill_at_an_epochs_end_costs_no_row_and_doubles_none(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         killed.fit(Recorder(folder, 2))
     again = trainer(folder)
-    again.keeper.restore(again.state.load)
+    again.state.load(*again.keeper.restore())
     again.fit(Recorder(folder, 2, again.state.epoch, again.state.log_bytes))
     losses = [[(row["epoch"], row["train_loss"]) for row in read_metrics(tmp_path / n)] for n in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == 2

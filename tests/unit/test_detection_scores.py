@@ -20,8 +20,7 @@ from mdistiller.config import load
 from mdistiller.dataset import Boxes, DetectionBatches, load_dataset
 from mdistiller.dataset._detection import MOST_PIXELS, Views
 from mdistiller.engine.detection import Detection
-from mdistiller.engine.detection_eval import TIMED, speed_of
-from mdistiller.engine.detection_scores import NAMES, DetectionTest, evaluator, scores_of_boxes
+from mdistiller.engine.detection_scores import NAMES, TIMED, DetectionTest, evaluator, scores_of_boxes, speed_of
 from mdistiller.engine.ranks import Ranks
 from mdistiller.models import build_model
 from mdistiller.runs.detections import GAP, SIDE, TITLE, draw_detections, shade

@@ -42,9 +42,8 @@ def test_checkpoints_inside_an_epoch_are_apart_and_take_two_percent_of_the_time(
 
 
 def restored(folder, **origin) -> dict:
-    got = []
-    Keeper(folder, origin).restore(lambda state, path: got.append(state | {"path": path.name}))
-    return got[-1]
+    state, path = Keeper(folder, origin).restore()
+    return state | {"path": path.name}
 
 
 def test_names_of_checkpoints(tmp_path):
