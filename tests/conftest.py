@@ -7,7 +7,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it o
 import numpy as np
 import pytest
 import torch
-from helpers import digits_opts, save_teacher, small_run, stopping_after
+from helpers import digits_opts, on, run, save_teacher, small_run, stopping_after
 from webserver import Server
 
 from mdistiller import download
@@ -32,6 +32,24 @@ def teacher_file(tmp_path):
 def small(tmp_path_factory):
     """Options of a `small_run`."""
     return small_run(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small, tmp_path_factory):
+    """`undisturbed(method, KEY=value ...)`: the folder of a `small_run` that nothing befell, trained once for all tests
+    that hold theirs against it: ask for it before anything is patched.
+    """
+    root, folders = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def trained(method, device="cpu", **changes):
+        changes = {"SEED": 0, "TEACHER_BANK": "auto", "SOLVER__TRAINER": "base"} | changes
+        key = method, device, *changes.items()
+        if key not in folders:
+            opts = [*on(device, small), "DISTILLER.TYPE", method]
+            folders[key] = run(opts, root / str(len(folders)), **changes)
+        return folders[key]
+
+    return trained
 
 
 @pytest.fixture
