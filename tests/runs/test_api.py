@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import digits_opts
+from helpers import changed, unnamed
 from notebook import IMAGES, LABELS, TEST, TRAIN, Net, nets, quick
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -168,19 +168,20 @@ def test_features_of_networks_that_take_one_size_of_images(method):
     assert np.isfinite(result.history[0]["train_loss"])
 
 
-def test_the_student_alone_and_names():
-    result = md.distill(student="resnet8", train="digits", epochs=1, DEVICE="cpu", SOLVER__BATCH_SIZE=256)
+def test_the_student_alone_and_names(small):
+    given = dict(zip(small[::2], small[1::2], strict=True))
+    result = md.distill(student="resnet8", train="npz", epochs=1, DEVICE="cpu", DATASET__ROOT=given["DATASET.ROOT"])
     assert result.history[0]["train_losses"].keys() == {"loss/ce"}
 
 
-def test_train_does_what_the_command_does(tmp_path):
-    opts = digits_opts(SOLVER__BATCH_SIZE=256, LOG__PREFIX=tmp_path)
+def test_train_does_what_the_command_does(small, tmp_path):
+    opts = changed(unnamed(small), tmp_path, DISTILLER__TYPE="NONE")
     by_list = md.train(None, opts)
     by_dict = md.train(None, dict(zip(opts[::2], opts[1::2], strict=True)) | {"EXPERIMENT.TAG": "again"})
     figures = [{k: row[k] for k in ("train_loss", "test_acc")} for row in (by_list.history[0], by_dict.history[0])]
     assert figures[0] == figures[1]
     assert by_list.folder.parent == tmp_path / "distill"
-    assert "SOLVER.BATCH_SIZE:256" in by_list.folder.name
+    assert "SOLVER.BATCH_SIZE:16" in by_list.folder.name
 
 
 @pytest.mark.parametrize(
