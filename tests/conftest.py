@@ -82,12 +82,10 @@ def recorded_runs(tmp_path_factory):
     """Runs on 160 + 60 digits, 16 x 16: DTKD, three epochs in two seeds, with every sample's temperature; KD, one
     epoch, with summaries; resnet8 alone, one epoch.
     """
-    from mdistiller.dataset import load_dataset
+    from studies import few_digits
 
-    root, data = tmp_path_factory.mktemp("recorded"), load_dataset("digits", ".")
-    few = {"train_images": data.train_images[:160, ::2, ::2], "train_labels": data.train_labels[:160]}
-    few |= {"test_images": data.test_images[:60, ::2, ::2], "test_labels": data.test_labels[:60]}
-    np.savez(root / "digits.npz", **{name: values.numpy() for name, values in few.items()})
+    root = tmp_path_factory.mktemp("recorded")
+    np.savez(root / "digits.npz", **few_digits(160, 60))
     few = {"DATASET__TYPE": "npz", "DATASET__ROOT": root / "digits.npz"}
     distil = {"DISTILLER__TEACHER": "resnet8", "DISTILLER__TEACHER_CKPT": save_teacher(root / "teacher.pth")}
     samples = {"DISTILLER__TYPE": "DTKD", "LOG__TEMPERATURE": "samples", "LOG__SAVE_CHECKPOINT_FREQ": 1}
