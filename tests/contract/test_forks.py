@@ -190,7 +190,7 @@ SAME_LOSS = "KD DKD AT NST PKT RKD SP FITNET".split()  # the others draw, or sca
 
 @pytest.mark.parametrize("method", ORIGINALS)
 def test_files_of_the_originals_interface_behave_as_the_built_in_methods(method):
-    pair = f"DISTILLER.TEACHER resnet32x4 DISTILLER.STUDENT resnet8x4 DISTILLER.TYPE {method} CRD.NCE.K 4".split()
+    pair = f"DISTILLER.TEACHER resnet8x4 DISTILLER.STUDENT resnet8x4 DISTILLER.TYPE {method} CRD.NCE.K 4".split()
     losses = []
     for plugin in ([], ["EXPERIMENT.PLUGINS", [str(Path(__file__).parents[1] / "originals.py")]]):
         torch.manual_seed(0)
