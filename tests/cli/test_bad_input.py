@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import sklearn.datasets
 import torch
-from helpers import ROOT, Bomb, called, digits_opts, load_tool, tool
+from helpers import ROOT, Bomb, called, digits_opts, load_tool
 from methods import model
 
 from mdistiller import registry
@@ -211,18 +211,8 @@ def test_a_report_onto_a_file(tmp_path, monkeypatch, capsys):
     check_refused(tmp_path, monkeypatch, capsys, ANALYZE, "-o out")
 
 
-def test_a_process_of_its_own_refuses_too(tmp_path):
-    """Nothing of this is caught by the test's own process."""
-    name, content, words, says = FILES["plug-in that exits"]
-    write(tmp_path / name, content)
-    before = names(tmp_path)
-    done = tool(*words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    check_refusal(done.stderr, says)
-    assert names(tmp_path) == before
-
-
 def test_a_reader_that_stops_early_ends_a_tool_quietly(tmp_path):
+    """In a process of its own, where nothing is caught by the test's."""
     write_run(tmp_path)
     command = [sys.executable, str(ROOT / "tools" / "compare.py"), "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -43,7 +43,9 @@ def test_a_stopped_run_goes_on_at_the_very_step(small, undisturbed, tmp_path, st
 
 
 @pytest.mark.parametrize("method", ["DTKD", "CRD", "MLKD"])
-def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(small, undisturbed, tmp_path, monkeypatch, method):
+def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(
+    small, undisturbed, tmp_path, monkeypatch, method
+):
     """The child writes one after the first step of epoch 2, and dies while it handles the third."""
     opts = [*small, "DISTILLER.TYPE", method]
     whole, calls = undisturbed(method), iter(range(100))
@@ -62,24 +64,23 @@ def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(small, und
 
 @pytest.mark.parametrize("method", ["KD", "NONE"])
 def test_another_teacher_or_other_data_are_refused(small, tmp_path, method):
-    opts, root = [*small, "DISTILLER.TYPE", method], tmp_path / "runs"
-    folder = run(opts, root, SOLVER__EPOCHS=1)
+    opts, others = [*small, "DISTILLER.TYPE", method], {"DATASET.ROOT": tmp_path / "other.npz"}
+    folder = run(opts, tmp_path / "runs", SOLVER__EPOCHS=1)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with np.load(small[small.index("DATASET.ROOT") + 1]) as file:
         arrays = dict(file)
     if method == "KD":
-        key, other = "DISTILLER.TEACHER_CKPT", save_teacher(tmp_path / "other", "resnet14", 10)
-        state = torch.load(other, weights_only=True)
-        state["model"]["fc.bias"][0] += 1
-        torch.save(state, other)
         arrays["train_images"][0, 0, 0] ^= 1
+        others["DISTILLER.TEACHER_CKPT"] = save_teacher(tmp_path / "other", "resnet14", 10)
+        state = torch.load(tmp_path / "other", weights_only=True)
+        state["model"]["fc.bias"][0] += 1
+        torch.save(state, tmp_path / "other")
     else:
-        key, other = "DATASET.ROOT", tmp_path / "other.npz"
         arrays["train_labels"][0] = arrays["train_labels"].max() + 1  # of a class more
     np.savez(tmp_path / "other.npz", **arrays)
-    for key, path in {key: other, "DATASET.ROOT": tmp_path / "other.npz"}.items():
+    for key, path in others.items():
         with pytest.raises(UserError, match=f"in {key} is not what this run was started with"):
-            run([*opts, key, str(path)], root, resume=True, SOLVER__EPOCHS=2)
+            run([*opts, key, str(path)], tmp_path / "runs", resume=True, SOLVER__EPOCHS=2)
     del before[".lock"]
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}, "nothing is written"
 
