@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import changed, outcome, refused, run, same, save_teacher
+from helpers import Recording, changed, outcome, refused, run, same, save_teacher
 from notebook import nets, quick
 
 import mdistiller as md
@@ -28,7 +28,7 @@ def is_frozen(name):
 def test_what_is_frozen_stays_in_every_bit_and_the_rest_learns(small, tmp_path, method, trainer):
     start = save_teacher(tmp_path / "start.pth", "resnet8")
     opts = [*small, "DISTILLER.TYPE", method, "DISTILLER.STUDENT_CKPT", str(start), "SOLVER.TRAINER", trainer, *STEM]
-    folder = run(opts, tmp_path / "runs")
+    folder = run(opts, tmp_path / "runs", SOLVER__EPOCHS=1)
     before, after = (checkpoint.load(file)["model"] for file in (start, folder / "student_latest"))
     assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(is_frozen, before))
     learning = len([name for name, _ in build_model("resnet8", 10).named_parameters() if not is_frozen(name)])
@@ -37,13 +37,14 @@ def test_what_is_frozen_stays_in_every_bit_and_the_rest_learns(small, tmp_path, 
 
 
 def test_a_normalisation_that_learns_in_part_keeps_gathering_statistics(small, tmp_path):
-    file = run([*small, "DISTILLER.TYPE", "NONE", "SOLVER.FREEZE", "bn1.bias"], tmp_path) / "student_latest"
+    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.FREEZE", "bn1.bias", "SOLVER.EPOCHS", "1"]
+    file = run(opts, tmp_path) / "student_latest"
     student = checkpoint.load(file)["model"]
     assert not student["bn1.bias"].any() and student["bn1.running_mean"].any()
 
 
 def test_a_stopped_run_and_a_set_of_seeds_are_the_same_run(small, tmp_path, stop_after):
-    opts = [*small, "DISTILLER.TYPE", "DTKD", *STEM]
+    opts = [*small, "DISTILLER.TYPE", "DTKD", *STEM, "SOLVER.EPOCHS", "1"]
     whole = run(opts, tmp_path / "whole", SEED=1)
     stop_after(2)
     with pytest.raises(Preempted):
@@ -57,17 +58,13 @@ def test_a_stopped_run_and_a_set_of_seeds_are_the_same_run(small, tmp_path, stop
 
 
 def test_a_frozen_part_is_no_reason_against_a_graph(small, tmp_path, monkeypatch):
-    class Replayed:
-        """Stands for CUDA's graph: a replay does the work again."""
-
-        def __init__(self, work, beside):
-            self.replay = work
-
-    monkeypatch.setattr(stepmode, "GraphStep", lambda *given: GraphStep(*given, Replayed))
-    opts = [*small, "DISTILLER.TYPE", "KD", *STEM, "SOLVER.EPOCHS", "3"]
+    monkeypatch.setattr(stepmode, "GraphStep", lambda *given: GraphStep(*given, Recording))
+    opts = [*small, "DISTILLER.TYPE", "KD", *STEM, "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "8"]  # 5 steps
     eager = run(opts, tmp_path / "eager")
     monkeypatch.setattr(build, "uses_graph", lambda cfg, device, capturable: True)
+    made = Recording.made
     graph = run(opts, tmp_path / "graph")
+    assert Recording.made == made + 1
     assert "not as a graph" not in (graph / "worklog.txt").read_text()
     assert same(outcome(graph)[0]["model"], outcome(eager)[0]["model"])
 

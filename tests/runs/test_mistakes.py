@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import digits_opts
+from helpers import changed, digits_opts
 from notebook import IMAGES, LABELS, TEST, TRAIN, Net, nets, quick
 from torch import nn
 from torch.nn import functional as F
@@ -391,17 +391,17 @@ def test_settings_without_effect_are_named(capsys):
     assert "TEACHER_BANK (NONE has no teacher), TEMPERATURE.DETACH (NONE has no teacher)" in capsys.readouterr().out
 
 
-def test_a_last_batch_of_one_image_is_known_before_anything_is_written(tmp_path):
-    opts = digits_opts(LOG__PREFIX=tmp_path, DISTILLER__STUDENT="MobileNetV2", SOLVER__BATCH_SIZE=131)
+def test_a_last_batch_of_one_image_is_known_before_anything_is_written(small, tmp_path):
+    opts = changed(small, tmp_path, DISTILLER__STUDENT="MobileNetV2", SOLVER__BATCH_SIZE=13)
     for method, more, says in (
-        ("REVIEWKD", [], "131 leaves one of 1442 images to the last batch.*set SOLVER.DROP_LAST True"),
+        ("REVIEWKD", [], "13 leaves one of 40 images to the last batch.*set SOLVER.DROP_LAST True"),
         ("REVIEWKD", ["SOLVER.BATCH_SIZE", 1], "take a larger one"),
         (
             "REVIEWKD",
             ["SOLVER.BATCH_SIZE", 8, "SOLVER.ACCUMULATE", 8],
             "to a part of a batch.*lower SOLVER.ACCUMULATE 8",
         ),
-        ("NONE", ["SOLVER.DROP_LAST", True, "SOLVER.BATCH_SIZE", 2000], "1442 training images fill no batch"),
+        ("NONE", ["SOLVER.DROP_LAST", True, "SOLVER.BATCH_SIZE", 2000], "40 training images fill no batch"),
     ):
         with pytest.raises(md.UserError, match=says):
             train(load(None, [*opts, "DISTILLER.TYPE", method, *more]))
