@@ -13,6 +13,7 @@ from webserver import Server
 from mdistiller import download
 from mdistiller.engine import build
 from mdistiller.engine.solver import zero_momenta
+from mdistiller.errors import Preempted
 from mdistiller.runs import keeper
 from mdistiller.runs.stop import Stop
 
@@ -56,6 +57,21 @@ def undisturbed(small, tmp_path_factory):
 def stop_after(monkeypatch):
     """`stop_after(items)`: SIGTERM reaches the next runs at that batch, of training or of a test; 0: none any more."""
     return lambda items: monkeypatch.setattr(build, "Stop", stopping_after(items) if items else Stop)
+
+
+@pytest.fixture
+def interrupted(stop_after):
+    """`interrupted(train, *items)`: what `train(resume)` returns after SIGTERM has ended it at these batches."""
+
+    def trained(train, *items, says="stopped by SIGTERM"):
+        for number in items:
+            stop_after(number)
+            with pytest.raises(Preempted, match=says):
+                train("auto")
+        stop_after(0)
+        return train(True)
+
+    return trained
 
 
 @pytest.fixture

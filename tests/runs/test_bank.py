@@ -1,7 +1,7 @@
 """Runs with a bank of their teacher's logits, and without: the same bits, and never another teacher's."""
 
 import pytest
-from helpers import agree, cases, on, outcome, run, same
+from helpers import agree, cases, on, outcome, own_kd, run, same
 
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.teacher import TeacherLogits
@@ -62,15 +62,16 @@ def test_an_interrupted_precomputation_goes_on(small, undisturbed, tmp_path, mon
     assert sum(passes) == 40 * 25, "no view came twice"
 
 
-def test_a_run_that_is_stopped_keeps_what_it_has_asked(small, undisturbed, tmp_path, stop_after):
+def test_a_run_that_is_stopped_keeps_what_it_has_asked(small, undisturbed, tmp_path, interrupted):
     opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
     expected = outcome(undisturbed("DTKD"))
-    stop_after(1)
-    with pytest.raises(Preempted):
-        run(opts, tmp_path)
-    assert len(list((tmp_path / "banks").glob("*/*.safetensors"))) == 1
-    stop_after(0)
-    assert same(outcome(run(opts, tmp_path, resume=True)), expected)
+    kept = []
+
+    def train(resume):
+        kept.append(len(list((tmp_path / "banks").glob("*/*.safetensors"))))
+        return run(opts, tmp_path, resume)
+
+    assert same(outcome(interrupted(train, 1)), expected) and kept == [0, 1]
 
 
 def test_a_teacher_whose_code_has_changed_is_noticed_before_anything_is_written(small, tmp_path, monkeypatch):
@@ -110,13 +111,8 @@ BODIES = {
 
 @pytest.mark.parametrize("how", BODIES)
 def test_a_plugin_whose_teacher_changes_or_is_asked_by_itself(small, tmp_path, how):
-    plugin, name = tmp_path / f"{how}.py", f"BANK_{how.upper()}"
-    plugin.write_text(
-        "import torch\nfrom mdistiller.distillers.KD import KD, kd_loss\n"
-        "from mdistiller.distillers import register_distiller\n"
-        f"@register_distiller('{name}', defaults={{'A': 1.0}})\nclass Own(KD):\n{BODIES[how]}"
-    )
-    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", name, "SOLVER.EPOCHS", "1"]
+    words = own_kd(tmp_path / f"{how}.py", f"BANK_{how.upper()}", BODIES[how])
+    opts = [*small, *words, "SOLVER.EPOCHS", "1"]
     if how == "moves":
         with pytest.raises(RunFailed, match="set TEACHER_BANK off"):
             run(opts, tmp_path)

@@ -17,7 +17,6 @@ from mdistiller.engine import detection, method
 from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.task import Task
-from mdistiller.errors import Preempted
 from mdistiller.models import build_model
 from mdistiller.runs import checkpoint
 from mdistiller.runs.recorder import read_metrics
@@ -60,13 +59,9 @@ def test_rows_have_average_precision(detectors):
     assert "10 classes and background" in (detectors[0] / "worklog.txt").read_text()
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(detectors, tmp_path, stop_after):
-    for items in (2, 5, 3):  # in the teacher's test; after step 2 of epoch 1; in its test
-        stop_after(items)
-        with pytest.raises(Preempted):
-            run(detectors[1], tmp_path, resume="auto")
-    stop_after(0)
-    parts = run(detectors[1], tmp_path, resume=True)
+def test_a_stopped_run_goes_on_to_the_same_bits(detectors, tmp_path, interrupted):
+    items = 2, 5, 3  # in the teacher's test; after step 2 of epoch 1; in its test
+    parts = interrupted(lambda resume: run(detectors[1], tmp_path, resume), *items)
     assert same(outcome(detectors[0]), outcome(parts))
     assert (detectors[0] / "temperatures.bin").read_bytes() == (parts / "temperatures.bin").read_bytes()
 

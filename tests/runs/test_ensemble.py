@@ -62,7 +62,7 @@ def test_one_teacher_twice_is_that_teacher(small, undisturbed, tmp_path):
     assert outcome(twice)[1] == outcome(undisturbed("DTKD"))[1]
 
 
-def test_a_run_its_bank_and_its_seeds(two, whole, undisturbed, tmp_path, stop_after):
+def test_a_run_its_bank_and_its_seeds(two, whole, undisturbed, tmp_path, interrupted):
     assert "KD: resnet14+resnet20 -> resnet8" in (whole / "worklog.txt").read_text()
     expected, alone = outcome(whole), outcome(undisturbed("KD"))
     assert expected[1][0]["train_loss"] != alone[1][0]["train_loss"], "the other teacher counts"
@@ -71,11 +71,7 @@ def test_a_run_its_bank_and_its_seeds(two, whole, undisturbed, tmp_path, stop_af
     run(two, tmp_path / "mean", DISTILLER__ENSEMBLE_MEAN="probabilities", **bank)
     run([*two, "DISTILLER.ENSEMBLE", "[]"], tmp_path / "single", **bank)
     assert len(list((tmp_path / "banks").iterdir())) == 3, "each mean, and the first alone, has its own"
-    stop_after(2)
-    with pytest.raises(md.UserError, match="stopped by SIGTERM"):
-        run(two, tmp_path / "parts")
-    stop_after(0)
-    assert same(outcome(run(two, tmp_path / "parts", resume=True)), expected)
+    assert same(outcome(interrupted(lambda resume: run(two, tmp_path / "parts", resume), 2)), expected)
     summary, folders = run_set(two, tmp_path / "s", [0], EXPERIMENT__NAME="set")
     assert summary["teacher"] == "resnet14+resnet20"
     assert same(outcome(folders[0])[0]["model"], expected[0]["model"])

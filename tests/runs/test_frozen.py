@@ -13,7 +13,6 @@ from mdistiller.engine import build, stepmode
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.teachers import teacher_config, teacher_files
-from mdistiller.errors import Preempted
 from mdistiller.models import build_model
 from mdistiller.runs import checkpoint
 
@@ -43,14 +42,11 @@ def test_a_normalisation_that_learns_in_part_keeps_gathering_statistics(small, t
     assert not student["bn1.bias"].any() and student["bn1.running_mean"].any()
 
 
-def test_a_stopped_run_and_a_set_of_seeds_are_the_same_run(small, tmp_path, stop_after):
+def test_a_stopped_run_and_a_set_of_seeds_are_the_same_run(small, tmp_path, interrupted):
     opts = [*small, "DISTILLER.TYPE", "DTKD", *STEM, "SOLVER.EPOCHS", "1"]
     whole = run(opts, tmp_path / "whole", SEED=1)
-    stop_after(2)
-    with pytest.raises(Preempted):
-        run(opts, tmp_path / "parts", SEED=1)
-    stop_after(0)
-    assert same(outcome(run(opts, tmp_path / "parts", resume=True, SEED=1)), outcome(whole))
+    parts = interrupted(lambda resume: run(opts, tmp_path / "parts", resume, SEED=1), 2)
+    assert same(outcome(parts), outcome(whole))
     summary = train_seeds(config.load(None, changed(opts, tmp_path / "set")), [0, 1])
     assert same(outcome(Path(summary["runs"][1]["folder"])), outcome(whole))
     with pytest.raises(md.UserError, match="SOLVER.FREEZE is .*'conv1.weight'.*started with"):

@@ -28,15 +28,11 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize(("method", "solver"), [*((name, "base") for name in KINDS), *SOLVERS])
-def test_a_stopped_run_goes_on_at_the_very_step(small, undisturbed, tmp_path, stop_after, method, solver):
+def test_a_stopped_run_goes_on_at_the_very_step(small, undisturbed, tmp_path, interrupted, method, solver):
     opts = [*small, "DISTILLER.TYPE", method, "SOLVER.TRAINER", solver]
     whole = undisturbed(method, SOLVER__TRAINER=solver)
-    for items in (2, 2):  # after step 2 of epoch 1; then in its evaluation, which comes again
-        stop_after(items)
-        with pytest.raises(Preempted, match="SIGTERM in epoch 1"):
-            run(opts, tmp_path, resume="auto")
-    stop_after(0)
-    parts = run(opts, tmp_path, resume=True)
+    items = 2, 2  # after step 2 of epoch 1; then in its evaluation, which comes again
+    parts = interrupted(lambda resume: run(opts, tmp_path, resume), *items, says="SIGTERM in epoch 1")
     assert_same_run(whole, parts)
     log = (parts / "worklog.txt").read_text()
     assert [log.count(words) for words in ("stopped by", "resumed after", "epoch 1/2", "epoch 2/2")] == [2, 2, 1, 1]

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GPU, KINDS, Recording, agree, cases, changed, on, outcome, run, run_set, same, unnamed
+from helpers import GPU, KINDS, Recording, agree, cases, changed, on, outcome, own_kd, run, run_set, same, unnamed
 
 from mdistiller import config
 from mdistiller.engine import build, graph, seeds, stepmode
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.seeds import summary_file, table, train_seeds
 from mdistiller.engine.step import Step
-from mdistiller.errors import FolderInUse, Preempted, RunFailed, UserError
+from mdistiller.errors import FolderInUse, RunFailed, UserError
 from mdistiller.files import FileLock
 
 
@@ -48,17 +48,12 @@ def test_a_shared_bank_changes_no_bit(small, undisturbed, tmp_path, bank, device
 
 
 @pytest.mark.parametrize(("stops", "device"), [((1, 8), "cpu"), pytest.param((5, 35), "cuda", marks=GPU)])
-def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, undisturbed, tmp_path, stop_after, stops, device):
+def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, undisturbed, tmp_path, interrupted, stops, device):
     """Under a bank that they fill together."""
     opts = [*on(device, small), "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy"]
-    given = {"TEACHER_BANK_FOLDER": tmp_path / "bank"}
     whole = {seed: outcome(undisturbed("DTKD", device, SEED=seed)) for seed in (0, 1, 2)}
-    for number, items in enumerate(stops):
-        stop_after(items)
-        with pytest.raises(Preempted, match="3 of 3 students"):
-            run_set(opts, tmp_path, [0, 1, 2], resume=number > 0, **given)
-    stop_after(0)
-    summary, parts = run_set(opts, tmp_path, [0, 1, 2], resume=True, **given)
+    train = functools.partial(run_set, opts, tmp_path, [0, 1, 2], TEACHER_BANK_FOLDER=tmp_path / "bank")
+    summary, parts = interrupted(lambda resume: train(resume=resume), *stops, says="3 of 3 students")
     assert all(agree(whole[seed], outcome(parts[seed]), device) for seed in (0, 1, 2))
     assert summary["last"]["n"] == 3
 
@@ -152,29 +147,22 @@ def test_one_lost_student_does_not_stop_the_others_who_share_its_teacher(
 def fading(small, tmp_path, write, after=0):
     """Options of a method that writes to its teacher's weights, from the epoch behind `after` on."""
     name = f"F{len(write)}{after}"
-    plugin = tmp_path / "fading.py"
-    plugin.write_text(
-        "import torch\nfrom mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
-        f"@register_distiller('{name}', defaults={{'A': 1.0}})\nclass Fading(KD):\n"
+    words = own_kd(
+        tmp_path / "fading.py", name,
         "    def losses(self, *args, epoch, **kwargs):\n        with torch.no_grad():\n"
         "            for p in self.teacher.parameters():\n"
         f"                if epoch > {after}:\n                    {write}\n"
-        "        return super().losses(*args, epoch=epoch, **kwargs)\n"
-    )
-    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", name, "TEACHER_BANK", "off"]
-    return [*opts, "SOLVER.EPOCHS", str(after + 1)]
+        "        return super().losses(*args, epoch=epoch, **kwargs)\n",
+    )  # fmt: skip
+    return [*small, *words, "TEACHER_BANK", "off", "SOLVER.EPOCHS", str(after + 1)]
 
 
 @pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)", "p.data = 0.9 * p.data"])
-def test_a_teacher_that_its_method_writes_to_is_kept_and_not_shared(small, tmp_path, stop_after, write):
+def test_a_teacher_that_its_method_writes_to_is_kept_and_not_shared(small, tmp_path, interrupted, write):
     opts = fading(small, tmp_path, write)
     expected = outcome(run(opts, tmp_path / "alone", SEED=1))
     assert "teacher.fc.weight" in expected[0]["model"]
-    stop_after(3)
-    with pytest.raises(Preempted):
-        run_set(opts, tmp_path / "parts", [0, 1])
-    stop_after(0)
-    _, folders = run_set(opts, tmp_path / "parts", [0, 1], resume=True)
+    _, folders = interrupted(lambda resume: run_set(opts, tmp_path / "parts", [0, 1], resume), 3)
     assert same(outcome(folders[1]), expected)
 
 

@@ -18,7 +18,6 @@ from mdistiller.engine.cfg import unread_overrides
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.engine.step import Step
-from mdistiller.errors import Preempted
 from mdistiller.runs.recorder import read_metrics
 
 
@@ -183,14 +182,10 @@ ALL = (
 
 
 @pytest.mark.parametrize("method", ["NONE", "DTKD", "AT"])
-def test_all_of_it_goes_on_bit_for_bit(small, tmp_path, stop_after, method):
+def test_all_of_it_goes_on_bit_for_bit(small, tmp_path, interrupted, method):
     opts = [*small, "DISTILLER.TYPE", method, *ALL]
     whole = run(opts, tmp_path / "whole")
-    stop_after(2)
-    with pytest.raises(Preempted):
-        run(opts, tmp_path / "parts", resume="auto")
-    stop_after(0)
-    parts = run(opts, tmp_path / "parts", resume=True)
+    parts = interrupted(lambda resume: run(opts, tmp_path / "parts", resume), 2)
     assert same(outcome(whole), outcome(parts))
     averages = [torch.load(folder / "student_ema", weights_only=True) for folder in (whole, parts)]
     assert same(averages[0]["model"], averages[1]["model"])
@@ -200,21 +195,11 @@ def test_all_of_it_goes_on_bit_for_bit(small, tmp_path, stop_after, method):
 
 def test_the_average_is_of_the_weights_that_were(small, tmp_path):
     """With one step an epoch, and a checkpoint after each, the average follows from the checkpoints."""
-    opts = [
-        *small,
-        "DISTILLER.TYPE",
-        "NONE",
-        "SOLVER.EMA",
-        "0.75",
-        "SOLVER.BATCH_SIZE",
-        "1000",
-        "LOG.SAVE_CHECKPOINT_FREQ",
-        "1",
-    ]
-    folder = run(opts, tmp_path, SOLVER__EPOCHS=3)
+    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.BATCH_SIZE", "1000", "SOLVER.EPOCHS", "3"]
+    folder = run(opts, tmp_path, SOLVER__EMA=0.75, LOG__SAVE_CHECKPOINT_FREQ=1)
     states = [torch.load(folder / f"student_{n}", weights_only=True)["model"]["fc.weight"] for n in (1, 2, 3)]
     wanted = states[0].lerp(states[1], 0.25).lerp(states[2], 0.25)
     average = torch.load(folder / "student_ema", weights_only=True)["model"]["fc.weight"]
     torch.testing.assert_close(average, wanted)
-    plain = run([*small, "DISTILLER.TYPE", "NONE", "SOLVER.BATCH_SIZE", "1000"], tmp_path / "plain", SOLVER__EPOCHS=3)
+    plain = run(opts, tmp_path / "plain")
     assert torch.equal(torch.load(plain / "student_latest", weights_only=True)["model"]["fc.weight"], states[2])

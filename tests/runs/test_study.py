@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, own_kd
 from studies import Dying, Ended, Here, change, figures, write, write_plan
 
 from mdistiller import config, registry
@@ -281,18 +281,8 @@ def test_a_job_that_is_refused_waits_for_the_others_and_fails_alone(small_plan):
     assert executor.asked == [("NONE,resnet8", [0, 1]), ("NONE,resnet14", [0])]
 
 
-PLUGIN = """
-from mdistiller.distillers.KD import KD
-from mdistiller.distillers import register_distiller
-
-@register_distiller("PLUGGED", defaults={"WEIGHT": 1.0})
-class Plugged(KD):
-    pass
-"""
-
-
 def test_a_plug_ins_method_can_be_in_a_plan(small_plan):
-    Path("mine.py").write_text(PLUGIN)
+    own_kd(Path("mine.py"), "PLUGGED")
     overrides = {"EXPERIMENT": {"PLUGINS": ["mine.py"]}, "PLUGGED": {"WEIGHT": 2.0}}
     change(small_plan, methods=["PLUGGED"], seeds=[0], overrides=overrides)
     try:

@@ -15,7 +15,7 @@ from mdistiller.dataset import load_dataset
 from mdistiller.engine.cfg import load
 from mdistiller.engine.run import train
 from mdistiller.engine.seeds import train_seeds
-from mdistiller.errors import Preempted, RunFailed
+from mdistiller.errors import RunFailed
 from mdistiller.runs import checkpoint
 from mdistiller.runs.recorder import read_metrics
 from mdistiller.runs.temperature import read_record
@@ -93,14 +93,10 @@ def test_the_student_alone_has_no_figures_of_a_teacher(text, tmp_path):
     assert set(row) >= FIGURES and not OF_TEACHER & set(row)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(text, tmp_path, stop_after):
+def test_a_stopped_run_goes_on_to_the_same_bits(text, tmp_path, interrupted):
     whole, file = text
-    for items in (2, 2, 3):  # after step 2 of epoch 1; in its test; after step 1 of epoch 2
-        stop_after(items)
-        with pytest.raises(Preempted):
-            run(file, tmp_path, resume="auto")
-    stop_after(0)
-    parts = run(file, tmp_path, resume=True)
+    items = 2, 2, 3  # after step 2 of epoch 1; in its test; after step 1 of epoch 2
+    parts = interrupted(lambda resume: run(file, tmp_path, resume), *items)
     assert same(outcome(whole), outcome(parts))
     log = (parts / "worklog.txt").read_text()
     assert [log.count(words) for words in ("3 steps into", "2 steps into", "1 step into")] == [1, 1, 1]
