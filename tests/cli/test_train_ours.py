@@ -15,7 +15,6 @@ import termios
 import pytest
 from helpers import changed, forked, load_tool, outcome, run, same, status_of, unnamed, wait_for
 
-from mdistiller.errors import UserError
 from mdistiller.runs import checkpoint
 from mdistiller.runs.recorder import read_metrics
 
@@ -27,32 +26,6 @@ def folder(tmp_path, monkeypatch):
     """The run's, in the current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "output" / "distill" / "run"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--seeds"], "no seed follows"),
-        (["--seeds", "0", "--seeds", "1"], "given twice"),
-        (["--seed", "3"], "unknown option --seed"),
-        (["--seeds", "0-5000"], "1,000 at most"),
-        (["--seeds", "3-1"], "the smaller one first"),
-        (["--seeds", "4294967296"], "2**32"),
-        (["--seeds=1.5"], "is no seed"),
-        (["--seeds", "0", "-1"], "--seeds: -1 is no seed; write --seeds 0,1,2"),
-        (["--seeds", "0-999", "1000-1999"], "2,000, and 1,000 at most"),
-        (["--seeds", "0", "1", "SEED", "3"], "give one of them"),
-        (["--seeds", "0", "LOG.WANDB", "True"], "LOG.WANDB False"),
-        (["LOG.PREFIX", "/proc/nowhere"], "set LOG.PREFIX"),
-        (["--resume"], "there is no run in"),
-    ],
-)
-def test_a_mistake_is_a_line_and_nothing_is_written(tmp_path, words, message):
-    with pytest.raises(UserError) as caught:
-        main([*words, "DATASET.TYPE", "digits"])
-    assert message in caught.value.lines[0]
-    assert caught.value.status == 2
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_takes_lists_and_ranges_of_seeds(small, tmp_path, capsys):
