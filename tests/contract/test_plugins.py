@@ -29,7 +29,7 @@ def test_a_file_with_an_entry_by_hand_runs_unchanged(tmp_path):
     """As users of mdistiller have them: relative imports, keys read as cfg.X, which the YAML alone gives."""
     plugin, path = tmp_path / "Hybrid.py", tmp_path / "x.yaml"
     entry = "\nfrom mdistiller.distillers import distiller_dict\ndistiller_dict['HYBRID'] = QuietKD\n"
-    plugin.write_text(textwrap.dedent(forks.METHODS["never registers"]) + entry)
+    plugin.write_text(forks.METHODS["never registers"] + entry)
     path.write_text(
         f"EXPERIMENT: {{PLUGINS: [{plugin}]}}\nDISTILLER: {{TYPE: HYBRID, TEACHER: resnet14, STUDENT: resnet8}}\n"
         "QUIET: {WEIGHT: 5e-1, SIZES: [32, 32]}\n"

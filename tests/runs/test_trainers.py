@@ -1,5 +1,6 @@
 """SOLVER.TRAINER: what each name computes."""
 
+import forks
 import pytest
 import torch
 from helpers import outcome, run, run_set, same
@@ -57,28 +58,9 @@ def test_the_strong_view_reaches_a_method_and_the_file_of_a_bad_step(small, tmp_
     assert replay(file)[0] == "the images"
 
 
-FORKS = """
-import torch
-from torch.nn import functional as F
-from ._base import Distiller
-
-
-class Consistent(Distiller):
-    def __init__(self, student, teacher, cfg):
-        super(Consistent, self).__init__(student, teacher)
-
-    def forward_train(self, image_weak, image_strong, target, **kwargs):
-        weak, _ = self.student(image_weak)
-        strong, _ = self.student(image_strong)
-        assert image_weak.view(-1).shape == image_strong.view(-1).shape and not torch.equal(image_weak, image_strong)
-        return weak, {"loss_ce": F.cross_entropy(weak, target), "loss_kd": F.mse_loss(strong, weak.detach())}
-"""
-
-
 def test_a_method_of_a_fork_is_given_both_views(small, tmp_path):
-    plugin = tmp_path / "consistent.py"
-    plugin.write_text(FORKS)
-    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "Consistent", "SOLVER.TRAINER"]
+    plugin = forks.write_file(tmp_path, forks.METHODS["two views"])
+    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "Views", "SOLVER.TRAINER"]
     _, rows = outcome(run([*opts, "ours"], tmp_path / "ours", SOLVER__EPOCHS=1))
     assert rows[-1]["train_losses"]["loss/loss_kd"] > 0
     with pytest.raises(UserError, match="asks for a weak and a strong view of each image: set SOLVER.TRAINER ours"):
