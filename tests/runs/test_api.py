@@ -184,32 +184,6 @@ def test_train_does_what_the_command_does(small, tmp_path):
     assert "SOLVER.BATCH_SIZE:16" in by_list.folder.name
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"method": "DTK"}, "did you mean DTKD"),
-        ({"resume": True}, "pass folder="),
-        ({"test": None}, "test is missing"),
-        ({"teacher": None, "method": "KD"}, "KD needs a teacher; pass teacher="),
-        ({"student": Net(8).requires_grad_(False)}, "no parameter that learns"),
-        ({"augment": "flip"}, "DATASET.AUGMENT"),
-        ({"method": "AT", "layers": (["conv"], ["cov"])}, "did you mean conv"),
-        ({"method": "AT", "layers": (["conv"], ["fc"])}, "a feature map is"),
-        ({"train": "digits"}, "leave test out"),
-        ({"train": (IMAGES.astype(float) - 300, LABELS)}, "leave out your own normalisation"),
-        ({"train": (IMAGES[:, :8], LABELS)}, "square"),
-        ({"train": (IMAGES, LABELS[:5])}, "120 whole numbers"),
-        ({"SOLVER__LRR": 1}, "did you mean SOLVER.LR"),
-    ],
-)
-def test_a_mistake_is_a_line_and_leaves_nothing(tmp_path, monkeypatch, given, says):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(md.UserError) as caught:
-        quick(**dict(zip(("teacher", "student"), nets(), strict=True)) | given)
-    assert says in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
 class Overflow(Net):
     """Sends SIGINT in its third pass over a training batch, or overflows there."""
 

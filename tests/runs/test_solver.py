@@ -144,9 +144,7 @@ def test_schedules_are_torchs():
     assert [schedule.at(1 + n // 4, n % 4, 4) for n in range(20)] == pytest.approx(wanted)
     warm = Schedule(0.4, (3,), 0.1, warmup=2)
     rates = [warm.at(1 + n // 4, n % 4, 4) for n in range(16)]
-    assert rates[:8] == pytest.approx([0.05 * n for n in range(1, 9)]) and rates[8:] == pytest.approx(
-        [0.4] * 4 + [0.04] * 4
-    )
+    assert rates == pytest.approx([*(0.05 * n for n in range(1, 9)), *[0.4] * 4, *[0.04] * 4])
     assert [warm.changes_within(epoch) for epoch in (1, 2, 3)] == [True, True, False]
     later = Schedule(0.4, kind="cosine", epochs=5, warmup=1)
     assert later.at(2, 0, 4) == pytest.approx(0.4) and later.at(5, 3, 4) < 0.01
@@ -156,22 +154,18 @@ def test_schedules_are_torchs():
 
 def test_what_does_not_go_together_is_a_line():
     for words, says in (
-        (["DISTILLER.TYPE", "DKD", "SOLVER.LABEL_SMOOTHING", 0.1], "LABEL_SMOOTHING: DKD needs the one label"),
-        (["DISTILLER.TYPE", "CRD", "DATASET.MIXUP", 0.2], "DATASET.MIXUP: CRD needs the one label"),
-        (
-            ["DISTILLER.TYPE", "DTKD", "TEMPERATURE.PART", "target", "DATASET.CUTMIX", 1],
-            "CUTMIX: TEMPERATURE.PART target",
-        ),
-        (["DISTILLER.TYPE", "MLKD", "SOLVER.TRAINER", "ours", "DATASET.CUTMIX", 1], "two views .* which are not mixed"),
-        (["DISTILLER.TYPE", "KD", "SOLVER.TRAINER", "dot", "SOLVER.TYPE", "AdamW"], "dot is SGD with two momenta"),
-        (["SOLVER.EMA", 1.0], r"SOLVER.EMA: must be in \[0, 1\)"),
-        (["SOLVER.TYPE", "Adam"], "SOLVER.TYPE: unknown value 'Adam'; did you mean AdamW"),
+        ("DISTILLER.TYPE DKD SOLVER.LABEL_SMOOTHING 0.1", "LABEL_SMOOTHING: DKD needs the one label"),
+        ("DISTILLER.TYPE CRD DATASET.MIXUP 0.2", "DATASET.MIXUP: CRD needs the one label"),
+        ("DISTILLER.TYPE DTKD TEMPERATURE.PART target DATASET.CUTMIX 1", "CUTMIX: TEMPERATURE.PART target"),
+        ("DISTILLER.TYPE MLKD SOLVER.TRAINER ours DATASET.CUTMIX 1", "two views .* which are not mixed"),
+        ("DISTILLER.TYPE KD SOLVER.TRAINER dot SOLVER.TYPE AdamW", "dot is SGD with two momenta"),
+        ("SOLVER.EMA 1.0", r"SOLVER.EMA: must be in \[0, 1\)"),
+        ("SOLVER.TYPE Adam", "SOLVER.TYPE: unknown value 'Adam'; did you mean AdamW"),
     ):
         with refused(says):
-            refuse_unused(load(None, words))
-    cfg = load(
-        None, ["SOLVER.SCHEDULE", "cosine", "SOLVER.LR_DECAY_RATE", 0.2, "SOLVER.TYPE", "AdamW", "SOLVER.MOMENTUM", 0]
-    )
+            refuse_unused(load(None, words.split()))
+    unread = "SOLVER.SCHEDULE cosine SOLVER.LR_DECAY_RATE 0.2 SOLVER.TYPE AdamW SOLVER.MOMENTUM 0"
+    cfg = load(None, unread.split())
     assert unread_overrides(cfg).count("SOLVER.") == 4
 
 

@@ -154,36 +154,23 @@ def test_a_step_that_goes_wrong_is_kept_with_dense_logits(text, tmp_path, monkey
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["DISTILLER.TYPE", "CRD"], "compares more than each token's logits"),
-        (["DATASET.MIXUP", "0.2"], "DATASET.MIXUP: is for images, and python is text"),
-        (["SOLVER.TRAINER", "dot", "SOLVER.TYPE", "SGD"], "set SOLVER.TRAINER base"),
-        (["SOLVER.STEP", "compile"], "set SOLVER.STEP auto"),
-        (["TEACHER_BANK", "lazy"], "set TEACHER_BANK_TOP_K 64"),
+        ("DISTILLER.TYPE CRD", "compares more than each token's logits"),
+        ("DATASET.MIXUP 0.2", "DATASET.MIXUP: is for images, and python is text"),
+        ("SOLVER.TRAINER dot SOLVER.TYPE SGD", "set SOLVER.TRAINER base"),
+        ("SOLVER.STEP compile", "set SOLVER.STEP auto"),
+        ("TEACHER_BANK lazy", "set TEACHER_BANK_TOP_K 64"),
         (
-            [
-                "DATASET.TYPE",
-                "digits",
-                "DISTILLER.TEACHER",
-                "resnet8",
-                "DISTILLER.STUDENT",
-                "resnet8",
-                "TEACHER_BANK_TOP_K",
-                "8",
-            ],
+            "DATASET.TYPE digits DISTILLER.TEACHER resnet8 DISTILLER.STUDENT resnet8 TEACHER_BANK_TOP_K 8",
             "TEACHER_BANK_TOP_K: of pictures the largest logits are enough at temperature 1 alone",
         ),
-        (["DISTILLER.STUDENT", "resnet8"], "resnet8"),
-        (
-            ["DATASET.TYPE", "cifar100", "DISTILLER.TEACHER", "resnet8"],
-            "gpt1x32 is one of text; set DATASET.TYPE python or text",
-        ),
-        (["DATASET.TEXT.BLOCK", "100000"], "take more text, or DATASET.TEXT.BLOCK below 100000"),
-        (["DATASET.TYPE", "text", "DATASET.ROOT", "nowhere"], "there is no such file or folder"),
+        ("DISTILLER.STUDENT resnet8", "resnet8"),
+        ("DATASET.TYPE cifar100 DISTILLER.TEACHER resnet8", "gpt1x32 is one of text; set DATASET.TYPE python or text"),
+        ("DATASET.TEXT.BLOCK 100000", "take more text, or DATASET.TEXT.BLOCK below 100000"),
+        ("DATASET.TYPE text DATASET.ROOT nowhere", "there is no such file or folder"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(text, tmp_path, words, says):
-    done = called("train_ours", "--cfg", text[1], "LOG.PREFIX", "out", *words, cwd=tmp_path)
+    done = called("train_ours", "--cfg", text[1], "LOG.PREFIX", "out", *words.split(), cwd=tmp_path)
     line, *more = done.stderr.splitlines()
     assert done.returncode == 2 and says in line and not more
     assert tree(tmp_path) == {}
