@@ -353,12 +353,13 @@ def killed(child: int) -> bool:
     return status == -signal.SIGKILL
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    """Return as soon as `condition()` is true, which must not take a minute."""
-    deadline = time.monotonic() + 60
-    while not condition():
+def wait_for(condition: Callable[[], object]) -> object:
+    """Return what `condition()` gives as soon as it is true, which must not take two minutes."""
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return found
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -1,4 +1,4 @@
-"""tools/train_ours.py: its words, its exit status, signals, terminals and pipes. Commands run in forked children, where
+"""tools/train_ours.py: its exit status, signals, terminals and pipes. Commands run in forked children, where
 nothing depends on a process of their own.
 """
 
@@ -13,7 +13,7 @@ import sys
 import termios
 
 import pytest
-from helpers import changed, forked, load_tool, outcome, run, same, status_of, unnamed, wait_for
+from helpers import changed, forked, load_tool, outcome, same, status_of, unnamed, wait_for
 
 from mdistiller.runs import checkpoint
 from mdistiller.runs.recorder import read_metrics
@@ -75,15 +75,15 @@ def test_the_status_does_not_depend_on_who_listens(small, folder):
     assert checkpoint.load(folder / "latest")["progress"]["done"] in (1, 2, 3)
 
 
-def test_a_pipe_that_breaks_changes_nothing(small, tmp_path, folder):
-    expected = run(small, tmp_path / "whole")
+def test_a_pipe_that_breaks_changes_nothing(small, undisturbed, folder):
+    expected = undisturbed("NONE")
     reader, writer = os.pipe()
 
     def work():
         os.dup2(writer, sys.stdout.fileno())
         os.close(writer)
         os.close(reader)
-        main(small)
+        main([*small, "DISTILLER.TYPE", "NONE"])
 
     child = forked(work, "errors")
     os.close(writer)
@@ -96,14 +96,14 @@ def test_a_pipe_that_breaks_changes_nothing(small, tmp_path, folder):
     assert "result:" in (folder / "worklog.txt").read_text()
 
 
-def test_a_terminal_with_its_bar_changes_nothing(small, tmp_path, folder):
-    expected = run(small, tmp_path / "plain")
+def test_a_terminal_with_its_bar_changes_nothing(small, undisturbed, folder):
+    expected = undisturbed("NONE")
     main_side, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 
     def work():
         sys.stdout = os.fdopen(side, "w", buffering=1)
-        main(small)
+        main([*small, "DISTILLER.TYPE", "NONE"])
 
     child = forked(work)
     os.close(side)

@@ -126,6 +126,8 @@ def test_seeds_and_a_folder_to_go_on_in(tmp_path):
     assert [len(run.history) for run in again] == [2, 2]
     assert again[0].history[0] == first[0].history[0]
     assert (again[1].folder / "student_best").exists()
+    one = quick(*nets(), epochs=1, seeds=2, layers=None, folder=tmp_path / "one")
+    assert [run.seed for run in one] == [2] and len(list((tmp_path / "one").glob("teacher-*"))) == 1
 
 
 @pytest.mark.parametrize("method", ["AT", "FITNET", "SP", "CRD", "RKD", "VID"])

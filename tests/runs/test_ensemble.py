@@ -121,10 +121,7 @@ def test_missing_ones_are_trained_first(small, tmp_path, monkeypatch):
     [
         (["DISTILLER.ENSEMBLE", "[resnt20]"], "unknown model 'resnt20'; did you mean resnet20?"),
         (["DISTILLER.ENSEMBLE", "[resnet20:gone.pth]"], "DISTILLER.ENSEMBLE: no checkpoint of the teacher resnet20 at"),
-        (
-            ["DISTILLER.ENSEMBLE", "[resnet20]"],
-            r"write resnet20:path/to/checkpoint.pth, or set DISTILLER.TRAIN_TEACHER",
-        ),
+        (["DISTILLER.ENSEMBLE", "[resnet20]"], "write resnet20:path/to/checkpoint.pth, or set DISTILLER.TRAIN_TEA"),
         (["DISTILLER.ENSEMBLE", "[resnet20:{teacher}]"], "holds resnet14 with 10 classes, but resnet20 with 10"),
         (["DISTILLER.TYPE", "AT", "DISTILLER.ENSEMBLE", "[resnet14:{teacher}]"], "AT compares features, of which"),
         (["DISTILLER.TYPE", "CRD", "DISTILLER.ENSEMBLE", "[resnet14:{teacher}]"], "CRD compares features, of which"),

@@ -68,10 +68,7 @@ def test_a_frozen_part_is_no_reason_against_a_graph(small, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("patterns", "says"),
     [
-        (
-            "[layer9.*]",
-            r"SOLVER.FREEZE: 'layer9.\*' matches no parameter of resnet8; near it are layer3.\*, layer2.\*, layer1",
-        ),
+        ("[layer9.*]", r"SOLVER.FREEZE: 'layer9.\*' matches no parameter of resnet8; near it are layer3.\*, layer2"),
         ("[conv1.*,layer1]", "SOLVER.FREEZE: 'layer1' matches no parameter of resnet8; near it are layer1.*"),
         ("[zzzz]", r"near it are conv1.\*, bn1.\*, layer1.\*"),
         ("*", "SOLVER.FREEZE: .* leaves nothing of resnet8 that learns; leave a part out"),

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, own_kd
+from helpers import ROOT, own_kd, wait_for
 from studies import Dying, Ended, Here, change, figures, write, write_plan
 
 from mdistiller import config, registry
@@ -359,14 +359,6 @@ def test_slurm_says_what_it_needs_and_what_it_refuses(small_plan, monkeypatch):
 def children(number):
     found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(number)], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while not (found := condition()):
-        assert time.monotonic() < deadline, Path("log.txt").read_text()
-        time.sleep(0.02)
-    return found
 
 
 def is_alive(number):

@@ -1,6 +1,5 @@
 """SOLVER.TRAINER: what each name computes."""
 
-import forks
 import pytest
 import torch
 from helpers import outcome, run, run_set, same
@@ -56,15 +55,6 @@ def test_the_strong_view_reaches_a_method_and_the_file_of_a_bad_step(small, tmp_
         run([*small, *MLKD, "ours"], tmp_path / "bad")
     (file,) = (tmp_path / "bad" / "distill" / "run").glob("bad_batch*")
     assert replay(file)[0] == "the images"
-
-
-def test_a_method_of_a_fork_is_given_both_views(small, tmp_path):
-    plugin = forks.write_file(tmp_path, forks.METHODS["two views"])
-    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "Views", "SOLVER.TRAINER"]
-    _, rows = outcome(run([*opts, "ours"], tmp_path / "ours", SOLVER__EPOCHS=1))
-    assert rows[-1]["train_losses"]["loss/loss_kd"] > 0
-    with pytest.raises(UserError, match="asks for a weak and a strong view of each image: set SOLVER.TRAINER ours"):
-        run([*opts, "base"], tmp_path / "base")
 
 
 @pytest.mark.parametrize("trainer", ["ours", "aug"])
