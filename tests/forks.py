@@ -37,173 +37,122 @@ class Distiller(nn.Module):
         return self.forward_test(kwargs["image"])
 """
 
-# by the cause that kept a file of its kind from running: {file: text}
+HEAD = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nfrom ._base import Distiller\n"
+STEP = """
+logits = self.student(image)[0]
+return logits, {"loss_ce": F.cross_entropy(logits, target)}
+"""
+
+
+def class_text(
+    name: str, init: str = "", step: str = STEP, parameters: str = "student, teacher, cfg",
+    given: str = "image, target, **kwargs", base: str = "Distiller", supers: str = "student, teacher",
+) -> str:  # fmt: skip
+    """A method's class as its users write it: `init` behind super().__init__(`supers`), and `step` of `given`."""
+    init, step = (textwrap.indent(textwrap.dedent(body).strip(), " " * 8) for body in (init, step))
+    return (
+        f"class {name}({base}):\n    def __init__(self, {parameters}):\n"
+        f"        super({name}, self).__init__({supers})\n{init}\n\n"
+        f"    def forward_train(self, {given}):\n{step}\n\n"
+    )
+
+
+def method(name: str, init: str = "", step: str = STEP, imports: str = "", **more: str) -> str:
+    """The file of one method."""
+    return f"{HEAD}{imports}\n{class_text(name, init, step, **more)}"
+
+
+# by the cause that kept a file of its kind from running: its text
 METHODS = {
-    "never registers": """
-        import torch
-        import torch.nn.functional as F
-        from ._base import Distiller
-        from .KD import kd_loss
-
-        class QuietKD(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(QuietKD, self).__init__(student, teacher)
-                self.weight = cfg.QUIET.WEIGHT
-
-            def forward_train(self, image, target, **kwargs):
-                logits_student, _ = self.student(image)
-                with torch.no_grad():
-                    logits_teacher, _ = self.teacher(image)
-                kd = self.weight * kd_loss(logits_student, logits_teacher, 4.0)
-                return logits_student, {"loss_ce": F.cross_entropy(logits_student, target), "loss_kd": kd}
-    """,
-    "a name held here": """
-        import torch.nn.functional as F
-        from ._base import Distiller
-
-        class KD(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(KD, self).__init__(student, teacher)
-                self.ratio = cfg.KD.LOSS.HARD_RATIO
-
-            def forward_train(self, image, target, **kwargs):
-                logits_student, _ = self.student(image)
-                return logits_student, {"loss_of_the_fork": self.ratio * F.cross_entropy(logits_student, target)}
-    """,
-    "a sibling": """
-        from ._base import Distiller
-        from .margin import margin_loss
-        from .KD import own_helper
-
-        class Margin(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(Margin, self).__init__(student, teacher)
-
-            def forward_train(self, image, target, **kwargs):
-                logits, _ = self.student(image)
-                return logits, {"loss_ce": own_helper(margin_loss(logits, target))}
-    """,
-    "view of features": """
-        import torch
-        import torch.nn.functional as F
-        from ._base import Distiller
-
-        class Flat(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(Flat, self).__init__(student, teacher)
-
-            def forward_train(self, image, target, **kwargs):
-                logits, student = self.student(image)
-                with torch.no_grad():
-                    _, teacher = self.teacher(image)
-                flat = [f["feats"][-1].view(len(image), -1) for f in (student, teacher)]
-                grams = [F.normalize(f @ f.t()) for f in flat]
-                image.view(len(image), -1)
-                return logits, {"loss_ce": F.cross_entropy(logits, target), "loss_kd": F.mse_loss(*grams)}
-    """,
-    "arguments": """
-        import torch.nn as nn
-        import torch.nn.functional as F
-        from ._base import Distiller
-
-        class Places(Distiller):
-            def __init__(self, student, teacher, cfg, num_data):
-                super(Places, self).__init__(student, teacher)
-                self.register_buffer("seen", __import__("torch").zeros(num_data))
-
-            def forward_train(self, image, target, idx, contrastive_index, epoch):
-                assert (contrastive_index[:, 0] == idx).all()
-                self.seen[contrastive_index.flatten()] = epoch
-                logits, _ = self.student(image)
-                return logits, {"loss_ce": F.cross_entropy(logits, target)}
-    """,
-    "two views": """
-        import torch.nn.functional as F
-        from ._base import Distiller
-
-        class Views(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(Views, self).__init__(student, teacher)
-
-            def forward_train(self, image_weak, image_strong, target, **kwargs):
-                weak, _ = self.student(image_weak)
-                strong, _ = self.student(image_strong)
-                assert not (image_weak == image_strong).all()
-                return weak, {"loss_ce": F.cross_entropy(weak, target) + F.cross_entropy(strong, target)}
-    """,
-    "says cuda": """
-        import torch
-        import torch.nn as nn
-        import torch.nn.functional as F
-        from ._base import Distiller
-
-        class OnCuda(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(OnCuda, self).__init__(student, teacher)
-                self.scale = nn.Linear(1, 1).cuda()
-
-            def forward_train(self, image, target, **kwargs):
-                logits, _ = self.student(image)
-                noise = torch.zeros(len(logits), 1, device="cuda") + torch.ones(1).to("cuda")
-                return logits, {"loss_ce": F.cross_entropy(logits * noise.cuda(), target)}
-    """,
-}
+    "never registers": method(
+        "QuietKD", "self.weight = cfg.QUIET.WEIGHT",
+        """
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        kd = self.weight * kd_loss(logits_student, logits_teacher, 4.0)
+        return logits_student, {"loss_ce": F.cross_entropy(logits_student, target), "loss_kd": kd}
+        """,
+        "from .KD import kd_loss",
+    ),
+    "a name held here": method(
+        "KD", "self.ratio = cfg.KD.LOSS.HARD_RATIO",
+        """
+        logits_student, _ = self.student(image)
+        return logits_student, {"loss_of_the_fork": self.ratio * F.cross_entropy(logits_student, target)}
+        """,
+    ),
+    "a sibling": method(
+        "Margin", "",
+        """
+        logits, _ = self.student(image)
+        return logits, {"loss_ce": own_helper(margin_loss(logits, target))}
+        """,
+        "from .margin import margin_loss\nfrom .KD import own_helper",
+    ),
+    "view of features": method(
+        "Flat", "",
+        """
+        logits, student = self.student(image)
+        with torch.no_grad():
+            _, teacher = self.teacher(image)
+        flat = [f["feats"][-1].view(len(image), -1) for f in (student, teacher)]
+        grams = [F.normalize(f @ f.t()) for f in flat]
+        image.view(len(image), -1)
+        return logits, {"loss_ce": F.cross_entropy(logits, target), "loss_kd": F.mse_loss(*grams)}
+        """,
+    ),
+    "arguments": method(
+        "Places", 'self.register_buffer("seen", torch.zeros(num_data))',
+        """
+        assert (contrastive_index[:, 0] == idx).all()
+        self.seen[contrastive_index.flatten()] = epoch
+        logits, _ = self.student(image)
+        return logits, {"loss_ce": F.cross_entropy(logits, target)}
+        """,
+        parameters="student, teacher, cfg, num_data", given="image, target, idx, contrastive_index, epoch",
+    ),
+    "two views": method(
+        "Views", "",
+        """
+        weak, _ = self.student(image_weak)
+        strong, _ = self.student(image_strong)
+        assert not (image_weak == image_strong).all() and image_weak.view(-1).shape == image_strong.view(-1).shape
+        return weak, {"loss_ce": F.cross_entropy(weak, target), "loss_kd": F.cross_entropy(strong, target)}
+        """,
+        given="image_weak, image_strong, target, **kwargs",
+    ),
+    "says cuda": method(
+        "OnCuda", "self.scale = nn.Linear(1, 1).cuda()",
+        """
+        logits, _ = self.student(image)
+        noise = torch.zeros(len(logits), 1, device="cuda") + torch.ones(1).to("cuda")
+        return logits, {"loss_ce": F.cross_entropy(logits * noise.cuda(), target)}
+        """,
+    ),
+}  # fmt: skip
+NO_LOSS = "return self.student(image)[0], {}"
 # outside the promise: each is one line
 REFUSED = {
     "its own constructor": (
-        """
-        from ._base import Distiller
-
-        class Args(Distiller):
-            def __init__(self, args, student, second_teacher, cfg):
-                super(Args, self).__init__(student, second_teacher)
-
-            def forward_train(self, image, target, **kwargs):
-                return self.student(image)[0], {}
-        """,
+        method(
+            "Args", step=NO_LOSS, parameters="args, student, second_teacher, cfg", supers="student, second_teacher"
+        ),
         "Args: its constructor asks for args, second_teacher, which only its own program has",
     ),
     "its own trainer": (
-        """
-        from ._base import Distiller
-
-        class Mixed(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(Mixed, self).__init__(student, teacher)
-
-            def forward_train(self, image, target, mixed_image, **kwargs):
-                return self.student(image)[0], {}
-        """,
+        method("Mixed", step=NO_LOSS, given="image, target, mixed_image, **kwargs"),
         "Mixed: its forward_train asks for mixed_image, which only its own trainer gives",
     ),
     "no defaults": (
-        """
-        from ._base import Distiller
-
-        class Lost(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(Lost, self).__init__(student, teacher)
-                self.weight = cfg.LOST.WEIGHT
-
-            def forward_train(self, image, target, **kwargs):
-                return self.student(image)[0], {}
-        """,
+        method("Lost", "self.weight = cfg.LOST.WEIGHT", NO_LOSS),
         "Lost reads the key LOST, which nothing sets; give it in the YAML, or name in EXPERIMENT.PLUGINS the checkout",
     ),
     "a mistake": (
-        """
-        from ._base import Distiller
-
-        class Wrong(Distiller):
-            def __init__(self, student, teacher, cfg):
-                super(Wrong, self).__init__(student, teacher)
-
-            def forward_train(self, image, target, **kwargs):
-                return self.student(image)[0] @ target, {}
-        """,
+        method("Wrong", step="return self.student(image)[0] @ target, {}"),
         r"Wrong fails at .*Wrong.py:\d+: RuntimeError: ",
     ),
-}
+}  # fmt: skip
 SIBLINGS = {
     "margin.py": "import torch.nn.functional as F\n\ndef margin_loss(v, y):\n    return F.multi_margin_loss(v, y)\n",
     "KD.py": "def own_helper(loss):\n    return 2 * loss\n",
@@ -214,11 +163,11 @@ def class_of(text: str) -> str:
     return text.split("class ")[1].split("(")[0]
 
 
-def write_file(folder: Path, text: str) -> Path:
-    """Write a method file, named as its class, into `folder`."""
+def write_file(folder: Path, text: str, name: str = "") -> Path:
+    """Write a method file, named as its class unless told otherwise, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{class_of(text)}.py"
-    file.write_text(textwrap.dedent(text))
+    file = folder / f"{name or class_of(text)}.py"
+    file.write_text(text)
     return file
 
 
@@ -274,9 +223,7 @@ def write_checkout(root: Path) -> Path:
         "__init__.py": "raise RuntimeError('the package of a checkout was executed')\n",
         "distillers/_base.py": BASE,
         "distillers/_common.py": "def width():\n    return 8\n",
-        "distillers/KD.py": textwrap.dedent(METHODS["a name held here"]).replace(
-            "._base", "mdistiller.distillers._base"
-        ),
+        "distillers/KD.py": METHODS["a name held here"].replace("._base", "mdistiller.distillers._base"),
         "distillers/Heavy.py": "import a_module_that_nobody_has\n\nclass Heavy:\n    pass\n",
         "distillers/margin.py": SIBLINGS["margin.py"],
         "engine/__init__.py": "raise RuntimeError('the trainer of a checkout was executed')\n",
@@ -300,7 +247,7 @@ def write_checkout(root: Path) -> Path:
     for name, text in files.items():
         file = package / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(textwrap.dedent(text))
+        file.write_text(text)
     configs = {
         "quiet.yaml": "DISTILLER: {TYPE: quiet_kd, TEACHER: tiny, STUDENT: resnet8}\nLEVEL: 4\n",
         "kd.yaml": "DISTILLER: {TYPE: KD, TEACHER: tiny, STUDENT: tiny}\nSOLVER: {ALPHA: 1.5}\n",

@@ -259,6 +259,16 @@ def changed(opts: list[str], prefix: Path, **changes: object) -> list[str]:
     return words + [str(word) for key, value in changes.items() for word in (key.replace("__", "."), value)]
 
 
+def own_kd(file: Path, name: str, body: str = "    pass\n") -> list[str]:
+    """Write the plug-in `file`, KD under that name with a class body of its own. Return KEY VALUE pairs that use it."""
+    file.write_text(
+        "import torch\nfrom mdistiller.distillers import register_distiller\n"
+        "from mdistiller.distillers.KD import KD, kd_loss\n"
+        f"@register_distiller({name!r}, defaults={{'WEIGHT': 1.0}})\nclass Own(KD):\n{body}"
+    )
+    return ["EXPERIMENT.PLUGINS", str(file), "DISTILLER.TYPE", name]
+
+
 def unnamed(opts: list[str]) -> list[str]:
     """`opts` without EXPERIMENT.NAME, so that a run's name tells its seed."""
     place = opts.index("EXPERIMENT.NAME")
@@ -350,12 +360,13 @@ def killed(child: int) -> bool:
     return status == -signal.SIGKILL
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    """Return as soon as `condition()` is true, which must not take a minute."""
-    deadline = time.monotonic() + 60
-    while not condition():
+def wait_for(condition: Callable[[], object]) -> object:
+    """Return what `condition()` gives as soon as it is true, which must not take two minutes."""
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return found
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -5,12 +5,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import digits_opts, save_teacher, small_run, stopping_after
+from helpers import digits_opts, on, run, save_teacher, small_run, stopping_after
 from webserver import Server
 
 from mdistiller import download
 from mdistiller.engine import build
 from mdistiller.engine.solver import zero_momenta
+from mdistiller.errors import Preempted
 from mdistiller.runs import keeper
 from mdistiller.runs.stop import Stop
 
@@ -30,10 +31,43 @@ def small(tmp_path_factory):
     return small_run(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture(scope="session")
+def undisturbed(small, tmp_path_factory):
+    """`undisturbed(method, KEY=value ...)`: the folder of a `small_run` that nothing befell, trained once for all tests
+    that hold theirs against it: ask for it before anything is patched.
+    """
+    root, folders = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def trained(method, device="cpu", **changes):
+        changes = {"SEED": 0, "TEACHER_BANK": "auto", "SOLVER__TRAINER": "base"} | changes
+        key = method, device, *changes.items()
+        if key not in folders:
+            opts = [*on(device, small), "DISTILLER.TYPE", method]
+            folders[key] = run(opts, root / str(len(folders)), **changes)
+        return folders[key]
+
+    return trained
+
+
 @pytest.fixture
 def stop_after(monkeypatch):
     """`stop_after(items)`: SIGTERM reaches the next runs at that batch, of training or of a test; 0: none any more."""
     return lambda items: monkeypatch.setattr(build, "Stop", stopping_after(items) if items else Stop)
+
+
+@pytest.fixture
+def interrupted(stop_after):
+    """`interrupted(train, *items)`: what `train(resume)` returns after SIGTERM has ended it at these batches."""
+
+    def trained(train, *items, says="stopped by SIGTERM"):
+        for number in items:
+            stop_after(number)
+            with pytest.raises(Preempted, match=says):
+                train("auto")
+        stop_after(0)
+        return train(True)
+
+    return trained
 
 
 @pytest.fixture
@@ -57,18 +91,13 @@ def fused_kernels(monkeypatch):
 
 @pytest.fixture(scope="session")
 def recorded_runs(tmp_path_factory):
-    """Runs on 320 + 120 digits: DTKD, three epochs in two seeds, with every sample's temperature; KD, one epoch, with
-    summaries; resnet8 alone, one epoch.
+    """Runs on 160 + 60 digits, 16 x 16: DTKD, three epochs in two seeds, with every sample's temperature; KD, one
+    epoch, with summaries; resnet8 alone, one epoch.
     """
-    from mdistiller.dataset import load_dataset
-    from mdistiller.engine.cfg import load
-    from mdistiller.engine.run import train
+    from studies import few_digits
 
-    root, data = tmp_path_factory.mktemp("recorded"), load_dataset("digits", ".")
-    few = {"train_images": data.train_images, "train_labels": data.train_labels}
-    few = {name: values[:320].numpy() for name, values in few.items()}
-    few |= {"test_images": data.test_images[:120].numpy(), "test_labels": data.test_labels[:120].numpy()}
-    np.savez(root / "digits.npz", **few)
+    root = tmp_path_factory.mktemp("recorded")
+    np.savez(root / "digits.npz", **few_digits(160, 60))
     few = {"DATASET__TYPE": "npz", "DATASET__ROOT": root / "digits.npz"}
     distil = {"DISTILLER__TEACHER": "resnet8", "DISTILLER__TEACHER_CKPT": save_teacher(root / "teacher.pth")}
     samples = {"DISTILLER__TYPE": "DTKD", "LOG__TEMPERATURE": "samples", "LOG__SAVE_CHECKPOINT_FREQ": 1}
@@ -79,8 +108,7 @@ def recorded_runs(tmp_path_factory):
         "alone": {"DISTILLER__TYPE": "NONE"},
     }
     for name, keys in wanted.items():
-        opts = digits_opts(EXPERIMENT__NAME=name, EXPERIMENT__PROJECT="runs", **few | keys)
-        train(load(None, [*opts, "LOG.PREFIX", str(root)]))
+        run(digits_opts(EXPERIMENT__NAME=name, EXPERIMENT__PROJECT="runs", **few | keys), root)
     return root / "runs"
 
 

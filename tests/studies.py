@@ -1,5 +1,6 @@
 """What tests of plans, records and tables use."""
 
+import functools
 import json
 from itertools import accumulate
 from pathlib import Path
@@ -31,12 +32,18 @@ def change(path, **tree):
     return write(path, **yaml.safe_load(path.read_text()) | tree)
 
 
+@functools.cache
+def few_digits(train, test):
+    """Return the arrays of so many digits, 16 x 16."""
+    data = load_dataset("digits", ".")
+    arrays = {"train_images": data.train_images[:train, ::2, ::2], "train_labels": data.train_labels[:train]}
+    arrays |= {"test_images": data.test_images[:test, ::2, ::2], "test_labels": data.test_labels[:test]}
+    return {name: values.numpy() for name, values in arrays.items()}
+
+
 def write_plan(root):
     """Write small.yaml: resnet14 -> resnet8 by NONE, KD and DTKD on 40 + 20 digits, two epochs of three steps."""
-    data = load_dataset("digits", ".")
-    arrays = {"train_images": data.train_images[:40], "train_labels": data.train_labels[:40]}
-    arrays |= {"test_images": data.test_images[:20], "test_labels": data.test_labels[:20]}
-    np.savez(root / "digits.npz", **{name: values.numpy() for name, values in arrays.items()})
+    np.savez(root / "digits.npz", **few_digits(40, 20))
     solver = {"EPOCHS": 2, "BATCH_SIZE": 16, "LR_DECAY_STAGES": [1]}
     for name in ("resnet8", "resnet14"):
         write(

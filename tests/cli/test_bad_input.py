@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import sklearn.datasets
 import torch
-from helpers import ROOT, Bomb, called, digits_opts, load_tool, tool
+from helpers import ROOT, Bomb, called, digits_opts, load_tool
 from methods import model
 
 from mdistiller import registry
@@ -29,6 +29,7 @@ CIFAR = [*TRAIN, "DATASET.TYPE", "cifar100", "DATASET.ROOT", "."]
 COCO = [*TRAIN, "DATASET.TYPE", "coco", "DATASET.ROOT", ".", "DISTILLER.STUDENT", "fasterrcnn_resnet8"]
 YAML = ["train_ours", "--cfg", "x.yaml", *digits_opts(), "LOG.PREFIX", "out"]
 PLUGIN = [*TRAIN, "EXPERIMENT.PLUGINS", "mine.py"]
+OF_AT = ["DISTILLER.TYPE", "AT"]
 COMPARE, ANALYZE = ["compare", "run"], ["analyze", "run", "-o", "out"]
 
 
@@ -42,6 +43,7 @@ def weights(*given):
     return model(*given).state_dict()
 
 
+TWO_RULES = ["--logit-stand", "TEMPERATURE.RULE", "norm"]
 # {case: (file, its content or what makes it, command, words of the line)}
 FILES = {
     "weights of another network": ("x.pth", saved(lambda: weights("resnet14")), EVALUATE, "holds resnet14"),
@@ -51,6 +53,7 @@ FILES = {
     "weights that are a pipe": ("x.pth", os.mkfifo, EVALUATE, "x.pth"),
     "teacher of other classes": ("x.pth", saved(lambda: weights("resnet8", 100)), DISTIL, "with 100 classes"),
     "teacher that is a folder": ("x.pth", os.mkdir, DISTIL, "x.pth"),
+    "teacher of two rules": ("x.pth", saved(weights), [*DISTIL, *TWO_RULES], "EXPERIMENT.LOGIT_STAND is the rule std"),
     "npz that is a device": ("x.npz", lambda path: path.symlink_to("/dev/zero"), NPZ, "x.npz"),
     "cifar100 without a test file": ("train.bin", bytes(3074), CIFAR, "test.bin"),
     "cifar100 that is a pipe": ("train.bin", os.mkfifo, CIFAR, "train.bin"),
@@ -134,6 +137,26 @@ COMMANDS = {
     "no batch": ([*EVALUATE, "-bs", "-5"], "-bs"),
     "no device of torch": ([*EVALUATE, "--device", "meta"], "DEVICE"),
     "no such run": (["compare", "gone"], "gone"),
+    "no seed": ([*TRAIN, "--seeds"], "no seed follows"),
+    "seeds twice": ([*TRAIN, "--seeds", "0", "--seeds", "1"], "given twice"),
+    "seeds of one letter less": ([*TRAIN, "--seed", "3"], "unknown option --seed"),
+    "a long range of seeds": ([*TRAIN, "--seeds", "0-5000"], "1,000 at most"),
+    "a range from its end": ([*TRAIN, "--seeds", "3-1"], "the smaller one first"),
+    "a large seed": ([*TRAIN, "--seeds", "4294967296"], "2**32"),
+    "half a seed": ([*TRAIN, "--seeds=1.5"], "is no seed"),
+    "a negative seed": ([*TRAIN, "--seeds", "0", "-1"], "--seeds: -1 is no seed; write --seeds 0,1,2"),
+    "many ranges": ([*TRAIN, "--seeds", "0-999", "1000-1999"], "2,000, and 1,000 at most"),
+    "seeds and a seed": ([*TRAIN, "--seeds", "0", "1", "SEED", "3"], "give one of them"),
+    "seeds and wandb": ([*TRAIN, "--seeds", "0", "LOG.WANDB", "True"], "LOG.WANDB False"),
+    "a prefix nobody can write to": ([*TRAIN, "LOG.PREFIX", "/proc/nowhere"], "set LOG.PREFIX"),
+    "nothing to resume": ([*TRAIN, "--resume"], "there is no run in"),
+    "a warm temperature": ([*DISTIL, "--base-temp", "warm"], "KD.TEMPERATURE: must be a number"),
+    "no temperature at all": ([*DISTIL, "--base-temp", "0"], "KD.TEMPERATURE: must be greater than 0"),
+    "much weight": ([*DISTIL, "--kd-weight", "much"], "--kd-weight: must be a number; got 'much'"),
+    "AT's temperature": ([*DISTIL, "--base-temp", "2", *OF_AT], "--base-temp: AT has no temperature"),
+    "AT's weight": ([*DISTIL, "--kd-weight", "2", *OF_AT], "--kd-weight: AT has no weight"),
+    "logits of nobody": ([*TRAIN, "--logit-stand", "DISTILLER.TYPE", "NONE"], "--logit-stand: NONE has no temperature"),
+    "more stands": ([*DISTIL, "--logit-stands"], "unknown option --logit-stands"),
     "a key that cannot move": (["analyze", "x", "-o", "out", "--opts", "SOLVER.LR", "1"], "--opts"),
 }  # fmt: skip
 
@@ -211,18 +234,8 @@ def test_a_report_onto_a_file(tmp_path, monkeypatch, capsys):
     check_refused(tmp_path, monkeypatch, capsys, ANALYZE, "-o out")
 
 
-def test_a_process_of_its_own_refuses_too(tmp_path):
-    """Nothing of this is caught by the test's own process."""
-    name, content, words, says = FILES["plug-in that exits"]
-    write(tmp_path / name, content)
-    before = names(tmp_path)
-    done = tool(*words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    check_refusal(done.stderr, says)
-    assert names(tmp_path) == before
-
-
 def test_a_reader_that_stops_early_ends_a_tool_quietly(tmp_path):
+    """In a process of its own, where nothing is caught by the test's."""
     write_run(tmp_path)
     command = [sys.executable, str(ROOT / "tools" / "compare.py"), "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ def type_in(monkeypatch, name, *words):
 def test_train_then_eval_then_compare_then_train_again(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [*small, "DISTILLER.TYPE", "DTKD", "SOLVER.AMP", "bf16", "SOLVER.EPOCHS", "1"]
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # it says on stderr what it imports
     done = tool("train_ours", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "mdistiller.models.libraries" in done.stderr and not re.search(r"\| +(timm|torchvision)\b", done.stderr)
     assert "epoch 1/1" in done.stdout and "last" in done.stdout
     folder = tmp_path / "output" / "distill" / "run"
     (row,) = read_metrics(folder)

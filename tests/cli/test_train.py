@@ -15,8 +15,6 @@ from mdistiller.errors import UserError
 from mdistiller.models import cifar_model_dict
 from mdistiller.runs.recorder import read_metrics
 
-main = load_tool("train_ours").main
-
 
 def test_the_command_of_the_readmes(tmp_path):
     """--cfg, LSKD's options, pairs; --resume; then what eval says of the student."""
@@ -90,26 +88,3 @@ def test_what_lskds_options_set(method, options, expected):
     for name, value in expected.items():
         assert get(cfg, f"{method}.{name}") == value, name
     assert method != "CTKD" or cfg.KD.TEMPERATURE == 2.0
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--base-temp", "warm"], "KD.TEMPERATURE: must be a number"),
-        (["--base-temp", "0"], "KD.TEMPERATURE: must be greater than 0"),
-        (["--kd-weight", "much"], "--kd-weight: must be a number; got 'much'"),
-        (["--base-temp", "2", "DISTILLER.TYPE", "AT"], "--base-temp: AT has no temperature"),
-        (["--kd-weight", "2", "DISTILLER.TYPE", "AT"], "--kd-weight: AT has no weight"),
-        (["--logit-stand", "DISTILLER.TYPE", "NONE"], "--logit-stand: NONE has no temperature"),
-        (["--logit-stand", "TEMPERATURE.RULE", "norm"], "EXPERIMENT.LOGIT_STAND is the rule std"),
-        (["--logit-stands"], "unknown option --logit-stands"),
-    ],
-)
-def test_a_mistake_is_a_line_and_nothing_is_written(tmp_path, monkeypatch, words, message):
-    monkeypatch.chdir(tmp_path)
-    file = save_teacher(tmp_path / "teacher")
-    given = digits_opts(DISTILLER__TYPE="KD", DISTILLER__TEACHER="resnet8", DISTILLER__TEACHER_CKPT=file)
-    with pytest.raises(UserError) as caught:
-        main([*given, *words])
-    assert message in caught.value.lines[0] and caught.value.status == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]

@@ -4,7 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import BASE, METHODS, REFUSED, SIBLINGS, class_of, write_checkout, write_file
+from forks import (
+    BASE,
+    HEAD,
+    METHODS,
+    REFUSED,
+    SIBLINGS,
+    STEP,
+    class_of,
+    class_text,
+    method,
+    write_checkout,
+    write_file,
+)  # fmt: skip
 from helpers import refused
 from torch.nn import functional as F
 
@@ -190,7 +202,7 @@ SAME_LOSS = "KD DKD AT NST PKT RKD SP FITNET".split()  # the others draw, or sca
 
 @pytest.mark.parametrize("method", ORIGINALS)
 def test_files_of_the_originals_interface_behave_as_the_built_in_methods(method):
-    pair = f"DISTILLER.TEACHER resnet32x4 DISTILLER.STUDENT resnet8x4 DISTILLER.TYPE {method} CRD.NCE.K 4".split()
+    pair = f"DISTILLER.TEACHER resnet8x4 DISTILLER.STUDENT resnet8x4 DISTILLER.TYPE {method} CRD.NCE.K 4".split()
     losses = []
     for plugin in ([], ["EXPERIMENT.PLUGINS", [str(Path(__file__).parents[1] / "originals.py")]]):
         torch.manual_seed(0)
@@ -205,21 +217,8 @@ def test_files_of_the_originals_interface_behave_as_the_built_in_methods(method)
 
 
 def test_a_method_file_may_read_logit_stand_itself(tmp_path):
-    text = """
-from ._base import Distiller
-import torch.nn.functional as F
-
-class Stand(Distiller):
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher)
-        self.stand = cfg.EXPERIMENT.LOGIT_STAND
-
-    def forward_train(self, image, target, **kwargs):
-        logits = self.student(image)[0]
-        return logits, {"loss_ce": F.cross_entropy(logits / logits.std() if self.stand else logits, target)}
-"""
-    (tmp_path / "Stand.py").write_text(text)
-    (tmp_path / "Plain.py").write_text(text.replace("cfg.EXPERIMENT.LOGIT_STAND", "True").replace("Stand", "Plain"))
+    write_file(tmp_path, method("Stand", "self.stand = cfg.EXPERIMENT.LOGIT_STAND"))
+    write_file(tmp_path, method("Plain", "self.stand = True"))
     cfg = load(None, words(tmp_path / "Stand.py", "STAND", "EXPERIMENT.LOGIT_STAND", True))
     refuse_unused(cfg)
     assert step(cfg)[0].stand is True
@@ -229,24 +228,11 @@ class Stand(Distiller):
         refuse_unused(load(None, words(tmp_path / "Stand.py", "AT", "EXPERIMENT.LOGIT_STAND", True)))
 
 
-HEAD = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nfrom ._base import Distiller\n"
-STEP = """
-    def forward_train(self, image, target, **kwargs):
-        logits = self.student(image)[0]
-        return logits, {"loss_ce": F.cross_entropy(logits, target)}
-"""
-
-
-def written(tmp_path, name, text):
-    (tmp_path / f"{name}.py").write_text(HEAD + text)
-    return tmp_path / f"{name}.py"
-
-
 def test_a_constructor_may_name_its_parameters_in_any_order(tmp_path):
     for number, names in enumerate(("teacher, student, cfg", "s, t, cfg", "student, cfg, num_data")):
         given = "student, None" if "num_data" in names else "s, t" if "s, t" in names else "student, teacher"
-        text = f"class Order{number}(Distiller):\n    def __init__(self, {names}):\n        super().__init__({given})\n"
-        cfg = load(None, words(written(tmp_path, f"Order{number}", text + STEP), f"ORDER{number}"))
+        file = write_file(tmp_path, method(f"Order{number}", parameters=names, supers=given))
+        cfg = load(None, words(file, f"ORDER{number}"))
         made = build_distiller(cfg, random_images(), None, torch.device("cpu"))
         assert sum(p.numel() for p in made.student.parameters()) == sum(
             p.numel() for p in resnet8(num_classes=100).parameters()
@@ -254,51 +240,32 @@ def test_a_constructor_may_name_its_parameters_in_any_order(tmp_path):
 
 
 def test_a_class_derived_from_another_method_says_itself_what_it_takes(tmp_path):
-    text = f"""
-class First(Distiller):
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher)
-{STEP}
-class Second(First):
-    def __init__(self, student, teacher, cfg, num_data):
-        super().__init__(student, teacher, cfg)
-        self.memory = num_data
-
-    def forward_train(self, image_weak, image_strong, target, **kwargs):
-        return super().forward_train(image_strong, target)
-"""
-    cfg = load(None, words(written(tmp_path, "Derived", text), "SECOND", "SOLVER.TRAINER", "ours"))
+    text = method("First") + class_text(
+        "Second", "self.memory = num_data", "return super().forward_train(image_strong, target)", base="First",
+        parameters="student, teacher, cfg, num_data", given="image_weak, image_strong, target, **kwargs",
+        supers="student, teacher, cfg",
+    )  # fmt: skip
+    cfg = load(None, words(write_file(tmp_path, text), "SECOND", "SOLVER.TRAINER", "ours"))
     refuse_unused(cfg)
     assert step(cfg)[0].memory == 8
 
 
 def test_a_registered_class_hides_no_other_of_its_file(tmp_path):
-    text = f"""
-from mdistiller.distillers import register_distiller
-class KD(Distiller):
-    mine = True
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher)
-{STEP}
-@register_distiller("Registered")
-class Registered(KD):
-    pass
-"""
-    file = written(tmp_path, "Both", text)
+    text = method("KD", "self.mine = True", imports="from mdistiller.distillers import register_distiller\n")
+    file = write_file(tmp_path, f'{text}@register_distiller("Registered")\nclass Registered(KD):\n    pass\n', "Both")
     cfg = load(None, words(file, "KD"))
     assert build_distiller(cfg, random_images(), None, torch.device("cpu")).mine
     other = load(None, words(file, "DKD"))
     assert [*in_place_of_built_in(other.plugins, {"method": ["DKD"]})] == [
         "plug-in Both.py: this run uses nothing of it; it brings KD, Registered"
     ]
-    (tmp_path / "more").mkdir()
-    twice = load(None, ["EXPERIMENT.PLUGINS", [str(file), str(written(tmp_path / "more", "KD", text))]])
+    twice = load(None, ["EXPERIMENT.PLUGINS", [str(file), str(write_file(tmp_path / "more", file.read_text()))]])
     first, second = in_place_of_built_in(twice.plugins, {"method": ["KD"]})
     assert first == "plug-in Both.py: its method KD gives way to a later plug-in's" and "in place of" in second
 
 
 def test_mdistillers_names_work_inside_a_method_file(tmp_path):
-    text = f"""
+    text = f"""{HEAD}
 from mdistiller.models.cifar.resnet import resnet8
 from mdistiller.models.imagenet.resnet import resnet34
 from mdistiller.distillers.KD import KD
@@ -306,15 +273,11 @@ class Weights(KD):
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, cfg)
         self.ce_loss_weight, self.kd_loss_weight = 0.0, 100.0
-class Alone(nn.Module):
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
+{class_text("Alone", "self.student = student", base="nn.Module", parameters="student", supers="")}
     def forward_test(self, image):
         return self.student(image)[0]
-{STEP}
 """
-    file = written(tmp_path, "Names", text)
+    file = write_file(tmp_path, text, "Names")
     means = step(load(None, words(file, "WEIGHTS")))[1]
     assert means["loss/loss_ce"] == 0 and means["loss/loss_kd"] > 2
     made = build_distiller(load(None, words(file, "ALONE")), random_images(), None, torch.device("cpu"))
@@ -328,18 +291,10 @@ def test_the_table_takes_the_keys_of_a_method_file(tmp_path):
 
 
 def test_one_broken_method_leaves_the_others_their_rows(tmp_path):
-    parts = {
-        "Learn": "    def get_learnable_parameters(self):\n        return self.nowhere\n",
-        "Groups": "    def get_learnable_parameters(self):\n        return [{'params': self.student.parameters()}]\n",
-        "Exits": "    def get_extra_parameters(self):\n        return 0\n",
-        "Sound": "",
-    }
-    text = "import sys\n"
-    for name, part in parts.items():
-        last = "        sys.exit(3)\n" if name == "Exits" else ""
-        text += f"class {name}(Distiller):\n    def __init__(self, student, teacher, cfg):\n"
-        text += f"        super().__init__(student, teacher)\n{last}{part}{STEP}\n"
-    reasons = {trial.name: trial.reason for trial in try_fork(written(tmp_path, "Parts", text)).methods}
+    text = f"{HEAD}{class_text('Exits', 'raise SystemExit(3)')}{class_text('Sound')}"
+    for name, learnt in (("Learn", "self.nowhere"), ("Groups", "[{'params': self.student.parameters()}]")):
+        text += f"{class_text(name)}    def get_learnable_parameters(self):\n        return {learnt}\n\n"
+    reasons = {trial.name: trial.reason for trial in try_fork(write_file(tmp_path, text)).methods}
     assert "nowhere" in reasons["Learn"] and "list of parameters" in reasons["Groups"]
     assert "SystemExit" in reasons["Exits"] and not reasons["Sound"]
 
@@ -348,8 +303,8 @@ def test_a_method_beside_the_file_comes_before_ours(tmp_path):
     sibling = "import torch.nn.functional as F\ndef kd_loss(v, u, t):\n    return 7 * F.mse_loss(v, v)\n"
     (tmp_path / "KD.py").write_text(sibling + "def other():\n    pass\n")
     (tmp_path / "DKD.py").write_text("x = 1\n")
-    text = "from .KD import kd_loss\nfrom .DKD import dkd_loss\nclass Both(Distiller):\n    losses = kd_loss, dkd_loss"
-    cfg = load(None, words(written(tmp_path, "Both", text + STEP), "BOTH"))
+    text = method("Both", imports="from .KD import kd_loss\nfrom .DKD import dkd_loss")
+    cfg = load(None, words(write_file(tmp_path, f"{text}    losses = kd_loss, dkd_loss\n"), "BOTH"))
     theirs, ours = distiller_dict["Both"].losses
     assert (
         cfg.plugins
@@ -359,33 +314,21 @@ def test_a_method_beside_the_file_comes_before_ours(tmp_path):
 
 
 def test_constructors_and_steps_with_variable_arguments(tmp_path):
-    text = f"""
-class First(Distiller):
-    def __init__(self, student, teacher, cfg, num_data):
-        super().__init__(student, teacher)
-        self.memory = num_data
-{STEP}
-class Second(First):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-
-    def forward_train(self, image, target, **kwargs):
-        assert kwargs["index"].shape == kwargs["contrastive_index"][:, 0].shape and kwargs["epoch"]
-        return super().forward_train(kwargs["image_strong"], target)
-
-class Third(Distiller):
-    def __init__(self, *args):
-        super().__init__(*args[:2])
-        self.weight = args[2].KD.TEMPERATURE
-{STEP}"""
-    file = written(tmp_path, "Variable", text)
+    second = """
+    assert kwargs["index"].shape == kwargs["contrastive_index"][:, 0].shape and kwargs["epoch"]
+    return super().forward_train(kwargs["image_strong"], target)
+    """
+    text = method("First", "self.memory = num_data", parameters="student, teacher, cfg, num_data")
+    text += class_text("Second", "", second, "*args, **kwargs", base="First", supers="*args, **kwargs")
+    text += class_text("Third", "self.weight = args[2].KD.TEMPERATURE", parameters="*args", supers="*args[:2]")
+    file = write_file(tmp_path, text)
     assert step(load(None, words(file, "SECOND", "SOLVER.TRAINER", "ours")))[0].memory == 8
     assert step(load(None, words(file, "THIRD")))[0].weight == 4
 
 
 def test_cuda_is_the_runs_device_on_import_and_in_classes_of_ours(tmp_path):
-    text = """
-from __future__ import annotations
+    text = f"""from __future__ import annotations
+{HEAD}
 from mdistiller.distillers.KD import KD
 WEIGHTS = torch.ones(4).cuda()
 class Warm(KD):
@@ -393,8 +336,7 @@ class Warm(KD):
         super().__init__(student, teacher, cfg)
         self.extra = nn.Linear(2, 2).cuda()
 """
-    file = tmp_path / "Warm.py"
-    file.write_text(text.replace("from __future__ import annotations\n", "from __future__ import annotations\n" + HEAD))
+    file = write_file(tmp_path, text)
     assert step(load(None, words(file, "WARM")))[1]["loss/loss_kd"] > 0
 
 
@@ -471,55 +413,39 @@ def test_a_checkouts_models_keep_their_names(tmp_path):
 
 def test_a_base_class_beside_the_file_is_its_own(tmp_path):
     (tmp_path / "_base.py").write_text(BASE + "\n    def own(self):\n        return 0\n")
-    text = f"""
-class Own(Distiller):
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher)
-        self.own()
-{STEP}"""
-    assert step(load(None, words(written(tmp_path, "Own", text), "OWN")))[1]["loss"] > 0
+    assert step(load(None, words(write_file(tmp_path, method("Own", "self.own()")), "OWN")))[1]["loss"] > 0
 
 
 def test_a_hook_on_a_stage_sees_its_output_and_pre_activation(tmp_path):
-    text = """
-class Hooked(Distiller):
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher)
-        self.seen = []
-        student.layer3.register_forward_hook(lambda module, inputs, output: self.seen.append(output))
-
-    def forward_train(self, image, target, **kwargs):
-        logits, feats = self.student(image)
-        out, preact = self.seen[-1]
-        assert torch.equal(out, feats["feats"][-1]) and torch.equal(preact, feats["preact_feats"][-1])
-        return logits, {"loss_ce": F.cross_entropy(logits, target)}
-"""
-    file = written(tmp_path, "Hooked", text)
+    hook = """
+    self.seen = []
+    student.layer3.register_forward_hook(lambda module, inputs, output: self.seen.append(output))
+    """
+    looks = """
+    logits, feats = self.student(image)
+    out, preact = self.seen[-1]
+    assert torch.equal(out, feats["feats"][-1]) and torch.equal(preact, feats["preact_feats"][-1])
+    return logits, {"loss_ce": F.cross_entropy(logits, target)}
+    """
+    file = write_file(tmp_path, method("Hooked", hook, looks))
     for student in ("resnet8", "ShuffleV1", "ShuffleV2"):
         assert step(load(None, words(file, "HOOKED", "DISTILLER.STUDENT", student)))[1]["loss"] > 0
 
 
 def test_what_only_the_checkout_has_is_looked_for_there(tmp_path):
-    file = written(tmp_path, "Lone", f"from mdistiller.engine.utils import own_helper\nclass Lone(Distiller):\n{STEP}")
+    file = write_file(tmp_path, method("Lone", imports="from mdistiller.engine.utils import own_helper"))
     with pytest.raises(
         ConfigError, match="own_helper.*; if the file is part of a checkout, name the checkout's folder"
     ):
         load(None, ["EXPERIMENT.PLUGINS", str(file)])
-    text = "class Three(Distiller):\n    def __init__(self, student, teacher, cfg):\n"
-    text += f"        super().__init__(student, teacher)\n{STEP.rstrip()}, {{}}\n"
     with refused("got 3 values"):
-        step(load(None, words(written(tmp_path, "Three", text), "THREE")))
+        step(load(None, words(write_file(tmp_path, method("Three", step=f"{STEP.rstrip()}, {{}}")), "THREE")))
 
 
 @pytest.mark.parametrize("mistake", ["logits = logits.exp().add_(1)", "logits = self.kept = logits + self.kept"])
 def test_losses_without_a_gradient_are_one_line(tmp_path, mistake):
-    text = f"""
-class Wrong(Distiller):
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher)
-        self.kept = 0
-{STEP.replace("        return", f"        {mistake}{chr(10)}        return")}"""
-    cfg = load(None, words(written(tmp_path, "Wrong", text), "WRONG"))
+    text = method("Wrong", "self.kept = 0", STEP.replace("return", f"{mistake}\nreturn"))
+    cfg = load(None, words(write_file(tmp_path, text), "WRONG"))
     distiller = build_distiller(cfg, random_images(), None, torch.device("cpu")).train()
     run = Step(distiller, sgd(distiller.get_learnable_parameters(), 0.0, 0), torch.device("cpu"))
     set_lr(run.optimizer, 0.01)

@@ -2,12 +2,14 @@
 
 import re
 import textwrap
+from types import SimpleNamespace
 
 import forks
 import pytest
 import torch
 from helpers import CPU, METHODS, ROOT, called, refused, save_teacher, script
 from methods import batch, model
+from sklearn.datasets import load_digits
 
 import mdistiller as md
 from mdistiller import config, registry
@@ -27,7 +29,7 @@ def test_a_file_with_an_entry_by_hand_runs_unchanged(tmp_path):
     """As users of mdistiller have them: relative imports, keys read as cfg.X, which the YAML alone gives."""
     plugin, path = tmp_path / "Hybrid.py", tmp_path / "x.yaml"
     entry = "\nfrom mdistiller.distillers import distiller_dict\ndistiller_dict['HYBRID'] = QuietKD\n"
-    plugin.write_text(textwrap.dedent(forks.METHODS["never registers"]) + entry)
+    plugin.write_text(forks.METHODS["never registers"] + entry)
     path.write_text(
         f"EXPERIMENT: {{PLUGINS: [{plugin}]}}\nDISTILLER: {{TYPE: HYBRID, TEACHER: resnet14, STUDENT: resnet8}}\n"
         "QUIET: {WEIGHT: 5e-1, SIZES: [32, 32]}\n"
@@ -161,8 +163,16 @@ def write(folder, page, expected):
         (folder / name).write_text(text)
 
 
+@pytest.fixture
+def fewer_digits(monkeypatch):
+    """There are but 100 of them."""
+    data = load_digits()
+    few = SimpleNamespace(images=data.images[:100], target=data.target[:100])
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
+
+
 @pytest.mark.parametrize("method", ["CONFIDENCE_KD", "HINT"])
-def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, method):
+def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, fewer_digits, method):
     write(tmp_path, "docs/new_method.md", {"confidence_kd.py", "confidence_kd.yaml", "hint.py", "notebook.py"})
     words = ["DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", save_teacher(tmp_path / "teacher.pth")]
     if method == "HINT":
@@ -242,7 +252,9 @@ def the_tools_know_what_it_brings(folder, run):
         ("docs/api.md", "MY_METHOD: ResNet -> my_net on my_digits"),
     ],
 )
-def test_a_pages_notebook_runs_as_it_stands(tmp_path, page, says):
+def test_a_pages_notebook_runs_as_it_stands(tmp_path, request, page, says):
+    if page != "docs/api.md":  # which takes 400 of them itself
+        request.getfixturevalue("fewer_digits")
     done = script(blocks(page)["notebook.py"], tmp_path)
     assert done.returncode == 0 and says in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())

@@ -46,7 +46,7 @@ def test_from_runs_to_report(tmp_path, recorded_runs):
     assert float(row["last (%)"]) == pytest.approx(np.mean(lasts), rel=1e-4)
     assert float(row["last (%) sd"]) == pytest.approx(np.std(lasts, ddof=1), rel=1e-4)
     samples = rows_of(out / "figures" / f"samples-{dtkd}.csv")
-    assert len(samples) == 320 and {"loss", "margin", "forgetting_events", "t_teacher"} <= samples[0].keys()
+    assert len(samples) == 160 and {"loss", "margin", "forgetting_events", "t_teacher"} <= samples[0].keys()
     curves = rows_of(out / "figures" / "curves.csv")
     assert {r["panel"] for r in curves} == {"test accuracy", "training accuracy", "training loss"}
     assert (out / "report.html").read_text().count('class="plot') > 15
@@ -55,7 +55,7 @@ def test_from_runs_to_report(tmp_path, recorded_runs):
 def test_one_epoch_and_images_that_are_all_alike(tmp_path):
     """What has nothing to draw is left out with a line."""
     opts = small_run(tmp_path)
-    alike = {"train_images": np.full((40, 32, 32, 3), 7, np.uint8), "test_images": np.full((8, 32, 32, 3), 7, np.uint8)}
+    alike = {"train_images": np.full((40, 16, 16, 3), 7, np.uint8), "test_images": np.full((8, 16, 16, 3), 7, np.uint8)}
     labels = {"train_labels": np.zeros(40, int), "test_labels": np.zeros(8, int)}  # one class, beside one never met
     np.savez(tmp_path / "images.npz", **alike, **labels)
     save_teacher(tmp_path / "teacher", "resnet14", 2)
@@ -70,35 +70,28 @@ def test_one_epoch_and_images_that_are_all_alike(tmp_path):
     assert not any("nan" in line.lower() for line in (tmp_path / "out" / "results.csv").read_text().splitlines())
 
 
-def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path, recorded_runs):
-    out = tmp_path / "out"
-    analyze([recorded_runs / "alone"], out)
-    (out / "figures" / "temperature-epochs.png").write_text("of an earlier report")
-    analyze([recorded_runs / "alone"], out)
-    assert not (out / "figures" / "temperature-epochs.png").exists()
-    (out / "report.html").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no report"):
-        analyze([recorded_runs / "alone"], out)
-
-
-def test_what_a_run_lacks_is_left_out(tmp_path, recorded_runs):
-    run = tmp_path / "run"
+def test_what_a_run_lacks_is_left_out_and_an_earlier_report_is_replaced(tmp_path, recorded_runs):
+    """And nothing else."""
+    run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(recorded_runs / "kd", run, ignore=shutil.ignore_patterns("student_*", "train.events"))
-    notes = analyze([run], tmp_path / "out").notes
+    notes = analyze([run], out).notes
     assert any("no student_latest or student_best" in note for note in notes)
-    made = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    made = {path.name for path in (out / "figures").iterdir()}
     assert {"curves.png", "temperature-epochs.png"} <= made
     assert "agreement.png" not in made
-    assert "student_latest" in (tmp_path / "out" / "report.html").read_text()
+    assert "student_latest" in (out / "report.html").read_text()
 
     shutil.copy(recorded_runs / "kd" / "student_latest", run)
-    done = called(
-        "analyze", run, "-o", tmp_path / "out", "--opts", "DISTILLER.TEACHER_CKPT", "gone.pth", cwd=tmp_path
-    )  # fmt: skip
+    (out / "figures" / "curves-of-old.png").write_text("of an earlier report")
+    done = called("analyze", run, "-o", out, "--opts", "DISTILLER.TEACHER_CKPT", "gone.pth", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     gone = "no checkpoint of the teacher resnet8 at gone.pth; point to it with --opts DISTILLER.TEACHER_CKPT"
     assert gone in done.stdout
-    assert (tmp_path / "out" / "figures" / "calibration.png").exists()
+    assert (out / "figures" / "calibration.png").exists() and not (out / "figures" / "curves-of-old.png").exists()
+
+    (out / "report.html").write_text("mine")
+    with pytest.raises(UserError, match="holds files that are no report"):
+        analyze([run], out)
 
 
 def test_what_cannot_work_writes_nothing(tmp_path, recorded_runs, monkeypatch):
@@ -108,7 +101,7 @@ def test_what_cannot_work_writes_nothing(tmp_path, recorded_runs, monkeypatch):
     record = (good / "temperatures.bin").read_bytes()
     (tmp_path / "record" / "temperatures.bin").write_bytes(b"junk")
     (tmp_path / "weights" / "student_latest").write_bytes(b"junk")
-    other = record[:HEADER].replace(b'"samples": 320', b'"samples": 160') + record[HEADER:]
+    other = record[:HEADER].replace(b'"samples": 160', b'"samples": 150') + record[HEADER:]
     (tmp_path / "count" / "temperatures.bin").write_bytes(other)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -118,7 +111,7 @@ def test_what_cannot_work_writes_nothing(tmp_path, recorded_runs, monkeypatch):
         (tmp_path / "empty", {}, "is no run's folder"),
         (tmp_path / "record", {}, "is no temperature record"),
         (tmp_path / "weights", {}, "is no checkpoint"),
-        (tmp_path / "count", {}, "holds 160 samples"),
+        (tmp_path / "count", {}, "holds 150 samples"),
         (good, {"published": Path("gone.json")}, "gone.json: cannot be read"),
         (good, {"opts": ["DEVICE"]}, "DEVICE lacks its value"),
         (good, {"opts": ["SOLVER.LR", "1"]}, "'SOLVER.LR' is none of them"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, called, load_tool, run
+from helpers import KINDS, called, load_tool, own_kd, run
 
 from mdistiller.engine.replay import replay
 from mdistiller.engine.step import Step
@@ -60,13 +60,9 @@ def test_stop_names_the_step_and_the_tensor_and_keeps_the_batch(small, tmp_path,
 def test_a_bad_step_runs_again_from_the_command_line(small, tmp_path, harm):
     """With the plug-in that the method came from."""
     plugin = tmp_path / "mine.py"
-    plugin.write_text(
-        "from mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
-        "@register_distiller('MINE', defaults={'A': 1.0})\nclass Mine(KD):\n    pass\n"
-    )
     harm(1)
     with pytest.raises(TrainingDiverged, match="first to go bad: the images"):
-        run([*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", "MINE"], tmp_path)
+        run([*small, *own_kd(plugin, "MINE")], tmp_path)
     (file,) = (tmp_path / "distill" / "run").glob("bad_batch*")
     done = called("replay", file, cwd=tmp_path)
     assert done.returncode == 1, done.stderr

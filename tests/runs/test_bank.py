@@ -1,7 +1,7 @@
 """Runs with a bank of their teacher's logits, and without: the same bits, and never another teacher's."""
 
 import pytest
-from helpers import agree, cases, on, outcome, run, same, stopping_after
+from helpers import agree, cases, on, outcome, own_kd, run, same
 
 from mdistiller.bank.inference import Inference
 from mdistiller.bank.teacher import TeacherLogits
@@ -10,46 +10,35 @@ from mdistiller.errors import Preempted, RunFailed, UserError
 from mdistiller.runs.stop import Stop
 
 
-@pytest.fixture(scope="module")
-def expected(small, tmp_path_factory):
-    """What a run comes to without a bank, by method and device."""
-    known = {}
-
-    def get(method, device="cpu"):
-        if (method, device) not in known:
-            opts = [*on(device, small), "DISTILLER.TYPE", method]
-            known[method, device] = outcome(run(opts, tmp_path_factory.mktemp(method), TEACHER_BANK="auto"))
-        return known[method, device]
-
-    return get
-
-
 @pytest.mark.parametrize(("method", "device"), cases(["DTKD", "MLKD"], ("KD", "DTKD", "DKD")))
-def test_a_bank_changes_no_bit(small, tmp_path, expected, method, device):
+def test_a_bank_changes_no_bit(small, undisturbed, tmp_path, method, device):
     opts = [*on(device, small), "DISTILLER.TYPE", method, "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
     cold = outcome(run(opts, tmp_path / "cold", TEACHER_BANK="lazy"))
     (bank,) = (tmp_path / "banks").iterdir()
     files = sorted(bank.iterdir())
     warm = outcome(run(opts, tmp_path / "warm", TEACHER_BANK="lazy"))
-    assert agree(cold, expected(method, device), device)
-    assert agree(warm, expected(method, device), device)
+    expected = outcome(undisturbed(method, device))
+    assert agree(cold, expected, device)
+    assert agree(warm, expected, device)
     assert sorted(bank.iterdir()) == files, "the second run met the views of the first"
 
 
 @pytest.mark.parametrize(("method", "device"), cases(["DTKD"], ("DTKD",)))
-def test_a_full_bank_changes_no_bit_and_needs_no_teacher(small, tmp_path, expected, monkeypatch, method, device):
-    opts = [*on(device, small), "DISTILLER.TYPE", method, "TEACHER_BANK", "full"]
-    opts += ["TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
-    assert agree(outcome(run(opts, tmp_path / "cold")), expected(method, device), device)
+def test_a_full_bank_changes_no_bit_and_needs_no_teacher(small, undisturbed, tmp_path, monkeypatch, method, device):
+    opts = [*on(device, small), "DISTILLER.TYPE", method, "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
+    expected = outcome(undisturbed(method, device))
+    folder = run(opts, tmp_path / "cold", TEACHER_BANK="lazy", SOLVER__EPOCHS=1)
+    whole = run(opts, tmp_path / "cold", resume=True, TEACHER_BANK="full")
+    assert whole == folder and agree(outcome(whole), expected, device), "the kind of bank may change"
     monkeypatch.setattr(TeacherLogits, "compare", lambda self: None)  # some rows, which tell that it is this teacher's
     monkeypatch.setattr(TeacherLogits, "run_teacher", None)
-    assert agree(outcome(run(opts, tmp_path / "warm")), expected(method, device), device)
-    assert same(outcome(run(opts, tmp_path / "other seed", SEED=7))[1][0]["epoch"], 1), "nor does another seed"
+    assert agree(outcome(run(opts, tmp_path / "warm", TEACHER_BANK="full")), expected, device)
+    run(opts, tmp_path / "other seed", TEACHER_BANK="full", SEED=7, SOLVER__EPOCHS=1)
 
 
-def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkeypatch):
+def test_an_interrupted_precomputation_goes_on(small, undisturbed, tmp_path, monkeypatch):
     opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "full", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
-    wanted = expected("DTKD")  # first: a run that is made for it asks the teacher too
+    expected = outcome(undisturbed("DTKD"))  # first: a run that is made for it asks the teacher too
     passes, real = [], TeacherLogits.run_teacher
 
     def counted(self, rows, check=lambda: None):
@@ -69,25 +58,20 @@ def test_an_interrupted_precomputation_goes_on(small, tmp_path, expected, monkey
         run(opts, tmp_path)
     assert len(passes) == 5
     monkeypatch.setattr(build, "Stop", Stop)
-    assert same(outcome(run(opts, tmp_path, resume="auto")), wanted)
+    assert same(outcome(run(opts, tmp_path, resume="auto")), expected)
     assert sum(passes) == 40 * 25, "no view came twice"
 
 
-@pytest.mark.parametrize(("method", "device"), cases(["DTKD"], ("DTKD",)))
-def test_the_kind_of_bank_may_change_when_a_run_goes_on(small, tmp_path, expected, method, device):
-    opts = [*on(device, small), "DISTILLER.TYPE", method, "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
-    run(opts, tmp_path, TEACHER_BANK="lazy", SOLVER__EPOCHS=1)
-    assert agree(outcome(run(opts, tmp_path, resume=True, TEACHER_BANK="full")), expected(method, device), device)
-
-
-def test_a_run_that_is_stopped_keeps_what_it_has_asked(small, tmp_path, expected, monkeypatch):
+def test_a_run_that_is_stopped_keeps_what_it_has_asked(small, undisturbed, tmp_path, interrupted):
     opts = [*small, "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy", "TEACHER_BANK_FOLDER", str(tmp_path / "banks")]
-    monkeypatch.setattr(build, "Stop", stopping_after(1))
-    with pytest.raises(Preempted):
-        run(opts, tmp_path)
-    assert len(list((tmp_path / "banks").glob("*/*.safetensors"))) == 1
-    monkeypatch.setattr(build, "Stop", Stop)
-    assert same(outcome(run(opts, tmp_path, resume=True)), expected("DTKD"))
+    expected = outcome(undisturbed("DTKD"))
+    kept = []
+
+    def train(resume):
+        kept.append(len(list((tmp_path / "banks").glob("*/*.safetensors"))))
+        return run(opts, tmp_path, resume)
+
+    assert same(outcome(interrupted(train, 1)), expected) and kept == [0, 1]
 
 
 def test_a_teacher_whose_code_has_changed_is_noticed_before_anything_is_written(small, tmp_path, monkeypatch):
@@ -105,8 +89,8 @@ def test_a_teacher_whose_code_has_changed_is_noticed_before_anything_is_written(
 
 @pytest.mark.parametrize("method", ["NONE", "FITNET"])
 def test_other_methods_run_their_teacher_as_ever(small, tmp_path, method):
-    folder = run([*small, "DISTILLER.TYPE", method], tmp_path, TEACHER_BANK="full",
-                 TEACHER_BANK_FOLDER=tmp_path / "banks")  # fmt: skip
+    bank = {"TEACHER_BANK": "full", "TEACHER_BANK_FOLDER": tmp_path / "banks"}
+    folder = run([*small, "DISTILLER.TYPE", method], tmp_path, SOLVER__EPOCHS=1, **bank)
     assert not (tmp_path / "banks").exists()
     said = f"teacher bank: none ({method} needs more of its teacher than logits)"
     assert (said in (folder / "worklog.txt").read_text()) == (method != "NONE")
@@ -127,13 +111,8 @@ BODIES = {
 
 @pytest.mark.parametrize("how", BODIES)
 def test_a_plugin_whose_teacher_changes_or_is_asked_by_itself(small, tmp_path, how):
-    plugin, name = tmp_path / f"{how}.py", f"BANK_{how.upper()}"
-    plugin.write_text(
-        "import torch\nfrom mdistiller.distillers.KD import KD, kd_loss\n"
-        "from mdistiller.distillers import register_distiller\n"
-        f"@register_distiller('{name}', defaults={{'A': 1.0}})\nclass Own(KD):\n{BODIES[how]}"
-    )
-    opts = [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", name]
+    words = own_kd(tmp_path / f"{how}.py", f"BANK_{how.upper()}", BODIES[how])
+    opts = [*small, *words, "SOLVER.EPOCHS", "1"]
     if how == "moves":
         with pytest.raises(RunFailed, match="set TEACHER_BANK off"):
             run(opts, tmp_path)

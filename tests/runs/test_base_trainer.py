@@ -85,40 +85,35 @@ def test_names():
     assert issubclass(trainer_dict["crd_dot"], DOT)
 
 
-@pytest.mark.parametrize(("cls", "name"), [(BaseTrainer, "base"), (DOT, "dot")])
-def test_nothing_overridden_is_a_run(make, tmp_path, cls, name):
-    trainer = make(cls)
+@pytest.mark.parametrize(("cls", "name", "own"), [(BaseTrainer, "base", Own), (DOT, "dot", OwnDOT)])
+def test_nothing_overridden_is_a_run_and_the_plain_loop_comes_to_the_same(make, tmp_path, cls, name, own):
+    """The plain loop: with batches that somebody else gives, or a step that a subclass writes."""
+    folder, trainer = tmp_path / "lab" / "run", make(cls)
     result = trainer.train()
+    assert trainer.log_path == str(folder)
     cfg = trainer.cfg.clone()
     cfg.defrost()
     cfg.SOLVER.TRAINER, cfg.LOG.PREFIX = name, str(tmp_path / "other")
     run = train(cfg)
-    assert trainer.log_path == str(tmp_path / "lab" / "run")
-    (state, rows), (expected, others) = (
-        outcome(tmp_path / "lab" / "run"),
-        outcome(tmp_path / "other" / "distill" / "run"),
-    )
+    (state, rows), (expected, others) = outcome(folder), outcome(tmp_path / "other" / "distill" / "run")
     assert same(state["model"], expected["model"]) and rows == others
     assert result["best_acc"] == run["best_acc"] == trainer.best_acc
 
-
-@pytest.mark.parametrize(("base", "own"), [(BaseTrainer, None), (DOT, None), (BaseTrainer, Own), (DOT, OwnDOT)])
-def test_the_plain_loop_comes_to_the_same(make, tmp_path, base, own):
-    """With batches that somebody else gives, or a step that a subclass writes."""
-    folder = tmp_path / "lab" / "run"
-    make(base).train()
     rows, weights = read_metrics(folder), torch.load(folder / "student_latest")["model"]
-    make(own or base, loader=None if own else Passes).train()
-    assert (tmp_path / "lab" / "run~1").exists(), "the earlier run is kept"
-    files = {path.name for path in folder.iterdir()}
-    assert files >= {"latest", "best", "student_latest", "student_best", "worklog.txt", "config.yaml", "metrics.jsonl"}
-    skipped = {"train_acc"} if own is OwnDOT else set()  # which it does not count
-    if own:
-        assert f"{own.__name__} brings train_iter: a plain loop" in (folder / "worklog.txt").read_text()
-    torch.testing.assert_close(torch.load(folder / "student_latest")["model"], weights, rtol=1e-4, atol=1e-5)
-    for row, expected in zip(read_metrics(folder), rows, strict=True):
-        for name in {"lr", "train_loss", "train_acc", "test_acc", "test_acc_top5", "test_loss", "best_acc"} - skipped:
-            assert row[name] == pytest.approx(expected[name], rel=1e-4), name
+    for number, kind in enumerate((cls, own), 1):
+        make(kind, loader=Passes if kind is cls else None).train()
+        assert (tmp_path / "lab" / f"run~{number}").exists(), "the earlier run is kept"
+        files = {path.name for path in folder.iterdir()}
+        assert files >= {
+            "latest", "best", "student_latest", "student_best", "worklog.txt", "config.yaml", "metrics.jsonl"
+        }  # fmt: skip
+        skipped = {"train_acc"} if kind is OwnDOT else set()  # which it does not count
+        if kind is own:
+            assert f"{own.__name__} brings train_iter: a plain loop" in (folder / "worklog.txt").read_text()
+        torch.testing.assert_close(torch.load(folder / "student_latest")["model"], weights, rtol=1e-4, atol=1e-5)
+        figures = {"lr", "train_loss", "train_acc", "test_acc", "test_acc_top5", "test_loss", "best_acc"} - skipped
+        for row, known in zip(read_metrics(folder), rows, strict=True):
+            assert {key: row[key] for key in figures} == pytest.approx({key: known[key] for key in figures}, rel=1e-4)
 
 
 def test_the_plain_loop_goes_on_where_it_stopped(make, tmp_path):

@@ -20,11 +20,17 @@ from mdistiller.study.runs import read_run
 from mdistiller.study.tables import compared
 
 
-@pytest.fixture
-def two(small, tmp_path):
-    """Options of a small run by KD of a resnet14 and a resnet20."""
-    other = save_teacher(tmp_path / "other.pth", "resnet20")
-    return [*small, "DISTILLER.TYPE", "KD", "DISTILLER.ENSEMBLE", f"[resnet20:{other}]"]
+@pytest.fixture(scope="module")
+def two(small, tmp_path_factory):
+    """Options of an epoch by KD of a resnet14 and a resnet20."""
+    other = save_teacher(tmp_path_factory.mktemp("other") / "other.pth", "resnet20")
+    return [*small, "SOLVER.EPOCHS", "1", "DISTILLER.TYPE", "KD", "DISTILLER.ENSEMBLE", f"[resnet20:{other}]"]
+
+
+@pytest.fixture(scope="module")
+def whole(two, tmp_path_factory):
+    """The folder of such a run."""
+    return run(two, tmp_path_factory.mktemp("whole"))
 
 
 class Given(nn.Module):
@@ -49,39 +55,32 @@ def test_the_mean_of_logits_and_of_probabilities():
     torch.testing.assert_close(Ensemble([networks[0]] * 2, "probabilities")(None)[0], a - a.mean(1, keepdim=True))
 
 
-def test_one_teacher_twice_is_that_teacher(small, tmp_path):
+def test_one_teacher_twice_is_that_teacher(small, undisturbed, tmp_path):
     """To the bit: the mean of two equal numbers is that number."""
     teacher = small[small.index("DISTILLER.TEACHER_CKPT") + 1]
-    opts = [*small, "DISTILLER.TYPE", "DTKD"]
-    one = outcome(run(opts, tmp_path / "one"))[1]
-    twice = outcome(run(opts, tmp_path / "twice", DISTILLER__ENSEMBLE=f"[resnet14:{teacher}]"))[1]
-    assert one == twice
+    twice = run([*small, "DISTILLER.TYPE", "DTKD"], tmp_path, DISTILLER__ENSEMBLE=f"[resnet14:{teacher}]")
+    assert outcome(twice)[1] == outcome(undisturbed("DTKD"))[1]
 
 
-def test_a_run_its_bank_and_its_seeds(two, tmp_path, stop_after):
-    whole = run(two, tmp_path / "whole")
+def test_a_run_its_bank_and_its_seeds(two, whole, undisturbed, tmp_path, interrupted):
     assert "KD: resnet14+resnet20 -> resnet8" in (whole / "worklog.txt").read_text()
-    alone = outcome(run([*two, "DISTILLER.ENSEMBLE", "[]"], tmp_path / "alone"))[1]
-    assert outcome(whole)[1] != alone, "the other teacher counts"
+    expected, alone = outcome(whole), outcome(undisturbed("KD"))
+    assert expected[1][0]["train_loss"] != alone[1][0]["train_loss"], "the other teacher counts"
     bank = {"TEACHER_BANK": "lazy", "TEACHER_BANK_FOLDER": tmp_path / "banks"}
-    assert same(outcome(run(two, tmp_path / "bank", **bank))[0]["model"], outcome(whole)[0]["model"])
+    assert same(outcome(run(two, tmp_path / "bank", **bank))[0]["model"], expected[0]["model"])
     run(two, tmp_path / "mean", DISTILLER__ENSEMBLE_MEAN="probabilities", **bank)
     run([*two, "DISTILLER.ENSEMBLE", "[]"], tmp_path / "single", **bank)
     assert len(list((tmp_path / "banks").iterdir())) == 3, "each mean, and the first alone, has its own"
-    stop_after(2)
-    with pytest.raises(md.UserError, match="stopped by SIGTERM"):
-        run(two, tmp_path / "parts")
-    stop_after(0)
-    assert same(outcome(run(two, tmp_path / "parts", resume=True)), outcome(whole))
+    assert same(outcome(interrupted(lambda resume: run(two, tmp_path / "parts", resume), 2)), expected)
     summary, folders = run_set(two, tmp_path / "s", [0], EXPERIMENT__NAME="set")
     assert summary["teacher"] == "resnet14+resnet20"
-    assert same(outcome(folders[0])[0]["model"], outcome(whole)[0]["model"])
+    assert same(outcome(folders[0])[0]["model"], expected[0]["model"])
 
 
 def test_a_run_goes_on_with_the_teachers_that_it_was_started_with(two, tmp_path):
-    folder = run(two, tmp_path / "runs", SOLVER__EPOCHS=1)
+    folder = run(two, tmp_path / "runs")
     kept = [*two[:-1], "[resnet20]"]  # whose checkpoint stands in config.yaml
-    assert len(outcome(run(kept, tmp_path / "runs", resume=True))[1]) == 2
+    assert len(outcome(run(kept, tmp_path / "runs", resume=True, SOLVER__EPOCHS=2))[1]) == 2
     save_teacher(tmp_path / "resnet32.pth", "resnet32")
     other = save_teacher(tmp_path / "moved.pth", "resnet20")
     state = torch.load(other, weights_only=True)
@@ -94,15 +93,14 @@ def test_a_run_goes_on_with_the_teachers_that_it_was_started_with(two, tmp_path)
     assert folder.is_dir()
 
 
-def test_tables_and_evaluation_name_all_of_them(two, tmp_path):
-    folder = run(two, tmp_path / "runs")
-    runs = [read_run(folder), read_run(run([*two, "DISTILLER.ENSEMBLE", "[]"], tmp_path / "single"))]
+def test_tables_and_evaluation_name_all_of_them(whole, undisturbed, tmp_path):
+    runs = [read_run(whole), read_run(undisturbed("KD"))]
     assert [row[2] for row in compared(runs).rows] == ["resnet14+resnet20", "resnet14"]
     groups, _ = group_runs(runs)
     assert [group.pair for group in groups] == ["resnet14+resnet20 → resnet8", "resnet14 → resnet8"]
     figures = {"KD": {"resnet14/resnet8": 70.0}, "dataset": "npz"}
     assert [published_figure(group, figures) for group in groups] == [None, (70.0, 0.0)]
-    done = called("eval", "-r", folder, "--out", tmp_path / "eval", cwd=tmp_path)
+    done = called("eval", "-r", whole, "--out", tmp_path / "eval", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     parameters = json.loads((tmp_path / "eval" / "scores.json").read_text())["teacher"]["parameters"]
     assert parameters == sum(p.numel() for n in ("resnet14", "resnet20") for p in build_model(n, 10).parameters())
@@ -123,10 +121,7 @@ def test_missing_ones_are_trained_first(small, tmp_path, monkeypatch):
     [
         (["DISTILLER.ENSEMBLE", "[resnt20]"], "unknown model 'resnt20'; did you mean resnet20?"),
         (["DISTILLER.ENSEMBLE", "[resnet20:gone.pth]"], "DISTILLER.ENSEMBLE: no checkpoint of the teacher resnet20 at"),
-        (
-            ["DISTILLER.ENSEMBLE", "[resnet20]"],
-            r"write resnet20:path/to/checkpoint.pth, or set DISTILLER.TRAIN_TEACHER",
-        ),
+        (["DISTILLER.ENSEMBLE", "[resnet20]"], "write resnet20:path/to/checkpoint.pth, or set DISTILLER.TRAIN_TEA"),
         (["DISTILLER.ENSEMBLE", "[resnet20:{teacher}]"], "holds resnet14 with 10 classes, but resnet20 with 10"),
         (["DISTILLER.TYPE", "AT", "DISTILLER.ENSEMBLE", "[resnet14:{teacher}]"], "AT compares features, of which"),
         (["DISTILLER.TYPE", "CRD", "DISTILLER.ENSEMBLE", "[resnet14:{teacher}]"], "CRD compares features, of which"),

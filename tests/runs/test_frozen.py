@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import changed, outcome, refused, run, same, save_teacher
+from helpers import Recording, changed, outcome, refused, run, same, save_teacher
 from notebook import nets, quick
 
 import mdistiller as md
@@ -13,7 +13,6 @@ from mdistiller.engine import build, stepmode
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.seeds import train_seeds
 from mdistiller.engine.teachers import teacher_config, teacher_files
-from mdistiller.errors import Preempted
 from mdistiller.models import build_model
 from mdistiller.runs import checkpoint
 
@@ -28,7 +27,7 @@ def is_frozen(name):
 def test_what_is_frozen_stays_in_every_bit_and_the_rest_learns(small, tmp_path, method, trainer):
     start = save_teacher(tmp_path / "start.pth", "resnet8")
     opts = [*small, "DISTILLER.TYPE", method, "DISTILLER.STUDENT_CKPT", str(start), "SOLVER.TRAINER", trainer, *STEM]
-    folder = run(opts, tmp_path / "runs")
+    folder = run(opts, tmp_path / "runs", SOLVER__EPOCHS=1)
     before, after = (checkpoint.load(file)["model"] for file in (start, folder / "student_latest"))
     assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(is_frozen, before))
     learning = len([name for name, _ in build_model("resnet8", 10).named_parameters() if not is_frozen(name)])
@@ -37,19 +36,17 @@ def test_what_is_frozen_stays_in_every_bit_and_the_rest_learns(small, tmp_path, 
 
 
 def test_a_normalisation_that_learns_in_part_keeps_gathering_statistics(small, tmp_path):
-    file = run([*small, "DISTILLER.TYPE", "NONE", "SOLVER.FREEZE", "bn1.bias"], tmp_path) / "student_latest"
+    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.FREEZE", "bn1.bias", "SOLVER.EPOCHS", "1"]
+    file = run(opts, tmp_path) / "student_latest"
     student = checkpoint.load(file)["model"]
     assert not student["bn1.bias"].any() and student["bn1.running_mean"].any()
 
 
-def test_a_stopped_run_and_a_set_of_seeds_are_the_same_run(small, tmp_path, stop_after):
-    opts = [*small, "DISTILLER.TYPE", "DTKD", *STEM]
+def test_a_stopped_run_and_a_set_of_seeds_are_the_same_run(small, tmp_path, interrupted):
+    opts = [*small, "DISTILLER.TYPE", "DTKD", *STEM, "SOLVER.EPOCHS", "1"]
     whole = run(opts, tmp_path / "whole", SEED=1)
-    stop_after(2)
-    with pytest.raises(Preempted):
-        run(opts, tmp_path / "parts", SEED=1)
-    stop_after(0)
-    assert same(outcome(run(opts, tmp_path / "parts", resume=True, SEED=1)), outcome(whole))
+    parts = interrupted(lambda resume: run(opts, tmp_path / "parts", resume, SEED=1), 2)
+    assert same(outcome(parts), outcome(whole))
     summary = train_seeds(config.load(None, changed(opts, tmp_path / "set")), [0, 1])
     assert same(outcome(Path(summary["runs"][1]["folder"])), outcome(whole))
     with pytest.raises(md.UserError, match="SOLVER.FREEZE is .*'conv1.weight'.*started with"):
@@ -57,17 +54,13 @@ def test_a_stopped_run_and_a_set_of_seeds_are_the_same_run(small, tmp_path, stop
 
 
 def test_a_frozen_part_is_no_reason_against_a_graph(small, tmp_path, monkeypatch):
-    class Replayed:
-        """Stands for CUDA's graph: a replay does the work again."""
-
-        def __init__(self, work, beside):
-            self.replay = work
-
-    monkeypatch.setattr(stepmode, "GraphStep", lambda *given: GraphStep(*given, Replayed))
-    opts = [*small, "DISTILLER.TYPE", "KD", *STEM, "SOLVER.EPOCHS", "3"]
+    monkeypatch.setattr(stepmode, "GraphStep", lambda *given: GraphStep(*given, Recording))
+    opts = [*small, "DISTILLER.TYPE", "KD", *STEM, "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "8"]  # 5 steps
     eager = run(opts, tmp_path / "eager")
     monkeypatch.setattr(build, "uses_graph", lambda cfg, device, capturable: True)
+    made = Recording.made
     graph = run(opts, tmp_path / "graph")
+    assert Recording.made == made + 1
     assert "not as a graph" not in (graph / "worklog.txt").read_text()
     assert same(outcome(graph)[0]["model"], outcome(eager)[0]["model"])
 
@@ -75,10 +68,7 @@ def test_a_frozen_part_is_no_reason_against_a_graph(small, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("patterns", "says"),
     [
-        (
-            "[layer9.*]",
-            r"SOLVER.FREEZE: 'layer9.\*' matches no parameter of resnet8; near it are layer3.\*, layer2.\*, layer1",
-        ),
+        ("[layer9.*]", r"SOLVER.FREEZE: 'layer9.\*' matches no parameter of resnet8; near it are layer3.\*, layer2"),
         ("[conv1.*,layer1]", "SOLVER.FREEZE: 'layer1' matches no parameter of resnet8; near it are layer1.*"),
         ("[zzzz]", r"near it are conv1.\*, bn1.\*, layer1.\*"),
         ("*", "SOLVER.FREEZE: .* leaves nothing of resnet8 that learns; leave a part out"),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import digits_opts
+from helpers import changed, digits_opts
 from notebook import IMAGES, LABELS, TEST, TRAIN, Net, nets, quick
 from torch import nn
 from torch.nn import functional as F
@@ -29,8 +29,9 @@ def registries(monkeypatch):
 
 
 def refusal(*given, **changes):
+    """The line that `md.distill` ends with; of two networks of one's own, unless told otherwise."""
     with pytest.raises(md.UserError) as caught:
-        quick(*(given or nets()), epochs=1, **changes)
+        quick(**dict(zip(("teacher", "student"), given or nets(), strict=True)) | {"epochs": 1} | changes)
     (line,) = caught.value.lines
     return line
 
@@ -47,10 +48,7 @@ def ce(student, target):
     ("losses", "says"),
     [
         (LogitDistiller.losses, "losses is not written; write losses(self, logits_student, logits_teacher, target, **"),
-        (
-            lambda self, v, u, target: ce(v, target),
-            "unexpected keyword argument 'index'; it is called as losses(self, l",
-        ),
+        (lambda self, v, u, target: ce(v, target), "argument 'index'; it is called as losses(self, logits_student, l"),
         (lambda self, v, u, target, **kwargs: ce_loss(v, target), 'losses by name: {"loss_ce": ...'),
         (lambda self, v, u, target, **kwargs: {}, "got no loss"),
         (lambda self, v, u, target, **kwargs: {"loss_ce": 1.0}, "got 'loss_ce': float"),
@@ -111,27 +109,18 @@ def test_a_method_needs_no_constructor():
     assert row["train_losses"].keys() == {"loss/loss_ce", "loss/loss_kd"}
 
 
-def column(value=1.0):
-    return lambda v: torch.full_like(v[:, :1], value)
+def columns(v, *values):
+    return [torch.full_like(v[:, :1], value) for value in values]
 
 
 @pytest.mark.parametrize(
     ("made", "says"),
     [
-        (
-            lambda v: Temperatures(column(-1.0)(v), column()(v), column()(v), column()(v) > 0),
-            "the student's temperatures",
-        ),
-        (
-            lambda v: Temperatures(column()(v), column(0.0)(v), column()(v), column()(v) > 0),
-            "the teacher's temperatures",
-        ),
+        (lambda v: Temperatures(*columns(v, -1, 1, 1), v[:, :1] < 9e9), "the student's temperatures"),
+        (lambda v: Temperatures(*columns(v, 1, 0, 1), v[:, :1] < 9e9), "the teacher's temperatures"),
         (lambda v: Temperatures(*[v.amax(1).exp()] * 4), "student must be a tensor (B, 1); got (16,) for B = 16"),
         (lambda v: Temperatures(4.0, 4.0, 16.0, True), "student must be a tensor (B, 1); got float"),
-        (
-            lambda v: (column()(v),) * 4,
-            "must return mdistiller.losses.Temperatures(student, teacher, factor, sound); got",
-        ),
+        (lambda v: tuple(columns(v, 1, 1, 1, 1)), "must return mdistiller.losses.Temperatures(student, teacher, fa"),
         (lambda v: v.no_such_thing, "fails at "),
     ],
     ids=["negative", "zero", "a row", "numbers", "a tuple", "a bug"],
@@ -226,20 +215,17 @@ def test_auxiliary_classifiers_in_training_are_left_alone():
     assert runs[0]["train_loss"] == runs[1]["train_loss"]
 
 
+NO_MODEL = "the model 'net': must be a class or a function of num_classes"
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("register_model(Net(4))", "got an object, Net(...): pass the class itself"),
-        (
-            "register_model('net')(Net(4))",
-            "the model 'net': must be a class or a function of num_classes; got an obj",
-        ),
-        (
-            "cifar_model_dict['net'] = Net(4)",
-            "the model 'net': must be a class or a function of num_classes; got an obj",
-        ),
-        ("cifar_model_dict['net'] = (Net(4), '')", "the model 'net': must be a class or a function of num_classes"),
-        ("cifar_model_dict['net'] = None", "the model 'net': must be a class or a function of num_classes; got None"),
+        ("register_model('net')(Net(4))", f"{NO_MODEL}; got an obj"),
+        ("cifar_model_dict['net'] = Net(4)", f"{NO_MODEL}; got an obj"),
+        ("cifar_model_dict['net'] = (Net(4), '')", NO_MODEL),
+        ("cifar_model_dict['net'] = None", f"{NO_MODEL}; got None"),
     ],
 )
 def test_what_is_registered_as_a_model(tmp_path, line, says):
@@ -295,6 +281,22 @@ def test_classes_that_nothing_is_learned_of_are_said_before_training(capsys, shi
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        ({"method": "DTK"}, "did you mean DTKD"),
+        ({"resume": True}, "pass folder="),
+        ({"test": None}, "test is missing"),
+        ({"teacher": None, "method": "KD"}, "KD needs a teacher; pass teacher="),
+        ({"student": Net(8).requires_grad_(False)}, "no parameter that learns"),
+        ({"augment": "flip"}, "DATASET.AUGMENT"),
+        ({"method": "AT", "layers": (["conv"], ["cov"])}, "did you mean conv"),
+        ({"method": "AT", "layers": (["conv"], ["fc"])}, "a feature map is"),
+        ({"train": "digits"}, "leave test out"),
+        ({"train": (IMAGES.astype(float) - 300, LABELS)}, "leave out your own normalisation"),
+        ({"train": (IMAGES[:, :8], LABELS)}, "square"),
+        ({"train": (IMAGES, LABELS[:5])}, "120 whole numbers"),
+        ({"SOLVER__LRR": 1}, "did you mean SOLVER.LR"),
+        ({"student": Net}, "student: is the class Net; pass an object of it, Net(...)"),
+        ({"teacher": nets}, "teacher: must be a name"),
+        ({"teacher": "resnet8", "method": "AT", "layers": (["conv"], ["conv"])}, "the teacher is 'resnet8'"),
         ({"seeds": -1}, "seeds: must be different whole numbers from 0"),
         ({"seeds": [1, 1]}, "seeds: must be different whole numbers from 0"),
         ({"seeds": []}, "seeds: must be different whole numbers from 0"),
@@ -310,20 +312,12 @@ def test_arguments(tmp_path, monkeypatch, given, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_networks_and_overrides():
-    assert "student: is the class Net; pass an object of it, Net(...)" in refusal(nets()[0], Net)
-    assert "teacher: must be a name" in refusal(nets, nets()[0])
-    assert "the teacher is 'resnet8'" in refusal("resnet8", nets()[1], method="AT", layers=(["conv"], ["conv"]))
+def test_overrides():
     with pytest.raises(md.UserError) as caught:
         md.train(None, "SOLVER.EPOCHS 1")
     assert 'overrides: must be {"SOLVER.EPOCHS": 6}, or ["SOLVER.EPOCHS", 6]' in str(caught.value)
     with pytest.raises(md.UserError, match=r"did you mean SOLVER.LR\? \(overrides\)$"):
         md.load_config(md.load_config(), {"SOLVER.LRR": 1})
-
-
-def test_one_seed_and_no_layers(tmp_path):
-    result = quick(*nets(), epochs=1, seeds=2, layers=None, folder=tmp_path / "mine")
-    assert [run.seed for run in result] == [2] and len(list((tmp_path / "mine").glob("teacher-*"))) == 1
 
 
 def test_a_refusal_leaves_no_teacher_in_the_folder(tmp_path):
@@ -350,10 +344,7 @@ def test_a_diverged_run_without_a_folder_says_how_to_keep_its_batch(tmp_path, mo
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (
-            {"DISTILLER.TYPE": "OFD", "DISTILLER.TEACHER": "Plain", "DISTILLER.STUDENT": "Plain"},
-            "does not give preact_",
-        ),
+        ({"DISTILLER.TYPE": "OFD", "DISTILLER.TEACHER": "Plain", "DISTILLER.STUDENT": "Plain"}, "not give preact_"),
         ({"DISTILLER.TYPE": "FITNET", "FITNET.HINT_LAYER": 9}, "FITNET.HINT_LAYER 9 must be 0 to 3"),
         ({"DISTILLER.TYPE": "MINE"}, "got no loss"),
     ],
@@ -386,17 +377,13 @@ def test_settings_without_effect_are_named(capsys):
     assert "TEACHER_BANK (NONE has no teacher), TEMPERATURE.DETACH (NONE has no teacher)" in capsys.readouterr().out
 
 
-def test_a_last_batch_of_one_image_is_known_before_anything_is_written(tmp_path):
-    opts = digits_opts(LOG__PREFIX=tmp_path, DISTILLER__STUDENT="MobileNetV2", SOLVER__BATCH_SIZE=131)
+def test_a_last_batch_of_one_image_is_known_before_anything_is_written(small, tmp_path):
+    opts = changed(small, tmp_path, DISTILLER__STUDENT="MobileNetV2", SOLVER__BATCH_SIZE=13)
     for method, more, says in (
-        ("REVIEWKD", [], "131 leaves one of 1442 images to the last batch.*set SOLVER.DROP_LAST True"),
+        ("REVIEWKD", [], "13 leaves one of 40 images to the last batch.*set SOLVER.DROP_LAST True"),
         ("REVIEWKD", ["SOLVER.BATCH_SIZE", 1], "take a larger one"),
-        (
-            "REVIEWKD",
-            ["SOLVER.BATCH_SIZE", 8, "SOLVER.ACCUMULATE", 8],
-            "to a part of a batch.*lower SOLVER.ACCUMULATE 8",
-        ),
-        ("NONE", ["SOLVER.DROP_LAST", True, "SOLVER.BATCH_SIZE", 2000], "1442 training images fill no batch"),
+        ("REVIEWKD", ["SOLVER.BATCH_SIZE", 8, "SOLVER.ACCUMULATE", 8], "a part of a batch.*lower SOLVER.ACCUMULATE 8"),
+        ("NONE", ["SOLVER.DROP_LAST", True, "SOLVER.BATCH_SIZE", 2000], "40 training images fill no batch"),
     ):
         with pytest.raises(md.UserError, match=says):
             train(load(None, [*opts, "DISTILLER.TYPE", method, *more]))

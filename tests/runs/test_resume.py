@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 
@@ -27,25 +28,23 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize(("method", "solver"), [*((name, "base") for name in KINDS), *SOLVERS])
-def test_a_stopped_run_goes_on_at_the_very_step(small, tmp_path, stop_after, method, solver):
+def test_a_stopped_run_goes_on_at_the_very_step(small, undisturbed, tmp_path, interrupted, method, solver):
     opts = [*small, "DISTILLER.TYPE", method, "SOLVER.TRAINER", solver]
-    whole = run(opts, tmp_path / "whole")
-    for items in (2, 2):  # after step 2 of epoch 1; then in its evaluation, which comes again
-        stop_after(items)
-        with pytest.raises(Preempted, match="SIGTERM in epoch 1"):
-            run(opts, tmp_path / "parts", resume="auto")
-    stop_after(0)
-    parts = run(opts, tmp_path / "parts", resume=True)
+    whole = undisturbed(method, SOLVER__TRAINER=solver)
+    items = 2, 2  # after step 2 of epoch 1; then in its evaluation, which comes again
+    parts = interrupted(lambda resume: run(opts, tmp_path, resume), *items, says="SIGTERM in epoch 1")
     assert_same_run(whole, parts)
     log = (parts / "worklog.txt").read_text()
     assert [log.count(words) for words in ("stopped by", "resumed after", "epoch 1/2", "epoch 2/2")] == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("method", ["DTKD", "CRD", "MLKD"])
-def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(small, tmp_path, monkeypatch, method):
+def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(
+    small, undisturbed, tmp_path, monkeypatch, method
+):
     """The child writes one after the first step of epoch 2, and dies while it handles the third."""
     opts = [*small, "DISTILLER.TYPE", method]
-    calls = iter(range(100))
+    whole, calls = undisturbed(method), iter(range(100))
 
     class Killed(stopping_after(7)):  # three steps and a test in epoch 1, three steps in epoch 2
         signal = property(lambda self: "", lambda self, name: name and os.kill(os.getpid(), signal.SIGKILL))
@@ -53,55 +52,50 @@ def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(small, tmp
     with monkeypatch.context() as patched:
         patched.setattr(Keeper, "due", lambda self: next(calls) == 3)
         patched.setattr(build, "Stop", Killed)
-        assert killed(forked(lambda: run(opts, tmp_path / "killed")))
-    folder = run(opts, tmp_path / "killed", resume="auto")
+        assert killed(forked(lambda: run(opts, tmp_path)))
+    folder = run(opts, tmp_path, resume="auto")
     assert "resumed after epoch 1 of 2, 1 step into the next" in (folder / "worklog.txt").read_text()
-    assert_same_run(run(opts, tmp_path / "whole"), folder)
+    assert_same_run(whole, folder)
 
 
-def test_another_teacher_or_other_data_are_refused(small, tmp_path):
-    opts = [*small, "DISTILLER.TYPE", "KD"]
-    folder = run(opts, tmp_path)
+@pytest.mark.parametrize("method", ["KD", "NONE"])
+def test_another_teacher_or_other_data_are_refused(small, tmp_path, method):
+    opts, others = [*small, "DISTILLER.TYPE", method], {"DATASET.ROOT": tmp_path / "other.npz"}
+    folder = run(opts, tmp_path / "runs", SOLVER__EPOCHS=1)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    other = save_teacher(tmp_path / "other", "resnet14", 10)
-    state = torch.load(other, weights_only=True)
-    state["model"]["fc.bias"][0] += 1
-    torch.save(state, other)
     with np.load(small[small.index("DATASET.ROOT") + 1]) as file:
         arrays = dict(file)
-    arrays["train_images"][0, 0, 0] ^= 1
+    if method == "KD":
+        arrays["train_images"][0, 0, 0] ^= 1
+        others["DISTILLER.TEACHER_CKPT"] = save_teacher(tmp_path / "other", "resnet14", 10)
+        state = torch.load(tmp_path / "other", weights_only=True)
+        state["model"]["fc.bias"][0] += 1
+        torch.save(state, tmp_path / "other")
+    else:
+        arrays["train_labels"][0] = arrays["train_labels"].max() + 1  # of a class more
     np.savez(tmp_path / "other.npz", **arrays)
-    for key, path in (("DISTILLER.TEACHER_CKPT", other), ("DATASET.ROOT", tmp_path / "other.npz")):
+    for key, path in others.items():
         with pytest.raises(UserError, match=f"in {key} is not what this run was started with"):
-            run([*opts, key, str(path)], tmp_path, resume=True, SOLVER__EPOCHS=3)
+            run([*opts, key, str(path)], tmp_path / "runs", resume=True, SOLVER__EPOCHS=2)
     del before[".lock"]
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}, "nothing is written"
 
 
-def test_data_of_more_classes_are_refused_as_other_data(small, tmp_path):
-    run(small, tmp_path, SOLVER__EPOCHS=1)
-    with np.load(small[small.index("DATASET.ROOT") + 1]) as file:
-        arrays = dict(file)
-    arrays["train_labels"][0] = arrays["train_labels"].max() + 1
-    np.savez(tmp_path / "other.npz", **arrays)
-    with pytest.raises(UserError, match="in DATASET.ROOT is not what this run was started with"):
-        run([*small, "DATASET.ROOT", str(tmp_path / "other.npz")], tmp_path, resume=True, SOLVER__EPOCHS=2)
-
-
-@pytest.mark.parametrize("change", ["summary first", "gone", "junk"])
-def test_a_record_that_lacks_epochs_costs_no_run(small, tmp_path, capsys, change):
+def test_a_record_that_lacks_epochs_costs_no_run(small, tmp_path, capsys):
+    """Those of another mode, of a file that is gone, and of one that is no record."""
     opts = [*small, "DISTILLER.TYPE", "DTKD"]
-    first = {"LOG__TEMPERATURE": "summary"} if change == "summary first" else {}
-    folder = run(opts, tmp_path, SOLVER__EPOCHS=1, **first)
-    if change == "gone":
-        (folder / "temperatures.bin").unlink()
-    if change == "junk":
-        (folder / "temperatures.bin").write_bytes(b"junk" * 5000)
-    for epochs in (2, 3):
+    folder = run(opts, tmp_path, SOLVER__EPOCHS=1, LOG__TEMPERATURE="summary")
+    for epochs, file, lacks in ((2, None, 1), (3, None, 0), (4, "gone", 3), (5, b"junk" * 5000, 4), (6, None, 0)):
+        if file == "gone":
+            (folder / "temperatures.bin").unlink()
+        elif file:
+            (folder / "temperatures.bin").write_bytes(file)
         run(opts, tmp_path, resume=True, SOLVER__EPOCHS=epochs)
-    assert capsys.readouterr().out.count("has nothing of 1 finished epoch") == 1
-    values = read_record(folder / "temperatures.bin").values
-    assert [bool(np.isnan(epoch).all()) for epoch in values] == [True, False, False]
+        said = re.findall(r"has nothing of (\d) finished epoch", capsys.readouterr().out)
+        assert said == ([str(lacks)] if lacks else []), epochs
+        values = read_record(folder / "temperatures.bin").values
+        known = [not bool(np.isnan(epoch).all()) for epoch in values]
+        assert known == [number >= {2: 1, 3: 1, 4: 3, 5: 4, 6: 4}[epochs] for number in range(epochs)]
 
 
 def test_more_epochs_take_the_teacher_that_the_run_was_started_with(small, tmp_path, monkeypatch, capsys):
@@ -126,34 +120,28 @@ def test_a_run_goes_on_with_the_kernels_of_another_device(small, tmp_path, stop_
 # The same seed gives the same student, whatever looks on
 
 
-def test_nothing_that_looks_on_changes_the_student(small, tmp_path, save_every_step):
-    opts = [*small, "DISTILLER.TYPE", "DTKD"]
-    expected = outcome(run(opts, tmp_path / "0", LOG__TEMPERATURE="off"))[0]
+def test_nothing_that_looks_on_changes_the_student(small, undisturbed, tmp_path, save_every_step):
     key, often = save_every_step
-    changes = [
-        {"LOG__TEMPERATURE": "summary"},
-        {"LOG__TEMPERATURE": "samples"},
-        {"LOG__TENSORBOARD_FREQ": 1, "LOG__SAVE_CHECKPOINT_FREQ": 1},
-        {"LOG__PRINT_FREQ": 1},
-        {key: often},
-        {"DETERMINISTIC": True},
-        {"SOLVER__NAN_POLICY": "skip"},
-        {"DATASET__TEST__BATCH_SIZE": 7},
-    ]
-    for number, change in enumerate(changes, 1):
-        state = outcome(run(opts, tmp_path / str(number), **change))[0]
-        assert same(state["model"], expected["model"]), change
-        assert same(state["optimizer"], expected["optimizer"]), change
-    torch.use_deterministic_algorithms(False)
-    other = outcome(run(opts, tmp_path / "seed", SEED=1))[0]
+    expected = outcome(undisturbed("DTKD", LOG__TEMPERATURE="off", LOG__TENSORBOARD_FREQ=500))[0]
+    changes = {
+        "LOG__TEMPERATURE": "summary", "LOG__TENSORBOARD_FREQ": 1, "LOG__SAVE_CHECKPOINT_FREQ": 1, "LOG__PRINT_FREQ": 1,
+        key: often, "DETERMINISTIC": True, "SOLVER__NAN_POLICY": "skip", "DATASET__TEST__BATCH_SIZE": 7,
+    }  # fmt: skip
+    try:
+        together = run([*small, "DISTILLER.TYPE", "DTKD"], tmp_path, **changes)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for folder in (together, undisturbed("DTKD")):  # the other one with the temperatures of all samples
+        state = outcome(folder)[0]
+        assert same(state["model"], expected["model"]) and same(state["optimizer"], expected["optimizer"])
+    other = outcome(undisturbed("DTKD", SEED=1))[0]
     assert not same(other["model"], expected["model"])
 
 
-def test_a_clock_that_jumps_changes_nothing(small, tmp_path, monkeypatch):
-    expected = run(small, tmp_path / "a")
-    jumps = random.Random(0)
+def test_a_clock_that_jumps_changes_nothing(small, undisturbed, tmp_path, monkeypatch):
+    expected, jumps = undisturbed("DTKD"), random.Random(0)
     monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
-    assert same(outcome(expected), outcome(run(small, tmp_path / "b")))
+    assert same(outcome(expected), outcome(run([*small, "DISTILLER.TYPE", "DTKD"], tmp_path)))
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=GPU) for name in ("NONE", "DTKD", "CRD")])

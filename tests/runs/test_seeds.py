@@ -9,20 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, Recording, agree, cases, changed, on, outcome, run, run_set, same, unnamed
+from helpers import GPU, KINDS, Recording, agree, cases, changed, on, outcome, own_kd, run, run_set, same, unnamed
 
 from mdistiller import config
 from mdistiller.engine import build, graph, seeds, stepmode
 from mdistiller.engine.graph import GraphStep
 from mdistiller.engine.seeds import summary_file, table, train_seeds
 from mdistiller.engine.step import Step
-from mdistiller.errors import FolderInUse, Preempted, RunFailed, UserError
+from mdistiller.errors import FolderInUse, RunFailed, UserError
 from mdistiller.files import FileLock
-
-
-def alone(opts, prefix, seed, **changes) -> Path:
-    """Train that seed by itself. Return its folder."""
-    return run(unnamed(opts), prefix, SEED=seed, **changes)
 
 
 @pytest.fixture
@@ -34,24 +29,33 @@ def opened(monkeypatch):
 
 
 @pytest.mark.parametrize(("method", "device"), cases(KINDS, ("DTKD", "FITNET", "NONE")))
-def test_each_is_the_one_trained_alone(small, tmp_path, method, device):
-    opts = [*on(device, small, epochs=1), "DISTILLER.TYPE", method]
-    _, folders = run_set(opts, tmp_path / "set", [3, 0, 11])
-    for seed in (3, 0, 11)[: 3 if method == "CRD" else 1]:
-        by_itself = alone(opts, tmp_path / "alone", seed)
-        assert agree(outcome(folders[seed]), outcome(by_itself), device)
-        assert folders[seed].name == by_itself.name
-        if method == "DTKD" and device == "cpu":
-            assert (folders[seed] / "temperatures.bin").read_bytes() == (by_itself / "temperatures.bin").read_bytes()
-            assert same(outcome(run_set(opts, tmp_path / "one", [seed])[1][seed]), outcome(by_itself)), "a set of one"
+def test_each_is_the_one_trained_alone(small, undisturbed, tmp_path, method, device):
+    _, folders = run_set([*on(device, small), "DISTILLER.TYPE", method], tmp_path, [1, 0])
+    assert agree(outcome(folders[0]), outcome(undisturbed(method, device)), device)
+    if method == "CRD":
+        assert agree(outcome(folders[1]), outcome(undisturbed(method, device, SEED=1)), device)
+    if method == "DTKD" and device == "cpu":
+        records = [(folder / "temperatures.bin").read_bytes() for folder in (folders[0], undisturbed(method))]
+        assert records[0] == records[1]
 
 
-@pytest.mark.parametrize(("bank", "device"), cases(["off", "lazy", "full"], ("off", "lazy", "full")))
-def test_a_shared_bank_changes_no_bit(small, tmp_path, bank, device):
+@pytest.mark.parametrize(("bank", "device"), cases(["off", "full"], ("off", "lazy", "full")))
+def test_a_shared_bank_changes_no_bit(small, undisturbed, tmp_path, bank, device):
     opts = [*on(device, small), "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", bank]
-    _, folders = run_set(opts, tmp_path / "set", [0, 1], TEACHER_BANK_FOLDER=tmp_path / "common")
-    by_itself = alone(opts, tmp_path / "alone", 1, TEACHER_BANK_FOLDER=tmp_path / "own")
-    assert agree(outcome(folders[1]), outcome(by_itself), device)
+    _, folders = run_set(opts, tmp_path, [0, 1], TEACHER_BANK_FOLDER=tmp_path / "bank")
+    alone = undisturbed("DTKD", device, SEED=1, TEACHER_BANK="off" if bank == "off" else "auto")
+    assert agree(outcome(folders[1]), outcome(alone), device)
+
+
+@pytest.mark.parametrize(("stops", "device"), [((1, 8), "cpu"), pytest.param((5, 35), "cuda", marks=GPU)])
+def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, undisturbed, tmp_path, interrupted, stops, device):
+    """Under a bank that they fill together."""
+    opts = [*on(device, small), "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy"]
+    whole = {seed: outcome(undisturbed("DTKD", device, SEED=seed)) for seed in (0, 1, 2)}
+    train = functools.partial(run_set, opts, tmp_path, [0, 1, 2], TEACHER_BANK_FOLDER=tmp_path / "bank")
+    summary, parts = interrupted(lambda resume: train(resume=resume), *stops, says="3 of 3 students")
+    assert all(agree(whole[seed], outcome(parts[seed]), device) for seed in (0, 1, 2))
+    assert summary["last"]["n"] == 3
 
 
 def test_replays_need_no_generators_of_their_own(small, tmp_path, monkeypatch, save_every_step):
@@ -62,14 +66,13 @@ def test_replays_need_no_generators_of_their_own(small, tmp_path, monkeypatch, s
     monkeypatch.setattr(stepmode, "GraphStep", functools.partial(GraphStep, capture=Recording))
     swaps, real = [], np.random.set_state
     monkeypatch.setattr(np.random, "set_state", lambda state: swaps.append(1) or real(state))
-    opts = [*on("cpu", small, epochs=6), "DISTILLER.TYPE", "KD"]
-    opts[opts.index("SOLVER.BATCH_SIZE") + 1] = "8"  # 5 steps an epoch
+    opts = [*small, "DISTILLER.TYPE", "KD", "SOLVER.BATCH_SIZE", "8"]  # 5 steps an epoch
     _, folders = run_set(opts, tmp_path / "set", [0, 1])
-    assert len(swaps) < 2 * (graph.WARM_UP + 1 + 6 + 2), "30 steps each"
-    assert same(outcome(folders[1]), outcome(alone(opts, tmp_path / "alone", 1)))
-    opts += save_every_step
-    _, folders = run_set(opts, tmp_path / "often", [0, 1], SOLVER__EPOCHS=2)
-    assert same(outcome(folders[1]), outcome(alone(opts, tmp_path / "alone often", 1, SOLVER__EPOCHS=2)))
+    assert len(swaps) < 2 * (graph.WARM_UP + 1 + 2 + 2), "10 steps each"
+    alone = outcome(run(unnamed(opts), tmp_path / "alone", SEED=1))
+    assert same(outcome(folders[1]), alone)
+    _, folders = run_set([*opts, *save_every_step], tmp_path / "often", [0, 1])
+    assert same(outcome(folders[1]), alone)
 
 
 @pytest.mark.parametrize(("students", "kind"), [(25, "cuda"), (24, "cuda"), (25, "cpu")])
@@ -106,103 +109,70 @@ def test_the_summary_says_mean_and_deviation_of_last_and_best(small, tmp_path, c
     assert "±" not in table(single)[-1].removeprefix("mean ± sd")
 
 
-@pytest.mark.parametrize(("steps", "device"), cases([1, 9], (5, 40)))
-def test_a_signal_keeps_all_and_resume_goes_on_with_all(small, tmp_path, stop_after, steps, device):
-    opts = [*on(device, small), "DISTILLER.TYPE", "DTKD", "TEACHER_BANK", "lazy"]
-    opts = changed(opts, tmp_path, TEACHER_BANK_FOLDER=tmp_path / "bank")
-    _, whole = run_set(opts, tmp_path / "whole", [0, 1, 2])
-    stop_after(steps)
-    with pytest.raises(Preempted, match="3 of 3 students"):
-        run_set(opts, tmp_path / "parts", [0, 1, 2])
-    stop_after(0)
-    summary, parts = run_set(opts, tmp_path / "parts", [0, 1, 2], resume=True)
-    for seed in (0, 1, 2):
-        assert agree(outcome(whole[seed]), outcome(parts[seed]), device)
-    assert summary["last"]["n"] == 3
-
-
 def test_resume_auto_starts_what_is_missing_and_leaves_what_is_done(small, tmp_path):
-    opts = [*small, "DISTILLER.TYPE", "KD"]
-    first = alone(opts, tmp_path, 1)
+    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.EPOCHS", "1"]
+    first = run(unnamed(opts), tmp_path, SEED=1)
     before = (first / "latest").stat().st_mtime_ns
     with pytest.raises(UserError, match="no run of seed 0 in .*--resume auto"):
         run_set(opts, tmp_path, [0, 1], resume=True)
     summary, folders = run_set(opts, tmp_path, [0, 1], resume="auto")
     assert folders[1] == first
     assert (first / "latest").stat().st_mtime_ns == before
-    assert [run["epochs"] for run in summary["runs"]] == [2, 2]
+    assert [run["epochs"] for run in summary["runs"]] == [1, 1]
 
 
-def test_one_lost_student_does_not_stop_the_others(small, tmp_path, monkeypatch, opened):
-    real = Step.update
+def test_one_lost_student_does_not_stop_the_others_who_share_its_teacher(
+    small, undisturbed, tmp_path, monkeypatch, opened
+):
+    expected, real = outcome(undisturbed("FITNET")), Step.update
 
     def harmed(self, batch, *given):
         if self.steps == 4 and self is opened[1].trainer.step:
             batch.image.fill_(math.nan)
         real(self, batch, *given)
 
-    opts = [*small, "DISTILLER.TYPE", "KD"]
-    with monkeypatch.context() as patched:
-        patched.setattr(Step, "update", harmed)
-        with pytest.raises(RunFailed, match="seed 1: epoch 2, step 2"):
-            run_set(opts, tmp_path / "set", [0, 1, 2])
-    (file,) = (tmp_path / "set" / "distill").glob("*.json")
+    monkeypatch.setattr(Step, "update", harmed)
+    opened.clear()
+    with pytest.raises(RunFailed, match="seed 1: epoch 2, step 2"):
+        run_set([*small, "DISTILLER.TYPE", "FITNET"], tmp_path, [2, 1, 0])
+    pointers = [{p.data_ptr() for p in run.trainer.distiller.teacher.parameters()} for run in opened]
+    assert pointers[0] == pointers[1] == pointers[2]
+    (file,) = (tmp_path / "distill").glob("*.json")
     summary = json.loads(file.read_text())
     assert [("error" in run) for run in summary["runs"]] == [False, True, False]
     assert summary["last"]["n"] == 2
-    assert same(outcome(Path(summary["runs"][2]["folder"])), outcome(alone(opts, tmp_path / "alone", 2)))
-
-
-def test_a_name_of_ones_own_gets_the_seed(small, tmp_path):
-    words = changed(small, tmp_path, DISTILLER__TYPE="NONE", SOLVER__EPOCHS=1)
-    summary = train_seeds(config.load(None, words), [0, 1])
-    assert [run["folder"].rpartition("/")[2] for run in summary["runs"]] == ["run+SEED:0", "run+SEED:1"]
-
-
-def test_teachers_share_their_parameters(small, tmp_path, opened):
-    run_set([*small, "DISTILLER.TYPE", "FITNET"], tmp_path, [0, 1], SOLVER__EPOCHS=1)
-    pointers = [{p.data_ptr() for p in run.trainer.distiller.teacher.parameters()} for run in opened]
-    assert pointers[0] == pointers[1]
+    assert same(outcome(Path(summary["runs"][2]["folder"])), expected)
 
 
 def fading(small, tmp_path, write, after=0):
     """Options of a method that writes to its teacher's weights, from the epoch behind `after` on."""
     name = f"F{len(write)}{after}"
-    plugin = tmp_path / "fading.py"
-    plugin.write_text(
-        "import torch\nfrom mdistiller.distillers.KD import KD\nfrom mdistiller.distillers import register_distiller\n"
-        f"@register_distiller('{name}', defaults={{'A': 1.0}})\nclass Fading(KD):\n"
+    words = own_kd(
+        tmp_path / "fading.py", name,
         "    def losses(self, *args, epoch, **kwargs):\n        with torch.no_grad():\n"
         "            for p in self.teacher.parameters():\n"
         f"                if epoch > {after}:\n                    {write}\n"
-        "        return super().losses(*args, epoch=epoch, **kwargs)\n"
-    )
-    return [*small, "EXPERIMENT.PLUGINS", str(plugin), "DISTILLER.TYPE", name, "TEACHER_BANK", "off"]
+        "        return super().losses(*args, epoch=epoch, **kwargs)\n",
+    )  # fmt: skip
+    return [*small, *words, "TEACHER_BANK", "off", "SOLVER.EPOCHS", str(after + 1)]
 
 
 @pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)", "p.data = 0.9 * p.data"])
-def test_a_teacher_that_its_method_writes_to_is_kept_and_not_shared(small, tmp_path, stop_after, write):
+def test_a_teacher_that_its_method_writes_to_is_kept_and_not_shared(small, tmp_path, interrupted, write):
     opts = fading(small, tmp_path, write)
-    expected = outcome(alone(opts, tmp_path / "alone", 1))
+    expected = outcome(run(opts, tmp_path / "alone", SEED=1))
     assert "teacher.fc.weight" in expected[0]["model"]
-    stop_after(3)
-    with pytest.raises(Preempted):
-        run_set(opts, tmp_path / "parts", [0, 1])
-    stop_after(0)
-    _, folders = run_set(opts, tmp_path / "parts", [0, 1], resume=True)
+    _, folders = interrupted(lambda resume: run_set(opts, tmp_path / "parts", [0, 1], resume), 3)
     assert same(outcome(folders[1]), expected)
 
 
 @pytest.mark.parametrize("write", ["p.mul_(0.9)", "p.data.mul_(0.9)"])
-def test_a_shared_teacher_that_is_written_to_ends_the_set_before_it_is_kept(small, tmp_path, write):
-    opts = fading(small, tmp_path, write, after=1)
+def test_a_shared_teacher_that_is_written_to_ends_the_set_before_it_is_kept(small, undisturbed, tmp_path, write):
     with pytest.raises(RunFailed, match="run seed by seed"):
-        run_set(opts, tmp_path, [0, 1])
-    expected, rows = outcome(alone(opts, tmp_path / "alone", 0))
+        run_set(fading(small, tmp_path, write, after=1), tmp_path, [0, 1])
     (kept,) = (tmp_path / "distill").glob("run*/latest")  # the first one's first epoch; what follows was not kept
-    state, kept_rows = outcome(kept.parent)
-    assert same(kept_rows, rows[:1])
-    assert "teacher.fc.weight" in expected["model"]
+    state, rows = outcome(kept.parent)
+    assert same(rows, outcome(undisturbed("KD", TEACHER_BANK="off"))[1][:1])
     assert "teacher.fc.weight" not in state["model"]
 
 
@@ -214,12 +184,14 @@ def test_a_summary_of_many_seeds_has_a_short_name(small, tmp_path):
 
 
 def test_a_seed_in_use_is_found_before_another_ones_run_is_touched(small, tmp_path):
-    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.EPOCHS", "1"]
-    _, folders = run_set(opts, tmp_path, [0, 1])
+    """Whose names are one of the user's own, and the seed."""
+    cfg = config.load(None, changed(small, tmp_path, DISTILLER__TYPE="NONE", SOLVER__EPOCHS=1))
+    folders = [Path(run["folder"]) for run in train_seeds(cfg, [0, 1])["runs"]]
+    assert [folder.name for folder in folders] == ["run+SEED:0", "run+SEED:1"]
     before = (folders[0] / "latest").stat().st_mtime_ns
     lock = FileLock(folders[1] / ".lock")
     with pytest.raises(FolderInUse, match="SEED:1"):
-        run_set(opts, tmp_path, [0, 1])
+        train_seeds(cfg, [0, 1])
     lock.close()
     assert (folders[0] / "latest").stat().st_mtime_ns == before
     assert not list((tmp_path / "distill").glob("*~1"))

@@ -18,7 +18,6 @@ from mdistiller.engine.cfg import unread_overrides
 from mdistiller.engine.refusals import refuse_unused
 from mdistiller.engine.solver import Schedule, set_lr
 from mdistiller.engine.step import Step
-from mdistiller.errors import Preempted
 from mdistiller.runs.recorder import read_metrics
 
 
@@ -145,9 +144,7 @@ def test_schedules_are_torchs():
     assert [schedule.at(1 + n // 4, n % 4, 4) for n in range(20)] == pytest.approx(wanted)
     warm = Schedule(0.4, (3,), 0.1, warmup=2)
     rates = [warm.at(1 + n // 4, n % 4, 4) for n in range(16)]
-    assert rates[:8] == pytest.approx([0.05 * n for n in range(1, 9)]) and rates[8:] == pytest.approx(
-        [0.4] * 4 + [0.04] * 4
-    )
+    assert rates == pytest.approx([*(0.05 * n for n in range(1, 9)), *[0.4] * 4, *[0.04] * 4])
     assert [warm.changes_within(epoch) for epoch in (1, 2, 3)] == [True, True, False]
     later = Schedule(0.4, kind="cosine", epochs=5, warmup=1)
     assert later.at(2, 0, 4) == pytest.approx(0.4) and later.at(5, 3, 4) < 0.01
@@ -157,22 +154,18 @@ def test_schedules_are_torchs():
 
 def test_what_does_not_go_together_is_a_line():
     for words, says in (
-        (["DISTILLER.TYPE", "DKD", "SOLVER.LABEL_SMOOTHING", 0.1], "LABEL_SMOOTHING: DKD needs the one label"),
-        (["DISTILLER.TYPE", "CRD", "DATASET.MIXUP", 0.2], "DATASET.MIXUP: CRD needs the one label"),
-        (
-            ["DISTILLER.TYPE", "DTKD", "TEMPERATURE.PART", "target", "DATASET.CUTMIX", 1],
-            "CUTMIX: TEMPERATURE.PART target",
-        ),
-        (["DISTILLER.TYPE", "MLKD", "SOLVER.TRAINER", "ours", "DATASET.CUTMIX", 1], "two views .* which are not mixed"),
-        (["DISTILLER.TYPE", "KD", "SOLVER.TRAINER", "dot", "SOLVER.TYPE", "AdamW"], "dot is SGD with two momenta"),
-        (["SOLVER.EMA", 1.0], r"SOLVER.EMA: must be in \[0, 1\)"),
-        (["SOLVER.TYPE", "Adam"], "SOLVER.TYPE: unknown value 'Adam'; did you mean AdamW"),
+        ("DISTILLER.TYPE DKD SOLVER.LABEL_SMOOTHING 0.1", "LABEL_SMOOTHING: DKD needs the one label"),
+        ("DISTILLER.TYPE CRD DATASET.MIXUP 0.2", "DATASET.MIXUP: CRD needs the one label"),
+        ("DISTILLER.TYPE DTKD TEMPERATURE.PART target DATASET.CUTMIX 1", "CUTMIX: TEMPERATURE.PART target"),
+        ("DISTILLER.TYPE MLKD SOLVER.TRAINER ours DATASET.CUTMIX 1", "two views .* which are not mixed"),
+        ("DISTILLER.TYPE KD SOLVER.TRAINER dot SOLVER.TYPE AdamW", "dot is SGD with two momenta"),
+        ("SOLVER.EMA 1.0", r"SOLVER.EMA: must be in \[0, 1\)"),
+        ("SOLVER.TYPE Adam", "SOLVER.TYPE: unknown value 'Adam'; did you mean AdamW"),
     ):
         with refused(says):
-            refuse_unused(load(None, words))
-    cfg = load(
-        None, ["SOLVER.SCHEDULE", "cosine", "SOLVER.LR_DECAY_RATE", 0.2, "SOLVER.TYPE", "AdamW", "SOLVER.MOMENTUM", 0]
-    )
+            refuse_unused(load(None, words.split()))
+    unread = "SOLVER.SCHEDULE cosine SOLVER.LR_DECAY_RATE 0.2 SOLVER.TYPE AdamW SOLVER.MOMENTUM 0"
+    cfg = load(None, unread.split())
     assert unread_overrides(cfg).count("SOLVER.") == 4
 
 
@@ -183,14 +176,10 @@ ALL = (
 
 
 @pytest.mark.parametrize("method", ["NONE", "DTKD", "AT"])
-def test_all_of_it_goes_on_bit_for_bit(small, tmp_path, stop_after, method):
+def test_all_of_it_goes_on_bit_for_bit(small, tmp_path, interrupted, method):
     opts = [*small, "DISTILLER.TYPE", method, *ALL]
     whole = run(opts, tmp_path / "whole")
-    stop_after(2)
-    with pytest.raises(Preempted):
-        run(opts, tmp_path / "parts", resume="auto")
-    stop_after(0)
-    parts = run(opts, tmp_path / "parts", resume=True)
+    parts = interrupted(lambda resume: run(opts, tmp_path / "parts", resume), 2)
     assert same(outcome(whole), outcome(parts))
     averages = [torch.load(folder / "student_ema", weights_only=True) for folder in (whole, parts)]
     assert same(averages[0]["model"], averages[1]["model"])
@@ -200,21 +189,11 @@ def test_all_of_it_goes_on_bit_for_bit(small, tmp_path, stop_after, method):
 
 def test_the_average_is_of_the_weights_that_were(small, tmp_path):
     """With one step an epoch, and a checkpoint after each, the average follows from the checkpoints."""
-    opts = [
-        *small,
-        "DISTILLER.TYPE",
-        "NONE",
-        "SOLVER.EMA",
-        "0.75",
-        "SOLVER.BATCH_SIZE",
-        "1000",
-        "LOG.SAVE_CHECKPOINT_FREQ",
-        "1",
-    ]
-    folder = run(opts, tmp_path, SOLVER__EPOCHS=3)
+    opts = [*small, "DISTILLER.TYPE", "NONE", "SOLVER.BATCH_SIZE", "1000", "SOLVER.EPOCHS", "3"]
+    folder = run(opts, tmp_path, SOLVER__EMA=0.75, LOG__SAVE_CHECKPOINT_FREQ=1)
     states = [torch.load(folder / f"student_{n}", weights_only=True)["model"]["fc.weight"] for n in (1, 2, 3)]
     wanted = states[0].lerp(states[1], 0.25).lerp(states[2], 0.25)
     average = torch.load(folder / "student_ema", weights_only=True)["model"]["fc.weight"]
     torch.testing.assert_close(average, wanted)
-    plain = run([*small, "DISTILLER.TYPE", "NONE", "SOLVER.BATCH_SIZE", "1000"], tmp_path / "plain", SOLVER__EPOCHS=3)
+    plain = run(opts, tmp_path / "plain")
     assert torch.equal(torch.load(plain / "student_latest", weights_only=True)["model"]["fc.weight"], states[2])
