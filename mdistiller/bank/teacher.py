@@ -4,7 +4,6 @@ A view is what the augmentation makes of an image: CIFAR's has 81 crops times 2 
 of the teacher but its logits on the views that it meets, so no view has to pass through the teacher twice.
 """
 
-import contextlib
 import os
 import random
 import sys
@@ -219,34 +218,25 @@ class TeacherLogits:
         title, begin, before = f"teacher bank, {rows.rows:,} {self.unit}s", time.monotonic(), rows.filled
         blocks = torch.arange(rows.rows).split(BLOCK)
         first = random.Random(os.getpid()).randrange(len(blocks))  # processes that fill it together share the work
-        with progress(title, self.unit, before, rows.rows) as bar:
-            try:
-                for block in (*blocks[first:], *blocks[:first]):
-                    missing = block[~rows.holds(block)]
-                    if not len(missing):
-                        continue
-                    for part, logits in zip(missing.split(self.chunk), self.run_teacher(missing, check), strict=True):
-                        bank.add(part, logits)
-                        with unbroken():
-                            bar.update(len(part))
-                        if bank.is_due():
-                            bank.commit(must=True)
-                            left = (rows.rows - rows.filled) * (time.monotonic() - begin) / (rows.filled - before)
-                            if bar.disable:
-                                say(f"{title}: {100 * bank.share:.1f} % done, {tqdm.format_interval(left)} left")
-            finally:
-                bank.commit(must=True)
-        say(f"{title}: complete after {tqdm.format_interval(time.monotonic() - begin)}")
-
-
-@contextlib.contextmanager
-def progress(title: str, unit: str, done: int, total: int) -> Iterator[tqdm]:
-    """Show a bar of the rows that are done, where there is a terminal."""
-    form = {"desc": title, "unit": unit, "unit_scale": True, "leave": False, "disable": not shows_bars()}
-    with unbroken():
-        bar = tqdm(total=total, initial=done, file=sys.stdout, **form)
-    try:
-        yield bar
-    finally:
+        form = {"desc": title, "unit": self.unit, "unit_scale": True, "leave": False, "disable": not shows_bars()}
         with unbroken():
-            bar.close()
+            bar = tqdm(total=rows.rows, initial=before, file=sys.stdout, **form)
+        try:
+            for block in (*blocks[first:], *blocks[:first]):
+                missing = block[~rows.holds(block)]
+                if not len(missing):
+                    continue
+                for part, logits in zip(missing.split(self.chunk), self.run_teacher(missing, check), strict=True):
+                    bank.add(part, logits)
+                    with unbroken():
+                        bar.update(len(part))
+                    if bank.is_due():
+                        bank.commit(must=True)
+                        left = (rows.rows - rows.filled) * (time.monotonic() - begin) / (rows.filled - before)
+                        if bar.disable:
+                            say(f"{title}: {100 * bank.share:.1f} % done, {tqdm.format_interval(left)} left")
+        finally:
+            with unbroken():
+                bar.close()
+            bank.commit(must=True)
+        say(f"{title}: complete after {tqdm.format_interval(time.monotonic() - begin)}")

@@ -147,16 +147,16 @@ def loaded_networks(
 
 
 def evaluate_checkpoint(
-    model: str | tuple[str, int], file: str, section: CfgNode, batch_size: int, device: torch.device, amp: str = "none",
+    model: tuple[str, int], file: str, section: CfgNode, batch_size: int, device: torch.device, amp: str = "none",
     join: Callable[[nn.Module, ImageSet], nn.Module] = lambda network, data: network,
 ) -> Report:  # fmt: skip
     """Return scores of the weights in `file`: a path, another source of weights, or "pretrain", the model's default
-    teacher checkpoint. `model`: its name, or (name, the size to which a library's network brings its images).
+    teacher checkpoint. `model`: its name and the size to which a library's network brings its images, 0: as they are.
     `section`: DATASET. `join` makes of their network what is to be scored.
 
     Raises UserError where the model, the checkpoint or the data set is missing or does not fit.
     """
-    (model, size), dataset = (model, 0) if isinstance(model, str) else model, section.TYPE
+    (model, size), dataset = model, section.TYPE
     for refusal in (model_refusal(model, dataset), dataset_dict.refusal(dataset)):
         if refusal:
             raise UserError(f"{refusal}; what a plug-in brings needs --plugins FILE" if ":" not in model else refusal)

@@ -18,17 +18,11 @@ from mdistiller.errors import UserError
 WARM_UP = 3  # steps of each batch size that run one operation at a time, so that every library has made its choices
 
 
-class CudaGraph:
-    """What `work` does on the device, to be done again by `replay`. Raises RuntimeError where it cannot be recorded.
-
-    `beside`: a graph that never runs at the same time, whose memory this one may use.
+def cuda_graph(work: Callable[[], None], beside: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
+    """Return what `work` does on the device, to be done again by `replay()`. Raises RuntimeError where it cannot be
+    recorded. `beside`: a graph that never runs at the same time, whose memory this one may use.
     """
-
-    def __init__(self, work: Callable[[], None], beside: "CudaGraph | None" = None):
-        self.graph, _ = captured(work, beside.graph.pool() if beside else None)
-
-    def replay(self) -> None:
-        self.graph.replay()
+    return captured(work, beside.pool() if beside else None)[0]
 
 
 class GraphStep:
@@ -47,14 +41,14 @@ class GraphStep:
         module: nn.Module,
         device: torch.device,
         exclusive: bool = True,
-        capture: Callable[[Callable[[], None], CudaGraph | None], CudaGraph] = CudaGraph,
+        capture: Callable = cuda_graph,
     ):
         self.exclusive = exclusive
         self.work, self.module, self.capture = work, module, capture
         self.refusal = ""
         self.epoch = torch.zeros((), device=device)
         self.calls: dict[int, int] = {}
-        self.graphs: dict[int, tuple[CudaGraph, Tensor, Tensor | None]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
 
     def __call__(self, plan: Tensor, logits: Tensor | None, epoch: int) -> None:
         if self.refusal:

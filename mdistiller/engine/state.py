@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.device import rng_state, set_rng_state
@@ -92,17 +92,20 @@ class RunState:
         """Return what the student's own checkpoints hold."""
         return {"model": self.step.distiller.student.state_dict(), "epoch": self.epoch, "acc": self.last_acc}
 
-    def averaged(self) -> dict:
-        """Return what the checkpoint of the average holds."""
+    def averaged(self) -> dict | None:
+        """Return what the checkpoint of the average holds; None without one."""
+        if self.average is None:
+            return None
         return {"model": self.average.module.state_dict(), "epoch": self.epoch, "acc": self.ema_acc}
 
     def dump(self) -> dict:
         """Return the checkpoint. A teacher whose parameters have stayed is not in it: its digest tells whether it is
         the same. (OFD's gathers BatchNorm statistics, which nothing reads.)
         """
-        meter, buffer = self.step.meter, self.buffer
+        meter, buffer, frozen = self.step.meter, self.buffer, bool(self.teacher)
+        weights = self.step.distiller.state_dict()
         return {
-            "model": self._weights(),
+            "model": {key: value for key, value in weights.items() if not (frozen and key.startswith("teacher."))},
             "optimizer": state_of(self.step.optimizer),
             "scaler": self.step.scaler.state_dict(),
             "rng": rng_state(),
@@ -117,20 +120,6 @@ class RunState:
             **({} if self.last_loss is None else {key: getattr(self, key) for key in LOSSES}),
             **{key: getattr(self, key) for key in KEPT},
         }
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Return the method's state_dict, without a teacher that is frozen."""
-        distiller = self.step.distiller
-        modules, plain = distiller._modules, type(distiller).state_dict is nn.Module.state_dict
-        frozen = bool(self.teacher)
-        if not (frozen and plain):
-            state = distiller.state_dict()
-            return {key: value for key, value in state.items() if not (frozen and key.startswith("teacher."))}
-        teacher, modules["teacher"] = modules["teacher"], None  # a deep one takes longer than all the rest
-        try:
-            return dict(distiller.state_dict())
-        finally:
-            modules["teacher"] = teacher
 
     def load(self, state: dict, path: Path) -> None:
         """Go on from `state`, read from `path`. Raises UserError where it is of another model or method."""

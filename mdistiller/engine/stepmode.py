@@ -1,5 +1,6 @@
 """How a step runs: eagerly, as a CUDA graph, or compiled; as SOLVER.STEP says, or as pays on the device."""
 
+import functools
 import os
 import shutil
 import sys
@@ -58,21 +59,12 @@ def compiled_form(
         return None, f"{cfg.DISTILLER.TYPE} exchanges numbers with other processes on its way"
     if own:  # torch computes parts of the forward pass anew for the backward one, from what it has left by then
         return None, f"{cfg.DISTILLER.TYPE} writes to '{own[0]}', which a compiled backward pass would read too late"
-    return compiled_at_first_call(distiller), ""
 
+    @functools.cache  # at the first call: the compiler takes seconds to import, and a run's first steps go before it
+    def compiled() -> Callable:  # fallback_random: the same random numbers as an eager step
+        return torch.compile(distiller, dynamic=False, options={"fallback_random": True})
 
-def compiled_at_first_call(distiller: nn.Module) -> Callable:
-    """Return the compiled form of `distiller`. The compiler takes seconds to import: a run's first steps go before
-    it.
-    """
-    compiled: list[Callable] = []
-
-    def forward(**given):
-        if not compiled:  # fallback_random: the same random numbers as an eager step
-            compiled.append(torch.compile(distiller, dynamic=False, options={"fallback_random": True}))
-        return compiled[0](**given)
-
-    return forward
+    return (lambda **given: compiled()(**given)), ""
 
 
 def check_step(cfg: CfgNode, device: torch.device) -> None:

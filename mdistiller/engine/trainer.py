@@ -282,9 +282,8 @@ class Trainer:
         recorder.flush()
         state.log_bytes = recorder.size
         if state.epoch and not state.done:
-            if self.average is not None:
-                self.keeper.save_average(state.averaged())
-            self.keeper.save_epoch(state.epoch, state.best_epoch == state.epoch, state.dump(), state.student())
+            best = state.best_epoch == state.epoch
+            self.keeper.save_epoch(state.epoch, best, state.dump(), state.student(), state.averaged())
         else:
             self.keeper.save(state.dump())
 

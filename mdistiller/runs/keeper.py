@@ -51,20 +51,18 @@ class Keeper:
         self._end = time.monotonic()
         self._cost = self._end - begin
 
-    def save_epoch(self, epoch: int, best: bool, state: dict, student: dict) -> None:
+    def save_epoch(self, epoch: int, best: bool, state: dict, student: dict, average: dict | None = None) -> None:
         """Write what the end of an epoch leaves: latest and student_latest, best and student_best where it is the
-        best so far, epoch_N and student_N at times.
+        best so far, epoch_N and student_N at times, and student_ema, the `average` of the student's weights.
         """
+        if average:
+            checkpoint.save(average, self.folder / "student_ema")
         names = ["best"] if best else []
         if epoch % self.every_epochs == 0:
             names.insert(0, f"epoch_{epoch}")
         students = [f"student_{name.removeprefix('epoch_')}" for name in (*names, "latest")]
         checkpoint.save(student, *(self.folder / name for name in students))
         self.save(state, *names)
-
-    def save_average(self, average: dict) -> None:
-        """Write the average of the student's weights after an epoch, student_ema."""
-        checkpoint.save(average, self.folder / "student_ema")
 
     def restore(self) -> tuple[dict, Path]:
         """Return the newest whole checkpoint, `latest`, else `previous`, and its path.

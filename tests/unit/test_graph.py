@@ -19,7 +19,7 @@ from mdistiller.errors import UserError
 
 def make(method, device=CPU, capture=Recording, samples=24, **given):
     """A trainer whose steps are graphs, unless `capture` is None; its batches have 16 and 8 images."""
-    capture = graph.CudaGraph if capture and device != CPU else capture
+    capture = graph.cuda_graph if capture and device != CPU else capture
     return make_trainer(method, None, device, samples=samples, capture=capture, **given)
 
 
