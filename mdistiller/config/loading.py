@@ -170,9 +170,11 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
             continue
         try:
             loaded.append(load_plugin(path))
+        except KeyboardInterrupt:
+            raise
         except UserError as error:
             problems += error.lines
-        except (Exception, SystemExit) as error:  # foreign code: what it raises is a mistake in the input
+        except BaseException as error:  # foreign code: whatever it raises is a mistake in the input
             lacks_ours = isinstance(error, ImportError) and "mdistiller" in str(error) and path.is_file()
             hint = "; if the file is part of a checkout, name the checkout's folder" if lacks_ours else ""
             problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}{hint}")

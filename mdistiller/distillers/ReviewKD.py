@@ -62,7 +62,7 @@ class ABF(nn.Module):
         return self.conv2(x), x
 
 
-def review_loss(abfs: Iterable[ABF], maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> Tensor:
+def reviewed(abfs: Iterable[ABF], maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> Tensor:
     """Return `hcl_loss` of the student's maps (B, C_i, H_i, W_i), the deepest first, each fused with those before it
     by its ABF and brought to the size of the teacher's.
     """
@@ -124,7 +124,7 @@ class ReviewKD(FeatureDistiller):
         kind = "preact_feats" if self.stu_preact else "feats"
         own = self.last_stages(feats_student[kind], feats_student["pooled_feat"])
         goal = self.last_stages(feats_teacher["preact_feats"], feats_teacher["pooled_feat"])
-        return warmup(epoch, self.warmup) * review_loss(self.abfs, own, goal)
+        return warmup(epoch, self.warmup) * reviewed(self.abfs, own, goal)
 
     def last_stages(self, feats: list[Tensor], pooled: Tensor) -> list[Tensor]:
         """Return the pooled feature as (B, C, 1, 1) and the stages before it, the deepest first."""

@@ -13,7 +13,7 @@ from mdistiller.distillers.features import ConvReg
 from mdistiller.distillers.FitNet import FitNet, hint_loss
 from mdistiller.distillers.losses import warmup
 from mdistiller.distillers.PKD import PKD
-from mdistiller.distillers.ReviewKD import ABF, ReviewKD, review_loss
+from mdistiller.distillers.ReviewKD import ABF, ReviewKD, reviewed
 from mdistiller.errors import UserError
 from mdistiller.registry import distillers
 
@@ -116,7 +116,7 @@ class LevelsReviewKD(OnLevels, FeatureDistiller):
         self.abfs = nn.ModuleList(ABF(s, mid, t, fuse=i > 0) for i, (s, t) in enumerate(zip(*widths, strict=True)))
 
     def compare(self, maps_student: list[Tensor], maps_teacher: list[Tensor], *, epoch: int, **kwargs) -> Tensor:
-        return warmup(epoch, self.warmup) * review_loss(self.abfs, maps_student[::-1], maps_teacher[::-1])
+        return warmup(epoch, self.warmup) * reviewed(self.abfs, maps_student[::-1], maps_teacher[::-1])
 
 
 ON_LEVELS = {FitNet: LevelsFitNet, ReviewKD: LevelsReviewKD, CWD: None, PKD: None}

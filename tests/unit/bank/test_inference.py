@@ -23,7 +23,7 @@ ZOO = {name: cifar_model_dict[name][0] for name in (*FAMILIES, "resnet20", "wrn_
 ZOO |= {  # wide networks of so few blocks of each kind
     "ResNet18": functools.partial(resnetv2.ResNet, resnetv2.BasicBlock, (1, 2, 1, 1)),
     "ResNet50": functools.partial(resnetv2.ResNet, resnetv2.Bottleneck, (1, 2, 1, 1)),
-    "imagenet/ResNet18": functools.partial(imagenet.ResNet, (1, 2, 1, 1), False),
+    "imagenet/ResNet18": functools.partial(imagenet.ResNet, imagenet.BasicBlock, (1, 2, 1, 1)),
     "imagenet/MobileNetV1": imagenet_model_dict["MobileNetV1"],
 }
 
