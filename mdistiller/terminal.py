@@ -28,7 +28,7 @@ _silent = False
 
 @contextlib.contextmanager
 def silence(wanted: bool = True) -> Iterator[None]:
-    """Where it is `wanted`, say nothing inside, in no thread, and show no progress bar."""
+    """Say nothing inside, in no thread, and show no progress bar, if that is `wanted`."""
     global _silent
     before, _silent = _silent, wanted or _silent
     try:

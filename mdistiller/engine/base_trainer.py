@@ -178,7 +178,7 @@ class BaseTrainer:
 
     @functools.cached_property
     def recorder(self) -> Recorder:
-        """Where figures go. It is opened at its first use, which may be a subclass's own `train`."""
+        """The recorder that figures go to. It is opened at its first use, which may be a subclass's own `train`."""
         Path(self.log_path).mkdir(parents=True, exist_ok=True)
         return Recorder(Path(self.log_path), self.cfg.SOLVER.EPOCHS, self.state.epoch, self.state.log_bytes)
 

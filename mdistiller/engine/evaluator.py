@@ -34,7 +34,7 @@ class Scores(NamedTuple):
 
     @property
     def score(self) -> float:
-        """In percent, by which the best epoch is chosen."""
+        """The figure in percent by which the best epoch is chosen."""
         return self.top1
 
     @property

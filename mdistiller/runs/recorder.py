@@ -218,7 +218,7 @@ class Recorder:
 
 
 class Unrecorded:
-    """In a Recorder's place in a process whose figures another one records: it keeps the rows of this session."""
+    """Stands in for a Recorder in a process whose figures another one records, and keeps this process's rows."""
 
     size, bar_row = 0, 0
 
