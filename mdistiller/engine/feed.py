@@ -25,17 +25,19 @@ class Feed:
 
     def plans(self, epoch: int, done: int, check: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the batches of `epoch` after its first `done`: the plan (4, B) and the teacher's logits (B, K) or None,
-        on the device, of the samples that this process trains on. The teacher is asked for some batches together;
-        `check` is called after each of its passes.
+        on the device, of the samples that this process trains on. The teacher is asked for some batches together, first
+        for as many as one of its passes takes, so that the first step comes soon; `check` is called after each pass.
         """
         size, samples = self.batches.batch_size, self.batches.samples_an_epoch
         plan = self.batches.plan(epoch)
         local = plan.to(self.batches.plan_device)  # one transfer an epoch
         self.batches.start(plan, done)
         each = self.batches.targets_each  # a block of text has many rows of logits
-        window = size * max(1, WINDOW // (size * each))
-        for start in range(done * size, samples, window):
-            stop = min(start + window, samples)
+        rows = self.teacher.chunk if self.ahead else WINDOW
+        stop = done * size
+        while stop < samples:
+            start, stop = stop, min(stop + size * max(1, rows // (size * each)), samples)
+            rows = WINDOW
             parts = [slice(batch, min(batch + size, stop)) for batch in range(start, stop, size)]
             asked = [self._own(plan[:, part]) for part in parts] if self.ahead else []
             logits, end = self.teacher(torch.cat(asked, 1), check) if self.ahead else None, 0

@@ -94,7 +94,7 @@ def test_every_chart_is_drawn_without_an_error_or_the_network(show):
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert driver.execute_script("return [...document.images].every((image) => image.naturalWidth === 32)")
+    assert driver.execute_script("return [...document.images].every((image) => image.naturalWidth === 16)")
 
 
 def test_a_pointer_and_a_finger_are_told_values(show):
