@@ -57,5 +57,5 @@ def shade(label: int) -> tuple[int, int, int]:
 def png(image: Image.Image) -> bytes:
     """Return an image as the bytes of a PNG file."""
     file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
+    image.save(file, "PNG")
     return file.getvalue()

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import called, run, save_teacher, small_run
+from helpers import called, refused, run, save_teacher, small_run
+from PIL import Image
+from studies import write_detector_run
 
+from mdistiller.engine.detection_scores import NAMES
 from mdistiller.errors import UserError
 from mdistiller.runs.temperature import HEADER
 from mdistiller.study.analyze import analyze
@@ -122,3 +125,20 @@ def test_what_cannot_work_writes_nothing(tmp_path, recorded_runs, monkeypatch):
         with pytest.raises(UserError, match=re.escape(says)):
             analyze([folder], **{"out": tmp_path / "out"} | words)
         assert sorted(path.name for path in tmp_path.iterdir()) == before, says
+
+
+def test_the_report_shows_runs_of_detectors(tmp_path):
+    folder = write_detector_run(tmp_path, **dict.fromkeys(NAMES) | {"AP50": 30.0})
+    assert not any(chart.pictures for chart in analyze([folder], tmp_path / "report").charts)
+    Image.new("RGB", (500, 300), "red").save(folder / "detections.png")
+    found = analyze([folder], tmp_path / "report")
+    curves, picture = found.charts
+    assert curves.panels[0].y_label == "AP (%)" and picture.pictures[0][1].shape == (1, 300, 500, 3)
+    assert "average precision" in found.tables[0].caption and found.tables[0].rows[0][6].mean == 20
+    assert "last AP50" in found.tables[0].head
+    assert any("images with boxes" in note for note in found.notes)
+    with Image.open(tmp_path / "report" / "figures" / f"{picture.name}.png") as drawn:
+        assert drawn.width > 500 and (255, 0, 0) in {color for _, color in drawn.getcolors(2**24)}
+    (folder / "detections.png").write_bytes(b"no picture")
+    with refused("detections.png: is no picture"):
+        analyze([folder], tmp_path / "report")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import CPU, refused
 from PIL import Image
-from studies import write_run
+from studies import write_detector_run
 from torch import nn
 
 from mdistiller.config import load
@@ -24,7 +24,6 @@ from mdistiller.engine.detection_scores import NAMES, TIMED, DetectionTest, eval
 from mdistiller.engine.ranks import Ranks
 from mdistiller.models import build_model
 from mdistiller.runs.detections import GAP, SIDE, TITLE, draw_detections, shade
-from mdistiller.study.analyze import analyze
 from mdistiller.study.runs import read_run
 from mdistiller.study.tables import compared, text_table
 
@@ -250,35 +249,6 @@ def test_boxes_are_drawn_where_they_are_and_weak_detections_are_not():
     assert truth.shape == drawn.shape == (TITLE + SIDE + GAP, SIDE, 3)  # twice as large
     assert tuple(drawn[TITLE + 60, 60]) == tuple(drawn[TITLE + 60, 179]) == shade(2) != shade(1)
     assert tuple(drawn[TITLE + 80, 10]) == (0, 0, 0) and tuple(truth[TITLE + 80, 10]) == shade(1)
-
-
-def write_detector_run(root, **figures):
-    """Write the folder of a detector's run of two epochs, whose rows have these figures as well."""
-    keys = {"DATASET__TYPE": "scenes", "DISTILLER__STUDENT": "fasterrcnn_resnet8"}
-    folder = write_run(root, "alone", [10.0, 20.0], **keys)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["train_acc"]
-        row |= figures | {"AP": row["test_acc"], "best_epoch": 2}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_the_report_shows_runs_of_detectors(tmp_path):
-    folder = write_detector_run(tmp_path, **dict.fromkeys(NAMES) | {"AP50": 30.0})
-    assert not any(chart.pictures for chart in analyze([folder], tmp_path / "report").charts)
-    Image.new("RGB", (500, 300), "red").save(folder / "detections.png")
-    found = analyze([folder], tmp_path / "report")
-    curves, picture = found.charts
-    assert curves.panels[0].y_label == "AP (%)" and picture.pictures[0][1].shape == (1, 300, 500, 3)
-    assert "average precision" in found.tables[0].caption and found.tables[0].rows[0][6].mean == 20
-    assert "last AP50" in found.tables[0].head
-    assert any("images with boxes" in note for note in found.notes)
-    with Image.open(tmp_path / "report" / "figures" / f"{picture.name}.png") as drawn:
-        assert drawn.width > 500 and (255, 0, 0) in {color for _, color in drawn.getcolors(2**24)}
-    (folder / "detections.png").write_bytes(b"no picture")
-    with refused("detections.png: is no picture"):
-        analyze([folder], tmp_path / "report")
 
 
 def test_a_padded_batch_of_a_test_has_a_bounded_number_of_pixels():
