@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import platform
 import shutil
@@ -14,14 +15,11 @@ from typing import IO, BinaryIO
 
 from mdistiller.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or what was there before: temporary name, flush, sync, rename, sync of the folder."""
+    """Write all of `data` under `path`, or leave what was there before: temporary name, flush, sync, rename, sync of
+    the folder.
+    """
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
@@ -33,7 +31,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def link(source: Path, path: Path) -> None:
-    """`source` under the name `path` as well, atomically; a copy where the file system has no links."""
+    """Give `source` the name `path` as well, atomically; make a copy where the file system has no links."""
 
     def write(temporary: Path) -> None:
         try:
@@ -64,7 +62,7 @@ def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """The names in the folder reach the disk: a file's own sync does not cover its name."""
+    """Have the names in the folder reach the disk: a file's own sync does not cover its name."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -76,14 +74,14 @@ def sync_folder(path: Path) -> None:
 
 
 def check_fits(path: str | Path, size: int) -> None:
-    """Raises UserError where `size` bytes, which `path` asks for, are more than half of the machine's memory."""
+    """Raise UserError where `size` bytes, which `path` asks for, are more than half of the machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory // 2:
         raise UserError(f"{path}: needs {size:,} bytes, more than half of this machine's {memory:,}; wrong file?")
 
 
 def open_regular(path: str | Path, wanted: str) -> BinaryIO:
-    """`path`, opened for reading. Raises UserError that asks for `wanted` unless it is a regular file that fits the
+    """Open `path` for reading. Raises UserError that asks for `wanted` unless it is a regular file that fits the
     memory: a pipe would block, a device has no end.
     """
     try:
@@ -112,7 +110,7 @@ def check_folder(path: Path, option: str) -> None:
 
 
 def expand(path: str | Path) -> Path:
-    """`path` with its ~ or ~user. Raises UserError where there is no such user."""
+    """Return `path` with its ~ or ~user replaced. Raises UserError where there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -122,8 +120,8 @@ def expand(path: str | Path) -> Path:
 class FileLock:
     """An exclusive lock on the file `path`, which is made where it is missing and says who holds it.
 
-    The lock lasts until `close`, or until the process and what it forked have ended, however they end. On Windows
-    nothing is locked. Raises BlockingIOError where another process holds the lock, unless told to `wait` for it; its
+    The lock lasts until `close`, or until the process and what it forked have ended, however they end.
+    Raises BlockingIOError where another process holds the lock, unless told to `wait` for it; its
     `strerror` names that process.
     """
 
@@ -172,5 +170,4 @@ def is_locked(path: Path) -> bool:
 
 
 def _flock(file: IO, exclusive: bool, wait: bool = False) -> None:
-    if fcntl:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+    fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))

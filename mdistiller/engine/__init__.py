@@ -1,4 +1,4 @@
-"""Devices, steps and files: from a configuration to a trained student."""
+"""The loop: from a configuration to a trained student."""
 
 
 def __getattr__(name: str) -> object:

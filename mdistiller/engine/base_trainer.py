@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mdistiller.config import Config
+from mdistiller.config import KEYS, Config, leaves
 from mdistiller.dataset import Batch, Loader
 from mdistiller.device import resolve_device, seed_everything
-from mdistiller.engine.build import Workspace
+from mdistiller.engine.build import Workspace, build_optimizer
 from mdistiller.engine.dot import DistillationOrientedTrainer
 from mdistiller.engine.evaluator import scores_on_loader
 from mdistiller.engine.run import OpenRun, RunRequest, entered, failures
-from mdistiller.engine.solver import set_lr, sgd
+from mdistiller.engine.solver import set_lr
 from mdistiller.engine.state import RunState
 from mdistiller.engine.step import Step
 from mdistiller.engine.utils import AverageMeter, accuracy, adjust_learning_rate
@@ -34,6 +34,11 @@ from mdistiller.runs.recorder import Recorder
 from mdistiller.runs.stop import stops_early
 
 PARTS = ("init_optimizer", "train_epoch", "train_iter", "log")  # what a subclass may override
+# what the plain loop leaves to who overrides its parts
+NOT_IN_THE_LOOP = (
+    *(f"SOLVER.{name}" for name in ("CLIP", "EMA", "ACCUMULATE", "LABEL_SMOOTHING")),
+    *(f"DATASET.{name}" for name in ("MIXUP", "CUTMIX")),
+)
 METERS = ("training_time", "data_time", "losses", "top1", "top5")
 
 
@@ -91,7 +96,7 @@ class BaseTrainer:
         if self.trainer == "dot":
             momenta = solver.MOMENTUM - solver.DOT.DELTA, solver.MOMENTUM + solver.DOT.DELTA
             return DistillationOrientedTrainer(parameters, solver.LR, *momenta, solver.WEIGHT_DECAY)
-        optimizer = sgd(parameters, solver.MOMENTUM, solver.WEIGHT_DECAY)
+        optimizer = build_optimizer(solver, parameters)
         set_lr(optimizer, solver.LR)
         return optimizer
 
@@ -126,6 +131,11 @@ class BaseTrainer:
         cfg, solver = self.run_cfg, self.run_cfg.SOLVER
         cfg.freeze()
         RunRequest(cfg).check(resume)
+        if unread := [f"{key} {value}" for key in NOT_IN_THE_LOOP if (value := leaves(cfg)[key]) != KEYS[key].default]:
+            raise UserError(
+                f"{type(self).__name__} brings {own}: its plain loop does not read {', '.join(unread)}; leave "
+                f"{'it' if len(unread) == 1 else 'them'} out, or bring nothing"
+            )
         with failures(cfg), contextlib.ExitStack() as closing:
             seed_everything(cfg.SEED)
             folder = RunFolder(Path(self.log_path), resume)

@@ -138,8 +138,8 @@ class RunState:
             self.step.meter.sums = {name: value.to(self.step.device) for name, value in progress["sums"].items()}
             if self.buffer is not None:
                 self.buffer.reset()
-            if self.buffer is not None and progress["temperatures"] is not None:
-                self.buffer.values.copy_(progress["temperatures"])
+                if progress["temperatures"] is not None:
+                    self.buffer.values.copy_(progress["temperatures"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
                 self.ema_acc = state["ema_acc"]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import Config
+from mdistiller.engine.build import schedule_of
 from mdistiller.engine.evaluator import scores_on_loader
-from mdistiller.engine.solver import Schedule, set_lr
+from mdistiller.engine.solver import set_lr
 from mdistiller.files import find_above, write_atomic
 from mdistiller.runs import checkpoint
 
@@ -49,9 +50,8 @@ def validate(val_loader: Iterable, distiller: nn.Module) -> tuple[float, float, 
 
 
 def adjust_learning_rate(epoch: int, cfg: Config, optimizer: torch.optim.Optimizer) -> float:
-    """Set the learning rate of `epoch`, which counts from 1, and return it."""
-    solver = cfg.SOLVER
-    lr = Schedule(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE).at(epoch)
+    """Set the learning rate of `epoch`, which counts from 1, and return it: one that changes within it, its first."""
+    lr = schedule_of(cfg.SOLVER).at(epoch)
     set_lr(optimizer, lr)
     return lr
 

@@ -188,6 +188,15 @@ def test_an_epoch_that_is_built_on_and_an_optimizer_of_ones_own(make, tmp_path):
     assert second["train_loss"] < first["train_loss"]
 
 
+def test_the_plain_loop_follows_the_keys_of_the_optimizer_and_refuses_those_that_it_does_not_read(make, tmp_path):
+    trainer = make(loader=Passes, SOLVER__TYPE="AdamW", SOLVER__SCHEDULE="cosine")
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    trainer.train()
+    assert [row["lr"] for row in read_metrics(tmp_path / "lab" / "run")] == pytest.approx([0.01, 0.005])
+    with pytest.raises(UserError, match="does not read SOLVER.CLIP 1.0, SOLVER.EMA 0.9; leave them out"):
+        make(Own, SOLVER__CLIP=1.0, SOLVER__EMA=0.9).train()
+
+
 def test_contrastive_indices_reach_the_method(make):
     trainer = make(CRDTrainer, DISTILLER__TYPE="CRD", SOLVER__TRAINER="crd", SOLVER__EPOCHS=1)
     method, given = trainer.distiller.module, []
