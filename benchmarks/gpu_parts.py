@@ -203,7 +203,7 @@ def banks(part: Part) -> None:
     keys = {"DISTILLER__TEACHER_CKPT": part.teacher_file(), "SOLVER__EPOCHS": 3 if part.cuda else 1}
     mode, losses = "full" if part.cuda else "lazy", {}
     for bank in ("off", mode, mode):
-        with part.row(f"{bank}{', warm' * (bank in losses)}") as cells:
+        with part.row(f"{bank}, warm" if bank in losses else bank) as cells:
             name = f"bank{len(part.rows)}"
             result = train(load(None, part.options("DTKD", **keys, TEACHER_BANK=bank, EXPERIMENT__NAME=name)))
             losses[bank] = [result["history"][0]["train_loss"]]  # later ones grow apart by themselves
@@ -232,7 +232,7 @@ def resume(part: Part) -> None:
                 yield batch
 
     for method, deterministic in (("KD", True), ("CRD", False)):
-        with part.row(f"{method}{', DETERMINISTIC' * deterministic}") as cells:
+        with part.row(f"{method}, DETERMINISTIC" if deterministic else method) as cells:
             keys = {"SOLVER__EPOCHS": 3 if part.cuda else 1, "DETERMINISTIC": deterministic}
             keys |= {"DISTILLER__TEACHER_CKPT": part.teacher_file(), "TEACHER_BANK": "off"}
             runs = []

@@ -126,7 +126,8 @@ def main() -> None:
         shares[title] = statistics.median(ms) / 10 / epoch
         print(f"{title:<29}{shares[title]:8.3f} %    {statistics.median(ms):.1f} ms, {ms[0]:.1f} - {ms[-1]:.1f}")
     for file, size in sizes.items():
-        print(f"{file + ', 240 epochs' * (file[0] == 't'):<29}{size / 1e6:8.2f} MB")
+        name = f"{file}, 240 epochs" if file[0] == "t" else file
+        print(f"{name:<29}{size / 1e6:8.2f} MB")
     if a.json:
         figures = {"measured": head, "epoch_s": epoch, "step_cost_percent": ratios, "share_percent": shares}
         figures |= {"checkpoint_ms": 1000 * inside}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from mdistiller.config import Config
+from mdistiller.config import TWO_VIEWS, Config
 from mdistiller.dataset import DetectionBatches, DetectionSet
 from mdistiller.device import autocast
 from mdistiller.distillers import check_levels, detection_takers, distiller_dict, on_detectors
@@ -97,7 +97,7 @@ class Detection(Task):
                 f"{', '.join(names)}"
             )
         refuse_keys(cfg, (*FOR_IMAGES, "TEACHER_BANK_TOP_K"), "images of one class each", "detection")
-        if cfg.SOLVER.TRAINER not in ("base", "crd", "dot", "crd_dot"):
+        if cfg.SOLVER.TRAINER in TWO_VIEWS:
             raise UserError(f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} is for images of one class; set SOLVER.TRAINER base")
         if cls.needs_teacher and cfg.TEMPERATURE.RULE and "fasterrcnn_" not in cfg.DISTILLER.STUDENT:
             raise UserError(

@@ -171,8 +171,8 @@ class Ranks:
         except RuntimeError:  # rank 0 has the store where torchrun does not
             there -= {0}
         gone = [r for r in range(self.world) if r not in there]
-        which = f"process{'es' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else "the connection"
-        verb = "are" if len(gone) > 1 else "is"
+        noun, verb = ("processes", "are") if len(gone) > 1 else ("process", "is")
+        which = f"{noun} {', '.join(map(str, gone))}" if gone else "the connection"
         failed = ProcessLost(f"{which} of {self.world} {verb} gone; --resume auto goes on from the last checkpoint")
         return failed if self.rank == min(there) else heard(failed)
 

@@ -95,10 +95,3 @@ def test_a_lock_is_waited_for_and_ends_with_its_process(tmp_path):
     os.read(read, 1)
     FileLock(path, wait=True).close()
     assert killed(child)
-
-
-def test_without_flock_nothing_is_locked(tmp_path, monkeypatch):
-    monkeypatch.setattr("mdistiller.files.fcntl", None)
-    for _ in range(2):
-        FileLock(tmp_path / "lock").close()
-    assert not is_locked(tmp_path / "lock")
