@@ -287,12 +287,15 @@ def test_a_cell_of_a_notebook_may_run_again(tmp_path):
         class Cell(Distiller): pass
         @md.register_model
         def cell_net(num_classes): return default
+        @md.register_rule("cell", defaults={"SHARE": default})
+        def cell_rule(v, u, tau, share): return share
         ''', globals() | {"default": default})
 
         cell(1.0)
         cell(2.0)
         assert md.load_config(None, {"CELL.T": 3}).CELL.T == 3.0 and md.load_config().CELL.T == 2.0
         assert cifar_model_dict["cell_net"][0](num_classes=3) == 2.0
+        assert md.load_config().TEMPERATURE.CELL.SHARE == 2.0
         try:
             md.register_method("KD")(distiller_dict["CELL"])
         except ValueError as error:
