@@ -29,7 +29,7 @@ from mdistiller.terminal import silence
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to. Accuracies are top-1 on the test set, in percent.
+    """What a run has come to. Accuracies are top-1 on the test set, in percent; of detectors AP.
 
     The student takes images (B, 3, H, W) whose pixels, in [0, 1], are normalised per channel: (pixel - mean) / std.
     `md.evaluate(result, data)` does that. `amp` is the precision of the test figures, SOLVER.AMP.
