@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mdistiller.bank.inference import Inference
 from mdistiller.config import Config, merge, needs_teacher
-from mdistiller.dataset import ImageSet, image_set, load_dataset, normalised
+from mdistiller.dataset import ImageSet, image_set, load_dataset, load_images, normalised
 from mdistiller.device import callers_state, prepare, resolve_device, unprepare
 from mdistiller.distillers import enter
 from mdistiller.engine.build import Workspace
@@ -214,7 +214,7 @@ def evaluate(
         raise UserError(f"evaluate: {model} is the name of a network without weights; pass weights=, a checkpoint")
     given_name = data if isinstance(data, str) else ""
     if given_name:
-        data = load_dataset(given_name, "./data")
+        data = load_images(given_name, "./data")
     elif not isinstance(data, ImageSet):
         data = image_set(data, data)
     data = normalised(data, mean, std)

@@ -219,6 +219,8 @@ def test_what_stops_a_run_says_what_is_kept_of_it(tmp_path, kept, how):
         (("resnet9", TEST, "some file"), "did you mean resnet"),
         (("resnet8", "digit", "some file"), "did you mean digits"),
         (("resnet8", TEST), "pass weights="),
+        ((Net(8), "scenes"), "scenes is for detection, .* with tools/eval.py"),
+        ((Net(8), "python"), "python is for text, .* with tools/eval.py"),
         ((md.Results(()), TEST), "0 runs; pass one"),
         ((Net(8), TEST, None, "cpu", (0.5, 0.5)), "mean: must be three numbers"),
         ((Net(8), TEST, None, "cpu", None, (0.5, 0, 1)), "std: must be three numbers"),
