@@ -118,16 +118,19 @@ def test_the_same_data_in_any_form_gives_the_same_student():
 
 
 def test_seeds_and_a_folder_to_go_on_in(tmp_path):
-    stages = {"SOLVER__LR_DECAY_STAGES": [1]}
-    first = quick(*nets(), seeds=[3, 4], epochs=1, folder=tmp_path / "mine", **stages)
+    first = quick(*nets(), seeds=[3, 4], epochs=1, folder=tmp_path / "mine")
     assert [run.seed for run in first] == [3, 4]
     assert first.last[0] == pytest.approx(np.mean([run.last for run in first]))
-    again = quick(*nets(), seeds=[3, 4], epochs=2, folder=tmp_path / "mine", resume="auto", **stages)
+    again = quick(*nets(), seeds=[3, 4], epochs=2, folder=tmp_path / "mine", resume="auto")
     assert [len(run.history) for run in again] == [2, 2]
     assert again[0].history[0] == first[0].history[0]
     assert (again[1].folder / "student_best").exists()
     one = quick(*nets(), epochs=1, seeds=2, layers=None, folder=tmp_path / "one")
     assert [run.seed for run in one] == [2] and len(list((tmp_path / "one").glob("teacher-*"))) == 1
+    for given in ({"resume": False}, {"epochs": 5, "resume": True}):  # the rate falls where it was to fall at first
+        alone = quick(*nets(), **{"epochs": 4, "folder": tmp_path / "alone"} | given)
+    rates = [row["lr"] for row in alone.history]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.0005])
 
 
 @pytest.mark.parametrize("method", ["AT", "FITNET", "SP", "CRD", "RKD", "VID"])
