@@ -20,7 +20,7 @@ from mdistiller.dataset._tokens import token_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._chunks import chunked
 from mdistiller.engine.refusals import refuse_unused
-from mdistiller.engine.text import check_tokenizer
+from mdistiller.engine.text import Text, check_tokenizer
 from mdistiller.engine.text_scores import TextTest
 from mdistiller.errors import ConfigError
 from mdistiller.models import build_model
@@ -340,6 +340,11 @@ def test_what_is_for_images_is_one_line(words, says):
     given = ["DATASET.TYPE", "text", "DISTILLER.STUDENT", "gpt1x32", "DISTILLER.TEACHER", "gpt2x64"]
     with refused(says):
         refuse_unused(load(None, [*given, "DISTILLER.TYPE", "KD", *words]))
+
+
+def test_a_network_of_ones_own_is_refused_on_text():
+    with refused("student: a network of text is built by its name"):
+        Text().network(load(), None, "STUDENT", nn.Identity())
 
 
 class Table(nn.Module):
