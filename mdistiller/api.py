@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mdistiller.bank.inference import Inference
-from mdistiller.config import Config, merge, needs_teacher
-from mdistiller.dataset import ImageSet, image_set, load_dataset, normalised
+from mdistiller.config import Config, leaves, merge, needs_teacher, read
+from mdistiller.dataset import ImageSet, image_set, load_dataset, load_images, normalised
 from mdistiller.device import callers_state, prepare, resolve_device, unprepare
 from mdistiller.distillers import enter
 from mdistiller.engine.build import Workspace
@@ -23,13 +23,19 @@ from mdistiller.engine.seeds import seeds_of, spread, train_seeds
 from mdistiller.errors import UserError
 from mdistiller.files import expand
 from mdistiller.models import Ensemble, build_model, fit_inputs
+from mdistiller.registry import networks_of
 from mdistiller.runs import checkpoint
 from mdistiller.terminal import silence
+
+ARGUMENTS = dict.fromkeys(("LOG.PREFIX", "EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG"), "folder") | {
+    "DISTILLER.TEACHER": "teacher", "DISTILLER.STUDENT": "student", "DISTILLER.TYPE": "method", "DATASET.TYPE": "train",
+    "DATASET.AUGMENT": "augment", "SOLVER.EPOCHS": "epochs",
+}  # fmt: skip  # of distill, by the keys that they set
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to. Accuracies are top-1 on the test set, in percent.
+    """What a run has come to. Accuracies are top-1 on the test set, in percent; of detectors AP.
 
     The student takes images (B, 3, H, W) whose pixels, in [0, 1], are normalised per channel: (pixel - mean) / std.
     `md.evaluate(result, data)` does that. `amp` is the precision of the test figures, SOLVER.AMP.
@@ -121,8 +127,7 @@ def distill(
     layers: tuple[Sequence[str], Sequence[str]] | None = None,
     **overrides: object,
 ) -> Result | Results:
-    """Distil `teacher` into `student` by the same loop as `train`, and return the Result, or Results where `seeds` are
-    given.
+    """Distil `teacher` into `student` by the same loop as `train`; return the Result, or the Results of `seeds`.
 
     Networks are names of cifar_model_dict, timm:NAME or tv:NAME (a teacher's checkpoint then lies where
     DISTILLER.TEACHER_CKPT says), or any nn.Module that maps images (B, 3, H, W) to logits (B, K), or to (logits, feats)
@@ -143,11 +148,16 @@ def distill(
     `folder`: where the run keeps its checkpoints and figures, needed for `resume`; None keeps nothing. `quiet`: print
     nothing. The caller's random generators are left as they are. Other keywords are configuration keys, with __ for the
     dot: SOLVER__LR=0.1, DTKD__ALPHA=2.0, DEVICE="cpu". The learning rate falls after 5/8, 6/8 and 7/8 of the epochs, as
-    in the published protocol, unless SOLVER__LR_DECAY_STAGES is given. Raises UserError for a mistake, before anything
-    is written.
+    in the published protocol, of a run that goes on where it was to fall at its start, unless SOLVER__LR_DECAY_STAGES
+    is given. Raises UserError for a mistake, before anything is written.
     """
     if folder is None and resume:
         raise UserError("distill: resume needs a folder; pass folder=")
+    own = {key.replace("__", "."): value for key, value in overrides.items()}
+    if twice := [f"{key}: pass {ARGUMENTS[key]}= in its place" for key in own if key in ARGUMENTS]:
+        raise UserError(*twice)
+    if not isinstance(epochs, int):
+        raise UserError(f"epochs: must be a whole number, such as 30; got {epochs!r:.100}")
     teacher, beside = _teachers(teacher)
     for name, network in (("teacher", teacher), ("student", student)):
         check_network(name, network)
@@ -157,30 +167,32 @@ def distill(
     if method is None:
         method = "NONE" if teacher is None else "DTKD"
     data = _image_set(train, test, num_classes)
-    stages = sorted({part for part in (epochs * 5 // 8, epochs * 6 // 8, epochs * 7 // 8) if part})
-    keys = {"DISTILLER.TYPE": method, "SOLVER.EPOCHS": epochs, "SOLVER.LR_DECAY_STAGES": stages}
-    keys |= {"DATASET.AUGMENT": augment, "DISTILLER.STUDENT": student}
-    keys |= {} if teacher is None else {"DISTILLER.TEACHER": teacher}
-    keys |= {"DISTILLER.ENSEMBLE": beside} if beside else {}
-    keys |= {"DATASET.TYPE": train} if isinstance(train, str) else {}
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    modules = {key: value for key, value in keys.items() if isinstance(value, nn.Module)}
-    words = [word for key, value in keys.items() if key not in modules for word in (key, value)]
-    cfg = load(None, words, origin="keyword of distill")
+    modules = {name: part for name, part in (("student", student), ("teacher", teacher)) if isinstance(part, nn.Module)}
+    if modules and data is None and (known := networks_of(train)) is not None:
+        raise UserError(f"distill: networks on {train} are built by name; pass one of {', '.join(known.active)}")
+    stages = sorted({part for part in (epochs * 5 // 8, epochs * 6 // 8, epochs * 7 // 8) if part > 0})
+    runs = "run" if numbers is None else "run+SEED:*"
+    for file in expand(folder).glob(f"{runs}/config.yaml") if resume else ():  # as the run that goes on has them
+        stages = leaves(read(file)).get("SOLVER.LR_DECAY_STAGES", stages)
+    keys = {"DISTILLER.TYPE": method, "DISTILLER.ENSEMBLE": beside, "DATASET.AUGMENT": augment}
+    keys |= {"SOLVER.EPOCHS": epochs, "SOLVER.LR_DECAY_STAGES": stages}
+    keys |= {} if "student" in modules else {"DISTILLER.STUDENT": student}
+    keys |= {"DISTILLER.TEACHER": teacher} if isinstance(teacher, str) else {}
+    keys |= {"DATASET.TYPE": train} if data is None else {}
+    cfg = load(None, [word for pair in (keys | own).items() for word in pair], origin="keyword of distill")
     if isinstance(teacher, nn.Module) and cfg.DISTILLER.ENSEMBLE:
         raise UserError("DISTILLER.ENSEMBLE: names teachers beside one by name; pass modules as teacher=[net1, net2]")
     if isinstance(teacher, Ensemble):
         teacher.mean = cfg.DISTILLER.ENSEMBLE_MEAN
-    networks = Networks(modules.get("DISTILLER.STUDENT"), modules.get("DISTILLER.TEACHER"), *named)
-    if "DISTILLER.TEACHER" not in keys and needs_teacher(cfg.DISTILLER.TYPE):
-        raise UserError(f"distill: {cfg.DISTILLER.TYPE} needs a teacher; pass teacher=, or leave method out")
+    networks = Networks(modules.get("student"), modules.get("teacher"), *named)
+    if needs_teacher(cfg.DISTILLER.TYPE) is (teacher is None):
+        wrong = "needs a teacher; pass teacher=" if teacher is None else "has no teacher; leave teacher out"
+        raise UserError(f"distill: {cfg.DISTILLER.TYPE} {wrong}, or leave method out")
     with tempfile.TemporaryDirectory() as nowhere, silence(quiet):
-        cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, keys)
-        own = {key.replace("__", ".") for key in overrides}
+        cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, data is not None)
         cfg.overrides[:] = [pair for pair in cfg.overrides if pair[0] in own] + [("EXPERIMENT.NAME", "run")]
         data = normalised(data or load_dataset(cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET), mean, std)
-        kept = folder is not None
-        workspace = Workspace(data, here().device(cfg.DEVICE), len(numbers or [0]), networks, kept)
+        workspace = Workspace(data, here().device(cfg.DEVICE), len(numbers or [0]), networks, folder is not None)
         return _run(cfg, numbers, resume, workspace)
 
 
@@ -214,7 +226,7 @@ def evaluate(
         raise UserError(f"evaluate: {model} is the name of a network without weights; pass weights=, a checkpoint")
     given_name = data if isinstance(data, str) else ""
     if given_name:
-        data = load_dataset(given_name, "./data")
+        data = load_images(given_name, "./data")
     elif not isinstance(data, ImageSet):
         data = image_set(data, data)
     data = normalised(data, mean, std)
@@ -278,14 +290,12 @@ def _image_set(train: object, test: object, num_classes: int) -> ImageSet | None
         if test is not None:
             raise UserError("distill: a data set brings its own test images; leave test out")
         return None if isinstance(train, str) else train
-    if test is None:
-        raise UserError("distill: test is missing; pass test=(images, labels) or a Dataset")
     return image_set(train, test, num_classes)
 
 
-def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, object]) -> Config:
-    """Return `cfg` with the run's folder set to `root`, modules named by their class, and the file named that the run
-    will keep a teacher's weights in.
+def _place(cfg: Config, root: Path, networks: Networks, arrays: bool) -> Config:
+    """Return `cfg` with the run's folder set to `root`, modules named by their class, data of the caller's as
+    `arrays`, and the file named that the run will keep a teacher's weights in.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -297,7 +307,7 @@ def _place(cfg: Config, root: Path, networks: Networks, keys: Mapping[str, objec
             cfg.DISTILLER[key] = type(module).__name__
     if isinstance(networks.teacher, Ensemble):
         cfg.DISTILLER.TEACHER, *cfg.DISTILLER.ENSEMBLE = (type(part).__name__ for part in networks.teacher.networks)
-    if not isinstance(keys.get("DATASET.TYPE"), str):
+    if arrays:
         cfg.DATASET.TYPE = "arrays"
     if networks.teacher is not None and needs_teacher(cfg.DISTILLER.TYPE):
         state = {key: value.detach().cpu() for key, value in networks.teacher.state_dict().items()}

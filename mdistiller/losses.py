@@ -21,6 +21,7 @@ from mdistiller.distillers._divergences import (
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CRD import nce_loss
 from mdistiller.distillers.CTKD import curriculum, learned_temperature
+from mdistiller.distillers.CWD import cwd_loss
 from mdistiller.distillers.DIST import dist_loss, softened_dist
 from mdistiller.distillers.DKD import dkd_loss, softened_dkd
 from mdistiller.distillers.DTKD import dtkd_loss
@@ -42,6 +43,7 @@ from mdistiller.distillers.MLKD import correlation_losses, level_losses, mlkd_lo
 from mdistiller.distillers.NORMKD import normkd_loss
 from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.OFD import ofd_loss
+from mdistiller.distillers.PKD import pkd_loss
 from mdistiller.distillers.PKT import pkt_loss
 from mdistiller.distillers.ReviewKD import hcl_loss
 from mdistiller.distillers.RKD import rkd_loss

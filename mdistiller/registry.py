@@ -119,12 +119,11 @@ text_models = Registry("text model")
 detectors = Registry("detector")
 datasets = Registry("dataset")
 temperature_rules = Registry("temperature rule")
-tasks: dict[str, str] = {}  # of those `datasets` whose samples are no images of one class each: text, detection
 
 
 def task_of(dataset: str) -> str:
     """Return what networks learn on a data set, DATASET.TYPE: classification, text or detection."""
-    return tasks.get(dataset, "classification")
+    return getattr(datasets.get(dataset), "task", "classification")
 
 
 OWN_NETWORKS = {"text": text_models, "detection": detectors}  # by task, where images of one class have others
@@ -167,7 +166,7 @@ def model_refusal(name: str, dataset: str) -> str | None:
         return None
     for task, others in OWN_NETWORKS.items():
         if others.refusal(name) is None:
-            takers = " or ".join(sorted(known for known, its in tasks.items() if its == task))
+            takers = " or ".join(sorted(known for known in datasets.active if task_of(known) == task))
             return f"the model {name} is {'one of text' if task == 'text' else 'a detector'}; set DATASET.TYPE {takers}"
     if name.partition(":")[0] in cifar_models.libraries:
         return cifar_models.refusal(name)

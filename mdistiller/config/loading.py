@@ -257,7 +257,7 @@ def _value_problems(cfg: CfgNode) -> Iterable[str]:
             refusals = (registry.model_refusal(text, flat["DATASET.TYPE"]) for text in found)
             problem = next(filter(None, refusals), None)
         if problem:
-            yield f"{name}: {problem} ({came.get(name, 'the default, which the plug-in has to mend')}){meaning(name)}"
+            yield f"{name}: {problem} ({came.get(name, f'the default; set {name}')}){meaning(name)}"
     momentum, delta = flat["SOLVER.MOMENTUM"], flat["SOLVER.DOT.DELTA"]
     trainer, method = flat["SOLVER.TRAINER"], flat["DISTILLER.TYPE"]
     if trainer in DOT_TRAINERS and not abs(delta) <= momentum < 1 - abs(delta):

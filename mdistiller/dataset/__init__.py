@@ -47,3 +47,13 @@ def load_dataset(name: str, root: str | Path, options: Mapping | None = None) ->
     if not isinstance(data, kind):
         raise UserError(f"the data set {name} must be {wanted}; got {type(data).__name__}")
     return data
+
+
+def load_images(name: str, root: str | Path, options: Mapping | None = None) -> ImageSet:
+    """Return the data set `name` as `load_dataset` does. Raises UserError where it has no images of one class each."""
+    if (task := task_of(name)) != "classification":
+        raise UserError(
+            f"the data set {name} is for {task}, here one for classification is needed; score a run on it "
+            "with tools/eval.py"
+        )
+    return load_dataset(name, root, options)

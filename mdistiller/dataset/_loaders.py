@@ -107,8 +107,8 @@ def get_dataset(cfg: Config) -> tuple[Loader, Loader, int, int]:
 
     Training batches are (image (B, 3, H, W), target (B,), index (B,)), and for CRD, or a trainer crd*,
     contrastive_index (B, CRD.NCE.K + 1) besides, its first column the index; test batches are (image, target). A
-    relative DATASET.ROOT is also looked for in the folders above this one. Raises UserError under the trainers ours and
-    aug, whose two views only a run has.
+    relative DATASET.ROOT is also looked for in the folders above this one. Raises UserError for text and detection, and
+    under the trainers ours and aug, whose two views only a run has.
     """
     if cfg.SOLVER.TRAINER in TWO_VIEWS:
         raise UserError(
@@ -116,7 +116,7 @@ def get_dataset(cfg: Config) -> tuple[Loader, Loader, int, int]:
             "with tools/train.py"
         )
     contrastive = cfg.DISTILLER.TYPE == "CRD" or cfg.SOLVER.TRAINER.startswith("crd")
-    data = dataset.load_dataset(cfg.DATASET.TYPE, files.find_above(cfg.DATASET.ROOT), cfg.DATASET)
+    data = dataset.load_images(cfg.DATASET.TYPE, files.find_above(cfg.DATASET.ROOT), cfg.DATASET)
     given = data, cfg.SOLVER.BATCH_SIZE, cfg.DATASET.TEST.BATCH_SIZE, cfg.DATASET.AUGMENT, cfg.SEED
     train, test = loaders(*given, (cfg.CRD.NCE.K, cfg.CRD.MODE) if contrastive else None)
     return train, test, len(data.train_labels), data.num_classes

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from mdistiller.config import Check, Key, add_keys, at_least, between, one_of
 from mdistiller.dataset._registry import register_dataset
 from mdistiller.dataset._tokens import TokenSet, token_set
 from mdistiller.errors import UserError
-from mdistiller.files import expand, write_atomic
+from mdistiller.files import expand, open_regular, write_atomic
 from mdistiller.terminal import counted, say
 
 add_keys(
@@ -74,10 +75,11 @@ def python(root: Path, options: Mapping) -> TokenSet:
 
 
 def unpacked(path: Path) -> bytes:
-    """Return a file's bytes. Raises UserError where it cannot be unpacked."""
+    """Return a file's bytes. Raises UserError where it is no regular file, or cannot be unpacked."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix in PACKED else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+        with open_regular(path, "a text file as DATASET.ROOT, or a folder of them") as file:
+            return gzip.decompress(file.read()) if path.suffix in PACKED else file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); mend or remove it") from None
 
 
@@ -140,10 +142,11 @@ def encoded(parts: Mapping[str, bytes], own: Mapping, beside: Path) -> tuple[dic
     else:
         path = expand(kind)
         path = path / "tokenizer.json" if path.is_dir() else path
+    with open_regular(path, "bytes, bpe or the path of a tokenizer.json as DATASET.TEXT.TOKENIZER") as file:
+        saved = file.read()
     try:
-        saved = path.read_bytes()
         tokenizer = Tokenizer.from_buffer(saved)
-    except Exception as error:  # a missing file's, or whatever the library raises
+    except Exception as error:  # whatever the library raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"DATASET.TEXT.TOKENIZER: {path} cannot be read as a tokenizer.json ({reason}); set bytes, bpe, or "

@@ -13,10 +13,9 @@ def register_distiller(name: str, defaults: Mapping | None = None) -> Callable[[
     """
 
     def register(cls: type) -> type:
-        methods, before = registry.distillers, registry.distillers.own.get(name)
-        again = before is not None and registry.same_definition(before, cls)
+        again = registry.same_definition(registry.distillers.own.get(name), cls)
         cls.declared = cls  # it says by Distiller's attributes what it needs; a class derived from it may not
-        methods[name] = cls
+        registry.distillers[name] = cls
         if defaults:
             text = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
             config.add_section(name, defaults, text.strip().split("\n")[0], again=again)

@@ -14,7 +14,7 @@ from mdistiller import config
 from mdistiller.config import Check, Key, at_least
 from mdistiller.distillers.losses import Temperatures, bounded, deviation, maximum
 from mdistiller.errors import UserError, check_signature, users_code
-from mdistiller.registry import temperature_rules
+from mdistiller.registry import same_definition, temperature_rules
 
 # Below these the quotients of a rule leave float32. Both lie far under what training meets: a freshly initialised
 # MobileNetV2 beside a strong teacher has max(v) near 0.02 and T_student near 1e-3 tau.
@@ -34,9 +34,11 @@ def register_rule(name: str, defaults: Mapping | None = None, needs_batch: bool 
 
     def register(rule: Callable) -> Callable:
         rule.needs_batch = needs_batch
+        again = same_definition(temperature_rules.own.get(name), rule)
         temperature_rules[name] = rule
         if defaults:
-            config.add_section(f"TEMPERATURE.{name.upper()}", defaults, (rule.__doc__ or "").strip().split("\n")[0])
+            title = (rule.__doc__ or "").strip().split("\n")[0]
+            config.add_section(f"TEMPERATURE.{name.upper()}", defaults, title, again=again)
         return rule
 
     return register

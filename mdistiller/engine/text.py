@@ -32,6 +32,8 @@ class Text(Task):
         self, cfg: CfgNode, data: TokenSet, side: str, given: nn.Module | None = None, layers: Sequence[str] = ()
     ) -> nn.Module:
         name = cfg.DISTILLER[side]
+        if given is not None:
+            raise UserError(f"{side.lower()}: a network of text is built by its name; pass one, such as gpt2x64")
         model = build_model(name, data.num_classes, cfg.DATASET.TYPE)
         check_text_network(model, name, data.num_classes, data.train_images.shape[1])
         check_tokenizer(model, name, data)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mdistiller import config
 from mdistiller.errors import UserError
+from mdistiller.files import open_regular
 from mdistiller.study.runs import Group
 from mdistiller.study.statistics import Mean
 
@@ -35,9 +36,8 @@ def read_published(file: Path | None) -> dict:
     if file is None:
         return {}
     try:
-        table = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"--published {file}: cannot be read ({error.strerror})") from None
+        with open_regular(file, "a JSON file of figures as --published") as opened:
+            table = json.load(opened)
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise UserError(f"--published {file}: is no JSON ({error})") from None
     whole = isinstance(table, dict) and isinstance(table.get("protocol", {}), dict)

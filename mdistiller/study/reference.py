@@ -72,7 +72,11 @@ def signature(name: str, item: object) -> str:
     text = f"{name}{whole}"
     if len(text) > 100:
         lines = [f"    {parameter}," for parameter in whole.parameters.values()]
-        text = "\n".join([f"{name}(", *lines, ")"])
+        kinds = [parameter.kind for parameter in whole.parameters.values()]
+        named = inspect.Parameter.KEYWORD_ONLY
+        if named in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+            lines.insert(kinds.index(named), "    *,")
+        text = "\n".join([f"{name}(", *lines, str(whole.replace(parameters=()))[1:]])
     return re.sub(r"(\w+\.)+(?=[A-Z])", "", text)  # Path for pathlib.Path
 
 

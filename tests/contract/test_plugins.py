@@ -22,6 +22,7 @@ from mdistiller.distillers.KD import KD
 from mdistiller.engine.cfg import unread_overrides
 from mdistiller.engine.method import prepare_parts
 from mdistiller.errors import ConfigError, UserError
+from mdistiller.registry import task_of
 from mdistiller.runs.recorder import read_metrics
 
 
@@ -101,6 +102,23 @@ def test_a_plugin_imports_the_package_as_anybody_does(tmp_path):
     load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "mine.py")])
     with pytest.raises(UserError, match="mdistiller.losses"):
         registry.cifar_models["imported"][0](num_classes=2)
+
+
+def test_the_task_of_a_data_set_goes_with_its_loader(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import mdistiller as md\nfrom mdistiller.dataset import load_dataset\n"
+        "@md.register_dataset('text')\ndef images(root):\n    return load_dataset('digits', root)\n"
+        "@md.register_dataset('digits', task='text')\ndef tokens(root): pass\n"
+        "@md.register_dataset('poems', task='text')\ndef poems(root): pass\n"
+    )
+    load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "mine.py"), "DATASET.TYPE", "text"])
+    assert [task_of(name) for name in ("text", "digits", "poems")] == ["classification", "text", "text"]
+    with refused("set DATASET.TYPE digits or poems or python"):
+        load(None, ["EXPERIMENT.PLUGINS", str(tmp_path / "mine.py"), "DISTILLER.STUDENT", "gpt2x64"])
+    load()
+    assert [task_of(name) for name in ("text", "digits")] == ["text", "classification"]
+    with refused("set DATASET.TYPE python or text"):
+        load(None, ["DISTILLER.STUDENT", "gpt2x64"])
 
 
 @pytest.mark.parametrize("typed", ["[{0},{1}]", "[{0}, {1}]", "['{0}', '{1}']"])
@@ -287,12 +305,15 @@ def test_a_cell_of_a_notebook_may_run_again(tmp_path):
         class Cell(Distiller): pass
         @md.register_model
         def cell_net(num_classes): return default
+        @md.register_rule("cell", defaults={"SHARE": default})
+        def cell_rule(v, u, tau, share): return share
         ''', globals() | {"default": default})
 
         cell(1.0)
         cell(2.0)
         assert md.load_config(None, {"CELL.T": 3}).CELL.T == 3.0 and md.load_config().CELL.T == 2.0
         assert cifar_model_dict["cell_net"][0](num_classes=3) == 2.0
+        assert md.load_config().TEMPERATURE.CELL.SHARE == 2.0
         try:
             md.register_method("KD")(distiller_dict["CELL"])
         except ValueError as error:

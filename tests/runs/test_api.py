@@ -118,16 +118,19 @@ def test_the_same_data_in_any_form_gives_the_same_student():
 
 
 def test_seeds_and_a_folder_to_go_on_in(tmp_path):
-    stages = {"SOLVER__LR_DECAY_STAGES": [1]}
-    first = quick(*nets(), seeds=[3, 4], epochs=1, folder=tmp_path / "mine", **stages)
+    first = quick(*nets(), seeds=[3, 4], epochs=1, folder=tmp_path / "mine")
     assert [run.seed for run in first] == [3, 4]
     assert first.last[0] == pytest.approx(np.mean([run.last for run in first]))
-    again = quick(*nets(), seeds=[3, 4], epochs=2, folder=tmp_path / "mine", resume="auto", **stages)
+    again = quick(*nets(), seeds=[3, 4], epochs=2, folder=tmp_path / "mine", resume="auto")
     assert [len(run.history) for run in again] == [2, 2]
     assert again[0].history[0] == first[0].history[0]
     assert (again[1].folder / "student_best").exists()
     one = quick(*nets(), epochs=1, seeds=2, layers=None, folder=tmp_path / "one")
     assert [run.seed for run in one] == [2] and len(list((tmp_path / "one").glob("teacher-*"))) == 1
+    for given in ({"resume": False}, {"epochs": 5, "resume": True}):  # the rate falls where it was to fall at first
+        alone = quick(*nets(), **{"epochs": 4, "folder": tmp_path / "alone"} | given)
+    rates = [row["lr"] for row in alone.history]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.0005])
 
 
 @pytest.mark.parametrize("method", ["AT", "FITNET", "SP", "CRD", "RKD", "VID"])
@@ -219,6 +222,8 @@ def test_what_stops_a_run_says_what_is_kept_of_it(tmp_path, kept, how):
         (("resnet9", TEST, "some file"), "did you mean resnet"),
         (("resnet8", "digit", "some file"), "did you mean digits"),
         (("resnet8", TEST), "pass weights="),
+        ((Net(8), "scenes"), "scenes is for detection, .* with tools/eval.py"),
+        ((Net(8), "python"), "python is for text, .* with tools/eval.py"),
         ((md.Results(()), TEST), "0 runs; pass one"),
         ((Net(8), TEST, None, "cpu", (0.5, 0.5)), "mean: must be three numbers"),
         ((Net(8), TEST, None, "cpu", None, (0.5, 0, 1)), "std: must be three numbers"),

@@ -314,7 +314,7 @@ def test_a_plug_ins_method_can_be_in_a_plan(small_plan):
         (["small.yaml", "--sedes", "1"], "unknown option --sedes"),
         (["small.yaml", "--slurm", "a=b"], "--slurm: add --executor slurm"),
         (["small.yaml", "--slurm", "a=b", "LOG.PREFIX", "x"], "KEY VALUE pairs stand before --slurm"),
-        (["small.yaml", "--published", "gone.json"], "--published gone.json: cannot be read"),
+        (["small.yaml", "--published", "gone.json"], "gone.json: cannot be read"),
         (["small.yaml", "--results", "small.yaml"], "small.yaml"),
     ],
 )

@@ -395,7 +395,7 @@ def test_a_default_that_fails_its_check_is_the_plugins(tmp_path, default, says):
         CFG.pop("BAD_DEFAULT", None), KEYS.pop("BAD_DEFAULT.T", None)
     assert says in line
     if "did you mean" in says:
-        assert line.endswith("(the default, which the plug-in has to mend) [Mine]")
+        assert line.endswith("(the default; set BAD_DEFAULT.T) [Mine]")
 
 
 def test_a_refused_value_says_where_it_is_from_and_what_the_key_means(tmp_path):

@@ -1,5 +1,6 @@
 """The pages keep their promises: code blocks run as they stand, commands and files exist."""
 
+import ast
 import json
 import re
 
@@ -10,6 +11,7 @@ from studies import write_run
 
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import load
+from mdistiller.study.reference import signature
 
 
 def test_what_the_pages_name_exists():
@@ -23,6 +25,16 @@ def test_what_the_pages_name_exists():
         missing += [f"{page.name}: {path}" for path in named if not path.exists()]
         missing += [f"{page.name}: a figure"] * text.count("@@")
     assert not missing
+
+
+def test_a_long_signature_is_python_as_a_short_one_is():
+    def function(a: int = 1, *, an_option: str = "of some length", **rest: object) -> dict[str, int]:
+        """A function."""
+
+    long, short = signature("function_" * 8, function), signature("function", function)
+    assert ast.dump(ast.parse(f"def {long}: pass")).replace("function_" * 8, "function") == ast.dump(
+        ast.parse(f"def {short}: pass")
+    )
 
 
 def test_readme_method_loads(tmp_path):

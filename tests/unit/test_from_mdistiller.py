@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, save_teacher
+from helpers import ROOT, refused, save_teacher
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -45,6 +45,12 @@ def configuration(**changes):
 def test_get_dataset_has_no_two_views(data):
     with pytest.raises(UserError, match="trains on two; train with tools/train.py"):
         get_dataset(configuration(SOLVER__TRAINER="ours"))
+
+
+@pytest.mark.parametrize("name", ["scenes", "python"])
+def test_get_dataset_has_images_of_one_class_each(name):
+    with refused(f"the data set {name} is for .* score a run on it with tools/eval.py"):
+        get_dataset(configuration(DATASET__TYPE=name))
 
 
 def test_get_dataset_gives_the_batches_of_a_run(data):

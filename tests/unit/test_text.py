@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import math
+import os
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mdistiller.dataset._tokens import token_set
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._chunks import chunked
 from mdistiller.engine.refusals import refuse_unused
-from mdistiller.engine.text import check_tokenizer
+from mdistiller.engine.text import Text, check_tokenizer
 from mdistiller.engine.text_scores import TextTest
 from mdistiller.errors import ConfigError
 from mdistiller.models import build_model
@@ -116,7 +117,11 @@ def test_what_is_no_text_is_one_line(written, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, content in (("short.txt", b""), ("binary.txt", TEXT + b"\0"), ("broken.gz", b"no gzip")):
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(TEXT)[:10] + TEXT)
+    os.mkfifo(tmp_path / "pipe.txt")
     for path, own, says in (
+        ("cut.gz", {}, "cut.gz: cannot be unpacked"),
+        ("pipe.txt", {}, "pipe.txt: is a pipe or a device; pass a text file as DATASET.ROOT"),
         ("nowhere.txt", {}, "nowhere.txt: there is no such file or folder; DATASET.ROOT is a text file"),
         ("empty", {}, "holds no text; DATASET.ROOT is a text file, or a folder of them"),
         ("short.txt", {}, "short.txt: holds no text; DATASET.ROOT is a text file"),
@@ -148,7 +153,9 @@ def test_a_bpe_is_trained_once_and_kept(written, parts, monkeypatch):
     named = load_dataset("text", written, options(TOKENIZER=kept, BLOCK=16))
     assert torch.equal(named.train_images, first.train_images)
     (written.parent / "wrong.json").write_text("{}")
-    for path, says in (("wrong.json", "cannot be read as a tokenizer.json"), ("gone", "cannot be read as a")):
+    os.mkfifo(written.parent / "pipe.json")
+    wrong = ("wrong.json", "cannot be read as a tokenizer.json"), ("gone", "cannot be read"), ("pipe.json", "is a pipe")
+    for path, says in wrong:
         with refused(says):
             load_dataset("text", written, options(TOKENIZER=written.parent / path))
 
@@ -333,6 +340,11 @@ def test_what_is_for_images_is_one_line(words, says):
     given = ["DATASET.TYPE", "text", "DISTILLER.STUDENT", "gpt1x32", "DISTILLER.TEACHER", "gpt2x64"]
     with refused(says):
         refuse_unused(load(None, [*given, "DISTILLER.TYPE", "KD", *words]))
+
+
+def test_a_network_of_ones_own_is_refused_on_text():
+    with refused("student: a network of text is built by its name"):
+        Text().network(load(), None, "STUDENT", nn.Identity())
 
 
 class Table(nn.Module):
