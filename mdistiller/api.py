@@ -185,9 +185,8 @@ def distill(
     if isinstance(teacher, Ensemble):
         teacher.mean = cfg.DISTILLER.ENSEMBLE_MEAN
     networks = Networks(modules.get("student"), modules.get("teacher"), *named)
-    if needs_teacher(cfg.DISTILLER.TYPE) is (teacher is None):
-        wrong = "needs a teacher; pass teacher=" if teacher is None else "has no teacher; leave teacher out"
-        raise UserError(f"distill: {cfg.DISTILLER.TYPE} {wrong}, or leave method out")
+    if teacher is None and needs_teacher(cfg.DISTILLER.TYPE):
+        raise UserError(f"distill: {cfg.DISTILLER.TYPE} needs a teacher; pass teacher=, or leave method out")
     with tempfile.TemporaryDirectory() as nowhere, silence(quiet):
         cfg = _place(cfg, Path(folder) if folder is not None else Path(nowhere), networks, data is not None)
         cfg.overrides[:] = [pair for pair in cfg.overrides if pair[0] in own] + [("EXPERIMENT.NAME", "run")]

@@ -311,7 +311,6 @@ def test_classes_that_nothing_is_learned_of_are_said_before_training(capsys, shi
         ({"LOG__PREFIX": "x"}, "LOG.PREFIX: pass folder= in its place"),
         ({"EXPERIMENT__NAME": "x"}, "EXPERIMENT.NAME: pass folder= in its place"),
         ({"DATASET__TYPE": "digits"}, "DATASET.TYPE: pass train= in its place"),
-        ({"method": "NONE"}, "distill: NONE has no teacher; leave teacher out"),
         ({"train": "python", "test": None}, "distill: networks on python are built by name; pass one of gpt"),
         ({"train": "scenes", "test": None}, "distill: networks on scenes are built by name; pass one of "),
         ({"SOLVER__LR": -1}, "got -1.0 (keyword of distill) [Learning rate of the first epoch]"),
