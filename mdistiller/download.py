@@ -189,4 +189,6 @@ def _download(url: str, part: Path, size: int) -> None:
     except requests.RequestException as error:
         while isinstance(inner := getattr(error, "reason", None) or (error.args or [None])[0], Exception):
             error = inner
-        raise UserError(f"{url}: {error}; type it again to go on, or with HTTPS_PROXY set; {ELSEWHERE}") from None
+        raise UserError(
+            f"{url}: {error}; type it again to go on, or with HTTPS_PROXY set; tools/download.py: {ELSEWHERE}"
+        ) from None

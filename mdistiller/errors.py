@@ -1,13 +1,14 @@
 """What a user did that cannot work, said in lines that name the thing to type instead."""
 
 import contextlib
+import difflib
 import inspect
 import os
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 class UserError(Exception):
@@ -94,13 +95,22 @@ def users_code(what: str) -> Iterator[None]:
         if not files or re.search("alloc|out of memory|deterministic", str(error)):
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
-        place = f"{os.path.relpath(files[-1].filename)}:{files[-1].lineno}"
-        line = f"{what} fails at {place}: {type(error).__name__}: {reason}"
-        read = reason.isidentifier() and re.search(rf"cfg((?:\.\w+)*\.{re.escape(reason)})\b", files[-1].line or "")
-        if isinstance(error, AttributeError) and read:  # yacs says the key's last word alone
-            line = f"{what} reads the key {read[1][1:]}, which nothing sets; give it in the YAML, or name in "
-            line += "EXPERIMENT.PLUGINS the checkout that has its defaults"
+        line = f"{what} fails{place_of(files)}: {type(error).__name__}: {reason}"
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        section = frame.f_locals.get("self")
+        if isinstance(error, AttributeError) and isinstance(section, dict):  # yacs says the key's last word alone
+            read = re.search(rf"cfg\.((?:\w+\.)*{re.escape(reason)})\b", files[-1].line or "")
+            close = difflib.get_close_matches(reason, section, 1)
+            mend = "give it in the YAML, or name in EXPERIMENT.PLUGINS the checkout that has its defaults"
+            mend = f"did you mean {close[0]}?" if close else mend
+            line = f"{what} reads the key {read[1] if read else reason}, which nothing sets; {mend}"
         raise UserError(line) from error
+
+
+def place_of(frames: Sequence[traceback.FrameSummary]) -> str:
+    """Return the last place, " at FILE:LINE", in the user's own code; empty where there is none."""
+    files = [frame for frame in frames if _is_users(frame.filename)]
+    return f" at {os.path.relpath(files[-1].filename)}:{files[-1].lineno}" if files else ""
 
 
 _NOT_THE_USERS = (os.path.dirname(__file__), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<frozen")

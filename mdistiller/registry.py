@@ -104,6 +104,11 @@ def same_definition(first: object, second: object) -> bool:
     return places[0] == places[1] and places[0][0] == "__main__" and "<" not in places[0][1]
 
 
+def is_ours(item: object) -> bool:
+    """Return whether a class or a function is this package's, or torch's or Python's beneath it."""
+    return item is object or getattr(item, "__module__", "").startswith(("mdistiller.", "torch."))
+
+
 def fold(name: str) -> str:
     """Return what remains of a name where neither case nor underscores count."""
     return name.casefold().replace("_", "")

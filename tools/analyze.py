@@ -10,6 +10,7 @@ from pathlib import Path
 import _package
 
 from mdistiller.errors import run_command
+from mdistiller.terminal import counted
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     done = analyze(words.runs, words.out, words.published, words.opts, words.latex, words.markdown, say, words.plugins)
     for note in done.notes:
         print(f"skipped: {note}")
-    print(f"{words.out / 'report.html'}: {len(done.groups)} groups, {len(done.charts)} charts")
+    print(f"{words.out / 'report.html'}: {counted(len(done.groups), 'group')}, {counted(len(done.charts), 'chart')}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def choose(wanted: str, views: int, draws: int, held: float, cuda: bool, sample:
     if wanted != "auto":
         return Choice(wanted, "")
     share = (1 - held) * expected_distinct_views(views, draws, cuda) / max(draws, 1)
-    text = f"it saves {100 * (1 - share):.0f} %" if share <= 1 else f"it takes {share:.1f} times"
+    text = f"it saves {max(0.0, 100 * (1 - share)):.0f} %" if share < 1.05 else f"it takes {share:.1f} times"
     text = f"{text} of the teacher's passes; {sample} has {counted(views, 'view')} and is used {counted(draws, 'time')}"
     if share >= BANK_PAYS_BELOW:
         return Choice("none", f"a bank would not pay: {text}")

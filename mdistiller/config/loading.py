@@ -1,6 +1,7 @@
 """From YAML files and KEY VALUE pairs to a checked, frozen configuration."""
 
 import re
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mdistiller.config.plugins import Plugin, activate, find_plugin, load_plugin
 from mdistiller.config.reading import read_yaml
 from mdistiller.config.unknown import Known, unknown_key
 from mdistiller.config.values import coerce, decode, decode_tree, kind_of
-from mdistiller.errors import ConfigError, UserError
+from mdistiller.errors import ConfigError, UserError, place_of
 
 MOST_PROBLEMS = 20
 NETWORKS = ("DISTILLER.TEACHER", "DISTILLER.STUDENT", "DISTILLER.ENSEMBLE")
@@ -166,7 +167,9 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
     for plugin in plugins:
         path = find_plugin(str(plugin), folder)
         if path is None:
-            problems.append(f"EXPERIMENT.PLUGINS: '{plugin}' is neither an existing .py file nor a folder")
+            close = registry.nearest(str(plugin), map(str, Path(str(plugin)).parent.glob("*.py")))
+            near = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"EXPERIMENT.PLUGINS: '{plugin}' is neither an existing .py file nor a folder{near}")
             continue
         try:
             loaded.append(load_plugin(path))
@@ -177,7 +180,9 @@ def _load_plugins(plugins: object, folder: Path, problems: list[str]) -> list[Pl
         except BaseException as error:  # foreign code: whatever it raises is a mistake in the input
             lacks_ours = isinstance(error, ImportError) and "mdistiller" in str(error) and path.is_file()
             hint = "; if the file is part of a checkout, name the checkout's folder" if lacks_ours else ""
-            problems.append(f"EXPERIMENT.PLUGINS: {plugin} fails on import: {type(error).__name__}: {error}{hint}")
+            place = "" if isinstance(error, SyntaxError) else place_of(traceback.extract_tb(error.__traceback__))
+            failed = f"{plugin} fails on import{place}: {type(error).__name__}: {error}{hint}"
+            problems.append(f"EXPERIMENT.PLUGINS: {failed}")
     return loaded
 
 

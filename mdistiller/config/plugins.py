@@ -152,7 +152,9 @@ class Plugin:
                 declared = self.load_checkout()
             else:
                 self.enter_classes(self.package.execute(f"distillers.{path.stem}", path))
-        self.defaults: dict[str, object] = self.brought.pop("default", {}) | declared
+        registered = self.brought.pop("default", {})
+        self.closed = {key.rpartition(".")[0] for key in registered}  # sections whose keys are all declared
+        self.defaults: dict[str, object] = registered | declared
 
     @property
     def text(self) -> str:

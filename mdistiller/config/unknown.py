@@ -35,6 +35,7 @@ class Known:
         plugins = [PLUGINS[digest] for digest in digests]
         self.text = "".join(plugin.text for plugin in plugins)
         self.keys, self.sections = dict(KEYS), {*CFG}
+        self.closed = {section for plugin in plugins for section in plugin.closed}
         for name, value in (pair for plugin in plugins for pair in plugin.defaults.items()):
             section = name.split(".")[0]
             self.sections.add(section)
@@ -46,14 +47,16 @@ class Known:
 
     def reads(self, name: str, is_section: bool) -> bool:
         """Return whether a plug-in may read the key or section `name`: its words are in the text, or its section is
-        handed on as a whole, or nobody else has declared its section.
+        handed on as a whole and was not registered with its keys, or nobody else has declared its section.
         """
         *sections, last = name.split(".")
         if sections and sections[0] not in self.sections:
             return True
         if not all(self._says(part) for part in sections or [last]):
             return False
-        whole = sections and re.search(rf"\bcfg\.{re.escape('.'.join(sections))}\b(?!\.\w)", self.text)
+        section = ".".join(sections)
+        handed_on = rf"\bcfg\.{re.escape(section)}\b(?!\.\w)"
+        whole = section and section not in self.closed and re.search(handed_on, self.text)
         return bool(is_section or whole or self._says(last))
 
     def _says(self, word: str) -> bool:

@@ -36,11 +36,18 @@ def load(name: str, root: Path, layout: BinaryLayout, num_classes: int, mean: tu
         train_images, train_labels = _torchvision(name, root, layout, train=True)
         test_images, test_labels = _torchvision(name, root, layout, train=False)
     else:
-        folder = folder or download.fetch(name.lower(), root)
+        folder = folder or _fetched(name.lower(), root)
         train = [_records(folder / file, layout.label_bytes, num_classes) for file in layout.train_files]
         train_images, train_labels = (torch.cat(parts) for parts in zip(*train, strict=True))
         test_images, test_labels = _records(folder / layout.test_file, layout.label_bytes, num_classes)
     return ImageSet(train_images, train_labels, test_images, test_labels, num_classes, mean, std)
+
+
+def _fetched(name: str, root: Path) -> Path:
+    try:
+        return download.fetch(name, root)
+    except UserError as error:
+        raise UserError(f"DATASET.ROOT: {root} holds no {name}, and it could not be fetched: {error}") from None
 
 
 def _records(path: Path, label_bytes: int, num_classes: int) -> tuple[Tensor, Tensor]:

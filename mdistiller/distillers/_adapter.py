@@ -9,6 +9,7 @@ from mdistiller.config import TWO_VIEWS, Absent
 from mdistiller.device import without_cuda
 from mdistiller.distillers.base import Distiller
 from mdistiller.errors import UserError, users_code
+from mdistiller.registry import is_ours
 
 USUAL = ("student", "teacher", "cfg")
 OFFERED = ("num_data", "labels")  # what `Distiller.needs` may ask for
@@ -35,7 +36,7 @@ def adapt(name: str, cls: object) -> type:
         return _refuse(name, f"{name} {cls.reason}")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "forward_train")):
         raise TypeError(f"the method {name} must be a class derived from mdistiller.distillers.Distiller")
-    bases = [base for base in cls.__mro__ if not _is_ours(base)]
+    bases = [base for base in cls.__mro__ if not is_ours(base)]
     # what was read off a base's signatures, when that was entered, does not hold for a class derived from it
     own = {attribute for base in bases for attribute in vars(base) if attribute not in vars(base).get("_adapted", ())}
     if not own:
@@ -55,10 +56,6 @@ def adapt(name: str, cls: object) -> type:
         raise TypeError(f"the method {name} needs {', '.join(sorted(unknown))}; there are {' and '.join(OFFERED)}")
     declared = getattr(cls, "declared", None) is cls
     return _wrap(name, cls) if own & {"forward_train", "__init__"} and not declared else cls
-
-
-def _is_ours(cls: type) -> bool:
-    return cls is object or cls.__module__.startswith(("mdistiller.", "torch."))
 
 
 def _refuse(name: str, reason: str) -> type:
@@ -81,7 +78,7 @@ def _constructor(cls: type) -> dict[str, bool]:
         if "__init__" in vars(base):
             named, rest = _parameters(base.__init__)
             found = found | {name: default for name, default in named.items() if name not in found}
-            if not rest or _is_ours(base):
+            if not rest or is_ours(base):
                 break
     return found
 

@@ -56,7 +56,10 @@ def layer_names(
         )
     for side, names, network in zip(("teacher", "student"), sides, (teacher, student), strict=True):
         if names and not isinstance(network, nn.Module):
-            raise UserError(f"layers: are for a module of yours, and the {side} is {network!r}; pass [] for its names")
+            raise UserError(
+                f"layers: names layers of a module of yours, and the {side} is {network!r}, whose features are known; "
+                "pass [] in its place"
+            )
     return tuple(sides[1]), tuple(sides[0])
 
 

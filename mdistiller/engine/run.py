@@ -14,6 +14,7 @@ from mdistiller.bank.pool import check_form
 from mdistiller.config import Config, activate, check, in_place_of_built_in, needs_teacher, teacher_names, used_names
 from mdistiller.dataset import load_dataset
 from mdistiller.device import check_amp, has_bf16, seed_everything, set_determinism
+from mdistiller.distillers import distiller_dict
 from mdistiller.engine.build import Workspace, build_trainer, check_last_batch, rehearse
 from mdistiller.engine.cfg import describe, unread_overrides
 from mdistiller.engine.method import build_distiller, prepare_parts
@@ -23,7 +24,7 @@ from mdistiller.engine.stepmode import check_step
 from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.teachers import find_teachers
 from mdistiller.errors import RunFailed, UserError
-from mdistiller.registry import name_and_file
+from mdistiller.registry import is_ours, name_and_file
 from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import RunFolder, resumable, run_folder
 from mdistiller.runs.recorder import Recorder, Unrecorded, require_wandb, start_wandb
@@ -84,6 +85,8 @@ class RunRequest:
         """
         with failures(self.cfg):
             check_last_batch(self.cfg, workspace)
+            if not all(map(is_ours, distiller_dict[self.cfg.DISTILLER.TYPE].__mro__)):  # it may fail at its first step
+                rehearse(self.cfg, workspace)
             if not needs_teacher(self.cfg.DISTILLER.TYPE):
                 return
             check_form(self.cfg, workspace.local.training_batches(self.cfg))
@@ -143,7 +146,7 @@ class OpenRun:
             if self.trainer.state.epoch > cfg.SOLVER.EPOCHS:
                 raise UserError(
                     f"--resume: {counted(self.trainer.state.epoch, 'epoch')} done, more than SOLVER.EPOCHS "
-                    f"{cfg.SOLVER.EPOCHS}"
+                    f"{cfg.SOLVER.EPOCHS}; set as many or more"
                 )
         own = [value for name, value in distiller.named_parameters() if not name.startswith("teacher.")]
         ranks.broadcast([*own, *self.trainer.step.buffers()])

@@ -266,14 +266,14 @@ class Step:
                 epoch = torch.full((), float(epoch), device=self.device)
             try:
                 return self.forward(**given | {"epoch": epoch})
-            except (RuntimeError, TypeError, OSError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
                 # a mistake that is not the compiler's comes again below
                 self.forward, self.refusal = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if self.steps or isinstance(epoch, Tensor):  # what fails as part of a graph comes again, with a number
+        if isinstance(epoch, Tensor):  # what fails as part of a graph comes again, with a number
             return self.distiller(**given)
-        with users_code(f"the first training step of {method_name(self.distiller)}"):
+        with users_code(f"{'a' if self.steps else 'the first'} training step of {method_name(self.distiller)}"):
             return self.distiller(**given)
 
     def _change_parameters(self, loss: Tensor, extra: tuple) -> Tensor:

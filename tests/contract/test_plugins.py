@@ -202,6 +202,42 @@ def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, fewer_digits, metho
     assert row["train_losses"]["loss/loss_kd"] > 0
 
 
+@pytest.mark.parametrize(
+    ("change", "words", "says"),
+    [
+        (("", ""), ("CONFIDENCE_KD.KD_WIGHT", 3), "unknown key; did you mean CONFIDENCE_KD.KD_WEIGHT?"),
+        (
+            ("self.cfg.KD_WEIGHT", "self.cfg.KD_WEIHT"),
+            (),
+            "reads the key KD_WEIHT, which nothing sets; did you mean KD_W",
+        ),
+        (
+            ("kd = ", "kd = [] + "),
+            (),
+            "the first training step of CONFIDENCE_KD fails at confidence_kd.py:26: TypeError",
+        ),
+        (
+            ("kd = ", "kd = 1 / (2 - kwargs['epoch']) * "),
+            (),
+            "a training step of CONFIDENCE_KD fails at confidence_kd.py",
+        ),
+    ],
+)
+def test_a_mistake_in_a_method_is_a_line_and_leaves_nothing_of_a_run_that_never_trained(
+    tmp_path, fewer_digits, change, words, says
+):
+    write(tmp_path, "docs/new_method.md", {"confidence_kd.py", "confidence_kd.yaml", "hint.py", "notebook.py"})
+    file = tmp_path / "confidence_kd.py"
+    file.write_text(file.read_text().replace(*change))
+    words += ("DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", save_teacher(tmp_path / "teacher.pth"))
+    words += ("SOLVER.EPOCHS", 2, "SOLVER.LR_DECAY_STAGES", "[]")
+    done = called("train_ours", "--cfg", "confidence_kd.yaml", *words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") <= 2 and says in done.stderr.replace("\n  ", " "), (
+        done.stderr
+    )
+    assert (tmp_path / "output").exists() == says.startswith("a training step")
+
+
 def test_the_page_on_plugins_runs_as_it_stands(tmp_path):
     files = ("small_net.py", "staged_net.py", "squares.py", "confidence.py", "squares.yaml", "notebook.py")
     write(tmp_path, "docs/plugins.md", {*files})

@@ -381,7 +381,7 @@ def test_every_config_loads_and_begins_with_its_command(path):
             "ValueError: BAD_DEFAULT.T: its default must be greater than 0; got -1.0; mend",
         ),
         ("Key('fixd', 'Mine.', one_of(rules))", "BAD_DEFAULT.T: unknown temperature rule 'fixd'; did you mean fixed? "),
-        ("Key('x', 'Mine.', Check(lambda v: v > 0, 'must be more'))", "bad.py fails on import: TypeError: '>' not sup"),
+        ("Key('x', 'Mine.', Check(lambda v: v > 0, 'must be more'))", "bad.py:4: TypeError: '>' not sup"),
     ],
 )
 def test_a_default_that_fails_its_check_is_the_plugins(tmp_path, default, says):
