@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import ROOT
 
-from mdistiller.config import KEYS, computed, leaves
+from mdistiller.config import KEYS, Key, computed, leaves
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import CFG, describe, load, unread_overrides
+from mdistiller.engine.teachers import teacher_config
 from mdistiller.errors import ConfigError
 from mdistiller.models import build_model
 from mdistiller.registry import Registry
@@ -281,6 +282,15 @@ def test_what_a_method_from_outside_may_read_is_a_part_of_its_identity(tmp_path)
     )
     assert not unread_overrides(load(None, [*mine, "CRD.NCE.K", "3"]))
     assert "AT.P" in unread_overrides(load(None, [*mine, "AT.P", "3"]))
+
+
+def test_a_key_that_is_added_later_makes_no_teacher_another_one(monkeypatch):
+    cfg = load(None, ["DISTILLER.TYPE", "KD"])
+    name = teacher_config(cfg).EXPERIMENT.NAME
+    monkeypatch.setitem(KEYS, "SOLVER.LOOKAHEAD", Key(0))
+    monkeypatch.setitem(CFG.SOLVER, "LOOKAHEAD", 0)
+    assert teacher_config(load(None, ["DISTILLER.TYPE", "KD"])).EXPERIMENT.NAME == name
+    assert teacher_config(load(None, ["DISTILLER.TYPE", "KD", "SOLVER.LOOKAHEAD", "5"])).EXPERIMENT.NAME != name
 
 
 def test_the_methods_that_a_key_names_are_those_that_read_it():
