@@ -11,16 +11,17 @@ from mdistiller.terminal import say
 
 
 def describe(cfg: CfgNode) -> str:
-    """Return the configuration as YAML, without the sections of methods that are not in use, and of temperature rules
-    that stand at their defaults.
+    """Return the configuration as YAML, without other methods' sections of which nothing is read, and without sections
+    beside the method's own that stand at their defaults.
     """
-    shown = cfg.clone()
+    shown, flat = cfg.clone(), leaves(cfg)
     for name in SECTIONS:
         parent, _, last = name.rpartition(".")
         node = get(shown, parent)
         if last not in node or name == cfg.DISTILLER.TYPE:
             continue
-        if not parent or all(value == KEYS[key].default for key, value in leaves(node[last], f"{name}.").items()):
+        keys = [key for key in leaves(node[last], f"{name}.") if parent or not unread(flat, key)]
+        if all(key in KEYS and flat[key] == KEYS[key].default for key in keys):
             del node[last]
     return shown.dump()
 

@@ -409,6 +409,9 @@ def test_a_description_loads_again_and_leaves_out_what_is_not_in_use(tmp_path):
     assert "ERRATUM" in text and "DTKD" not in text and "DKD:" not in text
     assert "ERRATUM" not in describe(load())
     assert load(write(tmp_path, text)) == cfg
+    cfg = load(None, ["DISTILLER.TYPE", "CTKD", "KD.TEMPERATURE", "3"])
+    assert load(write(tmp_path, describe(cfg))) == cfg, "CTKD reads KD's temperature"
+    assert "\nKD:" not in describe(load(None, ["DISTILLER.TYPE", "CTKD", "KD.LOSS.KD_WEIGHT", "3"]))
 
 
 def test_a_name_is_registered_once():
