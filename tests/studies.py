@@ -80,11 +80,11 @@ def record(method="KD", teacher="resnet20", student="resnet8", seed=0, last=60.0
     opts |= {"SOLVER.EPOCHS": 240} | {key.replace("__", "."): value for key, value in changes.items()}
     own = config.computed(config.load(base, [str(word) for pair in opts.items() for word in pair]))
     alone = ["DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", teacher, "SOLVER.EPOCHS", str(opts["SOLVER.EPOCHS"])]
-    source = {"run": "t", "hash": "", "sha256": "t", "config": config.computed(config.load(base, alone))}
+    source = {"run": "t", "sha256": "t", "config": config.computed(config.load(base, alone))}
     curve = [best, *[min(last, best)] * (own["SOLVER.EPOCHS"] - 1)]
     return json.loads(json.dumps({
         "plan": "p", "cell": f"NONE,{student}" if method == "NONE" else f"{method},{teacher},{student}", "seed": seed,
-        "hash": "", "last": last, "best": best, "epochs": len(curve), "seconds": 60.0, "students": 1,
+        "last": last, "best": best, "epochs": len(curve), "seconds": 60.0, "students": 1,
         "device": "cpu (x)", "threads": 1, "versions": {"torch": "2"}, "git": [{"commit": "0" * 40, "clean": True}],
         "sha256": {"data": "d", "student": "s"}, "config": own, "curve": curve,
         "teacher": None if method == "NONE" else source,
@@ -101,7 +101,7 @@ def write_records(path, *records):
 def figures(path="results/runs.jsonl"):
     """Return what must not depend on how often a study was disturbed."""
     records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    keys = ("cell", "seed", "hash", "last", "best", "best_epoch", "epochs", "sha256", "config", "curve")
+    keys = ("cell", "seed", "last", "best", "best_epoch", "epochs", "sha256", "config", "curve")
     return {(r["cell"], r["seed"]): {key: r[key] for key in keys} for r in records}
 
 

@@ -16,7 +16,6 @@ from mdistiller.config.keys import (
     at_least,
     below,
     between,
-    computed,
     get,
     image_size,
     leaves,
@@ -29,5 +28,6 @@ from mdistiller.config.keys import (
 )
 from mdistiller.config.loading import check, load, load_plugins, merge, misfit, read
 from mdistiller.config.plugins import PLUGINS, Absent, activate, in_place_of_built_in, load_plugin, used_code
+from mdistiller.config.reads import computed, unread
 
 __all__ = [name for name, item in globals().items() if name[0] != "_" and not inspect.ismodule(item)]

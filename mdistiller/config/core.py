@@ -8,6 +8,7 @@ from mdistiller.config.keys import Check, Key, add_keys, at_least, below, betwee
 AUGMENTATIONS = ("crop_flip", "crop", "none", "resized_crop")
 DOT_TRAINERS = ("dot", "crd_dot")  # whose optimizer keeps task and distillation apart
 TWO_VIEWS = ("ours", "aug")  # which give each sample in a weak and a strong view
+FALLS = {"SOLVER.SCHEDULE": ("multistep",)}
 
 add_keys(
     {
@@ -72,6 +73,7 @@ add_keys(
             "detector's trunk alone; pkg:NAME: those in an installed package; empty: download_ckpts/"
             "<data set>_teachers/<teacher>_vanilla/.",
             role="where",
+            distils=True,
         ),
         "DISTILLER.ENSEMBLE": Key(
             [],
@@ -109,6 +111,7 @@ add_keys(
             "Train a missing teacher first, by method NONE with this SOLVER, and store it; fine-tune it where "
             "TEACHER_CKPT is pretrained, trunk or pkg:NAME, or a file under NEW_HEAD.",
             role="where",
+            distils=True,
         ),
         "DISTILLER.TEACHER_LR": Key(
             0.0, "Learning rate of the teacher that is trained; 0: SOLVER.LR.", at_least(0), distils=True
@@ -133,7 +136,10 @@ add_keys(
             one_of(("base", "crd", *DOT_TRAINERS, *TWO_VIEWS)),
         ),
         "SOLVER.DOT.DELTA": Key(
-            0.075, "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation."
+            0.075,
+            "dot: the momenta are MOMENTUM - DELTA for the task and + DELTA for distillation.",
+            distils=True,
+            only={"SOLVER.TRAINER": DOT_TRAINERS},
         ),
         "SOLVER.BATCH_SIZE": Key(
             64, "Images in a training batch; the last, smaller one is kept unless DROP_LAST.", at_least(1)
@@ -162,10 +168,13 @@ add_keys(
                 lambda v: all(a < b for a, b in zip([0, *v], v, strict=False)),
                 "must be epochs in rising order, each 1 or more, such as [150, 180, 210]",
             ),
+            only=FALLS,
         ),
-        "SOLVER.LR_DECAY_RATE": Key(0.1, "Factor of each fall.", Check(lambda v: 0 < v <= 1, "must be in (0, 1]")),
+        "SOLVER.LR_DECAY_RATE": Key(
+            0.1, "Factor of each fall.", Check(lambda v: 0 < v <= 1, "must be in (0, 1]"), only=FALLS
+        ),
         "SOLVER.WEIGHT_DECAY": Key(0.0001, "L2 penalty on every parameter.", at_least(0)),
-        "SOLVER.MOMENTUM": Key(0.9, "SGD momentum.", below(1)),
+        "SOLVER.MOMENTUM": Key(0.9, "SGD momentum.", below(1), only={"SOLVER.TYPE": ("SGD",)}),
         "SOLVER.SCHEDULE": Key(
             "multistep",
             "multistep: the rate falls at LR_DECAY_STAGES; cosine: to 0 along half a wave over EPOCHS.",
@@ -189,6 +198,7 @@ add_keys(
             "Text: tokens whose logits exist at a time, in the last layer and the losses; 0: all of a batch's.",
             at_least(0),
             role="how",
+            only={"DATASET.TYPE": ("text",)},
         ),
         "SOLVER.EMA": Key(
             0.0,
@@ -220,7 +230,7 @@ add_keys(
         ),
         "TEMPERATURE.RULE": Key(
             "",
-            "Temperature rule of KD, DKD, DTKD, MLKD, DIST or CTKD; empty: the method's own.",
+            "Temperature rule of KD, DKD, DTKD, MLKD, DIST, NORMKD or CTKD; empty: the method's own.",
             one_of(registry.temperature_rules, empty=True),
             distils=True,
         ),
@@ -254,9 +264,14 @@ add_keys(
             "jsd: share beta of the teacher in the mixture; near 0 it is like forward, near 1 like reverse.",
             inside,
             distils=True,
+            only={"DIVERGENCE.TYPE": ("jsd",)},
         ),
         "DIVERGENCE.SKEW": Key(
-            0.1, "skewed: share of a side's own probabilities in what it is compared with.", inside, distils=True
+            0.1,
+            "skewed: share of a side's own probabilities in what it is compared with.",
+            inside,
+            distils=True,
+            only={"DIVERGENCE.TYPE": ("skewed", "skewed_reverse")},
         ),
         "LOG.TEMPERATURE": Key(
             "summary",

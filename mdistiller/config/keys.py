@@ -62,7 +62,8 @@ class Key(NamedTuple):
     `role` says what a change of it does: "computes" changes the numbers of a run, so it is part of the run's name and
     identity; "how" changes only the way to the same numbers; "where" says where a run happens, reads and writes.
     `distils`: nothing reads it where there is no teacher. `effect` maps a value to what counts of it. `absent`: what a
-    record that lacks the key was computed with, where that is not the default.
+    record that lacks the key was computed with, where that is not the default. `only`, {other key: values}: nothing
+    reads it where that key has none of these values, nor names a data set of such a task.
     """
 
     default: object
@@ -72,6 +73,7 @@ class Key(NamedTuple):
     distils: bool = False
     effect: Callable[[object], object] | None = None
     absent: object = None
+    only: Mapping[str, Sequence] = {}
 
     @property
     def before(self) -> object:
@@ -176,32 +178,6 @@ def role(name: str) -> str:
     return KEYS[name].role if name in KEYS else "computes"
 
 
-def computed(cfg: Mapping) -> dict[str, object]:
-    """Return {key: value} of the settings in `cfg`, nested or flat, that decide what is computed.
-
-    Keys that only say where or how, sections of methods that are not in use and, for a method without a teacher,
-    what only distillation reads are left out. Keys that `cfg` lacks have their defaults, or what was computed before
-    they were there (`Key.absent`), so that a key that is added later makes no finished run another one. Values are as
-    YAML and JSON hold them: lists, no tuples.
-    """
-    given = leaves(cfg)
-    flat = {name: _plain(key.before) for name, key in KEYS.items()} | {k: _plain(v) for k, v in given.items()}
-    method = flat["DISTILLER.TYPE"]
-    distils = needs_teacher(method)
-    methods = {name for name in SECTIONS if "." not in name} - {method}
-    kept = {}
-    for name, value in flat.items():
-        key = KEYS.get(name, Key(None))
-        here = name == "DATASET.ROOT" and flat["DATASET.TYPE"] in ("npz", "text")  # the data are that file
-        section = name.split(".")[0]
-        if (key.role != "computes" and not here) or (key.distils and not distils and section != method):
-            continue
-        if section in methods and value in (_plain(key.default), _plain(key.before)):
-            continue
-        kept[name] = key.effect(value) if key.effect else value
-    return kept
-
-
 def used_names(cfg: Mapping) -> dict[str, list[str]]:
     """Return {kind of registry: the names that the configuration chooses there}."""
     names, distils = cfg["DISTILLER"], needs_teacher(cfg["DISTILLER"]["TYPE"])
@@ -221,10 +197,6 @@ def needs_teacher(method: str) -> bool:
     registry.fill()
     cls = registry.distillers.get(method)
     return cls is None or cls.needs_teacher
-
-
-def _plain(value: object) -> object:
-    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def meaning(name: str) -> str:

@@ -23,6 +23,7 @@ add_keys(
             "coco, voc: refuse a set that has a box without width or height, or outside of its image; or drop such "
             "boxes (COCO's own train2017 has some).",
             one_of(("refuse", "drop")),
+            only={"DATASET.TYPE": ("coco", "voc")},
         ),
     }
 )

@@ -25,11 +25,13 @@ add_keys(
                 lambda v: len(v) == 2 and 0.1 <= v[0] <= v[1] <= 4,
                 "must be two numbers from 0.1 to 4, such as [0.8, 1]",
             ),
+            only={"DATASET.TYPE": ("detection",)},
         ),
         "DATASET.LONG_SIDE": Key(
             0,
             "Images with boxes: pixels of the longer side at most, before JITTER; 0: 1333, of scenes DATASET.SIZE.",
             Check(lambda v: not v or 16 <= v <= 8192, "must be 0, or 16 to 8192"),
+            only={"DATASET.TYPE": ("detection",)},
         ),
     }
 )

@@ -20,6 +20,7 @@ from mdistiller.dataset._registry import register_dataset
 from mdistiller.errors import UserError
 from mdistiller.terminal import counted, say, shows_bars
 
+FOLDERS = ("imagefolder", "imagenet", "tiny_imagenet")
 add_keys(
     {
         "DATASET.SIZE": Key(
@@ -27,17 +28,20 @@ add_keys(
             "Picture folders: pixels of a side; 0: 224, of tiny_imagenet 64. Images with boxes: pixels of the shorter "
             "side in a test; 0: 800, of scenes 128.",
             Check(lambda v: not v or 8 <= v <= 1024, "must be 0, or 8 to 1024"),
+            only={"DATASET.TYPE": (*FOLDERS, "detection")},
         ),
         "DATASET.CROP": Key(
             0.0,
             "Picture folders: the share of the shorter side that the middle keeps, as in a test; 0: 0.875, of "
             "tiny_imagenet 1.",
             between(0, 1),
+            only={"DATASET.TYPE": FOLDERS},
         ),
         "DATASET.BACKGROUND": Key(
             [255, 255, 255],
             "Picture folders: the colour below transparent parts.",
             Check(lambda v: len(v) == 3 and all(0 <= n <= 255 for n in v), "must be three numbers from 0 to 255"),
+            only={"DATASET.TYPE": FOLDERS},
         ),
         "DATASET.MEMORY": Key(
             4.0,
@@ -45,6 +49,7 @@ add_keys(
             "under resized_crop, are decoded in each epoch by DATASET.NUM_WORKERS processes.",
             at_least(0),
             role="how",
+            only={"DATASET.TYPE": (*FOLDERS, "detection")},
         ),
     }
 )

@@ -20,6 +20,7 @@ from mdistiller.errors import UserError
 from mdistiller.terminal import counted
 
 IMAGE_SETS = ("cifar10", "cifar100", "digits")
+READ_BY = {"DATASET.TYPE": ("scenes",)}
 add_keys(
     {
         "DATASET.SCENES.OF": Key(
@@ -27,12 +28,13 @@ add_keys(
             "Scenes: what is in them: shapes, which need no file; pictures, cut out by their transparent parts, of "
             "ROOT/train/CLASS and ROOT/val/CLASS; or the images of cifar10, cifar100 or digits.",
             one_of(("shapes", "pictures", *IMAGE_SETS)),
+            only=READ_BY,
         ),
-        "DATASET.SCENES.TRAIN": Key(2000, "Scenes: images to train on.", between(1, 2**20)),
-        "DATASET.SCENES.TEST": Key(500, "Scenes: images to test on.", between(1, 2**20)),
-        "DATASET.SCENES.OBJECTS": Key(8, "Scenes: objects in an image, at most.", between(1, 100)),
+        "DATASET.SCENES.TRAIN": Key(2000, "Scenes: images to train on.", between(1, 2**20), only=READ_BY),
+        "DATASET.SCENES.TEST": Key(500, "Scenes: images to test on.", between(1, 2**20), only=READ_BY),
+        "DATASET.SCENES.OBJECTS": Key(8, "Scenes: objects in an image, at most.", between(1, 100), only=READ_BY),
         "DATASET.SCENES.VARIANT": Key(
-            0, "Scenes: another number draws other ones; runs of several SEEDs see the same.", at_least(0)
+            0, "Scenes: another number draws other ones; runs of several SEEDs see the same.", at_least(0), only=READ_BY
         ),
     }
 )

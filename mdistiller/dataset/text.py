@@ -22,6 +22,7 @@ from mdistiller.errors import UserError
 from mdistiller.files import expand, open_regular, write_atomic
 from mdistiller.terminal import counted, say
 
+READ_BY = {"DATASET.TYPE": ("text",)}
 add_keys(
     {
         "DATASET.TEXT.TOKENIZER": Key(
@@ -29,15 +30,21 @@ add_keys(
             "Text: bytes; bpe: a byte-level BPE, trained on the training part and kept beside the text; or the path of "
             "a tokenizer.json or of a folder that holds one, as that of a language model does.",
             Check(bool, "must be bytes, bpe or a path"),
+            only=READ_BY,
         ),
-        "DATASET.TEXT.VOCABULARY": Key(2048, "Text: entries of the bpe.", between(257, 2**20)),
-        "DATASET.TEXT.BLOCK": Key(256, "Text: tokens that a network sees at once: a sample.", between(2, 2**17)),
-        "DATASET.TEXT.MEGABYTES": Key(0.0, "Text: how much of it, from its beginning; 0: all.", at_least(0)),
+        "DATASET.TEXT.VOCABULARY": Key(2048, "Text: entries of the bpe.", between(257, 2**20), only=READ_BY),
+        "DATASET.TEXT.BLOCK": Key(
+            256, "Text: tokens that a network sees at once: a sample.", between(2, 2**17), only=READ_BY
+        ),
+        "DATASET.TEXT.MEGABYTES": Key(
+            0.0, "Text: how much of it, from its beginning; 0: all.", at_least(0), only=READ_BY
+        ),
         "DATASET.TEXT.TEST": Key(
             "valid",
             "Text: the part to test on. The first 90 % are for training; valid: the next 5 %, to choose settings by; "
             "test: the last 5 %.",
             one_of(("valid", "test")),
+            only=READ_BY,
         ),
     }
 )

@@ -114,5 +114,6 @@ class CTKD(KD):
     """
 
     section = "CTKD"
+    reads = ("KD.TEMPERATURE",)
     own_rule = "learned"
     has_parts = False

@@ -121,6 +121,7 @@ def _wrap(name: str, cls: type) -> type:
     class Foreign(cls):
         capturable = False
         needs = tuple(word for word in OFFERED if word in cls.needs or contrasts)
+        reads = (*getattr(cls, "reads", ()), *(("CRD.",) if contrasts else ()))
         needs_teacher = getattr(cls, "needs_teacher", True) and (by_place or "teacher" in init)
 
         def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg, **offered):

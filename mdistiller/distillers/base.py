@@ -25,6 +25,7 @@ class Distiller(nn.Module):
 
     needs_teacher = True  # else it is built with None in the teacher's place
     needs: tuple[str, ...] = ()  # arguments beside (student, teacher, cfg): num_data, the training set's labels (N,)
+    reads: tuple[str, ...] = ()  # what the names begin with of keys that it reads of other methods' sections
     needs_features: tuple[str, ...] = ()  # parts of the models' feature contract that it reads
     least_maps = 1  # that the models must give; 2 where it compares none but those after the stem
     takes_teacher_logits = False  # `forward_train` may be given logits_teacher (B, K) for the teacher's own pass

@@ -1,29 +1,27 @@
 """The complete configuration, with the section of every method: `from mdistiller.engine.cfg import CFG`."""
 
-import inspect
 import re
-import sys
 
 from yacs.config import CfgNode
 
 from mdistiller import dataset, distillers, models  # noqa: F401  (they fill the registries and the sections)
-from mdistiller.config import CFG, KEYS, PLUGINS, SECTIONS, Config, Key, get, leaves, load
-from mdistiller.distillers._divergences import OPTIONS
+from mdistiller.config import CFG, KEYS, PLUGINS, SECTIONS, Config, Key, get, leaves, load, unread
 from mdistiller.errors import UserError
 from mdistiller.terminal import say
 
 
 def describe(cfg: CfgNode) -> str:
-    """Return the configuration as YAML, without the sections of methods that are not in use, and of temperature rules
-    that stand at their defaults.
+    """Return the configuration as YAML, without other methods' sections of which nothing is read, and without sections
+    beside the method's own that stand at their defaults.
     """
-    shown = cfg.clone()
+    shown, flat = cfg.clone(), leaves(cfg)
     for name in SECTIONS:
         parent, _, last = name.rpartition(".")
         node = get(shown, parent)
         if last not in node or name == cfg.DISTILLER.TYPE:
             continue
-        if not parent or all(value == KEYS[key].default for key, value in leaves(node[last], f"{name}.").items()):
+        keys = [key for key in leaves(node[last], f"{name}.") if parent or not unread(flat, key)]
+        if all(key in KEYS and flat[key] == KEYS[key].default for key in keys):
             del node[last]
     return shown.dump()
 
@@ -37,55 +35,18 @@ def unread_overrides(cfg: Config) -> str:
     """Return a line on the KEY VALUE pairs of `cfg` that its run does not read, and on the keys that came with plug-ins
     whose methods and models do not; empty if there are none.
     """
-    method = cfg.DISTILLER.TYPE
-    cls = distillers.distiller_dict[method]
-    ruled = issubclass(cls, distillers.RuleDistiller)
-    rule = distillers.rule_name(cfg, cls.own_rule) if ruled else ""
-    code = "".join(PLUGINS[digest].code for digest in cfg.plugins)
+    code, flat = "".join(PLUGINS[digest].code for digest in cfg.plugins), leaves(cfg)
 
     def reason(key: str) -> str:
-        section, last = key.split(".")[0], key.rpartition(".")[2]
-        if key not in KEYS:
-            read = f"{re.escape(last)}|{re.escape(key.rpartition('.')[0] or last)}[^.\\w]"  # or its section as a whole
-            return "" if re.search(rf"\b({read})", code) else "no method or model reads it"
-        if section in SECTIONS and section != method and not _reads(cfg, cls, section):
-            return f"{method} does not read the section {section}"
-        of_teacher = key.startswith(("DISTILLER.TEACHER", "DISTILLER.TRAIN_TEACHER"))
-        if not cls.needs_teacher and section != method and (of_teacher or (key in KEYS and KEYS[key].distils)):
-            return f"{method} has no teacher"
-        if section == "TEMPERATURE" and not ruled:
-            return f"{method} takes no temperature rule"
-        if key.rpartition(".")[0] in SECTIONS and section == "TEMPERATURE" and key.split(".")[1] != rule.upper():
-            return f"the temperature rule is {rule}"
-        if section == "DIVERGENCE" and not cls.takes_divergence:
-            return f"{method} takes no other divergence"
-        if key in ("DIVERGENCE.BETA", "DIVERGENCE.SKEW") and key.split(".")[1] != OPTIONS.get(cfg.DIVERGENCE.TYPE):
-            return f"DIVERGENCE.TYPE is {cfg.DIVERGENCE.TYPE}"
-        if key.startswith("SOLVER.LR_DECAY") and cfg.SOLVER.SCHEDULE != "multistep":
-            return f"SOLVER.SCHEDULE is {cfg.SOLVER.SCHEDULE}"
-        if key == "SOLVER.MOMENTUM" and cfg.SOLVER.TYPE != "SGD":
-            return f"SOLVER.TYPE is {cfg.SOLVER.TYPE}"
-        if key.startswith("SOLVER.DOT.") and "dot" not in cfg.SOLVER.TRAINER:
-            return f"SOLVER.TRAINER is {cfg.SOLVER.TRAINER}"
-        return ""
+        if key in KEYS:
+            return unread(flat, key)
+        section, _, last = key.rpartition(".")
+        read = f"{re.escape(last)}|{re.escape(section or last)}[^.\\w]"  # or its section as a whole
+        return "" if re.search(rf"\b({read})", code) else "no method or model reads it"
 
     given = [key for key, _ in cfg.overrides] + [key for key in cfg.came if key not in KEYS]
-    unread = [f"{key} ({why})" for key, why in {key: reason(key) for key in given}.items() if why]
-    return f"no effect here: {', '.join(unread)}" if unread else ""
-
-
-def _reads(cfg: Config, cls: type, section: str) -> bool:
-    """Return whether the code of a method, or that of a plug-in, may read the section."""
-    text = "".join(PLUGINS[digest].text for digest in cfg.plugins)
-    if re.search(rf"\b{section}\b", text) or (section == "CRD" and "contrastive_index" in text):
-        return True
-    for base in cls.__mro__:
-        if base.__module__.startswith("mdistiller."):
-            if re.search(rf"cfg\.{section}\b", inspect.getsource(sys.modules[base.__module__])):
-                return True
-        elif not base.__module__.startswith(("torch.", "builtins")) and not cfg.plugins:
-            return True  # of a notebook
-    return False
+    told = [f"{key} ({why})" for key, why in {key: reason(key) for key in given}.items() if why]
+    return f"no effect here: {', '.join(told)}" if told else ""
 
 
 def lskd_pairs(cfg: CfgNode, stand: bool, base_temp: str | None, kd_weight: str | None) -> list[str]:
@@ -96,21 +57,19 @@ def lskd_pairs(cfg: CfgNode, stand: bool, base_temp: str | None, kd_weight: str 
     option that the method has no key for.
     """
     method = cfg.DISTILLER.TYPE
-    own = leaves(cfg.get(method, {}), f"{method}.")
+    own, also = leaves(cfg.get(method, {}), f"{method}."), distillers.distiller_dict[method].reads
     pairs = ["EXPERIMENT.LOGIT_STAND", "True"] if stand else []
     if stand:
         base_temp, kd_weight = base_temp or "2", kd_weight or "9"
     if base_temp is not None:
         several = f"{method}.TEMPERATURES"
-        keys = [f"{method}.{name}" for name in ("TEMPERATURE", "T") if f"{method}.{name}" in own]
+        keys = [key for key in (*own, *also) if re.fullmatch(r"[^.]+\.(TEMPERATURE|T)", key)]
         if keys:
             pairs += [keys[0], base_temp]
         elif several in own:
             values = list(own[several])
             values[len(values) // 2] = _number("--base-temp", base_temp)
             pairs += [several, str(values)]
-        elif method == "CTKD":
-            pairs += ["KD.TEMPERATURE", base_temp]  # its reference under another rule than the learned one
         else:
             raise UserError(f"{'--logit-stand' if stand else '--base-temp'}: {method} has no temperature; leave it out")
     if kd_weight is not None:

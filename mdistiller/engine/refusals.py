@@ -11,15 +11,19 @@ def refuse_unused(cfg: Config) -> None:
     its student's settings.)
     """
     method, cls = cfg.DISTILLER.TYPE, distiller_dict[cfg.DISTILLER.TYPE]
-    if cfg.SOLVER.TRAINER in TWO_VIEWS and not cls.takes_strong_view:
-        takers = [name for name, taker in distiller_dict.active.items() if taker.takes_strong_view]
-        raise UserError(
-            f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} gives a second, strong view, which {method} does not take; set "
-            f"SOLVER.TRAINER base, or use {', '.join(sorted(takers))}"
-        )
-    refuse_soft_labels(cfg, cls)
     task = task_of_run(cfg)
     task.refuse(cfg, cls)
+
+    def takers(attribute: str) -> str:
+        having = {name for name, taker in distiller_dict.active.items() if getattr(taker, attribute, False)}
+        return ", ".join(sorted(name for name in having if task.method(name)))
+
+    if cfg.SOLVER.TRAINER in TWO_VIEWS and not cls.takes_strong_view:
+        raise UserError(
+            f"SOLVER.TRAINER: {cfg.SOLVER.TRAINER} gives a second, strong view, which {method} does not take; set "
+            f"SOLVER.TRAINER base, or use {takers('takes_strong_view')}"
+        )
+    refuse_soft_labels(cfg, cls)
     if not cls.needs_teacher:
         return
     if cfg.DISTILLER.TEACHER_SHARD and cls.takes_teacher_logits and cfg.TEACHER_BANK != "off":
@@ -39,14 +43,9 @@ def refuse_unused(cfg: Config) -> None:
         stand = not any("LOGIT_STAND" in PLUGINS[digest].text for digest in cfg.plugins)
     rule = "EXPERIMENT.LOGIT_STAND" if stand else "TEMPERATURE.RULE"
     if (cfg.TEMPERATURE.RULE or stand) and not issubclass(cls, RuleDistiller):
-        takers = [
-            name
-            for name, taker in distiller_dict.active.items()
-            if issubclass(taker, RuleDistiller) and task.method(name)
-        ]
-        raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {', '.join(sorted(takers))}")
+        raise UserError(f"{rule}: {method} takes no temperature rule; leave it out, or use {takers('own_rule')}")
     if cfg.TEMPERATURE.PART != "all" and not cls.has_parts:
-        raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use KD, DTKD or DKD")
+        raise UserError(f"TEMPERATURE.PART: {method} has no parts; leave it out, or use {takers('has_parts')}")
     if cfg.TEMPERATURE.PART != "all" and cls.takes_divergence and cfg.DIVERGENCE.TYPE != "forward":
         raise UserError(
             f"TEMPERATURE.PART: the divergence {cfg.DIVERGENCE.TYPE} has no parts; set DIVERGENCE.TYPE forward, or "

@@ -18,10 +18,10 @@ from mdistiller.runs import checkpoint
 from mdistiller.runs.folder import check_writable, in_use, resumable, run_folder
 from mdistiller.terminal import counted, say
 
-# keys of SOLVER that are younger than the names of trained teachers
-LATER = (
-    "DROP_LAST", "FREEZE", "EARLY_STOP", "SCHEDULE", "WARMUP", "DECAY_NORMS", "CLIP", "LABEL_SMOOTHING", "ACCUMULATE",
-    "EMA", "SYNC_BN",
+# keys of SOLVER that the names of all trained teachers tell; of those that came later, what is not at its default
+FIRST = (
+    "TRAINER", "DOT.DELTA", "BATCH_SIZE", "EPOCHS", "LR", "LR_DECAY_STAGES", "LR_DECAY_RATE", "WEIGHT_DECAY",
+    "MOMENTUM", "TYPE", "AMP", "NAN_POLICY",
 )  # fmt: skip
 
 
@@ -154,8 +154,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         own.SOLVER.LR_DECAY_STAGES = sorted({max(1, round(epoch * share)) for epoch in cfg.SOLVER.LR_DECAY_STAGES})
     own.SOLVER.TRAINER = "base"  # dot has nothing to separate without a teacher
     root = cfg.DATASET.ROOT if cfg.DATASET.TYPE in ("npz", "imagefolder", "text", "coco", "voc", "scenes") else ""
-    unnamed = {"STEP", "CHUNK"} | {key for key in LATER if own.SOLVER[key] == config.KEYS[f"SOLVER.{key}"].default}
-    solver = {key: value for key, value in config.leaves(own.SOLVER).items() if key not in unnamed}
+    solver = config.leaves(own.SOLVER)
+    solver = {name: value for name, value in solver.items() if name in FIRST or _is_set(f"SOLVER.{name}", value)}
     code = config.used_code(cfg.plugins, {"model": [cfg.DISTILLER.TEACHER], "dataset": [cfg.DATASET.TYPE]})
     parts = [solver, root, cfg.DATASET.AUGMENT, code, _younger(cfg, start)]
     key = checkpoint.digest(parts[:3] + list(filter(None, parts[3:])))[:8]
@@ -168,12 +168,16 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 def _younger(cfg: CfgNode, start: str) -> dict[str, object]:
     """Return what decides of a teacher, is younger than the names of trained ones and is not at its default."""
+    younger = config.KEYS.keys() - {"DATASET.TYPE", "DATASET.AUGMENT"}
     values = config.leaves(cfg.DATASET, "DATASET.")
-    names = [name for name in values if name in config.KEYS and config.role(name) == "computes"]
-    younger = [name for name in names if name not in ("DATASET.TYPE", "DATASET.AUGMENT")]
-    found = {name: values[name] for name in younger if values[name] != config.KEYS[name].default}
+    found = {name: value for name, value in values.items() if name in younger and _is_set(name, value)}
     begins = {"start": start, "size": cfg.DISTILLER.TEACHER_SIZE}
     return found | {name: value for name, value in begins.items() if value}
+
+
+def _is_set(name: str, value: object) -> bool:
+    """Return whether the key decides what is computed and is not at its default."""
+    return config.role(name) == "computes" and (name not in config.KEYS or value != config.KEYS[name].default)
 
 
 def train_teacher(cfg: CfgNode, target: Path, train: Callable[..., dict]) -> Path:

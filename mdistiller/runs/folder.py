@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from yacs.config import CfgNode
 
 from mdistiller import config, files
-from mdistiller.distillers import distiller_dict
 from mdistiller.errors import FolderInUse, UserError
 from mdistiller.files import FileLock, is_locked, remove_leftovers, write_atomic
 from mdistiller.runs.environment import environment
@@ -21,21 +21,29 @@ MOST_BYTES = 200  # of a run's name: what is made of it has to fit 255
 
 
 def run_folder(cfg: config.Config) -> Path:
-    """Return LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides]; a NAME that is an override stands alone. Names keep
-    their spaces, overrides lose theirs. Of a name that is too long for a folder the end is replaced by a hash of it.
+    """Return LOG.PREFIX/EXPERIMENT.PROJECT/NAME-or-TAG[+overrides that are read]; a NAME that is an override stands
+    alone. Names keep their spaces, overrides lose theirs. Of a name that is too long for a folder the end is replaced
+    by a hash of it. A run that lies under a name with all overrides, as all once did, keeps it.
 
     Raises UserError where that is no name for a folder.
     """
+    flat, project = config.leaves(cfg), files.expand(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT
+    named = [(key, value) for key, value in cfg.overrides if config.role(key) == "computes"]
+    before = project / _name(cfg, named)
+    return before if resumable(before) else project / _name(cfg, [p for p in named if not config.unread(flat, p[0])])
+
+
+def _name(cfg: config.Config, changes: Sequence[tuple[str, object]]) -> str:
     name = (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG).strip()
     if all(key != "EXPERIMENT.NAME" for key, _ in cfg.overrides):
-        changed = [f"{key}:{value}".replace(" ", "") for key, value in cfg.overrides if config.role(key) == "computes"]
+        changed = [f"{key}:{value}".replace(" ", "") for key, value in changes]
         name = "+".join([name, ",".join(changed)]) if changed else name
     name = "".join("_" if c in "/\\\0" else c for c in name)
     if name.strip(".") == "" or not name.isprintable():
         raise UserError(f"the run's name would be {name!r}, which is no folder's name; set EXPERIMENT.NAME or TAG")
     if len(name.encode()) > MOST_BYTES:
         name = name.encode()[: MOST_BYTES - 10].decode(errors="ignore") + ".." + sha256(name.encode()).hexdigest()[:8]
-    return files.expand(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT / name
+    return name
 
 
 def check_writable(path: Path, key: str) -> None:
@@ -108,8 +116,6 @@ class RunFolder:
             raise UserError(f"--resume: {file}: {bad} holds a value of another kind; start a new run without --resume")
         then, now = config.computed(then), config.computed(cfg)
         ignored = {"SOLVER.EPOCHS", "DATASET.ROOT"}  # a file may have moved: the digest of its images is compared
-        if not distiller_dict[cfg.DISTILLER.TYPE].takes_teacher_logits:
-            ignored |= {"TEACHER_BANK", "TEACHER_BANK_DTYPE", "TEACHER_BANK_TOP_K"}
         differ = [k for k in now if k in then and then[k] != now[k] and k not in ignored]
         if differ:
             raise UserError(

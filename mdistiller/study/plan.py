@@ -257,8 +257,11 @@ def _group(
         refusal = registry.model_refusal(student, shipped.folder.name)
         lacks = f"configs: {shipped.folder}/none has no YAML for {student}; add one"
         raise ConfigError(f"pairs: {refusal}" if refusal else lacks)
-    changed |= {k: v for k, v in overrides.items() if _reads(method, k)}
-    changed |= {"TEMPERATURE.RULE": rule} if rule else {}
+    ruled = {"TEMPERATURE.RULE": rule} if rule else {}
+    flat = config.leaves(config.read(file)) | changed | overrides | ruled
+    # what is not read stands in no run's name; alone there is nothing that a trainer could keep apart
+    unread = {k for k in overrides if config.unread(flat, k) or (method, k) == ("NONE", "SOLVER.TRAINER")}
+    changed |= {k: v for k, v in overrides.items() if k not in unread} | ruled
     tag = ",".join(filter(None, [re.sub(r"\W", "_", method.lower()), teacher, student]))
     places = {"EXPERIMENT.PROJECT": f"campaign/{shipped.folder.name}", "EXPERIMENT.TAG": tag}
     if source:
@@ -275,13 +278,3 @@ def _group(
     if problems:
         raise ConfigError(*problems)
     return group
-
-
-def _reads(method: str, key: str) -> bool:
-    """Return whether the method reads the key: sections of others are left out, so that they stand in no run's name.
-    The student alone has no distillation for a trainer to keep apart.
-    """
-    if method == "NONE" and key.startswith(("SOLVER.TRAINER", "SOLVER.DOT.")):
-        return False
-    own, other = distiller_dict.get(method), distiller_dict.get(key.split(".")[0])
-    return own is None or other is None or issubclass(own, other)

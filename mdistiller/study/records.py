@@ -86,7 +86,6 @@ def record_of(group: PlannedGroup, run: Run, study: str) -> dict:
         "plan": study,
         "cell": run.cell,
         "seed": run.seed,
-        "hash": run.hash,
         "last": last["test_acc"],
         "best": last["best_acc"],
         "best_epoch": last["best_epoch"],
@@ -101,8 +100,7 @@ def record_of(group: PlannedGroup, run: Run, study: str) -> dict:
         "sha256": sources,
         "config": run.settings,
         "teacher": teacher and {
-            "run": teacher.label, "hash": teacher.hash, "sha256": digests.get("teacher", "unknown"),
-            "config": teacher.settings,
+            "run": teacher.label, "sha256": digests.get("teacher", "unknown"), "config": teacher.settings,
         },
         "curve": [row["test_acc"] for row in run.rows],
     }  # fmt: skip

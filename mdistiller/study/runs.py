@@ -12,7 +12,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from mdistiller import config
-from mdistiller.distillers import LogitDistiller, distiller_dict
+from mdistiller.distillers import LogitDistiller, distiller_dict, rule_name
 from mdistiller.engine.cfg import CFG
 from mdistiller.errors import UserError
 from mdistiller.registry import task_of
@@ -243,7 +243,7 @@ class Group:
 
 def own_rule(method: str) -> str:
     """Return the temperature rule that a method has where nothing is chosen; - for one that knows no temperature."""
-    kind = distiller_dict.get(method) if method in distiller_dict else None
+    kind = distiller_dict.get(method)
     inherits = isinstance(kind, type) and issubclass(kind, LogitDistiller)
     return getattr(kind, "own_rule", "fixed" if inherits else "-")
 
@@ -251,9 +251,7 @@ def own_rule(method: str) -> str:
 def rule_of(cfg: CfgNode) -> str:
     """Return the temperature rule: TEMPERATURE.RULE where the configuration names one, else the method's own."""
     own = own_rule(cfg.DISTILLER.TYPE)
-    if own == "-":
-        return own
-    return str(cfg.TEMPERATURE.RULE) or ("std" if cfg.EXPERIMENT.LOGIT_STAND else own)
+    return own if own == "-" else rule_name(cfg, own)
 
 
 def complete(flat: Mapping[str, object]) -> CfgNode:

@@ -378,7 +378,7 @@ def test_settings_without_effect_are_named(capsys):
     quick(*nets(), method="KD", epochs=1, **given)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
     assert line == (
-        "no effect here: CRD.NCE.K (KD does not read the section CRD), TEMPERATURE.ERRATUM.MARGIN (the temperature "
+        "no effect here: CRD.NCE.K (KD does not read it), TEMPERATURE.ERRATUM.MARGIN (the temperature "
         "rule is fixed), SOLVER.DOT.DELTA (SOLVER.TRAINER is base)"
     )
     quick(*nets(), method="CTKD", epochs=1, TEMPERATURE__LEARNED__MODE="instance", KD__TEMPERATURE=2.0)

@@ -92,6 +92,7 @@ def test_a_study_runs_once_and_knows_it(whole_study, studied, capsys):
     assert record["students"] == 2
     assert record["git"] == [] or set(record["git"][0]) == {"commit", "clean"}
     assert record["teacher"]["sha256"] == figures()["NONE,resnet14", 0]["sha256"]["student"]
+    assert "hash" not in record and "hash" not in record["teacher"], "it is computed anew, of what it says"
     assert str(root) not in text.replace(str(root / "digits.npz"), ""), "no machine's paths"
 
     status, _, again = conducted(studied)

@@ -7,12 +7,16 @@ import pytest
 import torch
 from helpers import ROOT
 
-from mdistiller.config import KEYS, computed, leaves
-from mdistiller.engine.cfg import CFG, describe, load
+from mdistiller.config import KEYS, Key, computed, leaves
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.cfg import CFG, describe, load, unread_overrides
+from mdistiller.engine.teachers import teacher_config
 from mdistiller.errors import ConfigError
 from mdistiller.models import build_model
 from mdistiller.registry import Registry
+from mdistiller.runs.folder import run_folder
 
+METHODS = dict(distiller_dict.own)
 OWN = dict(KEYS)  # before a test's plug-in adds some
 SEED_DEFAULTS = {
     "EXPERIMENT.PROJECT": "distill", "EXPERIMENT.NAME": "", "EXPERIMENT.TAG": "default", "DATASET.TYPE": "cifar100",
@@ -222,6 +226,82 @@ def test_what_is_computed_is_a_runs_identity():
     assert computed({"DISTILLER": {"TYPE": "KD"}}) == computed(load(None, kd))
 
 
+@pytest.mark.parametrize(
+    ("run", "pairs", "why"),
+    [
+        ("DISTILLER.TYPE DTKD", "AT.P 3", "DTKD does not read it"),
+        ("DISTILLER.TYPE NORMKD", "KD.TEMPERATURE 3", "NORMKD does not read it"),
+        ("DISTILLER.TYPE WTTM", "TTM.BETA 3", "WTTM does not read it"),
+        ("DISTILLER.TYPE CTKD", "KD.LOSS.KD_WEIGHT 3", "CTKD does not read it"),
+        ("DISTILLER.TYPE CTKD", "KD.TEMPERATURE 3", ""),
+        ("DISTILLER.TYPE AT", "TEACHER_BANK off", "AT compares more than logits"),
+        ("DISTILLER.TYPE AT", "TEMPERATURE.DETACH True", "AT takes no temperature rule"),
+        ("DISTILLER.TYPE DKD", "TEMPERATURE.SHARPNESS.MARGIN 0.1", "the temperature rule is fixed"),
+        ("DISTILLER.TYPE DKD TEMPERATURE.RULE sharpness", "TEMPERATURE.SHARPNESS.MARGIN 0.1", ""),
+        ("DISTILLER.TYPE NONE", "DISTILLER.TEACHER_LR 1", "NONE has no teacher"),
+        ("DATASET.TYPE digits", "DATASET.TEXT.BLOCK 8", "DATASET.TYPE is digits"),
+        ("DATASET.TYPE digits", "DATASET.SCENES.TRAIN 9", "DATASET.TYPE is digits"),
+        ("DATASET.TYPE digits", "DATASET.JITTER [0.5,1]", "DATASET.TYPE is digits"),
+        ("DATASET.TYPE scenes DISTILLER.STUDENT fasterrcnn_resnet8", "DATASET.JITTER [0.5,1]", ""),
+        (
+            "DATASET.TYPE scenes DISTILLER.STUDENT fasterrcnn_resnet8",
+            "DATASET.BAD_BOXES drop",
+            "DATASET.TYPE is scenes",
+        ),
+        ("DATASET.TYPE python DISTILLER.STUDENT gpt1x32", "DATASET.TEXT.BLOCK 8", ""),
+        ("SOLVER.SCHEDULE cosine", "SOLVER.LR_DECAY_RATE 0.2", "SOLVER.SCHEDULE is cosine"),
+        ("DISTILLER.TYPE KD", "SOLVER.DOT.DELTA 0.1", "SOLVER.TRAINER is base"),
+        ("DISTILLER.TYPE KD SOLVER.TRAINER crd_dot", "SOLVER.DOT.DELTA 0.09", ""),
+    ],
+)
+def test_what_nothing_reads_is_told_and_is_in_no_name_and_no_identity(run, pairs, why, tmp_path):
+    before, cfg = load(None, run.split()), load(None, [*run.split(), *pairs.split(), "LOG.PREFIX", str(tmp_path)])
+    key = pairs.split()[0]
+    assert unread_overrides(cfg) == (f"no effect here: {key} ({why})" if why else "")
+    assert (computed(before) == computed(cfg)) == bool(why)
+    assert (key in run_folder(cfg).name) != bool(why)
+    old = run_folder(before).name + ("," if "+" in run_folder(before).name else "+") + pairs.replace(" ", ":")
+    (tmp_path / "distill" / old).mkdir(parents=True)
+    (tmp_path / "distill" / old / "latest").touch()
+    assert run_folder(cfg).name == old, "a run of before is found under its name"
+
+
+def test_what_a_method_from_outside_may_read_is_a_part_of_its_identity(tmp_path):
+    """Of a plug-in's the sections that it names, or that what it asks for needs."""
+    (tmp_path / "mine.py").write_text(
+        "from mdistiller.distillers import register_method\nfrom mdistiller.distillers.KD import KD\n"
+        "@register_method('MINE')\nclass Mine(KD):\n    def losses(self, *given, **kwargs): pass\n"
+    )
+    mine = ["EXPERIMENT.PLUGINS", str(tmp_path / "mine.py"), "DISTILLER.TYPE", "MINE"]
+    for pairs, told in ((["KD.TEMPERATURE", "3"], False), (["AT.P", "3"], True)):
+        cfg = load(None, [*mine, *pairs])
+        assert bool(unread_overrides(cfg)) == told == (computed(cfg) == computed(load(None, mine)))
+    (tmp_path / "mine.py").write_text(
+        "from mdistiller.distillers._base import Distiller\nclass Mine(Distiller):\n"
+        "    def forward_train(self, image, target, contrastive_index, **kwargs): pass\n"
+    )
+    assert not unread_overrides(load(None, [*mine, "CRD.NCE.K", "3"]))
+    assert "AT.P" in unread_overrides(load(None, [*mine, "AT.P", "3"]))
+
+
+def test_a_key_that_is_added_later_makes_no_teacher_another_one(monkeypatch):
+    cfg = load(None, ["DISTILLER.TYPE", "KD"])
+    name = teacher_config(cfg).EXPERIMENT.NAME
+    monkeypatch.setitem(KEYS, "SOLVER.LOOKAHEAD", Key(0))
+    monkeypatch.setitem(CFG.SOLVER, "LOOKAHEAD", 0)
+    assert teacher_config(load(None, ["DISTILLER.TYPE", "KD"])).EXPERIMENT.NAME == name
+    assert teacher_config(load(None, ["DISTILLER.TYPE", "KD", "SOLVER.LOOKAHEAD", "5"])).EXPERIMENT.NAME != name
+
+
+def test_the_methods_that_a_key_names_are_those_that_read_it():
+    for key, readers in (
+        ("TEMPERATURE.RULE", {name for name, cls in METHODS.items() if hasattr(cls, "own_rule")}),
+        ("TEMPERATURE.PART", {name for name, cls in METHODS.items() if cls.has_parts}),
+        ("DIVERGENCE.TYPE", {name for name, cls in METHODS.items() if cls.takes_divergence}),
+    ):
+        assert {*re.findall(r"\b[A-Z]+KD\b|\bKD\b|\bDIST\b", KEYS[key].doc)} - {"TCKD", "NCKD"} == readers
+
+
 def test_a_record_without_a_later_key_is_what_it_was_computed_with():
     """RLD had no warm-up once, and one temperature: such a record is another run than one by today's defaults."""
     rld = ["DISTILLER.TYPE", "RLD"]
@@ -329,6 +409,9 @@ def test_a_description_loads_again_and_leaves_out_what_is_not_in_use(tmp_path):
     assert "ERRATUM" in text and "DTKD" not in text and "DKD:" not in text
     assert "ERRATUM" not in describe(load())
     assert load(write(tmp_path, text)) == cfg
+    cfg = load(None, ["DISTILLER.TYPE", "CTKD", "KD.TEMPERATURE", "3"])
+    assert load(write(tmp_path, describe(cfg))) == cfg, "CTKD reads KD's temperature"
+    assert "\nKD:" not in describe(load(None, ["DISTILLER.TYPE", "CTKD", "KD.LOSS.KD_WEIGHT", "3"]))
 
 
 def test_a_name_is_registered_once():

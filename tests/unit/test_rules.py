@@ -250,7 +250,7 @@ def test_what_does_not_go_together_is_one_line():
     for opts, says in (
         (("RLD", "TEMPERATURE.RULE", "std"), "RLD takes no temperature rule"),
         (("AT", "EXPERIMENT.LOGIT_STAND", True), "LOGIT_STAND: AT takes no temperature rule"),
-        (("DIST", "TEMPERATURE.PART", "target"), "DIST has no parts"),
+        (("DIST", "TEMPERATURE.PART", "target"), "DIST has no parts; leave it out, or use DKD, DTKD, KD"),
         (("KD", "TEMPERATURE.RULE", "max", "EXPERIMENT.LOGIT_STAND", True), "did you mean max_logit"),
         (("KD", "TEMPERATURE.RULE", "fixed", "EXPERIMENT.LOGIT_STAND", True), "leave one of them out"),
         (("CTKD", "TEMPERATURE.DETACH", True), "learns from its gradient"),

@@ -29,7 +29,7 @@ def records_of(study, seeds=None):
     base, lines = record() | {"plan": study.name}, []
     for group in study.groups:
         source = group.teacher
-        teacher = {"run": "t", "hash": "", "sha256": "t", "config": source.settings} if source else None
+        teacher = {"run": "t", "sha256": "t", "config": source.settings} if source else None
         curve = [60.0] * group.cfg.SOLVER.EPOCHS
         own = {"cell": group.name, "teacher": teacher, "epochs": len(curve), "curve": curve}
         lines += [base | own | {"seed": run.seed, "config": run.settings} for run in group.runs[:seeds]]
