@@ -183,7 +183,7 @@ def used_names(cfg: Mapping) -> dict[str, list[str]]:
     names, distils = cfg["DISTILLER"], needs_teacher(cfg["DISTILLER"]["TYPE"])
     models = [names["STUDENT"], *(teacher_names(cfg) if distils else ())]
     found = {"method": [names["TYPE"]], "model": models, "dataset": [cfg["DATASET"]["TYPE"]]}
-    return found | {"temperature rule": [cfg["TEMPERATURE"]["RULE"]]}
+    return found | ({"temperature rule": [cfg["TEMPERATURE"]["RULE"]]} if distils else {})
 
 
 def teacher_names(cfg: Mapping) -> list[str]:

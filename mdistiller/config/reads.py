@@ -58,7 +58,9 @@ def unread(flat: Mapping[str, object], name: str) -> str:
                 return f"{method} takes no other divergence"
     for other, values in key.only.items() if key else ():
         value = value_of(other)
-        built_in = other != "DATASET.TYPE" or _is_ours(registry.datasets.get(value))  # others read what they like
+        built_in = other != "DATASET.TYPE" or registry.is_ours(
+            registry.datasets.get(value)
+        )  # others read what they like
         if built_in and not {value, registry.task_of(value)} & {*values}:
             return f"{other} is {value}"
     return ""
@@ -66,14 +68,10 @@ def unread(flat: Mapping[str, object], name: str) -> str:
 
 def _may_read(method: str, cls: type, section: str) -> bool:
     """Return whether a method from outside may read the section: where it is of plug-ins, they name it."""
-    if _is_ours(cls):
+    if registry.is_ours(cls):
         return False
     texts = [plugin.text for plugin in PLUGINS.values() if plugin.brought.get("method", {}).get(method) is cls]
     return not texts or any(re.search(rf"\b{section}\b", text) for text in texts)
-
-
-def _is_ours(item: object) -> bool:
-    return getattr(item, "__module__", "").startswith("mdistiller.")
 
 
 def _plain(value: object) -> object:

@@ -214,7 +214,7 @@ def test_the_page_on_new_methods_runs_as_it_stands(tmp_path, fewer_digits, metho
         (
             ("kd = ", "kd = [] + "),
             (),
-            "the first training step of CONFIDENCE_KD fails at confidence_kd.py:26: TypeError",
+            "the first training step of CONFIDENCE_KD fails at confidence_kd.py:25: TypeError",
         ),
         (
             ("kd = ", "kd = 1 / (2 - kwargs['epoch']) * "),
