@@ -121,6 +121,8 @@ class OpenRun:
     one that the caller brings, with its networks.
     """
 
+    changed = ""  # of the machine, since the session before
+
     def __init__(
         self,
         request: RunRequest,
@@ -177,7 +179,9 @@ class OpenRun:
         session = {"students": self.workspace.students, "epoch": state.epoch}
         session |= {"processes": self.workspace.ranks.world} if self.workspace.ranks.world > 1 else {}
         origin = self.trainer.keeper.origin
-        self.folder.write_environment(self.workspace.device, cfg.SEED, self.folder.resumed, origin, session)
+        self.changed = self.folder.write_environment(
+            self.workspace.device, cfg.SEED, self.folder.resumed, origin, session
+        )
         wandb_run = start_wandb(cfg.EXPERIMENT.PROJECT, request.path.name, cfg) if cfg.LOG.WANDB else None
         recorder = Recorder(request.path, cfg.SOLVER.EPOCHS, state.epoch, state.log_bytes, wandb_run)
         recorder.label, recorder.bar_row, recorder.kept = request.label, request.bar_row, self.workspace.kept
@@ -223,7 +227,7 @@ class OpenRun:
                 say_once(f"teacher: {', '.join(filter(None, [str(self.request.teacher_file), *others]))}")
         else:
             inside = f", {counted(state.done, 'step')} into the next" if state.done else ""
-            recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}")
+            recorder.say(f"resumed after epoch {state.epoch} of {cfg.SOLVER.EPOCHS}{inside}{self.changed}")
         for line in in_place_of_built_in(cfg.plugins, used_names(cfg)):
             say_once(line)
         stages = cfg.SOLVER.LR_DECAY_STAGES if cfg.SOLVER.SCHEDULE == "multistep" else ()

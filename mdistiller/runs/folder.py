@@ -133,15 +133,20 @@ class RunFolder:
 
     def write_environment(
         self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], session: dict[str, int]
-    ) -> None:
+    ) -> str:
         """Write environment.json: what has to be known to run this again. A resumed run adds to `sessions`. `session`:
-        how many "students" train side by side, from the "epoch" that was finished then.
+        how many "students" train side by side, from the "epoch" that was finished then. Return what differs from the session before and changes
+        roundings, in words.
         """
         file = self.path / "environment.json"
         sessions = []
         if resume:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost: nothing depends on it
                 sessions = [dict(session) for session in json.loads(file.read_text())["sessions"]]
-        sessions.append(environment(device) | session)
+        before, now = sessions[-1] if sessions else {}, environment(device)
+        sessions.append(now | session)
         body = {**sessions[0], "seed": seed, "sha256": origin, "sessions": sessions}
         write_atomic(file, json.dumps(body, indent=2).encode() + b"\n")
+        what = ("device", "torch") if device.type == "cuda" else ("threads", "device", "torch")
+        other = [f"{key} {now[key]} in place of {before[key]}" for key in what if before.get(key, now[key]) != now[key]]
+        return f"; {', '.join(other)}: figures differ in roundings from a run without a stop" if other else ""
