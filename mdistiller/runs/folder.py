@@ -135,8 +135,8 @@ class RunFolder:
         self, device: torch.device, seed: int, resume: bool, origin: dict[str, str], session: dict[str, int]
     ) -> str:
         """Write environment.json: what has to be known to run this again. A resumed run adds to `sessions`. `session`:
-        how many "students" train side by side, from the "epoch" that was finished then. Return what differs from the session before and changes
-        roundings, in words.
+        how many "students" train side by side, from the "epoch" that was finished then. Return what differs from the
+        session before and changes roundings, in words.
         """
         file = self.path / "environment.json"
         sessions = []
