@@ -56,10 +56,7 @@ def test_kill_9_costs_the_steps_since_the_checkpoint_inside_the_epoch(
     file = tmp_path / "distill" / "run" / "environment.json"
     threads = torch.get_num_threads()
     file.write_text(file.read_text().replace(f'"threads": {threads}', '"threads": 64'))
-    folder, says = (
-        run(opts, tmp_path, resume="auto"),
-        f"1 step into the next; threads {threads} in place of 64: figures",
-    )
+    folder, says = run(opts, tmp_path, resume="auto"), f"1 step into the next; threads {threads} in place of 64: "
     assert f"resumed after epoch 1 of 2, {says}" in (folder / "worklog.txt").read_text()
     assert_same_run(whole, folder)
 
