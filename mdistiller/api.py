@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -147,16 +148,16 @@ def distill(
 
     `folder`: where the run keeps its checkpoints and figures, needed for `resume`; None keeps nothing. `quiet`: print
     nothing. The caller's random generators are left as they are. Other keywords are configuration keys, with __ for the
-    dot: SOLVER__LR=0.1, DTKD__ALPHA=2.0, DEVICE="cpu". The learning rate falls after 5/8, 6/8 and 7/8 of the epochs, as
-    in the published protocol, of a run that goes on where it was to fall at its start, unless SOLVER__LR_DECAY_STAGES
-    is given. Raises UserError for a mistake, before anything is written.
+    dot: SOLVER__LR=0.1, DTKD__ALPHA=2.0, DEVICE="cpu". Unless SOLVER__LR_DECAY_STAGES says otherwise, the learning rate
+    falls after 5/8, 6/8 and 7/8 of the epochs, as in the published protocol; a run that goes on keeps the falls that it
+    was started with. Raises UserError for a mistake, before anything is written.
     """
     if folder is None and resume:
         raise UserError("distill: resume needs a folder; pass folder=")
     own = {key.replace("__", "."): value for key, value in overrides.items()}
     if twice := [f"{key}: pass {ARGUMENTS[key]}= in its place" for key in own if key in ARGUMENTS]:
         raise UserError(*twice)
-    if not isinstance(epochs, int):
+    if not isinstance(epochs, Integral):
         raise UserError(f"epochs: must be a whole number, such as 30; got {epochs!r:.100}")
     teacher, beside = _teachers(teacher)
     for name, network in (("teacher", teacher), ("student", student)):
@@ -170,7 +171,7 @@ def distill(
     modules = {name: part for name, part in (("student", student), ("teacher", teacher)) if isinstance(part, nn.Module)}
     if modules and data is None and (known := networks_of(train)) is not None:
         raise UserError(f"distill: networks on {train} are built by name; pass one of {', '.join(known.active)}")
-    stages = sorted({part for part in (epochs * 5 // 8, epochs * 6 // 8, epochs * 7 // 8) if part > 0})
+    stages = sorted({stage for part in (5, 6, 7) if (stage := epochs * part // 8) > 0})
     runs = "run" if numbers is None else "run+SEED:*"
     for file in expand(folder).glob(f"{runs}/config.yaml") if resume else ():  # as the run that goes on has them
         stages = leaves(read(file)).get("SOLVER.LR_DECAY_STAGES", stages)

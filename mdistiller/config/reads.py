@@ -58,10 +58,9 @@ def unread(flat: Mapping[str, object], name: str) -> str:
                 return f"{method} takes no other divergence"
     for other, values in key.only.items() if key else ():
         value = value_of(other)
-        built_in = other != "DATASET.TYPE" or registry.is_ours(
-            registry.datasets.get(value)
-        )  # others read what they like
-        if built_in and not {value, registry.task_of(value)} & {*values}:
+        # a data set from outside reads what it likes
+        ours = other != "DATASET.TYPE" or registry.is_ours(registry.datasets.get(value))
+        if ours and not {value, registry.task_of(value)} & {*values}:
             return f"{other} is {value}"
     return ""
 
