@@ -71,7 +71,11 @@ def read_yaml(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> d
         problems.append(f"{path}: is not UTF-8 text; pass {wanted}")
         return {}
     except Exception as error:  # PyYAML lets through what int(), bool and recursion raise
-        problems.append(f"{path}: cannot be read, for it is not valid YAML: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        if mark := getattr(error, "problem_mark", None):
+            place = f"line {mark.line + 1}, column {mark.column + 1}"
+            reason = f"{place}: {', '.join(filter(None, (error.context, error.problem)))}"
+        problems.append(f"{path}: cannot be read, for it is not valid YAML: {reason}")
         return {}
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

@@ -146,8 +146,12 @@ def _is_configuration(file: Path) -> bool:
 
 
 def find_all(paths: Iterable[Path], pairs: Sequence[str] = ()) -> str:
-    """Return the tables of all checkouts and method files at `paths`, one below the other."""
-    texts = []
+    """Return the tables of all checkouts and method files at `paths`, one below the other. Raises UserError where one
+    of them is missing.
+    """
+    texts, paths = [], list(paths)
+    if missing := next((path for path in paths if not path.exists()), None):
+        raise UserError(f"{missing}: there is no such file or folder; name a checkout, or a .py file with a method")
     for path in paths:
         try:
             texts.append(try_fork(path, pairs).text)

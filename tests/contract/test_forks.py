@@ -183,11 +183,13 @@ def test_the_table_of_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = write_checkout(Path("fork"))
     lone = write_file(Path("lone"), METHODS["view of features"])
+    with refused("gone: there is no such file or folder; name a checkout, or a .py file with a method"):
+        find_all([root, Path("gone")])
     text = find_all([root, lone, Path("lone")])
     assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
     fork = try_fork(root)
-    refused = {class_of(text).upper() for text, _ in REFUSED.values()} | {"HEAVY"}
-    assert {trial.name for trial in fork.methods if trial.reason} == refused
+    failing = {class_of(text).upper() for text, _ in REFUSED.values()} | {"HEAVY"}
+    assert {trial.name for trial in fork.methods if trial.reason} == failing
     assert {trial.name: bool(trial.reason) for trial in fork.files} == {
         f"configs/cifar100/{name}.yaml": name in ("heavy", "lost", "typo")
         for name in ("heavy", "kd", "lost", "quiet", "typo")

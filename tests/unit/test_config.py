@@ -358,6 +358,7 @@ def test_a_bad_file_is_named(tmp_path, monkeypatch, case):
     (tmp_path / "x.yaml").write_bytes(BAD[case].encode() if isinstance(BAD[case], str) else BAD[case])
     lines = problems("x.yaml")
     assert any("x.yaml" in line or "TAG" in line for line in lines), lines
+    assert case != "a key twice" or "line 1, column 9: key 'LR' is given twice" in lines[0]
     assert case != "an alias" or ("*n" in lines[0] and "write its value out" in lines[0])
     assert os.listdir(tmp_path) == ["x.yaml"]
 
