@@ -85,15 +85,15 @@ class RunRequest:
         """
         with failures(self.cfg):
             check_last_batch(self.cfg, workspace)
+            rehearsal = functools.cache(functools.partial(rehearse, self.cfg, workspace))  # once is enough
             if not all(map(is_ours, distiller_dict[self.cfg.DISTILLER.TYPE].__mro__)):  # it may fail at its first step
-                rehearse(self.cfg, workspace)
+                rehearsal()
             if not needs_teacher(self.cfg.DISTILLER.TYPE):
                 return
             check_form(self.cfg, workspace.local.training_batches(self.cfg))
             if workspace.networks.teacher is not None:
                 self.teacher_file = Path(self.cfg.DISTILLER.TEACHER_CKPT) if self.cfg.DISTILLER.TEACHER_CKPT else None
                 return
-            rehearsal = functools.partial(rehearse, self.cfg, workspace)
             self.teacher_file, self.cfg = find_teachers(self.cfg, self.path, bool(resume), train, rehearsal)
 
 
